@@ -1,0 +1,1 @@
+"""Prompts, images and how they reach a device: TFDS builders, composition, Grain loaders."""

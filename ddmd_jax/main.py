@@ -1,0 +1,102 @@
+"""``python -m ddmd_jax.main --config=configs/emoji.py --workdir=DIR``: trains, then evaluates.
+
+Exit codes: 0 done; 1 the run could not go on (one line on stderr says what, where and how to
+mend it); 2 the config is wrong (every wrong field is named).
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+from pathlib import Path
+
+from absl import app, flags
+from ml_collections import config_flags
+
+_CONFIG = config_flags.DEFINE_config_file('config', None, 'A file of configs/.', lock_config=True)
+_WORKDIR = flags.DEFINE_string('workdir', None, 'Folder of the run; resumed if it holds one.')
+
+
+def _writable(workdir: str | None) -> Path:
+    """The run's folder, made if need be; exits with one line if it cannot be written."""
+    if not workdir:
+        sys.exit('main: no --workdir given; name a folder for checkpoints and results')
+    path = Path(workdir).expanduser().absolute()
+    try:
+        path.mkdir(parents=True, exist_ok=True)
+    except OSError as e:
+        sys.exit(f'main: --workdir {path} cannot be made ({e.strerror}); choose another')
+    if not os.access(path, os.W_OK):
+        sys.exit(f'main: --workdir {path} cannot be written; choose another')
+    return path
+
+
+def run(config, workdir: Path) -> None:
+    """One run of either task, to its end; raises the errors that `main` puts in one line."""
+    from ddmd_jax import sharding
+
+    mesh = sharding.make_mesh(config.mesh)
+    parts = config.student.steps * config.train.accumulate if config.task == 'distill' else 1
+    sharding.check_batch(config.data.global_batch, mesh, parts)
+    if config.task == 'pretrain':
+        from ddmd_jax.train import pretrain
+
+        pretrain.run(config, workdir, mesh)
+    else:
+        from ddmd_jax.train import distill
+
+        distill.run(config, workdir, mesh)
+
+
+def main(argv: list[str]) -> None:
+    if len(argv) > 1:
+        sys.exit(f'main: unexpected argument {argv[1]!r}; flags look like --config.field=value')
+    if _CONFIG.value is None:
+        sys.exit('main: no --config given; try --config=configs/emoji.py')
+    from ddmd_jax import config as config_lib
+
+    try:
+        config_lib.check(_CONFIG.value)
+    except config_lib.ConfigError as e:
+        print(e, file=sys.stderr)
+        sys.exit(2)
+    workdir = _writable(_WORKDIR.value)
+
+    from ddmd_jax.data.emoji import DataFileError
+    from ddmd_jax.sharding import ShardingError
+    from ddmd_jax.train.checkpoint import CheckpointError
+    from ddmd_jax.train.loop import DivergedError
+    from ddmd_jax.weights.flat import WeightsError
+
+    try:
+        run(_CONFIG.value, workdir)
+    except (CheckpointError, DataFileError, DivergedError, ShardingError, WeightsError) as e:
+        sys.exit(f'main: {e}')
+
+
+def _named_config(argv: list[str]) -> str:
+    return next((a.split('=', 1)[1] for a in argv if a.startswith('--config=')), 'the file')
+
+
+def parse_flags(argv: list[str]) -> list[str]:
+    """absl's parser, with what goes wrong in a config's name or fields said in one line."""
+    try:
+        rest = flags.FLAGS(argv)
+        if flags.FLAGS.config is not None:
+            flags.FLAGS.config.to_dict()  # a missing file is only noticed when it is looked at
+        return rest
+    except OSError:
+        print(f'config: {_named_config(argv)} cannot be read; try configs/emoji.py',
+              file=sys.stderr)
+    except (AttributeError, KeyError) as e:  # an override of a field that is not there
+        reason = ' '.join(str(e.args[0]).replace('\\n', ' ').replace("\\'", '').split())
+        print(f'config: no such field: {reason}', file=sys.stderr)
+    except flags.Error as e:
+        print(f'main: {" ".join(str(e).split())}', file=sys.stderr)
+    except Exception as e:  # the config file is the user's code and may raise anything
+        print(f'config: {" ".join(str(e).split())}', file=sys.stderr)
+    sys.exit(2)
+
+
+if __name__ == '__main__':
+    app.run(main, flags_parser=parse_flags)

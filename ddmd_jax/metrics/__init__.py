@@ -1,0 +1,1 @@
+"""Metrics that mean something at 24 x 24 pixels, and the report they end up in."""

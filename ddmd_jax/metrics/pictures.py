@@ -1,0 +1,54 @@
+"""Grids and captioned sheets as uint8 arrays and PNG files."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+from PIL import Image, ImageDraw, ImageFont
+
+ZOOM = 4
+
+
+def to_uint8(images: np.ndarray) -> np.ndarray:
+    """[-1, 1] -> 0..255, clipped."""
+    return np.round(np.clip(np.asarray(images) * 127.5 + 127.5, 0, 255)).astype(np.uint8)
+
+
+def rows_of_images(rows: Sequence[np.ndarray], gap: int = 1) -> np.ndarray:
+    """Each ``[N, H, W, 3]`` becomes one row of a grid ``[.., .., 3]`` uint8, enlarged."""
+    padded = [np.pad(to_uint8(r), ((0, 0), (0, gap), (0, gap), (0, 0)), constant_values=255)
+              for r in rows]
+    grid = np.concatenate([np.concatenate(list(r), axis=1) for r in padded], axis=0)
+    return grid.repeat(ZOOM, 0).repeat(ZOOM, 1)
+
+
+def captioned_sheet(captions: Sequence[str], titles: Sequence[str],
+                    columns: Sequence[np.ndarray], path: Path) -> None:
+    """One prompt a row, one model a column, prompt written beside it; saved as PNG.
+
+    Args:
+      captions: R prompts.
+      titles: C column heads; '\\n' breaks a line.
+      columns: C arrays ``[R, H, W, 3]``.
+      path: file to write.
+    """
+    font, head = ImageFont.load_default(17), ImageFont.load_default(15)
+    size, gap, left, top = columns[0].shape[1] * ZOOM, 10, 400, 56
+    sheet = Image.new('RGB', (left + len(columns) * (size + gap) + gap,
+                              top + len(captions) * (size + gap) + gap), 'white')
+    draw = ImageDraw.Draw(sheet)
+    for c, (title, images) in enumerate(zip(titles, columns, strict=True)):
+        x = left + c * (size + gap)
+        draw.multiline_text((x + size / 2, top - 8), title, 'black', font=head, anchor='md',
+                            align='center')
+        for r, image in enumerate(to_uint8(images)):
+            tile = Image.fromarray(image).resize((size, size), Image.Resampling.NEAREST)
+            sheet.paste(tile, (x, top + r * (size + gap)))
+            draw.rectangle((x - 1, top + r * (size + gap) - 1, x + size,
+                            top + r * (size + gap) + size), outline=(225, 225, 225))
+    for r, caption in enumerate(captions):
+        draw.text((left - 16, top + r * (size + gap) + size / 2), caption, 'black', font=font,
+                  anchor='rm')
+    sheet.save(path)

@@ -1,0 +1,160 @@
+"""The end of a run: real, teacher and student on the same prompts and seeds, side by side."""
+
+from __future__ import annotations
+
+import json
+import os
+import time
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from ddmd_jax import sampling
+from ddmd_jax.data import emoji
+from ddmd_jax.metrics import classifier, measures, pictures
+from ddmd_jax.teachers import Teacher
+
+SHEET_ROWS = 10
+COLUMNS = ('steps', 'evaluations', 'guidance', 'glyph_match', 'glyph_match_held_out',
+           'background_match', 'frechet', 'colour_error', 'variance')
+
+
+class Stopwatch:
+    """Seconds since it was made."""
+
+    def __init__(self):
+        self._start = time.monotonic()
+
+    @property
+    def seconds(self) -> float:
+        return time.monotonic() - self._start
+
+
+def evaluation_rows(pairs: emoji.Pairs, seen: int, held_out: int, seed: int) -> np.ndarray:
+    """Indices of `seen` training pairs, then `held_out` held-out ones, drawn evenly."""
+    rng = np.random.default_rng(seed)
+    def draw(mask: np.ndarray, n: int) -> np.ndarray:
+        rows = np.flatnonzero(mask)
+        return rng.permutation(np.resize(rng.permutation(rows), n))
+    return np.concatenate([draw(~pairs.held_out, seen), draw(pairs.held_out, held_out)])
+
+
+def samplers(config: Any, teacher: Teacher) -> dict[str, tuple[dict[str, Any], Any]]:
+    """Rows of the table to generate: name -> (its settings, ``draw(params, cond, null, key)``)."""
+    predict, shift = teacher.predict_clean, teacher.shift
+    e, shape = config.eval, (config.eval.batch, *teacher.sample_shape)
+    n = config.student.steps
+    student_shift = shift if config.method.shift is None else config.method.shift
+    first = lambda key: jax.random.normal(jax.random.split(key, n)[0], shape)
+
+    def guided(params, cond, null, key):
+        return sampling.sample_teacher(
+            predict, params, cond, null, first(key),
+            sampling.teacher_times(e.teacher_steps, shift), e.guidance, e.solver)
+
+    def few(params, cond, null, key):
+        return sampling.sample_teacher(predict, params, cond, null, first(key),
+                                       sampling.teacher_times(n, shift), 1.0)
+
+    def student(params, cond, null, key):
+        return sampling.sample_student(predict, params, cond, sampling.student_times(
+            n, student_shift), key, shape, config.student.sampler)
+
+    calls = e.teacher_steps * (1 if e.guidance == 1 else 2)
+    calls = 2 * calls - calls // e.teacher_steps if e.solver == 'heun' else calls
+    row = lambda steps, evaluations, guidance: {
+        'steps': steps, 'evaluations': evaluations, 'guidance': guidance}
+    return {'teacher_guided': (row(e.teacher_steps, calls, e.guidance), guided),
+            'teacher_few_step': (row(n, n, 1.0), few),
+            'student': (row(n, n, 1.0), student)}
+
+
+def generate(draw: Any, params: Any, cond: Any, null: Any, total: int, batch: int,
+             seed: int) -> np.ndarray:
+    """`total` images in batches of one compiled shape; batch i always gets the same noise."""
+    draw = jax.jit(draw)
+    index = np.resize(np.arange(total), -(-total // batch) * batch)
+    out = []
+    for i in range(0, len(index), batch):
+        part = jax.tree.map(lambda x, rows=index[i:i + batch]: jnp.asarray(x[rows]), cond)
+        blank = jax.tree.map(lambda n, c: jnp.broadcast_to(n, c.shape), null, part)
+        key = jax.random.fold_in(jax.random.key(seed), i)
+        out.append(np.asarray(draw(params, part, blank, key)))
+    return np.concatenate(out)[:total]
+
+
+def measure(images: np.ndarray, pairs: emoji.Pairs, rows: np.ndarray, judge: Any,
+            reference: np.ndarray) -> dict[str, float]:
+    """Every figure of one row of the table; `reference` are features of all real pairs."""
+    glyph, colour, features = classifier.judge_all(judge, images)
+    held = pairs.held_out[rows]
+    right = glyph == pairs.glyph[rows]
+    scale = reference.std(axis=0)  # units in which every feature of real images varies by 1
+    asked = np.asarray(list(emoji.COLOURS.values()))[pairs.colour[rows]]
+    return {
+        'glyph_match': float(right[~held].mean()),
+        'glyph_match_held_out': float(right[held].mean()),
+        'background_match': float((colour == pairs.colour[rows]).mean()),
+        'frechet': measures.frechet_distance(features / scale, reference / scale),
+        'colour_error': measures.colour_error(images, asked),
+        'variance': measures.image_variance(images),
+    }
+
+
+def table(rows: list[dict[str, Any]]) -> str:
+    """The rows as aligned plain text."""
+    heads = ('', *(c.replace('_', ' ') for c in COLUMNS))
+    show = lambda v: '-' if v is None else f'{v:.3f}' if isinstance(v, float) else str(v)
+    cells = [heads, *((r['name'], *(show(r[c]) for c in COLUMNS)) for r in rows)]
+    widths = [max(len(row[i]) for row in cells) for i in range(len(heads))]
+    return '\n'.join('  '.join(c.rjust(w) if i else c.ljust(w) for i, (c, w) in
+                               enumerate(zip(row, widths))) for row in cells)
+
+
+def _sheet_rows(held: np.ndarray) -> np.ndarray:
+    """Rows of the picture: mostly seen pairs, the last few held out."""
+    seen, unseen = np.flatnonzero(~held), np.flatnonzero(held)
+    few = min(len(unseen), SHEET_ROWS // 3)
+    return np.concatenate([seen[:SHEET_ROWS - few], unseen[:few]])
+
+
+def evaluate(config: Any, teacher: Teacher, student: Any) -> tuple[list[dict[str, Any]], Any]:
+    """``(rows of the table, {name: images} with the pairs they show)``."""
+    pairs, judge = emoji.load_pairs(), classifier.load()
+    e = config.eval
+    rows = evaluation_rows(pairs, e.prompts, e.held_out, config.seed)
+    cond, null = teacher.encode([pairs.caption(i) for i in rows]), teacher.encode([''])
+    _, _, reference = classifier.judge_all(judge, pairs.images(np.arange(len(pairs.glyph))))
+    images = {'real': pairs.images(rows)}
+    settings = {'real': {'steps': None, 'evaluations': None, 'guidance': None}}
+    for name, (setting, draw) in samplers(config, teacher).items():
+        params = student if name == 'student' else teacher.params
+        latents = generate(draw, params, cond, null, len(rows), e.batch, config.seed)
+        settings[name], images[name] = setting, np.asarray(teacher.decode(latents))
+    result = [{'name': name, **settings[name], **measure(x, pairs, rows, judge, reference)}
+              for name, x in images.items()]
+    return result, (images, pairs, rows)
+
+
+def final(config: Any, teacher: Teacher, student: Any, workdir: Path, train_seconds: float,
+          total: Stopwatch) -> None:
+    """Evaluates and writes ``eval.json`` and ``samples.png``; prints the table."""
+    rows, (images, pairs, index) = evaluate(config, teacher, student)
+    shown = _sheet_rows(pairs.held_out[index])
+    n, w = config.student.steps, config.eval.guidance
+    titles = ('real', f'teacher\n{config.eval.teacher_steps} steps, w={w:g}',
+              f'teacher\n{n} steps', f'student\n{n} steps')
+    captions = [pairs.caption(i) + (' *' if pairs.held_out[i] else '') for i in index[shown]]
+    if jax.process_index() == 0:
+        pictures.captioned_sheet(captions, titles, [x[shown] for x in images.values()],
+                                 workdir / 'samples.png')
+        result = {'rows': rows, 'seconds': {'train': train_seconds, 'total': total.seconds},
+                  'seed': config.seed, 'config': config.to_dict()}
+        scratch = workdir / 'eval.json.tmp'
+        scratch.write_text(json.dumps(result, indent=1))
+        os.replace(scratch, workdir / 'eval.json')
+        print(f'{table(rows)}\n\n{workdir / "eval.json"}\n{workdir / "samples.png"}  '
+              '(* pair held out of all training)')

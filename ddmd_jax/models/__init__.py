@@ -1,0 +1,1 @@
+"""Flax NNX networks, one file per architecture."""

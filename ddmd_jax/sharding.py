@@ -1,0 +1,111 @@
+"""Mesh axes and the rules that lay a pytree of parameters out over them.
+
+One ordered list of (regex, spec) lays out student, critic, EMA, optimiser moments and
+teacher alike: a rule is searched in a leaf's path, so that `.../mu/layers/attn/to_q/kernel`
+follows `layers/attn/to_q/kernel`. A spec names mesh axes for a leaf's *last* dimensions;
+stacked layers add dimensions in front, which stay whole.
+"""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import jax
+import numpy as np
+from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec as P
+
+AXES = ('data', 'fsdp', 'tensor')
+BATCH = P(('data', 'fsdp'))
+Rules = Sequence[tuple[str, tuple[str | None, ...]]]
+
+
+class ShardingError(ValueError):
+    """A mesh that does not fit the devices, or a rule that does not fit a parameter."""
+
+
+def make_mesh(axes: Mapping[str, int], devices: Sequence[Any] | None = None) -> Mesh:
+    """Mesh over all devices; one axis may be -1, meaning whatever is left.
+
+    Raises:
+      ShardingError: unknown axes, sizes that are not positive, or that do not multiply to the
+        number of devices.
+    """
+    devices = jax.devices() if devices is None else devices
+    sizes = [axes.get(a, 1) for a in AXES]
+    asked = f'mesh {dict(axes)}'
+    if set(axes) - set(AXES):
+        raise ShardingError(f'{asked}: the axes are {", ".join(AXES)}')
+    if any(s < 1 and s != -1 for s in sizes) or sizes.count(-1) > 1:
+        raise ShardingError(f'{asked}: sizes are at least 1, and one of them may be -1')
+    fixed = math.prod(s for s in sizes if s != -1)
+    if -1 in sizes and len(devices) % fixed == 0:
+        sizes[sizes.index(-1)] = len(devices) // fixed
+    if math.prod(sizes) != len(devices):
+        raise ShardingError(f'{asked} does not fit {len(devices)} devices: the sizes must '
+                            'multiply to that number; -1 takes what is left')
+    types = (AxisType.Auto,) * len(AXES)
+    return jax.make_mesh(sizes, AXES, axis_types=types, devices=devices)
+
+
+def spec_for(path: str, shape: tuple[int, ...], rules: Rules, mesh: Mesh) -> P:
+    """PartitionSpec of one leaf; scalars are whole.
+
+    Raises:
+      ShardingError: no rule matches, or a sharded dimension does not divide (names the leaf).
+    """
+    if math.prod(shape) == 1:
+        return P()
+    rule = next((r for r in rules if re.search(r[0], path)), None)
+    if rule is None:
+        raise ShardingError(f'no sharding rule matches {path} {shape}')
+    pattern, spec = rule
+    if len(spec) > len(shape):
+        raise ShardingError(f'rule {pattern!r} has {len(spec)} axes for {path} {shape}')
+    full = (None,) * (len(shape) - len(spec)) + tuple(spec)
+    for size, axis in zip(shape, full):
+        if axis is not None and size % mesh.shape[axis]:
+            raise ShardingError(f'{path} {shape}: {size} does not divide by mesh axis '
+                                f'{axis}={mesh.shape[axis]} (rule {pattern!r})')
+    return P(*full)
+
+
+def shard_tree(tree: Any, rules: Rules, mesh: Mesh) -> Any:
+    """Tree of `NamedSharding` for a tree of arrays or `ShapeDtypeStruct`s."""
+    def one(path, leaf):
+        name = jax.tree_util.keystr(path, simple=True, separator='/')
+        return NamedSharding(mesh, spec_for(name, tuple(leaf.shape), rules, mesh))
+    return jax.tree_util.tree_map_with_path(one, tree)
+
+
+def replicated(mesh: Mesh) -> NamedSharding:
+    return NamedSharding(mesh, P())
+
+
+def batch_sharding(mesh: Mesh) -> NamedSharding:
+    """The batch axis is split over `data` and `fsdp`; other axes are whole."""
+    return NamedSharding(mesh, BATCH)
+
+
+def check_batch(global_batch: int, mesh: Mesh, parts: int = 1) -> None:
+    """Raises `ShardingError` if a batch does not split over the mesh in each of its parts.
+
+    `parts` is student steps x accumulation: rows of every part must lie on every device, or
+    each step would send them around.
+    """
+    ways = mesh.shape['data'] * mesh.shape['fsdp']
+    unit = ways * parts
+    if global_batch % unit:
+        raise ShardingError(
+            f'data.global_batch {global_batch} does not divide by {unit}: {ways} ways the mesh '
+            f'splits it (data x fsdp) times {parts} parts (student steps x accumulation); the '
+            f'next that does is {-(-global_batch // unit) * unit}')
+
+
+def put_batch(batch: Any, mesh: Mesh) -> Any:
+    """This process's rows of a batch -> global arrays, sharded on the batch axis."""
+    sharding = batch_sharding(mesh)
+    put = lambda x: jax.make_array_from_process_local_data(sharding, np.asarray(x))
+    return jax.tree.map(put, batch)

@@ -1,0 +1,143 @@
+"""The embedded teacher: Lumina-Image-2.0's architecture at a tiny size, in pixel space.
+
+Conventions, all of them here and nowhere else:
+  * the network is given `TIME_SCALE * t`. The published network takes t in [0, 1] as it is,
+    where its sinusoids hardly turn; a small network trained for an hour wants finer ones;
+  * it predicts the velocity x - noise, as the published one does, without negation;
+  * pixels are their own latents (identity codec), in [-1, 1];
+  * no time shift: at 24 x 24 there is no resolution to make up for;
+  * the null prompt is the encoded empty caption, one [BOS] token, never zeros.
+"""
+
+from __future__ import annotations
+
+import functools
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+
+from ddmd_jax import process
+from ddmd_jax.data import emoji as data, tokenizer
+from ddmd_jax.models.nextdit import NextDiT, NextDiTConfig
+from ddmd_jax.models.text.caption import CaptionEncoder, CaptionEncoderConfig
+from ddmd_jax.teachers.base import Array, Cond, Teacher
+from ddmd_jax.weights import flat
+
+TIME_SCALE = 100.0
+SHIFT = 1.0
+SHAPE = (data.SIZE, data.SIZE, 3)
+WEIGHTS = data.FILES / 'teacher.safetensors'
+RESTORE_HINT = ('reinstall the package, or train it again with '
+                '`python -m ddmd_jax.main --config=configs/emoji_teacher.py --workdir=DIR`')
+# Matrices in by `fsdp`, out by `tensor` (or the reverse where the product comes back);
+# everything small is whole on every device.
+RULES = (
+    (r'(to_q|to_k|to_v|to_qkv|linear_1|linear_3|modulation|time_1|x_embedder)/kernel$',
+     ('fsdp', 'tensor')),
+    (r'(to_out|linear_2|time_2|caption_proj|out_scale|out_proj)/kernel$', ('tensor', 'fsdp')),
+    (r'token/embedding$', ('fsdp', None)),
+    (r'(bias|weight|position)$', ()),
+)
+
+
+def model_configs(model: dict[str, Any]) -> tuple[NextDiTConfig, CaptionEncoderConfig]:
+    """Architecture of denoiser and text encoder from ``{'denoiser': {}, 'text': {}}``."""
+    denoiser = dict(model['denoiser'])
+    denoiser['axes_dim_rope'] = tuple(denoiser['axes_dim_rope'])
+    return NextDiTConfig(**denoiser), CaptionEncoderConfig(**model['text'])
+
+
+def init_params(model: dict[str, Any], key: Array) -> dict[str, Any]:
+    """Fresh ``{'denoiser': ..., 'text': ...}`` parameters (nested dicts of fp32 arrays)."""
+    denoiser_cfg, text_cfg = model_configs(model)
+    k1, k2 = jax.random.split(key)
+    pure = lambda m: nnx.to_pure_dict(nnx.state(m, nnx.Param))
+    return {'denoiser': pure(NextDiT(denoiser_cfg, nnx.Rngs(k1))),
+            'text': pure(CaptionEncoder(text_cfg, nnx.Rngs(k2)))}
+
+
+def _functional(make) -> Any:
+    """``apply(params, *inputs)`` of an NNX module given by its abstract constructor."""
+    graphdef, abstract = nnx.split(nnx.eval_shape(make))
+
+    def apply(params, *inputs):
+        state = jax.tree.map(lambda x: x, abstract)
+        nnx.replace_by_pure_dict(state, params)
+        return nnx.merge(graphdef, state)(*inputs)
+
+    return apply
+
+
+def make_denoiser(model: dict[str, Any]):
+    """`predict_clean(params, x_t, t, cond)` over denoiser parameters; see `Teacher`."""
+    cfg, _ = model_configs(model)
+    network = _functional(lambda: NextDiT(cfg, nnx.Rngs(0)))
+
+    def predict_clean(params: Any, x_t: Array, t: Array, cond: Cond) -> Array:
+        t = jnp.broadcast_to(jnp.asarray(t, jnp.float32), x_t.shape[:1])
+        v = network(params, x_t, TIME_SCALE * t, cond['embeds'], cond['mask'])
+        return process.to_clean(x_t, v, t)
+
+    return predict_clean
+
+
+def make_text_encoder(model: dict[str, Any]):
+    """``(params, ids, mask) -> Cond`` over text parameters."""
+    _, cfg = model_configs(model)
+    network = _functional(lambda: CaptionEncoder(cfg, nnx.Rngs(0)))
+    return lambda params, ids, mask: {'embeds': network(params, ids, mask), 'mask': mask}
+
+
+def teacher_from(model: dict[str, Any], params: dict[str, Any]) -> Teacher:
+    """Wraps ``{'denoiser', 'text'}`` parameters as a `Teacher`."""
+    _, text_cfg = model_configs(model)
+    encoder = jax.jit(make_text_encoder(model))
+
+    def encode(prompts: Sequence[str]) -> Cond:
+        ids, mask = tokenizer.encode(prompts, text_cfg.max_length)
+        return encode_in_chunks(functools.partial(encoder, params['text']), ids, mask)
+
+    return Teacher('emoji', params['denoiser'], make_denoiser(model), encode, lambda x: x,
+                   SHAPE, SHIFT, flat.identity(params), RULES)
+
+
+def encode_in_chunks(encoder, ids: np.ndarray, mask: np.ndarray, chunk: int = 512) -> Cond:
+    """Numpy `Cond` of many prompts with one compiled shape."""
+    pad = -len(ids) % chunk if len(ids) > chunk else 0
+    ids_p, mask_p = np.pad(ids, ((0, pad), (0, 0))), np.pad(mask, ((0, pad), (0, 0)))
+    parts = [jax.device_get(encoder(ids_p[i:i + chunk], mask_p[i:i + chunk]))
+             for i in range(0, len(ids_p), chunk)]
+    joined = jax.tree.map(lambda *xs: np.concatenate(xs), *parts)
+    return jax.tree.map(lambda x: x[:len(ids)], joined)
+
+
+def save(path: Path, model: dict[str, Any], params: dict[str, Any], steps: int) -> None:
+    """Ships a trained teacher: bf16 safetensors with its architecture in the metadata."""
+    meta = {'model': json.dumps(model), 'architecture': 'NextDiT', 'steps': str(steps)}
+    flat.save(path, params, meta, dtype=jnp.bfloat16)
+
+
+def load(path: str = '', dtype: str = 'float32') -> Teacher:
+    """The shipped teacher, or the one at `path`.
+
+    Raises:
+      WeightsError: missing, damaged, or not an emoji teacher.
+    """
+    file = Path(path) if path else WEIGHTS
+    params, meta = flat.load(file, RESTORE_HINT)
+    try:
+        model = json.loads(meta['model'])
+        # Distillation compiles six networks a step: scanned layers save minutes of compiling.
+        model['denoiser'] |= {'dtype': dtype, 'unroll': False}
+        expected = jax.eval_shape(lambda: init_params(model, jax.random.key(0)))
+        if jax.tree.map(jnp.shape, params) != jax.tree.map(jnp.shape, expected):
+            raise ValueError('its tensors are not those of the architecture it names')
+    except (KeyError, TypeError, ValueError) as e:
+        raise flat.WeightsError(f'not an emoji teacher: {file} ({e}); {RESTORE_HINT}') from e
+    return teacher_from(model, params)

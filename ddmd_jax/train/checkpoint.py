@@ -1,0 +1,105 @@
+"""Orbax checkpoints: state, data iterator and a manifest that says whose they are."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import grain
+import jax
+import orbax.checkpoint as ocp
+
+from ddmd_jax.weights import flat
+
+# What may differ between a checkpoint and the run that resumes it: how long, how loud,
+# how often, on which mesh, how it is sampled. Everything else would silently be another experiment.
+FREE_SECTIONS = ('log', 'checkpoint', 'eval', 'mesh')
+FREE_FIELDS = ('train.steps', 'student.sampler')
+
+
+class CheckpointError(RuntimeError):
+    """A checkpoint that does not belong to this run, or cannot be read."""
+
+
+def comparable(config: Mapping[str, Any]) -> dict[str, Any]:
+    """The fields of a config that a checkpoint must agree with, flattened to dotted names."""
+    plain = json.loads(json.dumps(config))
+    kept = {k: v for k, v in plain.items() if k not in FREE_SECTIONS}
+    fields = {k.replace('/', '.'): v for k, v in flat.flatten(kept).items()}
+    return {k: v for k, v in fields.items() if k not in FREE_FIELDS}
+
+
+def differences(saved: Mapping[str, Any], current: Mapping[str, Any]) -> list[str]:
+    """``field: saved -> current`` for every field that differs."""
+    names = sorted(set(saved) | set(current))
+    show = lambda d, n: repr(d[n]) if n in d else 'absent'
+    return [f'{n}: {show(saved, n)} -> {show(current, n)}' for n in names
+            if saved.get(n) != current.get(n) or (n in saved) != (n in current)]
+
+
+class Checkpoints:
+    """One run's checkpoints under ``workdir/checkpoints``; saving is asynchronous."""
+
+    def __init__(self, workdir: Path, *, keep: int, manifest: Mapping[str, Any]):
+        self.manifest = dict(manifest)
+        self.directory = workdir / 'checkpoints'
+        options = ocp.CheckpointManagerOptions(max_to_keep=keep, enable_async_checkpointing=True)
+        self.manager = ocp.CheckpointManager(self.directory, options=options)
+
+    @property
+    def latest(self) -> int | None:
+        return self.manager.latest_step()
+
+    def save(self, step: int, state: Any, data: grain.DatasetIterator) -> None:
+        """Starts saving; returns once the arrays are copied to the host."""
+        if step == self.latest:
+            return
+        self.manager.save(step, args=ocp.args.Composite(
+            state=ocp.args.StandardSave(state),
+            data=grain.checkpoint.CheckpointSave(data),
+            manifest=ocp.args.JsonSave(self.manifest)))
+
+    def restore(self, abstract: Any, shardings: Any,
+                data: grain.DatasetIterator | None = None) -> Any:
+        """The newest state, read straight into `shardings`; `data` is moved to its place.
+
+        Raises:
+          CheckpointError: it was written by another config or teacher (each difference is
+            named), or it cannot be read.
+        """
+        step = self.latest
+        self._check_manifest(step)
+        target = jax.tree.map(
+            lambda a, s: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=s), abstract, shardings)
+        parts = {'state': ocp.args.StandardRestore(target)}
+        if data is not None:
+            parts['data'] = grain.checkpoint.CheckpointRestore(data)
+        try:
+            return self.manager.restore(step, args=ocp.args.Composite(**parts)).state
+        except Exception as e:  # Orbax raises many kinds; the user needs the folder and a cure
+            reason = (str(e).splitlines() or [type(e).__name__])[0]
+            raise CheckpointError(
+                f'checkpoint {self.directory / str(step)} cannot be read ({reason}); delete '
+                'that folder to fall back to the one before it') from e
+
+    def _check_manifest(self, step: int) -> None:
+        try:
+            args = ocp.args.Composite(manifest=ocp.args.JsonRestore())
+            saved = self.manager.restore(step, args=args).manifest
+        except Exception as e:
+            raise CheckpointError(f'checkpoint {self.directory / str(step)} has no readable '
+                                  'manifest; delete that folder or choose another --workdir') from e
+        found = differences(saved, self.manifest)
+        if found:
+            raise CheckpointError(
+                f'checkpoint {self.directory / str(step)} was written by another run; '
+                f'choose another --workdir, or set back: {"; ".join(found)}')
+
+    def wait(self) -> None:
+        """Blocks until saves under way are on disk."""
+        self.manager.wait_until_finished()
+
+    def close(self) -> None:
+        self.manager.close()

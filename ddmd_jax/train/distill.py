@@ -1,0 +1,143 @@
+"""Task `distill`: wires teacher, prompts and Algorithm 1 into the loop, then evaluates."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import Mesh
+
+from ddmd_jax import process, sampling, sharding, teachers
+from ddmd_jax.data import emoji, loader
+from ddmd_jax.metrics import pictures
+from ddmd_jax.train import diagnostics, loop, optim, state as st
+from ddmd_jax.train.step import Method, Steps, make_steps
+
+GRID = 8  # prompts in the picture logged during training
+PANEL_TAU = 0.5  # pre-shift level at which the panels compare teacher and critic
+
+
+def method_from(config: Any, shift: float) -> Method:
+    """The recipe of a validated config; `shift` is the teacher's, used unless overridden."""
+    m, c = config.method, config.critic
+    return Method(
+        schedule=m.schedule, alpha=m.alpha, weight_ca=m.weight_ca, weight_dm=m.weight_dm,
+        tau_ca=tuple(m.tau_ca), tau_dm=tuple(m.tau_dm), tau_critic=tuple(c.tau),
+        normaliser=m.normaliser, floor=m.floor, critic_weighting=c.weighting,
+        num_steps=config.student.steps, shift=shift if m.shift is None else m.shift,
+        ema=config.student.ema, ema_ramp=config.student.ema_ramp,
+        accumulate=config.train.accumulate)
+
+
+def place_frozen(teacher: teachers.Teacher, mesh: Mesh) -> tuple[Any, Any]:
+    """Teacher parameters and the null prompt on the mesh, and their shardings."""
+    frozen = {'teacher': teacher.params, 'null': teacher.encode([''])}
+    shardings = {'teacher': sharding.shard_tree(teacher.params, teacher.rules, mesh),
+                 'null': jax.tree.map(lambda _: sharding.replicated(mesh), frozen['null'])}
+    return jax.device_put(frozen, shardings), shardings
+
+
+def prompt_batches(config: Any, teacher: teachers.Teacher) -> Any:
+    """Endless iterator over the conditioning of shuffled training prompts."""
+    pairs = emoji.load_pairs()
+    cond = teacher.encode([pairs.caption(i) for i in range(len(pairs.glyph))])
+    rows = emoji.training_mixture(pairs, config.data.white_repeat)
+    lookup = lambda index: jax.tree.map(lambda x: x[index], cond)
+    return loader.batches(rows, lookup, config.data.global_batch, config.seed)
+
+
+def make_advance(steps: Steps, frozen: Any, updates: int, warmup: int) -> Callable:
+    """One step of the loop: `updates` critic updates, then one of the generator.
+
+    The critic goes first, as everything the generator does leans on it; a fresh run's first
+    step begins with `warmup` more.
+    """
+    def advance(state: st.TrainState, next_batch: Callable[[], Any]):
+        nonlocal warmup
+        if warmup and int(state.critic_step):  # looked at once: a resumed run has had its own
+            warmup = 0
+        critic_metrics = []
+        for _ in range(updates + warmup):
+            state, metrics = steps.critic(state, next_batch())
+            critic_metrics.append(metrics)
+        warmup = 0
+        state, metrics = steps.generator(state, frozen, next_batch())
+        # Means, so that a NaN in any of the critic's updates is seen under its own name.
+        mean = jax.tree.map(lambda *xs: sum(xs) / len(xs), *critic_metrics)
+        return state, mean | metrics | {'finite': metrics['finite'] & (mean['finite'] == 1)}
+
+    return advance
+
+
+def annotate(history: Sequence[dict[str, Any]], values: dict[str, Any]) -> dict[str, Any]:
+    """Adds the health verdict to a logged interval, given those before it."""
+    word, reason = diagnostics.verdict([*history, values])
+    return values | {'health': word, 'health_reason': reason}
+
+
+def words(v: dict[str, Any]) -> str:
+    """The line beside the progress bar."""
+    return (f'loss {v["loss"]:.3f} fake {v["fake_loss"]:.3f} gap {v["dm_rel_gap"]:.3f} '
+            f'dm/ca {v["dm_to_ca"]:.2f} std {v["x_std"]:.3f} {v["health"]}')
+
+
+def make_pictures(config: Any, teacher: teachers.Teacher, frozen: Any, m: Method) -> Callable:
+    """Sample grids and student / real / fake / difference panels for TensorBoard."""
+    pairs = emoji.load_pairs()
+    rows = np.random.default_rng(config.seed).choice(
+        emoji.training_mixture(pairs, 1), GRID, replace=False)
+    cond = jax.tree.map(jnp.asarray, teacher.encode([pairs.caption(i) for i in rows]))
+    shape = (GRID, *teacher.sample_shape)
+    predict = teacher.predict_clean
+
+    @jax.jit
+    def draw(state: st.TrainState, frozen: Any, cond: Any):
+        key = jax.random.key(config.seed)
+        x = sampling.sample_student(
+            predict, state.ema, cond, m.times, key, shape, config.student.sampler)
+        tau = process.shift_time(jnp.full((GRID,), PANEL_TAU), m.shift)
+        x_tau = process.renoise(x, tau, jax.random.normal(jax.random.fold_in(key, 1), shape))
+        real = predict(frozen['teacher'], x_tau, tau, cond)
+        fake = predict(state.critic, x_tau, tau, cond)
+        return x, real, fake, real - fake
+
+    def show(state: st.TrainState, step: int, log: Any) -> None:
+        images = [np.asarray(teacher.decode(x)) for x in draw(state, frozen, cond)]
+        log.image(step, 'panels/student_real_fake_difference', pictures.rows_of_images(images))
+
+    return show
+
+
+def make_task(config: Any, teacher: teachers.Teacher, mesh: Mesh) -> loop.Task:
+    """Everything the loop needs to distil `teacher` by `config`."""
+    m = method_from(config, teacher.shift)
+    student_tx = optim.make_optimizer(config.optim.student, config.train.steps)
+    critic_tx = optim.make_optimizer(config.optim.critic, config.train.steps
+                                     * config.critic.updates + config.critic.warmup)
+    frozen, frozen_shardings = place_frozen(teacher, mesh)
+    # Student and critic both start at the teacher (Algorithm 1, line 1).
+    make_from = lambda params: st.fresh(params, student_tx, params, critic_tx)
+    _, shardings = st.abstract_and_shardings(make_from, teacher.rules, mesh, teacher.params)
+    steps = make_steps(teacher.predict_clean, student_tx, critic_tx, m, teacher.sample_shape,
+                       config.seed, mesh, shardings, frozen_shardings)
+    return loop.Task(
+        name='distill', make_state=make_from, source=(frozen['teacher'],), rules=teacher.rules,
+        data=prompt_batches(config, teacher),
+        advance=make_advance(steps, frozen, config.critic.updates, config.critic.warmup),
+        words=words, annotate=annotate,
+        pictures=make_pictures(config, teacher, frozen, m))
+
+
+def run(config: Any, workdir: Path, mesh: Mesh) -> None:
+    """Distils, evaluates, and writes ``eval.json`` and ``samples.png``."""
+    from ddmd_jax.metrics import report
+
+    total = report.Stopwatch()
+    teacher = teachers.load(config.teacher.name, config.teacher.path, config.teacher.dtype)
+    task = make_task(config, teacher, mesh)
+    state, seconds = loop.run(task, config, workdir, mesh, teacher.identity)
+    report.final(config, teacher, state.ema, workdir, seconds, total)

@@ -1,0 +1,116 @@
+"""The loop both tasks share: batches in, state forward, numbers, pictures and checkpoints out."""
+
+from __future__ import annotations
+
+import dataclasses
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import grain
+import jax
+from jax.sharding import Mesh
+
+from ddmd_jax import sharding
+from ddmd_jax.train import checkpoint as ckpt, state as st
+from ddmd_jax.train.logs import RunLog, means
+
+
+class DivergedError(RuntimeError):
+    """NaN or Inf in a loss or gradient; the update was not written."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Task:
+    """What a kind of run brings to the loop.
+
+    `make_state(*source)` builds the state at step 0: from nothing, or from frozen weights.
+    `advance` moves the state by one step, calling for as many batches as it needs, and
+    returns device scalars; `finite` among them says whether the update was written.
+    `annotate(intervals logged before, this one)` may add words to what is logged.
+    """
+
+    name: str
+    make_state: Callable[..., st.TrainState]
+    source: tuple[Any, ...]
+    rules: sharding.Rules
+    data: grain.DatasetIterator
+    advance: Callable[[st.TrainState, Callable[[], Any]], tuple[st.TrainState, dict[str, Any]]]
+    words: Callable[[dict[str, float]], str]
+    annotate: Callable[[list[dict[str, Any]], dict[str, float]], dict[str, Any]]
+    pictures: Callable[[st.TrainState, int, RunLog], None]
+
+
+def run(task: Task, config: Any, workdir: Path, mesh: Mesh,
+        identity: str) -> tuple[st.TrainState, float]:
+    """Trains to `config.train.steps`, resuming what `workdir` holds; (state, seconds).
+
+    Raises:
+      CheckpointError: `workdir` holds another run's checkpoints.
+      DivergedError: a loss or gradient stopped being finite.
+    """
+    manifest = ckpt.comparable(config.to_dict()) | {'teacher_identity': identity}
+    checkpoints = ckpt.Checkpoints(workdir, keep=config.checkpoint.keep, manifest=manifest)
+    try:
+        state = _start(task, checkpoints, mesh)
+        start = time.monotonic()
+        state = _train(task, config, workdir, mesh, checkpoints, state)
+        return state, time.monotonic() - start
+    finally:
+        checkpoints.close()
+
+
+def _start(task: Task, checkpoints: ckpt.Checkpoints, mesh: Mesh) -> st.TrainState:
+    if checkpoints.latest is None:
+        return st.create(task.make_state, task.rules, mesh, *task.source)
+    abstract, shardings = st.abstract_and_shardings(
+        task.make_state, task.rules, mesh, *task.source)
+    return checkpoints.restore(abstract, shardings, task.data)
+
+
+def _train(task: Task, config: Any, workdir: Path, mesh: Mesh, checkpoints: ckpt.Checkpoints,
+           state: st.TrainState) -> st.TrainState:
+    step, total = int(state.step), config.train.steps
+    log = RunLog(workdir, step, total, task.name)
+    if step:
+        log.say(f'resumed {workdir} at step {step}')
+    next_batch = lambda: sharding.put_batch(next(task.data), mesh)
+    pending: list[dict[str, Any]] = []
+    try:
+        if step == 0:
+            task.pictures(state, 0, log)
+        while step < total:
+            state, metrics = task.advance(state, next_batch)
+            # Looked at one step late, so that the host never waits for the device.
+            if pending:
+                _must_be_finite(pending[-1], step, checkpoints)
+            pending.append(metrics)
+            step += 1
+            log.tick(step)
+            last = step == total
+            if last or step % config.log.every == 0:
+                _must_be_finite(metrics, step, checkpoints)
+                values = task.annotate(log.history, means(pending))
+                log.scalars(step, values, task.words(values))
+                pending = []
+            if last or step % config.log.images_every == 0:
+                task.pictures(state, step, log)
+            if last or step % config.checkpoint.every == 0:
+                _must_be_finite(metrics, step, checkpoints)
+                checkpoints.save(step, state, task.data)
+        checkpoints.wait()
+        return state
+    finally:
+        log.close()
+
+
+def _must_be_finite(metrics: dict[str, Any], step: int, checkpoints: ckpt.Checkpoints) -> None:
+    if bool(metrics['finite']):
+        return
+    checkpoints.wait()
+    kept = 'no checkpoint had been written yet' if checkpoints.latest is None else (
+        f'the last good checkpoint, step {checkpoints.latest}, is kept')
+    bad = [k for k, v in jax.device_get(metrics).items() if v != v or abs(v) == float('inf')]
+    raise DivergedError(f'step {step}: NaN or Inf in {", ".join(bad) or "a gradient"}; that update '
+                        f'was not written and {kept}; lower the learning rate or clip harder')

@@ -1,0 +1,1 @@
+"""How trees of parameters are stored: name maps and safetensors files."""

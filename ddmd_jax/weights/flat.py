@@ -1,0 +1,74 @@
+"""Parameter trees as flat safetensors files: ``a/b/kernel`` names, atomic, no pickle."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+Tree = Any
+
+
+class WeightsError(RuntimeError):
+    """A weights file is absent, damaged, or of another architecture."""
+
+
+def flatten(tree: Tree) -> dict[str, Any]:
+    """Nested dicts to ``{'a/b/c': leaf}``."""
+    leaves = jax.tree_util.tree_flatten_with_path(tree)[0]
+    return {jax.tree_util.keystr(p, simple=True, separator='/'): x for p, x in leaves}
+
+
+def unflatten(flat: dict[str, Any]) -> Tree:
+    """Inverse of `flatten` for nested dicts with string keys."""
+    tree: dict[str, Any] = {}
+    for name, leaf in flat.items():
+        *parents, last = name.split('/')
+        node = tree
+        for parent in parents:
+            node = node.setdefault(parent, {})
+        node[last] = leaf
+    return tree
+
+
+def save(path: Path, tree: Tree, metadata: dict[str, str], dtype: Any = None) -> None:
+    """Writes `tree`, cast to `dtype` if given, through a temporary file and a rename."""
+    import safetensors.flax
+
+    cast = lambda x: jnp.asarray(x, dtype or x.dtype)
+    scratch = path.with_suffix('.tmp')
+    safetensors.flax.save_file({k: cast(v) for k, v in flatten(tree).items()}, scratch, metadata)
+    os.replace(scratch, path)
+
+
+def load(path: Path, restore_hint: str) -> tuple[Tree, dict[str, str]]:
+    """Reads ``(tree of fp32 numpy arrays, metadata)``.
+
+    Raises:
+      WeightsError: the file is missing or truncated; the message names it and the cure.
+    """
+    import safetensors
+
+    if not path.is_file():
+        raise WeightsError(f'weights missing: {path}; {restore_hint}')
+    try:
+        with safetensors.safe_open(path, framework='flax') as f:
+            flat = {k: np.asarray(f.get_tensor(k).astype(jnp.float32)) for k in f.keys()}  # noqa: SIM118  (not a dict)
+            return unflatten(flat), dict(f.metadata() or {})
+    except safetensors.SafetensorError as e:
+        raise WeightsError(f'weights damaged: {path} ({e}); {restore_hint}') from e
+
+
+def identity(tree: Tree) -> str:
+    """Sixteen hex digits that name these weights: sha256 over names, shapes and bytes."""
+    digest = hashlib.sha256()
+    for name, leaf in sorted(flatten(tree).items()):
+        array = np.asarray(leaf)
+        digest.update(f'{name}{array.shape}{array.dtype}'.encode())
+        digest.update(array.tobytes())
+    return digest.hexdigest()[:16]

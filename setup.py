@@ -1,0 +1,36 @@
+"""Package metadata; tool settings are in pyproject.toml."""
+
+import re
+from pathlib import Path
+
+from setuptools import find_packages, setup
+
+HERE = Path(__file__).parent
+VERSION = re.search(r'__version__ = "(.+)"', (HERE / 'ddmd_jax/__init__.py').read_text())[1]
+
+setup(
+    name='ddmd_jax',
+    version=VERSION,
+    description='Decoupled DMD (arXiv 2511.22677) in JAX: few-step, guidance-free generators.',
+    long_description=(HERE / 'README.md').read_text(),
+    long_description_content_type='text/markdown',
+    license='Apache-2.0',
+    packages=find_packages(include=['ddmd_jax', 'ddmd_jax.*']),
+    package_data={'ddmd_jax': ['data/files/**/*']},
+    python_requires='>=3.11',
+    install_requires=[
+        'jax>=0.10', 'flax>=0.12.8', 'optax>=0.2.8', 'orbax-checkpoint>=0.12.8', 'grain>=0.2.18',
+        'ml_collections>=1.1', 'tensorflow-datasets>=4.9.10', 'importlib_resources',
+        'transformers>=5.0', 'tokenizers>=0.22', 'safetensors>=0.6', 'absl-py', 'numpy',
+        'pillow>=10.1', 'scikit-image>=0.24', 'tensorboardX>=2.6', 'tqdm',
+    ],
+    extras_require={
+        'tpu': ['jax[tpu]>=0.10'],
+        'cuda': ['jax[cuda13]>=0.10'],
+        'test': ['pytest>=8', 'hypothesis>=6', 'ruff'],
+        # Parity with the published PyTorch implementation; heavy, so not part of `test`.
+        'parity': ['torch>=2.6', 'diffusers>=0.36', 'accelerate'],
+        # The emoji metrics need nothing beyond the base; metrics that do will stand here.
+        'eval': [],
+    },
+)

@@ -1,0 +1,245 @@
+"""Every wrong field of a config is named, with its value and what is allowed, all at once."""
+
+import functools
+import importlib.util
+from pathlib import Path
+
+import pytest
+
+from ddmd_jax import config as config_lib
+from ddmd_jax.schedules import SCHEDULES
+
+CONFIGS = Path(__file__).resolve().parents[1] / 'configs'
+
+
+def load(name, *args):
+    """``get_config(*args)`` of a file of ``configs/``."""
+    spec = importlib.util.spec_from_file_location(name, CONFIGS / f'{name}.py')
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module.get_config(*args)
+
+
+def changed(name, fields):
+    """A shipped config with dotted `fields` replaced, whatever their type was."""
+    config = load(name)
+    with config.ignore_type():
+        for path, value in fields.items():
+            *sections, key = path.split('.')
+            functools.reduce(lambda section, name: section[name], sections, config)[key] = value
+    return config
+
+
+@pytest.mark.parametrize('name', sorted(path.stem for path in CONFIGS.glob('*.py')))
+def test_shipped_configs_are_valid(name):
+    assert config_lib.validate(load(name)) == []
+    config_lib.check(load(name))
+
+
+@pytest.mark.parametrize('schedule', SCHEDULES)
+def test_the_papers_schedules_are_valid(schedule):
+    assert config_lib.validate(load('emoji', schedule)) == []
+
+
+DISTILL = [
+    ('task', 'distil', "did you mean 'distill'?"),
+    ('seed', -1, 'at least 0'),
+    ('seed', 0.0, 'a whole number'),
+    ('seed', True, 'a whole number'),
+    ('teacher.name', 'emojy', "did you mean 'emoji'?"),
+    ('teacher.path', None, 'a string'),
+    ('teacher.dtype', 'bfloat61', "'float32' or 'bfloat16'; did you mean 'bfloat16'?"),
+    ('student.steps', 0, 'at least 1 and at most 64'),
+    ('student.steps', 65, 'at most 64'),
+    ('student.steps', 2.0, 'a whole number'),
+    ('student.ema', 1.0, 'below 1'),
+    ('student.ema_ramp', 1, 'True or False'),
+    ('student.sampler', 'renoised', "did you mean 'renoise'?"),
+    ('critic.updates', 0, 'at least once per generator update'),
+    ('critic.updates', 0.5, 'at least once per generator update'),
+    ('critic.warmup', -1, 'at least 0'),
+    ('critic.weighting', 'x', "'velocity' or 'clean'"),
+    ('critic.tau', (0.0, 1.0), 'no noise left to normalise by'),
+    ('method.schedule', 'decoupled_hybird', "did you mean 'decoupled_hybrid'?"),
+    ('method.alpha', 1.0, 'alpha = 1 makes CA zero'),
+    ('method.alpha', 0.5, 'the guidance scale, not alpha - 1'),
+    ('method.alpha', float('nan'), 'must be a number'),
+    ('method.alpha', '4', 'must be a number'),
+    ('method.weight_ca', -1.0, 'at least 0'),
+    ('method.tau_ca', (0.5, 0.5), '0 <= low < high <= 0.999'),
+    ('method.tau_ca', (-0.1, 0.5), '0 <= low'),
+    ('method.tau_ca', (0.0, 0.9995), 'no noise left'),
+    ('method.tau_ca', 0.9, 'two numbers'),
+    ('method.tau_ca', (0.0, 0.5, 0.9), 'two numbers'),
+    ('method.tau_ca', (False, 0.9), 'two numbers'),
+    ('method.tau_ca', (0.0, 0.75), 'must be above 0.75, the pre-shift time of the last of 4'),
+    ('method.normaliser', 'per_tern', "did you mean 'per_term'?"),
+    ('method.floor', 0.0, 'above 0'),
+    ('method.shift', 0.0, "None or a number above 0: None takes the teacher's"),
+    ('data.name', 'laion', "must be 'emoji'"),
+    ('data.global_batch', 30, 'steps not dividing; the next batch that does: 32'),
+    ('data.global_batch', 0, 'at least 1'),
+    ('data.white_repeat', 0, 'at least 1'),
+    ('optim.student.name', 'adam', "did you mean 'adamw'?"),
+    ('optim.critic.name', 'sgd', 'any other: give a chain'),
+    ('optim.critic.lr', 0.0, 'above 0'),
+    ('optim.student.b1', 1.0, 'at least 0 and below 1'),
+    ('optim.student.b2', 0.0, 'above 0 and below 1'),
+    ('optim.student.eps', 0.0, 'above 0'),
+    ('optim.student.weight_decay', -0.1, 'at least 0'),
+    ('optim.student.clip', -1.0, 'at least 0: 0 is off'),
+    ('optim.student.warmup', 0.5, 'a whole number'),
+    ('optim.student.decay', 1.5, 'at most 1'),
+    ('optim.student.chain', 'sgd', 'a sequence of (name in optax'),
+    ('optim.student.chain', ('sgd',), 'a sequence of (name in optax'),
+    ('optim.student.chain', (('adamm', {}),), "no attribute 'adamm'"),
+    ('optim.student.chain', (('sgd', {'lr': 1.0}),), "unexpected keyword argument 'lr'"),
+    ('optim.student.chain', (('constant_schedule', {'value': 1.0}),), 'not a gradient transf'),
+    ('train.steps', 0, 'at least 1'),
+    ('train.accumulate', 0, 'at least 1'),
+    ('mesh.fsdp', 0, 'at least 1, or -1'),
+    ('checkpoint.every', 0, 'at least 1'),
+    ('checkpoint.keep', 0, 'at least 1'),
+    ('log.every', 0, 'at least 1'),
+    ('eval.prompts', 0, 'at least 1'),
+    ('eval.held_out', 0, 'at least 1'),
+    ('eval.batch', True, 'at least 1'),
+    ('eval.teacher_steps', 0, 'at least 1'),
+    ('eval.guidance', 0.0, 'at least 1: 1 is no guidance'),
+    ('eval.solver', 'hein', "did you mean 'heun'?"),
+    ('method', 3, 'a section with schedule, alpha'),
+    ('train.steps', {'total': 3}, 'a whole number'),
+]
+
+
+@pytest.mark.parametrize(('field', 'value', 'fragment'), DISTILL)
+def test_one_wrong_field_of_a_distillation(field, value, fragment):
+    (line,) = config_lib.validate(changed('emoji', {field: value}))
+    assert line.startswith(f'{field}: {value!r}, ')
+    assert fragment in line
+
+
+@pytest.mark.parametrize(('field', 'value', 'fragment'), [
+    ('task', 'train', "'distill' or 'pretrain'"),
+    ('teacher.name', 'lumina', "must be 'emoji'"),
+    ('method.dropout', 1.0, 'below 1'),
+    ('method.time_mean', None, 'a number'),
+    ('method.time_std', 0.0, 'above 0'),
+    ('teacher.model.denoiser.hidden_size', 190, 'must be a multiple of num_attention_heads'),
+    ('teacher.model.denoiser.num_layers', 6.0, 'a whole number'),
+    ('teacher.model.denoiser.axes_dim_rope', (16, 16), 'three even whole numbers'),
+    ('teacher.model.denoiser.dtype', 'fp16', "'float32' or 'bfloat16'"),
+    ('teacher.model.denoiser.hiden_size', 192, 'did you mean teacher.model.denoiser.hidden_size?'),
+    ('teacher.model.text.dim', 96, "the denoiser's cap_feat_dim = 128"),
+    ('teacher.model.text', (), 'a section with vocab_size'),
+    ('student.steps', 4, 'no such field'),
+])
+def test_one_wrong_field_of_a_pretraining(field, value, fragment):
+    (line,) = config_lib.validate(changed('emoji_teacher', {field: value}))
+    assert line.startswith(f'{field}: {value!r}, ')
+    assert fragment in line
+
+
+def test_nextdits_own_errors_are_passed_on():
+    fields = {'teacher.model.denoiser.axes_dim_rope': (16, 16, 32)}
+    (line,) = config_lib.validate(changed('emoji_teacher', fields))
+    assert 'axes_dim_rope (16, 16, 32) must sum to the head size 48' in line
+
+
+def test_many_wrong_fields_are_reported_at_once():
+    config = changed('emoji', {
+        'seed': -1, 'critic.updates': 0, 'method.alpha': 1.0, 'data.global_batch': 31})
+    with pytest.raises(config_lib.ConfigError) as caught:
+        config_lib.check(config)
+    head, *lines = str(caught.value).splitlines()
+    assert head == 'config: 4 fields are wrong'
+    assert sorted(line.split(':')[0] for line in lines) == [
+        'critic.updates', 'data.global_batch', 'method.alpha', 'seed']
+
+
+def test_one_is_not_many():
+    with pytest.raises(config_lib.ConfigError, match='^config: 1 field is wrong\nseed: -1, '):
+        config_lib.check(changed('emoji', {'seed': -1}))
+
+
+@pytest.mark.parametrize(('field', 'nearest'), [
+    ('method.weigth_ca', 'method.weight_ca'),
+    ('alpha', 'method.alpha'),
+    ('critics', 'critic'),
+    ('optim.student.weight_deacy', 'optim.student.weight_decay'),
+])
+def test_an_unknown_field_is_told_the_nearest(field, nearest):
+    (line,) = config_lib.validate(changed('emoji', {field: 1.0}))
+    assert line == f'{field}: 1.0, but there is no such field; did you mean {nearest}?'
+
+
+def test_an_unknown_field_like_no_other_is_told_the_known_ones():
+    (line,) = config_lib.validate(changed('emoji', {'teacher.xyz': 1}))
+    assert line.endswith('known here: name, path, dtype')
+
+
+def test_a_renamed_field_is_one_mistake():
+    config = changed('emoji', {'method.alhpa': 4.0})
+    del config.method['alpha']
+    (line,) = config_lib.validate(config)
+    assert 'did you mean method.alpha?' in line
+
+
+def test_missing_fields_and_sections():
+    config = load('emoji')
+    del config.method['alpha'], config['critic']
+    lines = config_lib.validate(config)
+    assert sorted(lines) == ['critic: missing, must be a section with updates, warmup, '
+                             'weighting, tau', 'method.alpha: missing, must be a number']
+
+
+@pytest.mark.parametrize('fields', [
+    {'method.alpha': 1, 'method.weight_ca': 0.0},
+    {'method.alpha': 5, 'method.weight_dm': 0},
+    {'method.shift': 3},
+    {'method.tau_ca': [0.0, 0.9]},
+    {'method.tau_dm': (0.0, 0.5)},
+    {'method.tau_ca': (0.0, 0.5), 'method.schedule': 'decoupled_full'},
+    {'student.steps': 1, 'data.global_batch': 7},
+    {'student.steps': 64, 'data.global_batch': 64, 'method.tau_ca': (0, 0.99)},
+    {'optim.student.chain': [('clip_by_global_norm', {'max_norm': 1.0}),
+                             ('sgd', {'learning_rate': 0.1})], 'optim.student.name': 'mine'},
+    {'optim.student.clip': 0, 'optim.student.warmup': 5, 'optim.student.decay': 1},
+    {'mesh.data': 1, 'mesh.fsdp': -1},
+])
+def test_unusual_but_right(fields):
+    assert config_lib.validate(changed('emoji', fields)) == []
+
+
+@pytest.mark.parametrize(('fields', 'start', 'fragment'), [
+    ({'method.weight_ca': 0.0, 'method.weight_dm': 0.0}, 'method.weight_ca: 0.0, must be above 0',
+     'while method.weight_dm is 0'),
+    ({'method.schedule': 'decoupled_constrained', 'method.tau_dm': (0.0, 0.5)},
+     'method.tau_dm: (0.0, 0.5), its upper end', 'above 0.75'),
+    ({'student.steps': 64, 'data.global_batch': 64}, 'method.tau_ca: (0.0, 0.98)', 'above 0.9844'),
+    ({'train.accumulate': 3}, 'data.global_batch: 32, must be a multiple',
+     'student.steps * train.accumulate = 4 * 3: steps not dividing; the next batch that does: 36'),
+    ({'mesh.tensor': -1}, 'mesh.data: -1', 'only one of data, fsdp, tensor may be -1'),
+])
+def test_fields_that_do_not_go_together(fields, start, fragment):
+    (line,) = config_lib.validate(changed('emoji', fields))
+    assert line.startswith(start)
+    assert fragment in line
+
+
+def test_defaults_of_the_architecture_may_be_left_out():
+    config = load('emoji_teacher')
+    del config.teacher.model.denoiser['unroll'], config.teacher.model.text['num_layers']
+    assert config_lib.validate(config) == []
+    del config.teacher.model.denoiser['num_kv_heads']  # the default, 8, does not fit 4 heads
+    (line,) = config_lib.validate(config)
+    assert 'num_attention_heads must be a multiple of num_kv_heads' in line
+
+
+def test_a_field_reference_and_a_frozen_config_are_read_as_values():
+    from ml_collections import FrozenConfigDict
+
+    config = load('emoji')
+    config.eval.guidance = config.method.get_ref('alpha')
+    assert config_lib.validate(config) == []
+    assert config_lib.validate(FrozenConfigDict(config)) == []

@@ -1,0 +1,154 @@
+"""The real loop end to end, at toy size: train, resume, refuse, diverge, evaluate."""
+
+import json
+
+import jax
+import numpy as np
+import pytest
+import tiny
+
+from ddmd_jax import main, sharding, teachers
+from ddmd_jax.config import check
+from ddmd_jax.data import tokenizer
+from ddmd_jax.teachers import emoji
+from ddmd_jax.train import checkpoint, distill, loop
+
+pytestmark = pytest.mark.usefixtures('quick_compile')
+
+# The teacher's text encoder must know every word of the shipped tokenizer.
+TOY = {'denoiser': tiny.MODEL['denoiser'],
+       'text': tiny.MODEL['text'] | {'vocab_size': tokenizer.load().get_vocab_size(),
+                                     'max_length': 10}}
+ROW = ['name', 'steps', 'evaluations', 'guidance', 'glyph_match', 'glyph_match_held_out',
+       'background_match', 'frechet', 'colour_error', 'variance']
+HEALTH = {'dm_rel_gap', 'dm_cos', 'dm_to_ca', 'x_std', 'saturation', 'floor_hit_ca',
+          'floor_hit_dm', 'fake_loss', 'grad_norm', 'critic_grad_norm', 'health'}
+
+
+@pytest.fixture(scope='module')
+def weights(tmp_path_factory):
+    path = tmp_path_factory.mktemp('teacher') / 'toy.safetensors'
+    emoji.save(path, TOY, tiny.random_params(TOY, 0), steps=0)
+    return path
+
+
+def toy_config(weights, steps, schedule='decoupled_hybrid'):
+    config = tiny.load_config('emoji', schedule)
+    config.teacher.path = str(weights)
+    config.train.steps, config.data.global_batch = steps, 4
+    config.checkpoint.every, config.log.every, config.log.images_every = 2, 1, 100
+    config.eval.update({'prompts': 3, 'held_out': 3, 'batch': 4, 'teacher_steps': 2})
+    check(config)
+    return config
+
+
+def trained(config, workdir):
+    """The state `config` leaves in `workdir`, without the evaluation."""
+    mesh = sharding.make_mesh(config.mesh, jax.devices()[:1])
+    teacher = teachers.load('emoji', config.teacher.path)
+    task = distill.make_task(config, teacher, mesh)
+    return loop.run(task, config, workdir, mesh, teacher.identity)[0]
+
+
+def lines(workdir):
+    return [json.loads(x) for x in (workdir / 'metrics.jsonl').read_text().splitlines()]
+
+
+@pytest.fixture(scope='module')
+def finished(weights, tmp_path_factory, quick_compile):
+    """A run of two steps through `main`, with everything it writes."""
+    workdir = tmp_path_factory.mktemp('run')
+    main.run(toy_config(weights, 2), workdir)
+    return workdir
+
+
+def test_a_run_writes_what_the_contract_says(finished):
+    result = json.loads((finished / 'eval.json').read_text())
+    assert [r['name'] for r in result['rows']] == [
+        'real', 'teacher_guided', 'teacher_few_step', 'student']
+    assert all(list(r) == ROW for r in result['rows'])
+    assert [r['evaluations'] for r in result['rows'][1:]] == [4, 4, 4]
+    assert set(result['seconds']) == {'train', 'total'}
+    assert result['seed'] == 0 and result['config']['method']['schedule'] == 'decoupled_hybrid'
+    logged = lines(finished)
+    assert [x['step'] for x in logged] == [1, 2] and next(iter(logged[0])) == 'step'
+    assert set(logged[0]) >= HEALTH
+    assert (finished / 'samples.png').stat().st_size > 1000
+    assert any((finished / 'tensorboard').iterdir())
+
+
+def test_resuming_is_bitwise_the_uninterrupted_run(weights, tmp_path):
+    whole = trained(toy_config(weights, 4), tmp_path / 'whole')
+    trained(toy_config(weights, 2), tmp_path / 'parts')
+    parts = trained(toy_config(weights, 4), tmp_path / 'parts')
+    assert int(parts.step) == 4 and int(parts.critic_step) == 8
+    for a, b in zip(jax.tree.leaves(whole), jax.tree.leaves(parts), strict=True):
+        np.testing.assert_array_equal(np.asarray(a), np.asarray(b))
+    strip = lambda rows: [{k: v for k, v in r.items()} for r in rows]
+    assert strip(lines(tmp_path / 'whole')) == strip(lines(tmp_path / 'parts'))
+
+
+def test_a_checkpoint_of_another_config_is_refused_by_field(weights, finished):
+    config = toy_config(weights, 4)
+    config.method.alpha = 9.0
+    config.log.every = 7  # may differ
+    with pytest.raises(checkpoint.CheckpointError, match=r'method\.alpha: 4\.0 -> 9\.0') as e:
+        trained(config, finished)
+    assert 'log.every' not in str(e.value)
+    assert len(str(e.value).splitlines()) == 1
+
+
+def test_a_truncated_checkpoint_is_named(weights, tmp_path):
+    trained(toy_config(weights, 2), tmp_path)
+    manifest = next((tmp_path / 'checkpoints' / '2' / 'manifest').rglob('metadata'))
+    manifest.write_text('{')
+    with pytest.raises(checkpoint.CheckpointError, match='checkpoints/2'):
+        trained(toy_config(weights, 4), tmp_path)
+
+
+def test_divergence_stops_and_keeps_the_last_good_checkpoint(weights, tmp_path):
+    trained(toy_config(weights, 2), tmp_path)
+    config = toy_config(weights, 8)
+    mesh = sharding.make_mesh(config.mesh, jax.devices()[:1])
+    teacher = teachers.load('emoji', config.teacher.path)
+    task = distill.make_task(config, teacher, mesh)
+
+    def poisoned(state, next_batch):
+        def batch():
+            cond = next_batch()
+            return cond | {'embeds': cond['embeds'] * np.nan} if int(state.step) == 3 else cond
+        return task.advance(state, batch)
+
+    bad = loop.dataclasses.replace(task, advance=poisoned)
+    with pytest.raises(loop.DivergedError, match='step 4.*last good checkpoint, step 2'):
+        loop.run(bad, config, tmp_path, mesh, teacher.identity)
+    state = trained(toy_config(weights, 4), tmp_path)  # nothing was lost: it goes on from 2
+    assert all(np.isfinite(np.asarray(x)).all() for x in jax.tree.leaves(state))
+
+
+@pytest.mark.parametrize('schedule', ['coupled_shared', 'decoupled_full', 'decoupled_constrained'])
+def test_every_schedule_of_the_config_takes_a_step(weights, tmp_path, schedule):
+    state = trained(toy_config(weights, 1, schedule), tmp_path)
+    assert int(state.step) == 1 and int(state.critic_step) == 2
+
+
+def test_critic_warm_up_happens_once(weights, tmp_path):
+    config = toy_config(weights, 1)
+    config.critic.warmup = 3
+    assert int(trained(config, tmp_path).critic_step) == 5
+    config.train.steps = 2
+    assert int(trained(config, tmp_path).critic_step) == 7
+
+
+def test_pretraining_writes_a_teacher_that_loads(tmp_path):
+    config = tiny.load_config('emoji_teacher')
+    config.teacher.model.denoiser.update(TOY['denoiser'])
+    config.teacher.model.text.update(TOY['text'])
+    config.train.steps, config.data.global_batch = 2, 4
+    check(config)
+    main.run(config, tmp_path)
+    teacher = teachers.load('emoji', str(tmp_path / 'teacher.safetensors'))
+    cond = teacher.encode(['red apple', ''])
+    x_hat = teacher.predict_clean(teacher.params, np.zeros((2, *teacher.sample_shape)), 0.5, cond)
+    assert x_hat.shape == (2, 24, 24, 3) and np.isfinite(np.asarray(x_hat)).all()
+    assert lines(tmp_path)[-1]['step'] == 2

@@ -1,0 +1,93 @@
+"""The figures of the table, against closed forms and against real renders."""
+
+import numpy as np
+import pytest
+from hypothesis import given, strategies as some
+
+from ddmd_jax.data import emoji
+from ddmd_jax.metrics import classifier, measures, pictures, report
+
+
+@pytest.fixture(scope='module')
+def real():
+    pairs = emoji.load_pairs()
+    return pairs, pairs.images(np.arange(len(pairs.glyph)))
+
+
+def test_frechet_distance_has_the_closed_form_of_gaussians():
+    rng = np.random.default_rng(0)
+    x = rng.standard_normal((4000, 3))
+    a, b = x * [1, 2, 3], x * [2, 2, 1] + [1, 0, -2]
+    std = x.std(0, ddof=1)
+    # Both share eigenvectors up to sampling, so the distance is that of their standard deviations.
+    assert measures.frechet_distance(a, a) == pytest.approx(0, abs=1e-6)
+    want = ((a.mean(0) - b.mean(0)) ** 2).sum() + ((std * [1, 0, 2]) ** 2).sum()
+    assert measures.frechet_distance(a, b) == pytest.approx(want, rel=0.01)
+
+
+def test_the_judge_knows_real_renders_also_of_pairs_it_never_saw(real):
+    pairs, _ = real
+    accuracy = classifier.accuracies(classifier.load(), pairs)
+    assert accuracy['glyph'] >= 0.99 and accuracy['colour'] >= 0.99
+    assert accuracy['glyph_held_out'] >= 0.98
+
+
+def test_the_judge_rejects_noise_and_other_glyphs(real):
+    pairs, images = real
+    rows = np.arange(0, len(images), 17)
+    glyph, _, _ = classifier.judge_all(classifier.load(), np.roll(images[rows], 1, axis=0))
+    assert (glyph == pairs.glyph[rows]).mean() < 0.05
+
+
+def test_colour_error_is_zero_on_real_and_grows_with_a_cast(real):
+    pairs, images = real
+    rows = np.arange(0, len(images), 13)
+    asked = np.asarray(list(emoji.COLOURS.values()))[pairs.colour[rows]]
+    error = lambda x: measures.colour_error(x, asked)
+    assert error(images[rows]) == pytest.approx(0, abs=0.3)
+    slight = error(images[rows] * 1.1)
+    assert 1 < slight < error(images[rows] * 1.4)
+
+
+def test_the_border_of_every_render_is_plain(real):
+    _, images = real
+    assert measures.BORDER == 2
+    assert np.ptp(images[:, :2], axis=(1, 2)).max() < 1e-5
+
+
+@given(some.floats(0.1, 2.0), some.floats(-0.5, 0.5))
+def test_variance_scales_and_ignores_brightness(gain, lift):
+    x = np.random.default_rng(0).standard_normal((4, 6, 6, 3))
+    want = gain**2 * measures.image_variance(x)
+    assert measures.image_variance(gain * x + lift) == pytest.approx(want, rel=1e-6)
+
+
+def test_evaluation_pairs_are_seen_and_held_out_as_asked(real):
+    pairs, _ = real
+    rows = report.evaluation_rows(pairs, 40, 20, seed=3)
+    assert not pairs.held_out[rows[:40]].any() and pairs.held_out[rows[40:]].all()
+    assert len(set(rows)) == 60
+    np.testing.assert_array_equal(rows, report.evaluation_rows(pairs, 40, 20, seed=3))
+    assert len(report.evaluation_rows(pairs, 1, 5000, 0)) == 5001  # more than there are: repeated
+
+
+def test_generation_gives_each_prompt_its_own_conditioning():
+    cond = {'embeds': np.arange(5, dtype=np.float32)[:, None], 'mask': np.ones((5, 1), bool)}
+    null = {'embeds': np.full((1, 1), 9.0, np.float32), 'mask': np.ones((1, 1), bool)}
+    draw = lambda params, c, n, key: params * c['embeds'] + n['embeds']
+    out = report.generate(draw, 2.0, cond, null, total=5, batch=2, seed=0)
+    np.testing.assert_allclose(out[:, 0], [9, 11, 13, 15, 17])
+
+
+def test_table_and_sheet(tmp_path):
+    row = dict.fromkeys(report.COLUMNS, 0.5) | {'name': 'student', 'steps': 4, 'guidance': None}
+    text = report.table([row])
+    assert 'glyph match' in text.splitlines()[0] and text.splitlines()[1].startswith('student')
+    assert pictures.rows_of_images([np.zeros((3, 4, 4, 3))] * 2).shape == (40, 60, 3)
+    pictures.captioned_sheet(['red apple'], ['a', 'b'], [np.zeros((1, 8, 8, 3))] * 2,
+                             tmp_path / 's.png')
+    assert pictures.Image.open(tmp_path / 's.png').size[1] > 32
+
+
+def test_values_beyond_the_range_are_clipped_not_wrapped():
+    assert pictures.to_uint8(np.asarray([-3.0, -1.0, 1.0, 3.0])).tolist() == [0, 0, 255, 255]
