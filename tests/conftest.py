@@ -21,6 +21,13 @@ hypothesis.settings.register_profile(
 hypothesis.settings.load_profile('gate')
 
 
+@pytest.fixture(scope='session', autouse=True)
+def compile_cache(tmp_path_factory):
+    """Programs that several tests build alike are compiled once a session, never across."""
+    jax.config.update('jax_compilation_cache_dir', str(tmp_path_factory.mktemp('xla')))
+    jax.config.update('jax_persistent_cache_min_compile_time_secs', 0.5)
+
+
 @pytest.fixture(scope='module')
 def quick_compile():
     """Halves compile times by leaving XLA's optimisations out: toy programs run once or twice."""

@@ -7,6 +7,7 @@ import pytest
 
 from ddmd_jax.data import emoji, loader, tokenizer
 from ddmd_jax.sharding import ShardingError, check_batch, make_mesh
+from ddmd_jax.teachers import emoji as teacher
 from ddmd_jax.weights import flat
 
 
@@ -64,6 +65,12 @@ def test_no_caption_is_cut_and_the_null_prompt_is_one_real_token(pairs):
     np.testing.assert_array_equal(mask[:-1].sum(1), lengths)
     assert mask[-1].sum() == 1 and ids[-1, 0] == tokenizer.load().token_to_id(tokenizer.BOS)
     assert len({tuple(i) for i in ids}) == len(captions) + 1
+
+
+def test_contrast_of_real_data_is_what_health_compares_with(pairs):
+    rows = emoji.training_mixture(pairs, 2)
+    std = pairs.images(rows).std(axis=(1, 2, 3)).mean()
+    assert std == pytest.approx(teacher.DATA_STD, abs=2e-3)
 
 
 def test_missing_and_truncated_data_are_named_with_the_cure(tmp_path):

@@ -5,6 +5,7 @@ import pytest
 
 from ddmd_jax.losses.decoupled import Predictions, Update, decoupled_update
 from ddmd_jax.train.diagnostics import (
+    BROKEN,
     CRITIC_LAGS,
     HEALTHY,
     OVER_BAKED,
@@ -122,6 +123,16 @@ def test_recovery_is_believed():
 
 
 @pytest.mark.parametrize('name', sorted(START))
-def test_nan_is_not_healthy(name):
-    """Every comparison with NaN is false: silence must not read as health."""
-    assert verdict(history({}) + [START | {name: float('nan')}])[0] != HEALTHY
+@pytest.mark.parametrize('value', [np.nan, np.inf])
+@pytest.mark.parametrize('before', [0, 1, 8])
+def test_what_is_not_finite_is_not_healthy(name, value, before):
+    """Every comparison with NaN is false: silence must not read as health, however early."""
+    word, reason = verdict([START] * before + [START | {name: value}])
+    assert word == BROKEN and name in reason
+
+
+def test_contrast_is_held_against_real_data_where_it_is_known():
+    steady = [{'dm_rel_gap': 0.1, 'dm_cos': 0.9, 'x_std': 0.6}] * 5
+    assert verdict(steady)[0] == HEALTHY
+    assert verdict(steady, data_std=0.5)[0] == OVER_BAKED
+    assert verdict(steady, data_std=0.6)[0] == HEALTHY

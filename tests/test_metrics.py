@@ -4,6 +4,7 @@ import numpy as np
 import pytest
 from hypothesis import given, strategies as some
 
+from ddmd_jax import summarise
 from ddmd_jax.data import emoji
 from ddmd_jax.metrics import classifier, measures, pictures, report
 
@@ -91,3 +92,12 @@ def test_table_and_sheet(tmp_path):
 
 def test_values_beyond_the_range_are_clipped_not_wrapped():
     assert pictures.to_uint8(np.asarray([-3.0, -1.0, 1.0, 3.0])).tolist() == [0, 0, 255, 255]
+
+
+def test_summary_over_seeds(tmp_path):
+    runs = [{'student': dict.fromkeys(summarise.COLUMNS, v) | {'steps': 4, 'evaluations': 4}}
+            for v in (0.5, 0.7)]
+    last = summarise.table(runs).splitlines()[-1]
+    assert last.startswith('| student | 4 | 4 | 0.600 ± 0.141 |')
+    with pytest.raises(SystemExit, match='not the result of a finished run'):
+        summarise.load(str(tmp_path))

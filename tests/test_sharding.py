@@ -117,10 +117,13 @@ def test_one_device_needs_no_sizes():
 
 
 def test_batches_split_over_data_and_fsdp():
-    """Not over tensor: its devices share their rows."""
+    """Not over tensor, whose devices share their rows; and each part of a batch splits anew."""
     sharding.check_batch(8, MESH)
-    with pytest.raises(ShardingError, match='6 does not divide by the 4 ways.* is 8'):
+    sharding.check_batch(16, MESH, parts=4)
+    with pytest.raises(ShardingError, match='data.global_batch 6 .*next that does is 8$'):
         sharding.check_batch(6, MESH)
+    with pytest.raises(ShardingError, match='data.global_batch 24 .*next that does is 32$'):
+        sharding.check_batch(24, MESH, parts=4)
 
 
 # --- Eight devices (DESIGN: tests 7 and 8) ---

@@ -24,27 +24,31 @@ Array = jax.Array
 
 WEIGHTS = emoji.FILES / 'classifier.safetensors'
 RESTORE_HINT = 'reinstall the package, or train it with `python -m ddmd_jax.prepare classifier`'
-FEATURES = 96
+HIDDEN = 96
 BATCH = 128
 
 
 class Classifier(nnx.Module):
-    """``images [B, 24, 24, 3] -> (glyph logits, colour logits, features [B, 96])``."""
+    """``images [B, 24, 24, 3] -> (glyph logits, colour logits, features [B, 192])``."""
 
     def __init__(self, glyphs: int, colours: int, rngs: nnx.Rngs):
         conv = lambda din, dout, stride: nnx.Conv(
             din, dout, (3, 3), strides=(stride, stride), rngs=rngs)
         self.conv_1, self.conv_2, self.conv_3 = conv(3, 32, 2), conv(32, 64, 2), conv(64, 64, 1)
-        self.dense = nnx.Linear(6 * 6 * 64, FEATURES, rngs=rngs)
-        self.glyph = nnx.Linear(FEATURES, glyphs, rngs=rngs)
-        self.colour = nnx.Linear(FEATURES, colours, rngs=rngs)
+        self.dense = nnx.Linear(6 * 6 * 64, HIDDEN, rngs=rngs)
+        self.glyph = nnx.Linear(HIDDEN, glyphs, rngs=rngs)
+        self.colour = nnx.Linear(HIDDEN, colours, rngs=rngs)
 
     def __call__(self, images: Array) -> tuple[Array, Array, Array]:
-        x = images
-        for conv in (self.conv_1, self.conv_2, self.conv_3):
-            x = jax.nn.gelu(conv(x))
-        features = self.dense(x.reshape(x.shape[0], -1))
-        hidden = jax.nn.gelu(features)
+        fine = jax.nn.gelu(self.conv_1(images))
+        coarse = jax.nn.gelu(self.conv_2(fine))
+        x = jax.nn.gelu(self.conv_3(coarse))
+        dense = self.dense(x.reshape(x.shape[0], -1))
+        hidden = jax.nn.gelu(dense)
+        # What it is (the dense layer, trained to forgive blur) and how it is drawn (the
+        # average answers of the early filters, which do not forgive it).
+        texture = [jnp.mean(layer, axis=(1, 2)) for layer in (fine, coarse)]
+        features = jnp.concatenate([dense, *texture], axis=-1)
         return self.glyph(hidden), self.colour(hidden), features
 
 

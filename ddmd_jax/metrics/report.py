@@ -88,7 +88,7 @@ def generate(draw: Any, params: Any, cond: Any, null: Any, total: int, batch: in
 
 def measure(images: np.ndarray, pairs: emoji.Pairs, rows: np.ndarray, judge: Any,
             reference: np.ndarray) -> dict[str, float]:
-    """Every figure of one row of the table; `reference` are features of all real pairs."""
+    """Every figure of one row of the table; `reference` are features of the same real pairs."""
     glyph, colour, features = classifier.judge_all(judge, images)
     held = pairs.held_out[rows]
     right = glyph == pairs.glyph[rows]
@@ -127,13 +127,14 @@ def evaluate(config: Any, teacher: Teacher, student: Any) -> tuple[list[dict[str
     e = config.eval
     rows = evaluation_rows(pairs, e.prompts, e.held_out, config.seed)
     cond, null = teacher.encode([pairs.caption(i) for i in rows]), teacher.encode([''])
-    _, _, reference = classifier.judge_all(judge, pairs.images(np.arange(len(pairs.glyph))))
     images = {'real': pairs.images(rows)}
+    _, _, reference = classifier.judge_all(judge, images['real'])
     settings = {'real': {'steps': None, 'evaluations': None, 'guidance': None}}
     for name, (setting, draw) in samplers(config, teacher).items():
         params = student if name == 'student' else teacher.params
         latents = generate(draw, params, cond, null, len(rows), e.batch, config.seed)
-        settings[name], images[name] = setting, np.asarray(teacher.decode(latents))
+        # What is judged is what would be shown: clipped to the range of a screen.
+        settings[name], images[name] = setting, np.clip(teacher.decode(latents), -1, 1)
     result = [{'name': name, **settings[name], **measure(x, pairs, rows, judge, reference)}
               for name, x in images.items()]
     return result, (images, pairs, rows)

@@ -21,7 +21,8 @@ class Teacher:
     `predict_clean(params, x_t, t, cond)` takes latents ``[B, H, W, C]``, the paper's times
     ``[B]`` (0 noise, 1 clean, after any shift) and a `Cond`; it returns x_hat in fp32.
     `encode(prompts)` gives the `Cond` of a list of prompts; the empty string is the null
-    prompt. `decode(latents)` gives images in [-1, 1].
+    prompt. `decode(latents)` gives images in [-1, 1]. `data_std` is the mean standard
+    deviation of one real latent, where it is known: what health measures contrast against.
     """
 
     name: str
@@ -33,3 +34,4 @@ class Teacher:
     shift: float
     identity: str
     rules: Rules
+    data_std: float | None = None

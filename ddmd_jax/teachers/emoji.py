@@ -31,6 +31,7 @@ from ddmd_jax.weights import flat
 
 TIME_SCALE = 100.0
 SHIFT = 1.0
+DATA_STD = 0.467  # mean over the distillation mixture; tests/test_data.py measures it
 SHAPE = (data.SIZE, data.SIZE, 3)
 WEIGHTS = data.FILES / 'teacher.safetensors'
 RESTORE_HINT = ('reinstall the package, or train it again with '
@@ -104,7 +105,7 @@ def teacher_from(model: dict[str, Any], params: dict[str, Any]) -> Teacher:
         return encode_in_chunks(functools.partial(encoder, params['text']), ids, mask)
 
     return Teacher('emoji', params['denoiser'], make_denoiser(model), encode, lambda x: x,
-                   SHAPE, SHIFT, flat.identity(params), RULES)
+                   SHAPE, SHIFT, flat.identity(params), RULES, DATA_STD)
 
 
 def encode_in_chunks(encoder, ids: np.ndarray, mask: np.ndarray, chunk: int = 512) -> Cond:

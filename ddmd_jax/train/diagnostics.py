@@ -21,7 +21,7 @@ Array = jax.Array
 REFERENCE = 3  # logged intervals that make up the reference the verdict compares with
 GAP_UP = 1.3  # growth of dm_rel_gap that counts as up
 COS_DOWN = 1.3  # growth of 1 - dm_cos that counts as down
-STD_UP = 1.1  # growth of x_std that counts as up
+STD_UP = 1.1  # x_std above that of real data (or of the start) that counts as up
 HEALTHY, OVER_BAKED, CRITIC_LAGS = 'healthy', 'over-baked', 'critic lags'
 BROKEN = 'broken'  # a figure is NaN or Inf
 
@@ -67,27 +67,30 @@ def health(x_hat: Array, p: Predictions, update: Update, limit: float = 1.0) -> 
     }
 
 
-def verdict(history: Sequence[dict[str, Any]]) -> tuple[str, str]:
+def verdict(history: Sequence[dict[str, Any]],
+            data_std: float | None = None) -> tuple[str, str]:
     """A word and its reason, from logged intervals oldest first.
 
     Compares the last interval with the mean of the first `REFERENCE`: the critic lags when
     the gap to the teacher grows while the predictions turn apart; the student is over-baked
-    when contrast grows beyond its start (with or without a growing gap).
+    when its contrast exceeds that of real data, `data_std`, or if that is not known its start.
     """
+    watched = ('dm_rel_gap', 'dm_cos', 'x_std')
+    unsound = [k for k in watched if history and not math.isfinite(history[-1][k])]
+    if unsound:
+        return BROKEN, f'{", ".join(unsound)} not finite'
     if len(history) <= REFERENCE:
         return HEALTHY, 'too early to tell'
     start = lambda key: sum(h[key] for h in history[:REFERENCE]) / REFERENCE
     now = history[-1]
-    unsound = [k for k in ('dm_rel_gap', 'dm_cos', 'x_std') if not math.isfinite(now[k])]
-    if unsound:
-        return BROKEN, f'{", ".join(unsound)} not finite'
     gap = now['dm_rel_gap'] / max(start('dm_rel_gap'), 1e-8)
     apart = (1 - now['dm_cos']) / max(1 - start('dm_cos'), 1e-8)
-    std = now['x_std'] / max(start('x_std'), 1e-8)
+    std = now['x_std'] / max(data_std or start('x_std'), 1e-8)
+    of = 'that of real data' if data_std else 'that of the start'
     if gap > GAP_UP and apart > COS_DOWN and std <= STD_UP:
         return CRITIC_LAGS, (f'dm_rel_gap x{gap:.2f} and 1 - dm_cos x{apart:.2f} since the start: '
                              'more critic updates or a higher critic lr')
     if std > STD_UP:
-        return OVER_BAKED, (f'x_std x{std:.2f} since the start, dm_rel_gap x{gap:.2f}: stop '
-                            'here, lower alpha, or give the critic more updates')
-    return HEALTHY, f'dm_rel_gap x{gap:.2f}, x_std x{std:.2f} since the start'
+        return OVER_BAKED, (f'x_std is x{std:.2f} {of}, dm_rel_gap x{gap:.2f} since the start: '
+                            'stop here, lower alpha, or give the critic more updates')
+    return HEALTHY, f'dm_rel_gap x{gap:.2f} since the start, x_std x{std:.2f} {of}'

@@ -73,10 +73,13 @@ def make_advance(steps: Steps, frozen: Any, updates: int, warmup: int) -> Callab
     return advance
 
 
-def annotate(history: Sequence[dict[str, Any]], values: dict[str, Any]) -> dict[str, Any]:
+def make_annotate(data_std: float | None) -> Callable:
     """Adds the health verdict to a logged interval, given those before it."""
-    word, reason = diagnostics.verdict([*history, values])
-    return values | {'health': word, 'health_reason': reason}
+    def annotate(history: Sequence[dict[str, Any]], values: dict[str, Any]) -> dict[str, Any]:
+        word, reason = diagnostics.verdict([*history, values], data_std)
+        return values | {'health': word, 'health_reason': reason}
+
+    return annotate
 
 
 def words(v: dict[str, Any]) -> str:
@@ -128,7 +131,7 @@ def make_task(config: Any, teacher: teachers.Teacher, mesh: Mesh) -> loop.Task:
         name='distill', make_state=make_from, source=(frozen['teacher'],), rules=teacher.rules,
         data=prompt_batches(config, teacher),
         advance=make_advance(steps, frozen, config.critic.updates, config.critic.warmup),
-        words=words, annotate=annotate,
+        words=words, annotate=make_annotate(teacher.data_std),
         pictures=make_pictures(config, teacher, frozen, m))
 
 
