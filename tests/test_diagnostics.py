@@ -136,3 +136,10 @@ def test_contrast_is_held_against_real_data_where_it_is_known():
     assert verdict(steady)[0] == HEALTHY
     assert verdict(steady, data_std=0.5)[0] == OVER_BAKED
     assert verdict(steady, data_std=0.6)[0] == HEALTHY
+
+
+def test_a_gap_that_grew_from_nothing_but_is_small_is_no_lag():
+    """Critic and teacher start equal: the first gaps are near 0 and every healthy run's grow."""
+    start = [{'dm_rel_gap': 0.02, 'dm_cos': 0.9999, 'x_std': 0.5}] * REFERENCE
+    assert verdict([*start, {'dm_rel_gap': 0.06, 'dm_cos': 0.998, 'x_std': 0.5}])[0] == HEALTHY
+    assert verdict([*start, {'dm_rel_gap': 0.4, 'dm_cos': 0.9, 'x_std': 0.5}])[0] == CRITIC_LAGS

@@ -20,6 +20,7 @@ Array = jax.Array
 
 REFERENCE = 3  # logged intervals that make up the reference the verdict compares with
 GAP_UP = 1.3  # growth of dm_rel_gap that counts as up
+GAP_LARGE = 0.25  # dm_rel_gap below this is small, however much it grew: it starts at 0
 COS_DOWN = 1.3  # growth of 1 - dm_cos that counts as down
 STD_UP = 1.1  # x_std above that of real data (or of the start) that counts as up
 HEALTHY, OVER_BAKED, CRITIC_LAGS = 'healthy', 'over-baked', 'critic lags'
@@ -87,7 +88,8 @@ def verdict(history: Sequence[dict[str, Any]],
     apart = (1 - now['dm_cos']) / max(1 - start('dm_cos'), 1e-8)
     std = now['x_std'] / max(data_std or start('x_std'), 1e-8)
     of = 'that of real data' if data_std else 'that of the start'
-    if gap > GAP_UP and apart > COS_DOWN and std <= STD_UP:
+    grown = gap > GAP_UP and now['dm_rel_gap'] > GAP_LARGE
+    if grown and apart > COS_DOWN and std <= STD_UP:
         return CRITIC_LAGS, (f'dm_rel_gap x{gap:.2f} and 1 - dm_cos x{apart:.2f} since the start: '
                              'more critic updates or a higher critic lr')
     if std > STD_UP:
