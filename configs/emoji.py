@@ -5,16 +5,19 @@
 
 The argument after the colon is one of the paper's four schedules (its Table 1). Sources: the
 schedule, Algorithm 1 and per-term normalisation are the paper's and its authors' answers;
-beta1 = 0 and the two-time-scale ratio are common practice; learning rates and alpha were
-chosen here, at this size.
+the two-time-scale ratio is common practice. Chosen here, at this size: alpha is small because
+each prompt has one right picture, so that conditional and unconditional prediction lie far
+apart and CA is strong as it is (at alpha = 4 contrast grows by a fifth in 30 updates); learning
+rates are low and beta1 = .9 because this teacher is nearly right in 4 steps already, and a
+noisier update costs it more than guidance gains (lr 2e-4, beta1 = 0: washed-out backgrounds).
 """
 
 from ml_collections import ConfigDict, config_dict
 
 
 def get_config(schedule: str = 'decoupled_hybrid') -> ConfigDict:
-    adamw = {'name': 'adamw', 'b1': 0.0, 'b2': 0.99, 'eps': 1e-8, 'weight_decay': 0.0,
-             'clip': 1.0, 'warmup': 0, 'decay': 0.0, 'chain': ()}
+    adamw = {'name': 'adamw', 'b1': 0.9, 'b2': 0.99, 'eps': 1e-8, 'weight_decay': 0.0,
+             'clip': 1.0, 'warmup': 0, 'decay': 0.5, 'chain': ()}
     return ConfigDict({
         'task': 'distill',
         'seed': 0,
@@ -22,16 +25,16 @@ def get_config(schedule: str = 'decoupled_hybrid') -> ConfigDict:
         'student': {'steps': 4, 'ema': 0.98, 'ema_ramp': True, 'sampler': 'renoise'},
         'critic': {'updates': 2, 'warmup': 0, 'weighting': 'velocity', 'tau': (0.0, 0.98)},
         'method': {
-            'schedule': schedule, 'alpha': 4.0, 'weight_ca': 1.0, 'weight_dm': 1.0,
+            'schedule': schedule, 'alpha': 1.5, 'weight_ca': 1.0, 'weight_dm': 1.0,
             'tau_ca': (0.0, 0.98), 'tau_dm': (0.0, 0.98), 'normaliser': 'per_term',
             'floor': 0.02, 'shift': config_dict.placeholder(float),
         },
-        'data': {'name': 'emoji', 'global_batch': 32, 'white_repeat': 2},
-        'optim': {'student': {**adamw, 'lr': 2e-4}, 'critic': {**adamw, 'lr': 4e-4}},
-        'train': {'steps': 80, 'accumulate': 1},
+        'data': {'name': 'emoji', 'global_batch': 64, 'white_repeat': 2},
+        'optim': {'student': {**adamw, 'lr': 6e-6}, 'critic': {**adamw, 'lr': 2e-5}},
+        'train': {'steps': 40, 'accumulate': 1},
         'mesh': {'data': -1, 'fsdp': 1, 'tensor': 1},
-        'checkpoint': {'every': 40, 'keep': 2},
-        'log': {'every': 5, 'images_every': 40},
+        'checkpoint': {'every': 20, 'keep': 2},
+        'log': {'every': 5, 'images_every': 20},
         'eval': {'prompts': 256, 'held_out': 128, 'batch': 128, 'teacher_steps': 50,
                  'guidance': 4.0, 'solver': 'euler'},
     })

@@ -143,7 +143,7 @@ def test_one_wrong_field_of_a_pretraining(field, value, fragment):
 def test_nextdits_own_errors_are_passed_on():
     fields = {'teacher.model.denoiser.axes_dim_rope': (16, 16, 32)}
     (line,) = config_lib.validate(changed('emoji_teacher', fields))
-    assert 'axes_dim_rope (16, 16, 32) must sum to the head size 48' in line
+    assert 'axes_dim_rope (16, 16, 32) must be even numbers that sum to the head size 48' in line
 
 
 def test_many_wrong_fields_are_reported_at_once():
