@@ -217,8 +217,8 @@ def test_unusual_but_right(fields):
     ({'method.schedule': 'decoupled_constrained', 'method.tau_dm': (0.0, 0.5)},
      'method.tau_dm: (0.0, 0.5), its upper end', 'above 0.75'),
     ({'student.steps': 64, 'data.global_batch': 64}, 'method.tau_ca: (0.0, 0.98)', 'above 0.9844'),
-    ({'train.accumulate': 3}, 'data.global_batch: 32, must be a multiple',
-     'student.steps * train.accumulate = 4 * 3: steps not dividing; the next batch that does: 36'),
+    ({'train.accumulate': 3}, 'data.global_batch: 64, must be a multiple',
+     'student.steps * train.accumulate = 4 * 3: steps not dividing; the next batch that does: 72'),
     ({'mesh.tensor': -1}, 'mesh.data: -1', 'only one of data, fsdp, tensor may be -1'),
 ])
 def test_fields_that_do_not_go_together(fields, start, fragment):
