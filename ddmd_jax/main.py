@@ -10,7 +10,7 @@ import os
 import sys
 from pathlib import Path
 
-from absl import app, flags
+from absl import app, flags, logging
 from ml_collections import config_flags
 
 _CONFIG = config_flags.DEFINE_config_file('config', None, 'A file of configs/.', lock_config=True)
@@ -49,6 +49,8 @@ def run(config, workdir: Path) -> None:
 
 
 def main(argv: list[str]) -> None:
+    if flags.FLAGS['verbosity'].using_default_value:
+        logging.set_verbosity(logging.WARNING)  # libraries' chatter hides the progress bar
     if len(argv) > 1:
         sys.exit(f'main: unexpected argument {argv[1]!r}; flags look like --config.field=value')
     if _CONFIG.value is None:
