@@ -49,7 +49,7 @@ def run(config, workdir: Path) -> None:
 
 
 def main(argv: list[str]) -> None:
-    if flags.FLAGS['verbosity'].using_default_value:
+    if not flags.FLAGS['verbosity'].present:
         logging.set_verbosity(logging.WARNING)  # libraries' chatter hides the progress bar
     if len(argv) > 1:
         sys.exit(f'main: unexpected argument {argv[1]!r}; flags look like --config.field=value')
