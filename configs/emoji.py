@@ -7,9 +7,9 @@ The argument after the colon is one of the paper's four schedules (its Table 1).
 schedule, Algorithm 1 and per-term normalisation are the paper's and its authors' answers;
 the two-time-scale ratio is common practice. Chosen here, at this size: alpha is small because
 each prompt has one right picture, so that conditional and unconditional prediction lie far
-apart and CA is strong as it is (at alpha = 4 contrast grows by a fifth in 30 updates); learning
+apart and CA is strong as it is (larger values over-saturated); learning
 rates are low and beta1 = .9 because this teacher is nearly right in 4 steps already, and a
-noisier update costs it more than guidance gains (lr 2e-4, beta1 = 0: washed-out backgrounds).
+noisier update costs it more than guidance gains (at 2e-4 and beta1 = 0 backgrounds washed out).
 """
 
 from ml_collections import ConfigDict, config_dict

@@ -20,7 +20,7 @@ REMAT_POLICIES: dict[str, Any] = {
 class Linear(nnx.Linear):
     """`nnx.Linear` that can fold all leading axes into one before the product.
 
-    XLA's CPU backend runs the gradient of a ``[B, S, D]`` product a third slower than that of
+    XLA's CPU backend runs the gradient of a ``[B, S, D]`` product slower than that of
     the same product as ``[B * S, D]``; on a mesh that shards S, folding would force a reshard.
     """
 

@@ -48,7 +48,7 @@ class NextDiTConfig:
     dtype: str = 'float32'  # of activations and matrix products; parameters stay fp32
     remat: str = 'none'
     fold_tokens: bool = False  # see layers.Linear; for CPU
-    unroll: bool = False  # compile every layer: a fifth faster on CPU, where scans copy
+    unroll: bool = False  # compile every layer: on CPU a scan copies what it saves
 
     @property
     def head_dim(self) -> int:
