@@ -22,11 +22,13 @@ setup(
         'jax>=0.10', 'flax>=0.12.8', 'optax>=0.2.8', 'orbax-checkpoint>=0.12.8', 'grain>=0.2.18',
         'ml_collections>=1.1', 'tensorflow-datasets>=4.9.10', 'importlib_resources',
         'transformers>=5.0', 'tokenizers>=0.22', 'safetensors>=0.6', 'absl-py', 'numpy',
-        'pillow>=10.1', 'scikit-image>=0.24', 'tensorboardX>=2.6', 'tqdm',
+        'pillow>=10.1', 'scikit-image>=0.24', 'tensorboardX>=2.6', 'tqdm', 'fsspec',
+        'huggingface_hub',
     ],
     extras_require={
         'tpu': ['jax[tpu]>=0.10'],
         'cuda': ['jax[cuda13]>=0.10'],
+        'gcs': ['gcsfs'],  # teachers behind gs://
         'test': ['pytest>=8', 'hypothesis>=6', 'ruff'],
         # Parity with the published PyTorch implementation; heavy, so not part of `test`.
         'parity': ['torch>=2.6', 'diffusers>=0.36', 'accelerate'],

@@ -21,7 +21,7 @@ def get_config(schedule: str = 'decoupled_hybrid') -> ConfigDict:
     return ConfigDict({
         'task': 'distill',
         'seed': 0,
-        'teacher': {'name': 'emoji', 'path': '', 'dtype': 'float32'},
+        'teacher': {'name': 'emoji', 'path': '', 'dtype': 'float32', 'remat': 'none'},
         'student': {'steps': 4, 'ema': 0.98, 'ema_ramp': True, 'sampler': 'renoise'},
         'critic': {'updates': 2, 'warmup': 0, 'weighting': 'velocity', 'tau': (0.0, 0.98)},
         'method': {
@@ -34,7 +34,7 @@ def get_config(schedule: str = 'decoupled_hybrid') -> ConfigDict:
         'train': {'steps': 40, 'accumulate': 1},
         'mesh': {'data': -1, 'fsdp': 1, 'tensor': 1},
         'checkpoint': {'every': 20, 'keep': 2},
-        'log': {'every': 5, 'images_every': 20},
+        'log': {'every': 5, 'images_every': 20, 'probe': 32},
         'eval': {'prompts': 256, 'held_out': 128, 'batch': 128, 'teacher_steps': 50,
                  'guidance': 4.0, 'solver': 'euler'},
     })

@@ -25,7 +25,7 @@ from ddmd_jax.schedules import SCHEDULES
 from ddmd_jax.sharding import AXES
 
 TASKS = ('distill', 'pretrain')
-DATASETS = ('emoji',)
+DATASETS = ('emoji', 'embeddings')
 DTYPES = ('float32', 'bfloat16')
 MAX_STEPS = 64
 MAX_TAU = 0.999
@@ -53,7 +53,7 @@ def validate(config: ConfigDict) -> list[str]:
     # Told by its sections, so that a misspelt task still has all its fields checked.
     distill = values.get('task') == 'distill' or (
         values.get('task') not in TASKS and 'critic' in values)
-    schema = distill_schema() if distill else pretrain_schema()
+    schema = distill_schema(_dataset(config)) if distill else pretrain_schema()
     sound: dict[str, Any] = {}
     lines = list(_section_errors(schema, values, '', sound))
     for rule, field, *others in DISTILL_TOGETHER if distill else PRETRAIN_TOGETHER:
@@ -167,22 +167,46 @@ def _common() -> dict[str, Rule]:
         'student.ema_ramp': FLAG,
         'data.name': choice(DATASETS),
         **{f'mesh.{name}': axis for name in AXES},
-        **dict.fromkeys(('data.global_batch', 'data.white_repeat', 'train.steps',
+        **dict.fromkeys(('data.global_batch', 'train.steps',
                          'checkpoint.every', 'checkpoint.keep', 'log.every',
                          'log.images_every'), COUNT),
         **_optimiser('optim.student'),
     }
 
 
-def distill_schema() -> dict[str, Rule]:
-    """Every field of a distillation's config."""
+def _dataset(config: Any) -> str:
+    """The data set whose fields `config` should have; told by them where its name is wrong."""
+    data = config.to_dict().get('data')
+    data = data if isinstance(data, Mapping) else {}
+    if data.get('name') in DATASETS:
+        return data['name']
+    return 'embeddings' if {'path', 'size'} & set(data) else 'emoji'
+
+
+def _emoji_data() -> dict[str, Rule]:
+    return {'data.white_repeat': COUNT}
+
+
+def _embeddings_data() -> dict[str, Rule]:
+    side = lambda value: whole(at_least=1).ok(value)
+    return {'data.path': Rule('the name of a file of embeddings',
+                              lambda value: isinstance(value, str) and value != ''),
+            'data.size': several(2, 'two whole numbers: pixels, height first',
+                                 lambda *sides: all(map(side, sides)))}
+
+
+def distill_schema(dataset: str = 'emoji') -> dict[str, Rule]:
+    """Every field of a distillation's config on `dataset`."""
+    from ddmd_jax.models.layers import REMAT_POLICIES
     from ddmd_jax.teachers import FAMILIES
 
     each = 'the critic must be updated at least once per generator update'
-    return _common() | {
+    data = _emoji_data() if dataset == 'emoji' else _embeddings_data()
+    return _common() | data | {
         'teacher.name': choice(FAMILIES),
         'teacher.path': TEXT,
         'teacher.dtype': choice(DTYPES),
+        'teacher.remat': choice(('none', *REMAT_POLICIES)),
         'student.steps': whole(at_least=1, at_most=MAX_STEPS),
         'student.sampler': choice(STUDENT_MODES),
         'critic.updates': whole(each, at_least=1),
@@ -200,6 +224,7 @@ def distill_schema() -> dict[str, Rule]:
         'method.shift': or_none(number("None takes the teacher's", above=0)),
         **dict.fromkeys(('train.accumulate', 'eval.prompts', 'eval.held_out', 'eval.batch',
                          'eval.teacher_steps'), COUNT),
+        'log.probe': whole('0 is off', at_least=0),
         'eval.guidance': number('1 is no guidance', at_least=1),
         'eval.solver': choice(SOLVERS),
         **_optimiser('optim.critic'),
@@ -211,8 +236,9 @@ def pretrain_schema() -> dict[str, Rule]:
     from ddmd_jax.models.nextdit import NextDiTConfig
     from ddmd_jax.models.text.caption import CaptionEncoderConfig
 
-    return _common() | {
-        'teacher.name': choice(DATASETS),  # the embedded one: the others come trained
+    return _common() | _emoji_data() | {
+        # The embedded one: the others come trained.
+        'teacher.name': choice(('emoji',)), 'data.name': choice(('emoji',)),
         'method.dropout': number(at_least=0, below=1),
         'method.time_mean': number(),
         'method.time_std': number(above=0),
@@ -299,6 +325,17 @@ def optimiser_known(name: str, chain: Sequence[Any]) -> str | None:
         return f'must be {known.allowed} (any other: give a chain){known.hint(name)}'
 
 
+def teacher_knows(dataset: str, teacher: str) -> str | None:
+    if (dataset == 'emoji') != (teacher == 'emoji'):
+        return (f'does not go with teacher.name {teacher!r}: the emoji prompts are for the emoji '
+                'teacher, embeddings for any other')
+
+
+def teacher_given(path: str, teacher: str) -> str | None:
+    if teacher != 'emoji' and not path:
+        return f'must name a diffusers folder, gs:// URL or hub id: {teacher} does not ship'
+
+
 def one_axis_left(*sizes: int) -> str | None:
     if sizes.count(-1) > 1:
         return f'only one of {", ".join(AXES)} may be -1 (whatever is left), not {sizes}'
@@ -354,6 +391,8 @@ COMMON_TOGETHER = (
 )
 DISTILL_TOGETHER = COMMON_TOGETHER + (
     (optimiser_known, 'optim.critic.name', 'optim.critic.chain'),
+    (teacher_knows, 'data.name', 'teacher.name'),
+    (teacher_given, 'teacher.path', 'teacher.name'),
     (alpha_guides, 'method.alpha', 'method.weight_ca'),
     (some_weight, 'method.weight_ca', 'method.weight_dm'),
     (batch_divides, 'data.global_batch', 'student.steps', 'train.accumulate'),

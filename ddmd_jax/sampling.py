@@ -120,7 +120,8 @@ def guided(cond: Array, uncond: Array, guidance: float) -> Array:
 
 
 def sample_teacher(predict: Predict, params: Any, cond: Any, null: Any, noise: Array,
-                   times: Array, guidance: float, solver: str = 'euler') -> Array:
+                   times: Array, guidance: float, solver: str = 'euler',
+                   rescale: Callable[[Array, Array], Array] | None = None) -> Array:
     """Multi-step sampling of the probability-flow ODE from noise to clean data.
 
     Args:
@@ -130,6 +131,7 @@ def sample_teacher(predict: Predict, params: Any, cond: Any, null: Any, noise: A
       times: ``[S + 1]`` shifted, rising from 0 to 1.
       guidance: scale w; at 1 the null prompt is not evaluated.
       solver: 'euler' (one evaluation a step) or 'heun' (two, but for the last step).
+      rescale: ``(guided velocity, conditional velocity) -> velocity``, a family's own habit.
 
     Raises:
       ValueError: unknown solver.
@@ -141,11 +143,11 @@ def sample_teacher(predict: Predict, params: Any, cond: Any, null: Any, noise: A
     def slope(x: Array, t: Array) -> Array:
         at = lambda rows: jnp.full((rows,), t)
         if both is None:
-            x_hat = predict(params, x, at(x.shape[0]), cond)
-        else:
-            out = predict(params, interleave(x, x), at(2 * x.shape[0]), both)
-            x_hat = guided(*deinterleave(out, 2), guidance)
-        return process.to_velocity(x, x_hat, t)
+            return process.to_velocity(x, predict(params, x, at(x.shape[0]), cond), t)
+        out = predict(params, interleave(x, x), at(2 * x.shape[0]), both)
+        v_cond, v_uncond = (process.to_velocity(x, o, t) for o in deinterleave(out, 2))
+        v = guided(v_cond, v_uncond, guidance)
+        return v if rescale is None else rescale(v, v_cond)
 
     def body(x: Array, span: tuple[Array, Array]) -> tuple[Array, None]:
         t, t_next = span

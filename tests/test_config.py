@@ -36,9 +36,11 @@ def test_shipped_configs_are_valid(name):
     config_lib.check(load(name))
 
 
+@pytest.mark.parametrize('name', ['emoji', 'lumina'])
 @pytest.mark.parametrize('schedule', SCHEDULES)
-def test_the_papers_schedules_are_valid(schedule):
-    assert config_lib.validate(load('emoji', schedule)) == []
+def test_the_papers_schedules_are_valid(name, schedule):
+    config = load(name, schedule)
+    assert config.method.schedule == schedule and config_lib.validate(config) == []
 
 
 DISTILL = [
@@ -49,6 +51,8 @@ DISTILL = [
     ('teacher.name', 'emojy', "did you mean 'emoji'?"),
     ('teacher.path', None, 'a string'),
     ('teacher.dtype', 'bfloat61', "'float32' or 'bfloat16'; did you mean 'bfloat16'?"),
+    ('teacher.remat', 'ful', "must be one of none, full, dots; did you mean 'full'?"),
+    ('teacher.remat', None, 'must be one of none, full, dots'),  # the word, not the value
     ('student.steps', 0, 'at least 1 and at most 64'),
     ('student.steps', 65, 'at most 64'),
     ('student.steps', 2.0, 'a whole number'),
@@ -76,7 +80,7 @@ DISTILL = [
     ('method.normaliser', 'per_tern', "did you mean 'per_term'?"),
     ('method.floor', 0.0, 'above 0'),
     ('method.shift', 0.0, "None or a number above 0: None takes the teacher's"),
-    ('data.name', 'laion', "must be 'emoji'"),
+    ('data.name', 'laion', "must be 'emoji' or 'embeddings'"),
     ('data.global_batch', 30, 'steps not dividing; the next batch that does: 32'),
     ('data.global_batch', 0, 'at least 1'),
     ('data.white_repeat', 0, 'at least 1'),
@@ -101,6 +105,8 @@ DISTILL = [
     ('checkpoint.every', 0, 'at least 1'),
     ('checkpoint.keep', 0, 'at least 1'),
     ('log.every', 0, 'at least 1'),
+    ('log.probe', -1, 'a whole number at least 0: 0 is off'),
+    ('log.probe', 0.5, 'a whole number'),
     ('eval.prompts', 0, 'at least 1'),
     ('eval.held_out', 0, 'at least 1'),
     ('eval.batch', True, 'at least 1'),
@@ -120,6 +126,42 @@ def test_one_wrong_field_of_a_distillation(field, value, fragment):
 
 
 @pytest.mark.parametrize(('field', 'value', 'fragment'), [
+    ('teacher.name', 'lumnia', "must be 'emoji' or 'lumina'; did you mean 'lumina'?"),
+    ('teacher.path', '', 'must name a diffusers folder, gs:// URL or hub id: lumina does not ship'),
+    ('data.path', '', 'the name of a file of embeddings'),
+    ('data.path', None, 'the name of a file of embeddings'),
+    ('data.size', 1024, 'two whole numbers: pixels, height first'),
+    ('data.size', (1024,), 'two whole numbers'),
+    ('data.size', (1024, 0), 'two whole numbers'),
+    ('data.size', (1024.0, 1024), 'two whole numbers'),
+    ('data.size', (True, 1024), 'two whole numbers'),
+    ('data.white_repeat', 2, 'no such field; known here: name, global_batch, path, size'),
+])
+def test_one_wrong_field_of_a_distillation_on_embeddings(field, value, fragment):
+    (line,) = config_lib.validate(changed('lumina', {field: value}))
+    assert line.startswith(f'{field}: {value!r}, ')
+    assert fragment in line
+
+
+@pytest.mark.parametrize(('field', 'value'), [('data.path', 'e.safetensors'),
+                                              ('data.size', (24, 24))])
+def test_fields_of_embeddings_are_none_of_the_emoji_prompts(field, value):
+    (line,) = config_lib.validate(changed('emoji', {field: value}))
+    assert line.startswith(f'{field}: {value!r}, but there is no such field')
+
+
+def test_each_data_set_has_its_own_fields():
+    config = load('lumina')
+    del config.data['path'], config.data['size']
+    assert [line.split(', must')[0] for line in config_lib.validate(config)] == [
+        'data.path: missing', 'data.size: missing']
+    lines = config_lib.validate(changed('emoji', {'data.name': 'embeddings'}))
+    assert [line.split(':')[0] for line in lines] == [
+        'data.white_repeat', 'data.path', 'data.size', 'data.name']
+
+
+@pytest.mark.parametrize(('field', 'value', 'fragment'), [
+    ('data.name', 'embeddings', "must be 'emoji'"),
     ('task', 'train', "'distill' or 'pretrain'"),
     ('teacher.name', 'lumina', "must be 'emoji'"),
     ('method.dropout', 1.0, 'below 1'),
@@ -175,7 +217,7 @@ def test_an_unknown_field_is_told_the_nearest(field, nearest):
 
 def test_an_unknown_field_like_no_other_is_told_the_known_ones():
     (line,) = config_lib.validate(changed('emoji', {'teacher.xyz': 1}))
-    assert line.endswith('known here: name, path, dtype')
+    assert line.endswith('known here: name, path, dtype, remat')
 
 
 def test_a_renamed_field_is_one_mistake():
@@ -206,6 +248,7 @@ def test_missing_fields_and_sections():
                              ('sgd', {'learning_rate': 0.1})], 'optim.student.name': 'mine'},
     {'optim.student.clip': 0, 'optim.student.warmup': 5, 'optim.student.decay': 1},
     {'mesh.data': 1, 'mesh.fsdp': -1},
+    {'teacher.remat': 'dots', 'log.probe': 0},
 ])
 def test_unusual_but_right(fields):
     assert config_lib.validate(changed('emoji', fields)) == []
@@ -227,6 +270,21 @@ def test_fields_that_do_not_go_together(fields, start, fragment):
     assert fragment in line
 
 
+@pytest.mark.parametrize(('name', 'fields', 'dataset', 'teacher'), [
+    ('lumina', {'teacher.name': 'emoji'}, 'embeddings', 'emoji'),
+    ('emoji', {'teacher.name': 'lumina', 'teacher.path': 'folder'}, 'emoji', 'lumina'),
+])
+def test_prompts_are_for_their_own_teacher(name, fields, dataset, teacher):
+    (line,) = config_lib.validate(changed(name, fields))
+    assert line == (f'data.name: {dataset!r}, does not go with teacher.name {teacher!r}: the emoji '
+                    'prompts are for the emoji teacher, embeddings for any other')
+
+
+def test_embeddings_of_any_size_may_be_given():
+    fields = {'data.size': [512, 768], 'data.path': '/data/e.safetensors', 'teacher.path': 'gs://b'}
+    assert config_lib.validate(changed('lumina', fields)) == []
+
+
 def test_defaults_of_the_architecture_may_be_left_out():
     config = load('emoji_teacher')
     del config.teacher.model.denoiser['unroll'], config.teacher.model.text['num_layers']
@@ -243,3 +301,12 @@ def test_a_field_reference_and_a_frozen_config_are_read_as_values():
     config.eval.guidance = config.method.get_ref('alpha')
     assert config_lib.validate(config) == []
     assert config_lib.validate(FrozenConfigDict(config)) == []
+
+
+@pytest.mark.parametrize('change', [{'data.name': 'embedding'}, None])
+def test_a_wrong_name_of_a_data_set_is_one_mistake(change):
+    config = changed('lumina', change or {})
+    if change is None:
+        del config.data['name']
+    (line,) = config_lib.validate(config)
+    assert line.startswith('data.name')

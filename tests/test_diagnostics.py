@@ -1,16 +1,24 @@
 """Health figures against numpy, and the verdict's words for runs of known kinds."""
 
+import jax.numpy as jnp
 import numpy as np
 import pytest
+import tiny
 
+from ddmd_jax.data.conditioning import Prompts
 from ddmd_jax.losses.decoupled import Predictions, Update, decoupled_update
+from ddmd_jax.teachers import Teacher
+from ddmd_jax.train import distill, state as st
 from ddmd_jax.train.diagnostics import (
     BROKEN,
+    COLOUR_CAST,
     CRITIC_LAGS,
     HEALTHY,
     OVER_BAKED,
     REFERENCE,
+    WASHED_OUT,
     health,
+    probe,
     verdict,
 )
 
@@ -65,6 +73,95 @@ def test_saturation_has_a_limit_of_its_own():
     """Latents are no pixels: their range is said by the caller."""
     x, p, update, _ = figures()
     assert float(health(x, p, update, limit=1e6)['saturation']) == 0.0
+
+
+# --- The probe of the averaged student ---
+
+
+def samples(seed=0):
+    """Images that differ in mean and contrast, from one to the next and between channels."""
+    rng = np.random.default_rng(seed)
+    shape = (5, 1, 1, 3)
+    x = rng.normal(size=(5, 4, 6, 3)) * rng.uniform(0.2, 0.8, shape) + rng.normal(size=shape)
+    return x.astype(np.float32)
+
+
+def probed(x, start, **kwargs):
+    return {name: float(value) for name, value in probe(x, start, **kwargs).items()}
+
+
+def test_probe_formulas():
+    x, start = samples(1), samples(2)
+    unit = np.mean([a.std() for a in start])
+    moved = [(a[..., c].mean() - b[..., c].mean()) / unit
+             for a, b in zip(x, start, strict=True) for c in range(3)]
+    want = {'ema_std': np.mean([a.std() for a in x]) / unit, 'ema_cast': rms(moved),
+            'ema_saturation': np.mean(np.abs(x) > 1)}
+    assert probed(x, start) == pytest.approx(want, rel=1e-4)
+    assert probed(x, start, limit=1e6)['ema_saturation'] == 0.0
+
+
+def test_a_student_that_has_not_moved_is_at_its_start():
+    got = probed(samples(), samples())
+    assert got['ema_std'] == 1.0 and got['ema_cast'] == 0.0
+
+
+def test_a_lift_of_every_image_is_a_cast_and_no_contrast():
+    x = samples()
+    unit = np.mean([a.std() for a in x])
+    got = probed(x + 0.3, x)
+    assert got['ema_std'] == pytest.approx(1.0, rel=1e-5)
+    assert got['ema_cast'] == pytest.approx(0.3 / unit, rel=1e-4)
+    # One channel of three: a colour cast. Its square is averaged over the channels.
+    green = probed(x + np.float32([0, 0.3, 0]), x)
+    assert green['ema_cast'] == pytest.approx(0.3 / unit / np.sqrt(3), rel=1e-4)
+
+
+def test_casts_of_opposite_colours_do_not_cancel():
+    """One image red and another cyan is no less wrong than both red."""
+    x = samples()
+    sign = np.asarray([1, -1, 1, -1, 1], np.float32)[:, None, None, None]
+    assert probed(x + 0.3 * sign, x)['ema_cast'] == pytest.approx(probed(x + 0.3, x)['ema_cast'])
+
+
+def test_contrast_is_std_and_no_cast():
+    x = samples()
+    mean = x.mean(axis=(1, 2), keepdims=True)
+    flat = x - mean  # grey in the mean, so that the channels' own means do not count
+    got = probed(1.5 * flat, flat)
+    assert got['ema_std'] == pytest.approx(1.5, rel=1e-4)
+    assert got['ema_cast'] == pytest.approx(0.0, abs=1e-5)
+    # About the mean of each channel, as clipping and fading do: still no cast.
+    assert probed(mean + 0.5 * flat, x)['ema_cast'] == pytest.approx(0.0, abs=1e-5)
+
+
+def test_a_blank_start_gives_no_nan():
+    assert np.isfinite(list(probed(samples(), np.zeros((5, 4, 6, 3), np.float32)).values())).all()
+
+
+def probe_of(count):
+    """`make_probe` of a student that multiplies, and a state with the average at `gain`."""
+    config = tiny.load_config('emoji')
+    config.log.probe, config.student.steps = count, 1
+    brighten = lambda gain, x_t, t, cond: gain * jnp.tanh(x_t + cond['c'][:, None, None, None])
+    teacher = Teacher('toy', jnp.float32(0.5), brighten, None, None, (4, 4, 3), 1.0, 'none', ())
+    prompts = Prompts(np.arange(9), lambda rows: {'c': rows / 9}, {'c': np.zeros(1)}, str)
+    method = distill.method_from(config, teacher.shift)
+    made = distill.make_probe(config, teacher, prompts, {'teacher': teacher.params}, method)
+    state = lambda gain: st.TrainState(None, None, None, None, jnp.float32(gain), None, None)
+    return lambda gain: {name: float(value) for name, value in made(state(gain)).items()}
+
+
+def test_a_run_is_probed_against_the_teachers_weights():
+    probe_at = probe_of(4)
+    more = probe_at(0.75)  # first, as in a resumed run: the start is not what is probed first
+    assert probe_at(0.5) == {'ema_std': 1.0, 'ema_cast': 0.0, 'ema_saturation': 0.0}
+    assert more['ema_std'] == pytest.approx(1.5, rel=1e-5)
+    assert probe_at(0.75) == more  # the same prompts and noise each time
+
+
+def test_a_probe_of_no_samples_is_off():
+    assert probe_of(0)(0.75) == {}
 
 
 # --- The verdict ---
@@ -143,3 +240,41 @@ def test_a_gap_that_grew_from_nothing_but_is_small_is_no_lag():
     start = [{'dm_rel_gap': 0.02, 'dm_cos': 0.9999, 'x_std': 0.5}] * REFERENCE
     assert verdict([*start, {'dm_rel_gap': 0.06, 'dm_cos': 0.998, 'x_std': 0.5}])[0] == HEALTHY
     assert verdict([*start, {'dm_rel_gap': 0.4, 'dm_cos': 0.9, 'x_std': 0.5}])[0] == CRITIC_LAGS
+
+
+# --- What the probe of the average adds to the verdict ---
+
+
+@pytest.mark.parametrize('last, word', [
+    ({'ema_std': 1.02, 'ema_cast': 0.015}, HEALTHY),  # as the shipped recipe ends
+    ({'ema_std': 1.10}, OVER_BAKED),
+    ({'ema_std': 0.95, 'ema_cast': 0.05}, WASHED_OUT),  # though the raw student looks well
+    ({'ema_std': 1.00, 'ema_cast': 0.03}, COLOUR_CAST),
+    ({'ema_std': 1.10, 'ema_cast': 0.05}, OVER_BAKED),
+])
+@pytest.mark.parametrize('before', [0, 1, 8])
+def test_the_average_is_judged_at_once_and_first(last, word, before):
+    got, reason = verdict([START] * before + [START | last])
+    assert got == word
+    assert word == HEALTHY or "the average's contrast" in reason
+
+
+@pytest.mark.parametrize('name', ['fake_loss', 'ema_std', 'ema_cast'])
+def test_a_broken_probe_or_critic_is_not_healthy(name):
+    assert verdict([START] * 5 + [START | {name: np.nan}])[0] == BROKEN
+
+
+def test_a_critic_whose_error_grows_lags_though_it_agrees_with_the_teacher():
+    """A critic that never learns stays the teacher: dm_rel_gap is 0 and tells nothing."""
+    still = {'dm_rel_gap': 0.0, 'dm_cos': 1.0, 'x_std': 0.5, 'fake_loss': 0.12}
+    assert verdict([still] * 5)[0] == HEALTHY
+    word, reason = verdict([still] * 5 + [still | {'fake_loss': 0.18}])
+    assert word == CRITIC_LAGS and 'fake_loss' in reason
+    # The loss is in units of the samples' variance: more contrast alone is no lag.
+    assert verdict([still] * 5 + [still | {'fake_loss': 0.12 * 1.17, 'x_std': 0.54}])[0] == HEALTHY
+
+
+def test_over_baking_names_the_critic_that_let_it():
+    start = {'dm_rel_gap': 0.0, 'dm_cos': 1.0, 'x_std': 0.48, 'fake_loss': 0.13}
+    word, reason = verdict([start] * 3 + [start | {'x_std': 0.58, 'fake_loss': 0.44}], 0.467)
+    assert word == OVER_BAKED and 'fake_loss' in reason

@@ -22,7 +22,8 @@ TOY = {'denoiser': tiny.MODEL['denoiser'],
 ROW = ['name', 'steps', 'evaluations', 'guidance', 'glyph_match', 'glyph_match_held_out',
        'background_match', 'frechet', 'colour_error', 'variance']
 HEALTH = {'dm_rel_gap', 'dm_cos', 'dm_to_ca', 'x_std', 'saturation', 'floor_hit_ca',
-          'floor_hit_dm', 'fake_loss', 'grad_norm', 'critic_grad_norm', 'health'}
+          'floor_hit_dm', 'fake_loss', 'grad_norm', 'critic_grad_norm', 'health',
+          'ema_std', 'ema_cast', 'ema_saturation'}
 
 
 @pytest.fixture(scope='module')
@@ -39,6 +40,7 @@ def toy_config(weights, steps, schedule='decoupled_hybrid'):
     # A schedule that decays depends on how long the run is, and these are cut short.
     config.optim.student.decay = config.optim.critic.decay = 0.0
     config.checkpoint.every, config.log.every, config.log.images_every = 2, 1, 100
+    config.log.probe = 3
     config.eval.update({'prompts': 3, 'held_out': 3, 'batch': 4, 'teacher_steps': 2})
     check(config)
     return config

@@ -90,6 +90,38 @@ def test_table_and_sheet(tmp_path):
     assert pictures.Image.open(tmp_path / 's.png').size[1] > 32
 
 
+@pytest.mark.parametrize('shape, width, height', [
+    ((24, 24, 3), 96, 96),  # small ones are magnified, so that pixels show
+    ((8, 64, 3), 256, 32),
+    ((64, 65, 3), 256, 252),  # from here on the longer side is as long as a tile
+    ((1024, 1024, 3), 256, 256),
+    ((1024, 512, 3), 128, 256),
+    ((512, 2048, 3), 256, 64),
+])
+def test_a_tile_keeps_the_shape_of_its_image(shape, width, height):
+    assert pictures._tile_size(shape) == (width, height)
+
+
+def test_a_sheet_of_large_images_shows_each_whole(tmp_path):
+    """Wide images, their left third bright: an axis taken for the other would show."""
+    images = -np.ones((2, 100, 300, 3))
+    images[:, :, :100] = 1.0
+    pictures.captioned_sheet(['a', 'b'], ['x', 'y', 'z'], [images] * 3, tmp_path / 's.png')
+    sheet = np.asarray(pictures.Image.open(tmp_path / 's.png'))
+    (width, height), left, top, gap = pictures._tile_size(images.shape[1:]), 400, 56, 10
+    assert (width, height) == (256, 85)
+    assert sheet.shape[:2] == (top + 2 * (height + gap) + gap, left + 3 * (width + gap) + gap)
+    x, y = left + 2 * (width + gap), top + height + gap  # the last tile
+    tile = sheet[y:y + height, x:x + width]
+    assert (tile[:, :80] > 250).all() and (tile[:, 90:] < 5).all()
+    assert (sheet[y + height + 1:y + height + gap - 1, x:x + width] == 255).all()
+
+
+def test_rows_of_large_images_are_not_magnified():
+    assert pictures.rows_of_images([np.zeros((2, 65, 40, 3))]).shape == (66, 82, 3)
+    assert pictures.rows_of_images([np.zeros((2, 64, 40, 3))]).shape == (260, 328, 3)
+
+
 def test_values_beyond_the_range_are_clipped_not_wrapped():
     assert pictures.to_uint8(np.asarray([-3.0, -1.0, 1.0, 3.0])).tolist() == [0, 0, 255, 255]
 

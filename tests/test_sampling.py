@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 
 from ddmd_jax import process, sampling
+from ddmd_jax.teachers import lumina
 
 SHAPE = (4, 2, 2, 3)
 WIDTH = 0.5  # s of the Gaussian data
@@ -80,9 +81,9 @@ def test_heun_is_clearly_better():
     assert coarse / fine > 8.0
 
 
-def sampled(null, guidance, predict=gaussian):
+def sampled(null, guidance, predict=gaussian, steps=4, **kwargs):
     return sampling.sample_teacher(predict, None, COND, null, jnp.ones(SHAPE),
-                                   sampling.teacher_times(4, 1.0), guidance)
+                                   sampling.teacher_times(steps, 1.0), guidance, **kwargs)
 
 
 def test_no_guidance_does_not_call_the_null_prompt():
@@ -99,6 +100,43 @@ def test_guidance_formula():
     """``uncond + w (cond - uncond)``: peers mix it up with ``cond + w (cond - uncond)``."""
     close(sampling.guided(jnp.array(3.0), jnp.array(1.0), 2.5), 6.0)
     close(sampling.guided(jnp.array(3.0), jnp.array(1.0), 1.0), 3.0)
+
+
+@pytest.mark.parametrize('solver', sampling.SOLVERS)
+def test_rescaling_is_given_the_guided_velocity_and_the_conditional_one(solver):
+    plain, guided = sampled(NULL, 1.0, solver=solver), sampled(NULL, 3.0, solver=solver)
+    with_rescale = lambda rescale: sampled(NULL, 3.0, solver=solver, rescale=rescale)
+    np.testing.assert_array_equal(with_rescale(None), guided)
+    np.testing.assert_array_equal(with_rescale(lambda v, v_cond: v), guided)
+    close(with_rescale(lambda v, v_cond: v_cond), plain)
+    assert np.abs(guided - plain).max() > 0.1
+
+
+def test_without_guidance_nothing_is_rescaled():
+    poison = lambda v, v_cond: v * jnp.nan
+    np.testing.assert_array_equal(sampled(NULL, 1.0, rescale=poison), sampled(NULL, 1.0))
+    assert np.isnan(sampled(NULL, 1.5, rescale=poison)).all()
+
+
+def test_lumina_gives_a_guided_velocity_the_conditional_ones_norm():
+    """Row by row of the latent: over its width, not over height, channels or all of them."""
+    v, v_cond = jax.random.normal(jax.random.key(0), (2, 2, 3, 5, 4))
+    got = lumina.rescale(v, v_cond)
+    close(jnp.linalg.norm(got, axis=2), jnp.linalg.norm(v_cond, axis=2))
+    close(got / v, (got / v)[:, :, :1] * jnp.ones((5, 1)))  # a row keeps its direction
+    close(lumina.rescale(v_cond, v_cond), v_cond)
+
+
+def test_lumina_rescales_in_the_sampler():
+    """One step from 0 to 1: the sample less the noise is the velocity."""
+    uneven = lambda params, x_t, t, cond: wobble(0.5, x_t, t, {'c': cond['m']}) * jnp.arange(1., 4)
+    velocity = lambda *args, **kwargs: sampled(*args, predict=uneven, steps=1, **kwargs) - 1.0
+    plain, guided = velocity(NULL, 1.0), velocity(NULL, 3.0)
+    got = velocity(NULL, 3.0, rescale=lumina.rescale)
+    norm = lambda v: jnp.linalg.norm(v, axis=2)
+    close(norm(got), norm(plain))
+    assert float(jnp.abs(norm(guided) - norm(plain)).max()) > 0.1
+    close(got / norm(got)[:, :, None], guided / norm(guided)[:, :, None])
 
 
 @pytest.mark.parametrize('shift', [1.0, 3.0])

@@ -97,8 +97,8 @@ def build_run(predict, params, tx, mesh, **changes):
     return make_state, steps, jax.device_put(frozen, frozen_shardings)
 
 
-def run_on_devices(script: str | Path, devices: int = 8) -> str:
-    """Runs a Python file on `devices` host devices, in a process of its own; its stdout.
+def run_on_devices(script: str | Path, devices: int = 8, *args: str) -> str:
+    """Output of a Python file run with `args` on `devices` host devices, in its own process.
 
     The number of host devices is fixed when JAX starts, so that no test can change it for
     itself, and setting it for all of them would slow down every other test.
@@ -108,10 +108,10 @@ def run_on_devices(script: str | Path, devices: int = 8) -> str:
         'JAX_PLATFORMS': 'cpu',
         'JAX_DISABLE_MOST_OPTIMIZATIONS': '1',  # see conftest.quick_compile
         'PYTHONPATH': os.pathsep.join([str(ROOT), os.environ.get('PYTHONPATH', '')])}
-    done = subprocess.run([sys.executable, str(script)], env=env, cwd=ROOT, text=True,
+    done = subprocess.run([sys.executable, str(script), *args], env=env, cwd=ROOT, text=True,
                           capture_output=True, timeout=600, check=False)
     assert done.returncode == 0, f'{done.stdout}\n{done.stderr}'
-    return done.stdout
+    return done.stdout + done.stderr
 
 
 def load_config(name: str, *args: str) -> Any:

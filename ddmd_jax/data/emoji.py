@@ -15,6 +15,8 @@ from pathlib import Path
 
 import numpy as np
 
+from ddmd_jax.data import DataFileError
+
 SIZE = 24
 FILES = Path(__file__).parent / 'files' / 'emoji'
 GLYPHS = FILES / 'glyphs'
@@ -29,10 +31,6 @@ COLOURS: dict[str, tuple[int, int, int]] = {
     'pink': (236, 160, 188),
 }
 COLOUR_NAMES = tuple(COLOURS)
-
-
-class DataFileError(RuntimeError):
-    """A shipped data file is absent or damaged; the message names it and the cure."""
 
 
 @dataclasses.dataclass(frozen=True)

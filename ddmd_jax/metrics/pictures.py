@@ -8,7 +8,9 @@ from pathlib import Path
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
-ZOOM = 4
+ZOOM = 4  # of images no larger than SMALL
+SMALL = 64
+TILE = 256  # longest side of a larger image in a sheet
 
 
 def to_uint8(images: np.ndarray) -> np.ndarray:
@@ -21,7 +23,15 @@ def rows_of_images(rows: Sequence[np.ndarray], gap: int = 1) -> np.ndarray:
     padded = [np.pad(to_uint8(r), ((0, 0), (0, gap), (0, gap), (0, 0)), constant_values=255)
               for r in rows]
     grid = np.concatenate([np.concatenate(list(r), axis=1) for r in padded], axis=0)
-    return grid.repeat(ZOOM, 0).repeat(ZOOM, 1)
+    zoom = ZOOM if max(rows[0].shape[1:3]) <= SMALL else 1
+    return grid.repeat(zoom, 0).repeat(zoom, 1)
+
+
+def _tile_size(shape: Sequence[int]) -> tuple[int, int]:
+    """(width, height) of an image ``[H, W, 3]`` in a sheet."""
+    height, width = shape[:2]
+    scale = ZOOM if max(height, width) <= SMALL else TILE / max(height, width)
+    return round(width * scale), round(height * scale)
 
 
 def captioned_sheet(captions: Sequence[str], titles: Sequence[str],
@@ -35,20 +45,21 @@ def captioned_sheet(captions: Sequence[str], titles: Sequence[str],
       path: file to write.
     """
     font, head = ImageFont.load_default(17), ImageFont.load_default(15)
-    size, gap, left, top = columns[0].shape[1] * ZOOM, 10, 400, 56
-    sheet = Image.new('RGB', (left + len(columns) * (size + gap) + gap,
-                              top + len(captions) * (size + gap) + gap), 'white')
+    (wide, high), gap, left, top = _tile_size(columns[0].shape[1:]), 10, 400, 56
+    sheet = Image.new('RGB', (left + len(columns) * (wide + gap) + gap,
+                              top + len(captions) * (high + gap) + gap), 'white')
+    resample = (Image.Resampling.NEAREST if wide >= columns[0].shape[2] else
+                Image.Resampling.LANCZOS)
     draw = ImageDraw.Draw(sheet)
     for c, (title, images) in enumerate(zip(titles, columns, strict=True)):
-        x = left + c * (size + gap)
-        draw.multiline_text((x + size / 2, top - 8), title, 'black', font=head, anchor='md',
+        x = left + c * (wide + gap)
+        draw.multiline_text((x + wide / 2, top - 8), title, 'black', font=head, anchor='md',
                             align='center')
         for r, image in enumerate(to_uint8(images)):
-            tile = Image.fromarray(image).resize((size, size), Image.Resampling.NEAREST)
-            sheet.paste(tile, (x, top + r * (size + gap)))
-            draw.rectangle((x - 1, top + r * (size + gap) - 1, x + size,
-                            top + r * (size + gap) + size), outline=(225, 225, 225))
+            y = top + r * (high + gap)
+            sheet.paste(Image.fromarray(image).resize((wide, high), resample), (x, y))
+            draw.rectangle((x - 1, y - 1, x + wide, y + high), outline=(225, 225, 225))
     for r, caption in enumerate(captions):
-        draw.text((left - 16, top + r * (size + gap) + size / 2), caption, 'black', font=font,
+        draw.text((left - 16, top + r * (high + gap) + high / 2), caption, 'black', font=font,
                   anchor='rm')
     sheet.save(path)

@@ -13,7 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from ddmd_jax import sampling
-from ddmd_jax.data import emoji
+from ddmd_jax.data import conditioning, emoji
 from ddmd_jax.metrics import classifier, measures, pictures
 from ddmd_jax.teachers import Teacher
 
@@ -53,7 +53,7 @@ def samplers(config: Any, teacher: Teacher) -> dict[str, tuple[dict[str, Any], A
     def guided(params, cond, null, key):
         return sampling.sample_teacher(
             predict, params, cond, null, first(key),
-            sampling.teacher_times(e.teacher_steps, shift), e.guidance, e.solver)
+            sampling.teacher_times(e.teacher_steps, shift), e.guidance, e.solver, teacher.rescale)
 
     def few(params, cond, null, key):
         return sampling.sample_teacher(predict, params, cond, null, first(key),
@@ -159,3 +159,23 @@ def final(config: Any, teacher: Teacher, student: Any, workdir: Path, train_seco
         os.replace(scratch, workdir / 'eval.json')
         print(f'{table(rows)}\n\n{workdir / "eval.json"}\n{workdir / "samples.png"}  '
               '(* pair held out of all training)')
+
+
+def sheet(config: Any, teacher: Teacher, student: Any, prompts: conditioning.Prompts,
+          workdir: Path) -> None:
+    """Writes ``samples.png``: teacher and student on the same prompts and seeds, unjudged."""
+    rows = np.resize(np.random.default_rng(config.seed).permutation(np.unique(prompts.rows)),
+                     min(SHEET_ROWS, config.eval.prompts))
+    n, w = config.student.steps, config.eval.guidance
+    titles = (f'teacher\n{config.eval.teacher_steps} steps, w={w:g}', f'teacher\n{n} steps',
+              f'student\n{n} steps')
+    images = []
+    for name, (_, draw) in samplers(config, teacher).items():
+        params = student if name == 'student' else teacher.params
+        latents = generate(draw, params, prompts.lookup(rows), prompts.null, len(rows),
+                           config.eval.batch, config.seed)
+        images.append(np.clip(np.asarray(teacher.decode(latents)), -1, 1))
+    if jax.process_index() == 0:
+        captions = [prompts.caption(int(i)) for i in rows]
+        pictures.captioned_sheet(captions, titles, images, workdir / 'samples.png')
+        print(workdir / 'samples.png')

@@ -105,3 +105,23 @@ def scan_layers(layers: nnx.Module, x: Array, *args: Any, remat: str = 'none',
     if remat != 'none':
         body = jax.checkpoint(body, policy=REMAT_POLICIES[remat], prevent_cse=False)
     return jax.lax.scan(body, x, params, unroll=unroll)[0]
+
+
+def functional(make: Callable[[], nnx.Module], method: str = '__call__') -> Callable:
+    """``apply(params, *inputs)`` of the module that `make` builds; nothing is allocated.
+
+    `params` is the nested dict of `abstract_params(make)`, filled.
+    """
+    graphdef, abstract = nnx.split(nnx.eval_shape(make))
+
+    def apply(params: Any, *inputs: Any) -> Any:
+        state = jax.tree.map(lambda x: x, abstract)
+        nnx.replace_by_pure_dict(state, params)
+        return getattr(nnx.merge(graphdef, state), method)(*inputs)
+
+    return apply
+
+
+def abstract_params(make: Callable[[], nnx.Module]) -> dict[str, Any]:
+    """Nested dict of `ShapeDtypeStruct` of the module that `make` builds."""
+    return nnx.to_pure_dict(nnx.state(nnx.eval_shape(make), nnx.Param))

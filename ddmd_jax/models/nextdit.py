@@ -28,6 +28,17 @@ from ddmd_jax.models.layers import (
 
 Array = jax.Array
 
+# How a mesh holds it. Matrices in by `fsdp`, out by `tensor` (or the reverse where the product
+# comes back); the two whose other side is a patch's few numbers by the hidden size alone;
+# everything small is whole on every device.
+RULES = (
+    (r'(to_q|to_k|to_v|linear_1|linear_3|modulation|time_1)/kernel$', ('fsdp', 'tensor')),
+    (r'(to_out|linear_2|time_2|caption_proj|out_scale)/kernel$', ('tensor', 'fsdp')),
+    (r'x_embedder/kernel$', (None, 'fsdp')),
+    (r'out_proj/kernel$', ('fsdp', None)),
+    (r'(bias|weight)$', ()),
+)
+
 
 @dataclasses.dataclass(frozen=True)
 class NextDiTConfig:

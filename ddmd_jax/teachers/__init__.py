@@ -2,25 +2,55 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
+import jax
+from jax.sharding import Mesh
+
+from ddmd_jax import sharding
 from ddmd_jax.teachers.base import Cond, Teacher
 
-FAMILIES = ('emoji',)
+FAMILIES = ('emoji', 'lumina')
 
 
-def load(name: str, path: str = '', dtype: str = 'float32') -> Teacher:
-    """Loads a teacher of family `name` from `path` (empty: what the family ships).
+def load(path_or_name: str, mesh: Mesh | None = None, dtype: str = 'float32',
+         size: Sequence[int] | None = None, remat: str = 'none') -> Teacher:
+    """The shipped teacher ('emoji'), one trained like it (a ``.safetensors`` file), or Lumina's.
 
-    `dtype` is that of activations and matrix products; parameters stay fp32.
+    Args:
+      path_or_name: 'emoji'; a file; or a diffusers folder, ``gs://`` URL or hub id.
+      mesh: where the weights go, in the family's layout; None is one device.
+      dtype: of activations and matrix products; parameters stay fp32.
+      size: pixels, height first; None takes the family's own.
+      remat: what the network's gradient recomputes, a key of `layers.REMAT_POLICIES` or 'none'.
+
+    Raises:
+      WeightsError: the weights are missing, damaged or of another family.
+    """
+    if path_or_name == 'emoji':
+        return load_family('emoji', '', mesh, dtype, size, remat)
+    family = 'emoji' if path_or_name.endswith('.safetensors') else 'lumina'
+    return load_family(family, path_or_name, mesh, dtype, size, remat)
+
+
+def load_family(name: str, path: str, mesh: Mesh | None = None, dtype: str = 'float32',
+                size: Sequence[int] | None = None, remat: str = 'none') -> Teacher:
+    """Loads a teacher of family `name` from `path` (empty: what the family ships); see `load`.
 
     Raises:
       ValueError: unknown family.
-      WeightsError: the weights are missing, damaged or of another family.
+      WeightsError: as `load`.
     """
     if name == 'emoji':
         from ddmd_jax.teachers import emoji
 
-        return emoji.load(path, dtype)
+        return emoji.load(path, dtype, remat)
+    if name == 'lumina':
+        from ddmd_jax.teachers import lumina
+
+        mesh = sharding.make_mesh({}, jax.devices()[:1]) if mesh is None else mesh
+        return lumina.load(path, mesh, dtype, size, remat)
     raise ValueError(f'unknown teacher {name!r}; known: {", ".join(FAMILIES)}')
 
 
-__all__ = ['Cond', 'FAMILIES', 'Teacher', 'load']
+__all__ = ['Cond', 'FAMILIES', 'Teacher', 'load', 'load_family']

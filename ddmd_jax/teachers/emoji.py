@@ -24,6 +24,8 @@ from flax import nnx
 
 from ddmd_jax import process
 from ddmd_jax.data import emoji as data, tokenizer
+from ddmd_jax.models import nextdit
+from ddmd_jax.models.layers import functional
 from ddmd_jax.models.nextdit import NextDiT, NextDiTConfig
 from ddmd_jax.models.text.caption import CaptionEncoder, CaptionEncoderConfig
 from ddmd_jax.teachers.base import Array, Cond, Teacher
@@ -36,15 +38,8 @@ SHAPE = (data.SIZE, data.SIZE, 3)
 WEIGHTS = data.FILES / 'teacher.safetensors'
 RESTORE_HINT = ('reinstall the package, or train it again with '
                 '`python -m ddmd_jax.main --config=configs/emoji_teacher.py --workdir=DIR`')
-# Matrices in by `fsdp`, out by `tensor` (or the reverse where the product comes back);
-# everything small is whole on every device.
-RULES = (
-    (r'(to_q|to_k|to_v|to_qkv|linear_1|linear_3|modulation|time_1|x_embedder)/kernel$',
-     ('fsdp', 'tensor')),
-    (r'(to_out|linear_2|time_2|caption_proj|out_scale|out_proj)/kernel$', ('tensor', 'fsdp')),
-    (r'token/embedding$', ('fsdp', None)),
-    (r'(bias|weight|position)$', ()),
-)
+RULES = (*nextdit.RULES, (r'to_qkv/kernel$', ('fsdp', 'tensor')),
+         (r'token/embedding$', ('fsdp', None)), (r'position$', ()))
 
 
 def model_configs(model: dict[str, Any]) -> tuple[NextDiTConfig, CaptionEncoderConfig]:
@@ -63,22 +58,10 @@ def init_params(model: dict[str, Any], key: Array) -> dict[str, Any]:
             'text': pure(CaptionEncoder(text_cfg, nnx.Rngs(k2)))}
 
 
-def _functional(make) -> Any:
-    """``apply(params, *inputs)`` of an NNX module given by its abstract constructor."""
-    graphdef, abstract = nnx.split(nnx.eval_shape(make))
-
-    def apply(params, *inputs):
-        state = jax.tree.map(lambda x: x, abstract)
-        nnx.replace_by_pure_dict(state, params)
-        return nnx.merge(graphdef, state)(*inputs)
-
-    return apply
-
-
 def make_denoiser(model: dict[str, Any]):
     """`predict_clean(params, x_t, t, cond)` over denoiser parameters; see `Teacher`."""
     cfg, _ = model_configs(model)
-    network = _functional(lambda: NextDiT(cfg, nnx.Rngs(0)))
+    network = functional(lambda: NextDiT(cfg, nnx.Rngs(0)))
 
     def predict_clean(params: Any, x_t: Array, t: Array, cond: Cond) -> Array:
         t = jnp.broadcast_to(jnp.asarray(t, jnp.float32), x_t.shape[:1])
@@ -91,7 +74,7 @@ def make_denoiser(model: dict[str, Any]):
 def make_text_encoder(model: dict[str, Any]):
     """``(params, ids, mask) -> Cond`` over text parameters."""
     _, cfg = model_configs(model)
-    network = _functional(lambda: CaptionEncoder(cfg, nnx.Rngs(0)))
+    network = functional(lambda: CaptionEncoder(cfg, nnx.Rngs(0)))
     return lambda params, ids, mask: {'embeds': network(params, ids, mask), 'mask': mask}
 
 
@@ -105,7 +88,7 @@ def teacher_from(model: dict[str, Any], params: dict[str, Any]) -> Teacher:
         return encode_in_chunks(functools.partial(encoder, params['text']), ids, mask)
 
     return Teacher('emoji', params['denoiser'], make_denoiser(model), encode, lambda x: x,
-                   SHAPE, SHIFT, flat.identity(params), RULES, DATA_STD)
+                   SHAPE, SHIFT, flat.identity(params), RULES, DATA_STD, cond_width=text_cfg.dim)
 
 
 def encode_in_chunks(encoder, ids: np.ndarray, mask: np.ndarray, chunk: int = 512) -> Cond:
@@ -124,7 +107,7 @@ def save(path: Path, model: dict[str, Any], params: dict[str, Any], steps: int) 
     flat.save(path, params, meta, dtype=jnp.bfloat16)
 
 
-def load(path: str = '', dtype: str = 'float32') -> Teacher:
+def load(path: str = '', dtype: str = 'float32', remat: str = 'none') -> Teacher:
     """The shipped teacher, or the one at `path`.
 
     Raises:
@@ -135,7 +118,7 @@ def load(path: str = '', dtype: str = 'float32') -> Teacher:
     try:
         model = json.loads(meta['model'])
         # Distillation compiles six networks a step: scanned layers save minutes of compiling.
-        model['denoiser'] |= {'dtype': dtype, 'unroll': False}
+        model['denoiser'] |= {'dtype': dtype, 'remat': remat, 'unroll': False}
         expected = jax.eval_shape(lambda: init_params(model, jax.random.key(0)))
         if jax.tree.map(jnp.shape, params) != jax.tree.map(jnp.shape, expected):
             raise ValueError('its tensors are not those of the architecture it names')

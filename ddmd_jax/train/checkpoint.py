@@ -16,7 +16,7 @@ from ddmd_jax.weights import flat
 # What may differ between a checkpoint and the run that resumes it: how long, how loud,
 # how often, on which mesh, how it is sampled. Everything else would silently be another experiment.
 FREE_SECTIONS = ('log', 'checkpoint', 'eval', 'mesh')
-FREE_FIELDS = ('train.steps', 'student.sampler')
+FREE_FIELDS = ('train.steps', 'student.sampler', 'teacher.remat')
 
 
 class CheckpointError(RuntimeError):
@@ -103,3 +103,56 @@ class Checkpoints:
 
     def close(self) -> None:
         self.manager.close()
+
+
+def read_manifest(workdir: Path) -> tuple[int, dict[str, Any]]:
+    """``(newest step, manifest)`` of a run's folder, for commands that only read.
+
+    Raises:
+      CheckpointError: there is none, or it cannot be read.
+    """
+    directory = workdir / 'checkpoints'
+    if not directory.is_dir():
+        raise CheckpointError(f'{workdir} holds no checkpoints; give the --workdir of a run')
+    with ocp.CheckpointManager(directory) as manager:
+        step = manager.latest_step()
+        if step is None:
+            raise CheckpointError(f'{directory} is empty: the run has saved nothing yet')
+        try:
+            args = ocp.args.Composite(manifest=ocp.args.JsonRestore())
+            return step, manager.restore(step, args=args).manifest
+        except Exception as e:
+            raise CheckpointError(f'checkpoint {directory / str(step)} has no readable '
+                                  'manifest; delete that folder to fall back') from e
+
+
+def restore_ema(workdir: Path, step: int, abstract: Any, shardings: Any) -> Any:
+    """The averaged student alone, straight into `shardings`; nothing else is read.
+
+    Raises:
+      CheckpointError: it cannot be read, or has other shapes than `abstract`.
+    """
+    target = {'ema': jax.tree.map(
+        lambda a, s: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=s), abstract, shardings)}
+    folder = workdir / 'checkpoints' / str(step) / 'state'
+    handler = ocp.PyTreeCheckpointHandler()
+    try:
+        with ocp.Checkpointer(handler) as reader:
+            # A partial restore takes what is missing for given: it hands back the request.
+            _must_match(handler.metadata(folder).tree['ema'], abstract)
+            return reader.restore(folder, args=ocp.args.PyTreeRestore(
+                target, restore_args=ocp.checkpoint_utils.construct_restore_args(target),
+                partial_restore=True))['ema']
+    except Exception as e:
+        reason = (str(e).splitlines() or [type(e).__name__])[0]
+        raise CheckpointError(f'{folder} holds no student of this shape ({reason})') from e
+
+
+def _must_match(saved: Any, abstract: Any) -> None:
+    """Raises `ValueError` naming the first leaf that is not in both trees with one shape."""
+    found, wanted = ({path: tuple(leaf.shape) for path, leaf in flat.flatten(tree).items()}
+                     for tree in (saved, abstract))
+    for path in sorted(found | wanted):
+        if found.get(path) != wanted.get(path):
+            raise ValueError(f'{path} is {found.get(path, "absent")}, not '
+                             f'{wanted.get(path, "wanted")}')

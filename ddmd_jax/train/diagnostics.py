@@ -23,7 +23,14 @@ GAP_UP = 1.3  # growth of dm_rel_gap that counts as up
 GAP_LARGE = 0.25  # dm_rel_gap below this is small, however much it grew: it starts at 0
 COS_DOWN = 1.3  # growth of 1 - dm_cos that counts as down
 STD_UP = 1.1  # x_std above that of real data (or of the start) that counts as up
+# Of the averaged student, against the undistilled weights; docs/metrics.md has the runs that
+# set these four.
+EMA_STD_UP, EMA_STD_DOWN = 1.08, 0.97
+CAST = 0.02
+FAKE_UP = 1.3  # growth of fake_loss, in units of the samples' variance, that counts as up
 HEALTHY, OVER_BAKED, CRITIC_LAGS = 'healthy', 'over-baked', 'critic lags'
+WASHED_OUT, COLOUR_CAST = 'washed out', 'colour cast'
+BAKED = 'stop here, lower alpha, or give the critic more updates'
 BROKEN = 'broken'  # a figure is NaN or Inf
 
 
@@ -68,31 +75,90 @@ def health(x_hat: Array, p: Predictions, update: Update, limit: float = 1.0) -> 
     }
 
 
+def probe(x: Array, start: Array, limit: float = 1.0) -> dict[str, Array]:
+    """What became of the averaged student: its samples against those it began with.
+
+    The averaged weights are what ships, and they can fail where the live ones look well.
+
+    Args:
+      x: ``[B, H, W, C]`` samples of the averaged student.
+      start: those of the undistilled weights, same prompts, same noise, same sampler.
+      limit: as in `health`.
+
+    Returns:
+      ema_std, mean per-sample standard deviation relative to the start's; ema_cast, rms over
+      samples and channels of how far a sample's channel mean has moved, in units of the
+      start's standard deviation (a colour cast, darkening, grey); ema_saturation.
+    """
+    mean = lambda a: jnp.mean(a, axis=(1, 2))
+    unit = jnp.maximum(image_std(start), 1e-8)
+    return {'ema_std': image_std(x) / unit,
+            'ema_cast': rms(mean(x) - mean(start)) / unit,
+            'ema_saturation': jnp.mean(jnp.abs(x) > limit)}
+
+
 def verdict(history: Sequence[dict[str, Any]],
             data_std: float | None = None) -> tuple[str, str]:
     """A word and its reason, from logged intervals oldest first.
 
-    Compares the last interval with the mean of the first `REFERENCE`: the critic lags when
-    the gap to the teacher grows while the predictions turn apart; the student is over-baked
-    when its contrast exceeds that of real data, `data_std`, or if that is not known its start.
+    Compares the last interval with the mean of the first `REFERENCE`, and the averaged student
+    with the weights it began as. Over-baked: contrast above that of real data, `data_std`, or
+    if that is not known of the start. Washed out, colour cast: the averaged samples have lost
+    contrast, or moved as a whole. The critic lags: its error on the student's samples grows,
+    or the gap to the teacher does while the predictions turn apart.
     """
-    watched = ('dm_rel_gap', 'dm_cos', 'x_std')
-    unsound = [k for k in watched if history and not math.isfinite(history[-1][k])]
+    watched = ('dm_rel_gap', 'dm_cos', 'x_std', 'fake_loss', 'ema_std', 'ema_cast')
+    unsound = [k for k in watched if history and not math.isfinite(history[-1].get(k, 0.0))]
     if unsound:
         return BROKEN, f'{", ".join(unsound)} not finite'
+    average = _average_fails(history[-1]) if history else None
+    if average:
+        return average
     if len(history) <= REFERENCE:
         return HEALTHY, 'too early to tell'
-    start = lambda key: sum(h[key] for h in history[:REFERENCE]) / REFERENCE
-    now = history[-1]
-    gap = now['dm_rel_gap'] / max(start('dm_rel_gap'), 1e-8)
-    apart = (1 - now['dm_cos']) / max(1 - start('dm_cos'), 1e-8)
-    std = now['x_std'] / max(data_std or start('x_std'), 1e-8)
-    of = 'that of real data' if data_std else 'that of the start'
-    grown = gap > GAP_UP and now['dm_rel_gap'] > GAP_LARGE
-    if grown and apart > COS_DOWN and std <= STD_UP:
-        return CRITIC_LAGS, (f'dm_rel_gap x{gap:.2f} and 1 - dm_cos x{apart:.2f} since the start: '
-                             'more critic updates or a higher critic lr')
+    now, start = history[-1], _reference(history)
+    std = now['x_std'] / max(data_std or start['x_std'], 1e-8)
+    seen = f'x_std x{std:.2f} that of {"real data" if data_std else "the start"}'
+    lag = _critic_lags(now, start)
     if std > STD_UP:
-        return OVER_BAKED, (f'x_std is x{std:.2f} {of}, dm_rel_gap x{gap:.2f} since the start: '
-                            'stop here, lower alpha, or give the critic more updates')
-    return HEALTHY, f'dm_rel_gap x{gap:.2f} since the start, x_std x{std:.2f} {of}'
+        return OVER_BAKED, f'{seen}: {BAKED}{"; " + lag if lag else ""}'
+    if lag:
+        return CRITIC_LAGS, f'{lag}: more critic updates or a higher critic lr'
+    return HEALTHY, f'{seen}, dm_rel_gap {now["dm_rel_gap"]:.3f}'
+
+
+def _average_fails(now: dict[str, Any]) -> tuple[str, str] | None:
+    """Verdict on the averaged student by itself, where a run probes it."""
+    std, cast = now.get('ema_std', 1.0), now.get('ema_cast', 0.0)
+    seen = f"the average's contrast x{std:.2f} that of the start, its colours moved by {cast:.3f}"
+    if std > EMA_STD_UP:
+        return OVER_BAKED, f'{seen}: {BAKED}'
+    if std < EMA_STD_DOWN or cast > CAST:
+        word = WASHED_OUT if std < EMA_STD_DOWN else COLOUR_CAST
+        return word, f'{seen}: lower the learning rates or raise the batch'
+    return None
+
+
+def _reference(history: Sequence[dict[str, Any]]) -> dict[str, float]:
+    """Means of the numbers of the first `REFERENCE` intervals."""
+    first = history[:REFERENCE]
+    return {k: sum(h[k] for h in first) / REFERENCE for k in ('dm_rel_gap', 'dm_cos', 'x_std')} | {
+        'fake': sum(_fake(h) for h in first) / REFERENCE}
+
+
+def _fake(values: dict[str, Any]) -> float:
+    """The critic's loss on the student's samples in units of their variance."""
+    return values.get('fake_loss', 0.0) / max(values['x_std'] ** 2, 1e-8)
+
+
+def _critic_lags(now: dict[str, Any], start: dict[str, float]) -> str:
+    """What shows that the critic does not keep up, or ''."""
+    gap = now['dm_rel_gap'] / max(start['dm_rel_gap'], 1e-8)
+    apart = (1 - now['dm_cos']) / max(1 - start['dm_cos'], 1e-8)
+    fake = _fake(now) / max(start['fake'], 1e-8)
+    if fake > FAKE_UP:
+        return f'fake_loss in units of the samples\' variance x{fake:.2f} since the start'
+    # It starts at 0, critic and teacher being equal: a small gap is none, however it grew.
+    if gap > GAP_UP and now['dm_rel_gap'] > GAP_LARGE and apart > COS_DOWN:
+        return f'dm_rel_gap x{gap:.2f} and 1 - dm_cos x{apart:.2f} since the start'
+    return ''

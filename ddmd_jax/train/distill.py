@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -12,7 +13,7 @@ import numpy as np
 from jax.sharding import Mesh
 
 from ddmd_jax import process, sampling, sharding, teachers
-from ddmd_jax.data import emoji, loader
+from ddmd_jax.data import conditioning, emoji, loader
 from ddmd_jax.metrics import pictures
 from ddmd_jax.train import diagnostics, loop, optim, state as st
 from ddmd_jax.train.step import Method, Steps, make_steps
@@ -21,8 +22,8 @@ GRID = 8  # prompts in the picture logged during training
 PANEL_TAU = 0.5  # pre-shift level at which the panels compare teacher and critic
 
 
-def method_from(config: Any, shift: float) -> Method:
-    """The recipe of a validated config; `shift` is the teacher's, used unless overridden."""
+def method_from(config: Any, shift: float, limit: float = 1.0) -> Method:
+    """The recipe of a validated config; the teacher's `shift` is used unless overridden."""
     m, c = config.method, config.critic
     return Method(
         schedule=m.schedule, alpha=m.alpha, weight_ca=m.weight_ca, weight_dm=m.weight_dm,
@@ -30,24 +31,27 @@ def method_from(config: Any, shift: float) -> Method:
         normaliser=m.normaliser, floor=m.floor, critic_weighting=c.weighting,
         num_steps=config.student.steps, shift=shift if m.shift is None else m.shift,
         ema=config.student.ema, ema_ramp=config.student.ema_ramp,
-        accumulate=config.train.accumulate)
+        accumulate=config.train.accumulate, limit=limit)
 
 
-def place_frozen(teacher: teachers.Teacher, mesh: Mesh) -> tuple[Any, Any]:
+def place_frozen(teacher: teachers.Teacher, null: Any, mesh: Mesh) -> tuple[Any, Any]:
     """Teacher parameters and the null prompt on the mesh, and their shardings."""
-    frozen = {'teacher': teacher.params, 'null': teacher.encode([''])}
+    frozen = {'teacher': teacher.params, 'null': null}
     shardings = {'teacher': sharding.shard_tree(teacher.params, teacher.rules, mesh),
-                 'null': jax.tree.map(lambda _: sharding.replicated(mesh), frozen['null'])}
+                 'null': jax.tree.map(lambda _: sharding.replicated(mesh), null)}
     return jax.device_put(frozen, shardings), shardings
 
 
-def prompt_batches(config: Any, teacher: teachers.Teacher) -> Any:
-    """Endless iterator over the conditioning of shuffled training prompts."""
+def load_prompts(config: Any, teacher: teachers.Teacher) -> conditioning.Prompts:
+    """The prompts that `config.data` names, as the teacher is conditioned on them."""
+    if config.data.name == 'embeddings':
+        return conditioning.from_file(config.data.path, teacher.cond_width)
     pairs = emoji.load_pairs()
     cond = teacher.encode([pairs.caption(i) for i in range(len(pairs.glyph))])
-    rows = emoji.training_mixture(pairs, config.data.white_repeat)
-    lookup = lambda index: jax.tree.map(lambda x: x[index], cond)
-    return loader.batches(rows, lookup, config.data.global_batch, config.seed)
+    return conditioning.Prompts(
+        rows=emoji.training_mixture(pairs, config.data.white_repeat),
+        lookup=lambda index: jax.tree.map(lambda x: x[index], cond),
+        null=teacher.encode(['']), caption=pairs.caption)
 
 
 def make_advance(steps: Steps, frozen: Any, updates: int, warmup: int) -> Callable:
@@ -88,12 +92,12 @@ def words(v: dict[str, Any]) -> str:
             f'dm/ca {v["dm_to_ca"]:.2f} std {v["x_std"]:.3f} {v["health"]}')
 
 
-def make_pictures(config: Any, teacher: teachers.Teacher, frozen: Any, m: Method) -> Callable:
+def make_pictures(config: Any, teacher: teachers.Teacher, prompts: conditioning.Prompts,
+                  frozen: Any, m: Method) -> Callable:
     """Sample grids and student / real / fake / difference panels for TensorBoard."""
-    pairs = emoji.load_pairs()
-    rows = np.random.default_rng(config.seed).choice(
-        emoji.training_mixture(pairs, 1), GRID, replace=False)
-    cond = jax.tree.map(jnp.asarray, teacher.encode([pairs.caption(i) for i in rows]))
+    if teacher.decode is None:
+        return lambda state, step, log: None
+    cond = jax.tree.map(jnp.asarray, prompts.lookup(shown_rows(prompts, GRID, config.seed)))
     shape = (GRID, *teacher.sample_shape)
     predict = teacher.predict_clean
 
@@ -106,22 +110,52 @@ def make_pictures(config: Any, teacher: teachers.Teacher, frozen: Any, m: Method
         x_tau = process.renoise(x, tau, jax.random.normal(jax.random.fold_in(key, 1), shape))
         real = predict(frozen['teacher'], x_tau, tau, cond)
         fake = predict(state.critic, x_tau, tau, cond)
-        return x, real, fake, real - fake
+        return x, real, fake
 
     def show(state: st.TrainState, step: int, log: Any) -> None:
-        images = [np.asarray(teacher.decode(x)) for x in draw(state, frozen, cond)]
-        log.image(step, 'panels/student_real_fake_difference', pictures.rows_of_images(images))
+        x, real, fake = (np.asarray(teacher.decode(z)) for z in draw(state, frozen, cond))
+        log.image(step, 'panels/student_real_fake_difference',
+                  pictures.rows_of_images([x, real, fake, real - fake]))
 
     return show
 
 
+def make_probe(config: Any, teacher: teachers.Teacher, prompts: conditioning.Prompts,
+               frozen: Any, m: Method) -> Callable[[st.TrainState], dict[str, Any]]:
+    """`diagnostics.probe` of the averaged student on fixed prompts and noise."""
+    count = config.log.probe
+    if not count:
+        return lambda state: {}
+    cond = jax.tree.map(jnp.asarray, prompts.lookup(shown_rows(prompts, count, config.seed)))
+    key = jax.random.fold_in(jax.random.key(config.seed), 2)
+    draw = jax.jit(lambda params: sampling.sample_student(
+        teacher.predict_clean, params, cond, m.times, key, (count, *teacher.sample_shape),
+        config.student.sampler))
+    judge, start = jax.jit(functools.partial(diagnostics.probe, limit=m.limit)), []
+
+    def probe(state: st.TrainState) -> dict[str, Any]:
+        # The student began as the teacher, so that a resumed run finds the same start.
+        if not start:
+            start.append(draw(frozen['teacher']))
+        return judge(draw(state.ema), start[0])
+
+    return probe
+
+
+def shown_rows(prompts: conditioning.Prompts, count: int, seed: int) -> np.ndarray:
+    """`count` different training prompts (fewer if there are fewer, then again)."""
+    rows = np.random.default_rng(seed).permutation(np.unique(prompts.rows))
+    return np.resize(rows, count)
+
+
 def make_task(config: Any, teacher: teachers.Teacher, mesh: Mesh) -> loop.Task:
     """Everything the loop needs to distil `teacher` by `config`."""
-    m = method_from(config, teacher.shift)
+    prompts = load_prompts(config, teacher)
+    m = method_from(config, teacher.shift, teacher.limit)
     student_tx = optim.make_optimizer(config.optim.student, config.train.steps)
     critic_tx = optim.make_optimizer(config.optim.critic, config.train.steps
                                      * config.critic.updates + config.critic.warmup)
-    frozen, frozen_shardings = place_frozen(teacher, mesh)
+    frozen, frozen_shardings = place_frozen(teacher, prompts.null, mesh)
     # Student and critic both start at the teacher (Algorithm 1, line 1).
     make_from = lambda params: st.fresh(params, student_tx, params, critic_tx)
     _, shardings = st.abstract_and_shardings(make_from, teacher.rules, mesh, teacher.params)
@@ -129,10 +163,11 @@ def make_task(config: Any, teacher: teachers.Teacher, mesh: Mesh) -> loop.Task:
                        config.seed, mesh, shardings, frozen_shardings)
     return loop.Task(
         name='distill', make_state=make_from, source=(frozen['teacher'],), rules=teacher.rules,
-        data=prompt_batches(config, teacher),
+        data=loader.batches(prompts.rows, prompts.lookup, config.data.global_batch, config.seed),
         advance=make_advance(steps, frozen, config.critic.updates, config.critic.warmup),
-        words=words, annotate=make_annotate(teacher.data_std),
-        pictures=make_pictures(config, teacher, frozen, m))
+        words=words, probe=make_probe(config, teacher, prompts, frozen, m),
+        annotate=make_annotate(teacher.data_std),
+        pictures=make_pictures(config, teacher, prompts, frozen, m))
 
 
 def run(config: Any, workdir: Path, mesh: Mesh) -> None:
@@ -140,7 +175,12 @@ def run(config: Any, workdir: Path, mesh: Mesh) -> None:
     from ddmd_jax.metrics import report
 
     total = report.Stopwatch()
-    teacher = teachers.load(config.teacher.name, config.teacher.path, config.teacher.dtype)
+    teacher = teachers.load_family(config.teacher.name, config.teacher.path, mesh,
+                                   config.teacher.dtype, config.data.get('size'),
+                                   config.teacher.remat)
     task = make_task(config, teacher, mesh)
     state, seconds = loop.run(task, config, workdir, mesh, teacher.identity)
-    report.final(config, teacher, state.ema, workdir, seconds, total)
+    if config.data.name == 'emoji':
+        report.final(config, teacher, state.ema, workdir, seconds, total)
+    elif teacher.decode is not None:
+        report.sheet(config, teacher, state.ema, load_prompts(config, teacher), workdir)

@@ -28,7 +28,8 @@ class Task:
     `make_state(*source)` builds the state at step 0: from nothing, or from frozen weights.
     `advance` moves the state by one step, calling for as many batches as it needs, and
     returns device scalars; `finite` among them says whether the update was written.
-    `annotate(intervals logged before, this one)` may add words to what is logged.
+    `probe(state)` gives further scalars of each logged interval; `annotate(intervals logged
+    before, this one)` may add words to it.
     """
 
     name: str
@@ -38,6 +39,7 @@ class Task:
     data: grain.DatasetIterator
     advance: Callable[[st.TrainState, Callable[[], Any]], tuple[st.TrainState, dict[str, Any]]]
     words: Callable[[dict[str, float]], str]
+    probe: Callable[[st.TrainState], dict[str, Any]]
     annotate: Callable[[list[dict[str, Any]], dict[str, float]], dict[str, Any]]
     pictures: Callable[[st.TrainState, int, RunLog], None]
 
@@ -91,7 +93,8 @@ def _train(task: Task, config: Any, workdir: Path, mesh: Mesh, checkpoints: ckpt
             last = step == total
             if last or step % config.log.every == 0:
                 _must_be_finite(metrics, step, checkpoints)
-                values = task.annotate(log.history, means(pending))
+                values = means(pending) | means([task.probe(state)])
+                values = task.annotate(log.history, values)
                 log.scalars(step, values, task.words(values))
                 pending = []
             if last or step % config.log.images_every == 0:

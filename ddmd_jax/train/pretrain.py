@@ -116,7 +116,8 @@ def make_task(config: Any) -> Task:
         data=loader.batches(rows, lookup, config.data.global_batch, config.seed),
         advance=lambda state, next_batch: step(state, next_batch()),
         words=lambda m: f'loss {m["loss"]:.4f} grad {m["grad_norm"]:.2f}',
-        annotate=lambda history, m: m, pictures=make_pictures(config, pairs, ids, mask))
+        probe=lambda state: {}, annotate=lambda history, m: m,
+        pictures=make_pictures(config, pairs, ids, mask))
 
 
 def run(config: Any, workdir: Path, mesh: Mesh) -> None:

@@ -45,6 +45,7 @@ class Method:
     ema: float
     ema_ramp: bool
     accumulate: int
+    limit: float = 1.0  # see Teacher.limit
 
     @property
     def times(self) -> Array:
@@ -106,7 +107,7 @@ def generator_loss(predict: Predict, student: Any, critic: Any, frozen: Any, con
                         schedule.shared)
     update = decoupled_update(x, p, alpha=m.alpha, normaliser=m.normaliser, floor=m.floor)
     loss = decoupled_loss(x_hat, update, m.weight_ca, m.weight_dm)
-    return loss, {'loss': loss, **diagnostics.health(x, p, update)}
+    return loss, {'loss': loss, **diagnostics.health(x, p, update, m.limit)}
 
 
 def critic_objective(predict: Predict, student: Any, critic: Any, cond: Any, m: Method,

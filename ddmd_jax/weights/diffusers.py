@@ -1,0 +1,277 @@
+"""Folders as diffusers writes them: safetensors in, straight to the mesh; safetensors out.
+
+Reading goes shard by shard: of each tensor only the part that a device holds is read, cast
+and handed over before the next is looked at, so that no host ever has a copy of the model.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import hashlib
+import json
+import math
+import os
+import shutil
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from ddmd_jax.weights import flat
+from ddmd_jax.weights.flat import WeightsError
+from ddmd_jax.weights.names import Entry
+
+STEM = 'diffusion_pytorch_model'
+PICKLES = ('.bin', '.pt', '.pth', '.ckpt', '.pkl')
+READABLE = {'F32': np.float32, 'F16': np.float16, 'BF16': jnp.bfloat16}
+SAMPLE = 1024  # elements of each tensor that go into the identity
+FILE_BYTES = 2 * 1024**3  # largest file that export writes
+
+EntryOf = Callable[[str], Entry]
+
+
+@dataclasses.dataclass(frozen=True)
+class Tensor:
+    """Where a published tensor lies; nothing of it has been read."""
+
+    file: Path
+    dtype: str
+    shape: tuple[int, ...]
+
+
+@dataclasses.dataclass(frozen=True)
+class Checkpoint:
+    """One component's folder (``transformer/``, ``vae/``): its config and its tensors."""
+
+    folder: Path
+    config: dict[str, Any]
+    tensors: dict[str, Tensor]
+
+
+def read_json(file: Path) -> dict[str, Any]:
+    """Raises `WeightsError` if `file` is missing or not JSON."""
+    try:
+        return json.loads(file.read_text())
+    except FileNotFoundError as e:
+        raise WeightsError(f'{file} is missing; is {file.parent} a diffusers folder?') from e
+    except (ValueError, OSError) as e:
+        raise WeightsError(f'{file} cannot be read ({e}); fetch it again') from e
+
+
+def open_folder(folder: Path, expected: str) -> Checkpoint:
+    """Opens a component whose ``config.json`` names the class `expected`; reads headers only.
+
+    Raises:
+      WeightsError: another class, a missing or truncated file, pickles only, or tensors of a
+        type that is not trained on (fp8, int8).
+    """
+    config = read_json(folder / 'config.json')
+    found = config.get('_class_name', 'something without a class name')
+    if found != expected:
+        raise WeightsError(f'{folder} is {found}, not {expected}; give the folder of a teacher '
+                           'of this family')
+    tensors: dict[str, Tensor] = {}
+    for file in _files(folder):
+        tensors |= _header(file)
+    bad = sorted({f'{t.dtype} ({name})' for name, t in tensors.items()
+                  if t.dtype not in READABLE})[:1]
+    if bad:
+        raise WeightsError(f'{folder} holds {bad[0]}; quantised weights cannot be distilled: give '
+                           'a folder in float32, float16 or bfloat16')
+    return Checkpoint(folder, config, tensors)
+
+
+def _files(folder: Path) -> list[Path]:
+    """The safetensors files of a component: one, or those that its index names."""
+    index = folder / f'{STEM}.safetensors.index.json'
+    single = folder / f'{STEM}.safetensors'
+    if index.exists():
+        names = sorted(set(read_json(index).get('weight_map', {}).values()))
+        missing = [n for n in names if not (folder / n).is_file()]
+        if missing or not names:
+            raise WeightsError(f'{folder} lacks {", ".join(missing) or "every file"} of those that '
+                               f'{index.name} names; fetch the folder again')
+        return [folder / n for n in names]
+    if single.is_file():
+        return [single]
+    pickles = sorted(f.name for f in folder.iterdir() if f.suffix in PICKLES)
+    if pickles:
+        raise WeightsError(f'{folder} holds only {pickles[0]}, a pickle: loading one runs whatever '
+                           'code it contains; convert it (diffusers: save_pretrained writes '
+                           'safetensors)')
+    raise WeightsError(f'{folder} has no {single.name}; fetch the folder again')
+
+
+def _open(file: Path):
+    import safetensors
+
+    try:
+        return safetensors.safe_open(file, framework='numpy')
+    except (safetensors.SafetensorError, OSError) as e:
+        raise WeightsError(f'weights damaged: {file} ({e}); fetch it again') from e
+
+
+@contextlib.contextmanager
+def _opened(checkpoint: Checkpoint) -> Iterator[dict[Path, Any]]:
+    """Every file of a checkpoint, open; the tensors in them are read when asked for."""
+    with contextlib.ExitStack() as stack:
+        files = {tensor.file for tensor in checkpoint.tensors.values()}
+        yield {file: stack.enter_context(_open(file)) for file in files}
+
+
+def _header(file: Path) -> dict[str, Tensor]:
+    with _open(file) as f:
+        parts = {name: f.get_slice(name) for name in f.keys()}  # noqa: SIM118  (not a dict)
+        return {n: Tensor(file, s.get_dtype(), tuple(s.get_shape())) for n, s in parts.items()}
+
+
+def check(checkpoint: Checkpoint, abstract: Any, entry: EntryOf) -> None:
+    """Raises `WeightsError` unless the checkpoint holds exactly the tensors of `abstract`.
+
+    Names the first tensor that is missing, misshapen or left over; costs no memory.
+    """
+    left = dict(checkpoint.tensors)
+    for path, leaf in flat.flatten(abstract).items():
+        e = entry(path)
+        for name in e.names(leaf.shape):
+            found, shape = left.pop(name, None), e.shape(leaf.shape)
+            if found is None:
+                raise WeightsError(f'{checkpoint.folder} lacks the tensor {name} {shape}; is it '
+                                   'complete, and of this architecture?')
+            if found.shape != shape:
+                raise WeightsError(f'{checkpoint.folder}: {name} has shape {found.shape}, expected '
+                                   f'{shape} from its config.json')
+    if left:
+        raise WeightsError(f'{checkpoint.folder} holds {len(left)} tensors that this architecture '
+                           f'does not have, {min(left)} first')
+
+
+def import_tree(checkpoint: Checkpoint, abstract: Any, shardings: Any, entry: EntryOf) -> Any:
+    """The parameters on the mesh, nested as `abstract`, in its dtypes and in `shardings`.
+
+    Peak host memory, beyond what devices hold: one shard of one leaf and one layer of it.
+
+    Raises:
+      WeightsError: see `check`, which runs before any memory is taken.
+    """
+    check(checkpoint, abstract, entry)
+    layout = flat.flatten(shardings)
+    with _opened(checkpoint) as files:
+        return flat.unflatten({
+            path: _place(leaf, layout[path], _reader(checkpoint, files, entry(path), leaf))
+            for path, leaf in flat.flatten(abstract).items()})
+
+
+def _reader(checkpoint: Checkpoint, files: dict[Path, Any], entry: Entry, leaf: Any) -> Callable:
+    """``index -> numpy``: the part of our leaf at `index`, read from the published tensors."""
+    def one(name: str, index: tuple[slice, ...]) -> np.ndarray:
+        part = files[checkpoint.tensors[name].file].get_slice(name)[entry.slices(index)]
+        return entry.to_ours(part)
+
+    def read(index: tuple[slice, ...]) -> np.ndarray:
+        names = entry.names(leaf.shape)
+        if not entry.stacked:
+            return np.ascontiguousarray(one(names[0], index), leaf.dtype)
+        span = range(*index[0].indices(leaf.shape[0]))
+        shape = [len(range(*s.indices(n))) for s, n in zip(index, leaf.shape)]
+        out = np.empty(shape, leaf.dtype)
+        for row, layer in enumerate(span):
+            out[row] = one(names[layer], index[1:])
+        return out
+
+    return read
+
+
+def _place(leaf: Any, sharding: Any, read: Callable) -> jax.Array:
+    """An array in `sharding`, filled one shard at a time; replicas share one reading."""
+    owners: dict[tuple, list[Any]] = {}
+    for device, index in sharding.addressable_devices_indices_map(leaf.shape).items():
+        # A scalar's index is (); slices cannot be keys before Python 3.12.
+        key = tuple((s.start, s.stop) for s in index)
+        owners.setdefault(key, []).append(device)
+    arrays = []
+    for key, devices in owners.items():
+        part = read(tuple(slice(*span) for span in key))
+        arrays += [jax.block_until_ready(jax.device_put(part, d)) for d in devices]
+    return jax.make_array_from_single_device_arrays(leaf.shape, sharding, arrays)
+
+
+def identity(checkpoint: Checkpoint) -> str:
+    """Sixteen hex digits that name these weights without reading them all.
+
+    sha256 over every tensor's name, type and shape and its first `SAMPLE` elements or so.
+    """
+    digest = hashlib.sha256()
+    with _opened(checkpoint) as files:
+        for name, t in sorted(checkpoint.tensors.items()):
+            digest.update(f'{name}{t.dtype}{t.shape}'.encode())
+            if math.prod(t.shape):
+                rows = min(t.shape[0], -(-SAMPLE * t.shape[0] // math.prod(t.shape)))
+                digest.update(files[t.file].get_slice(name)[:rows].tobytes())
+    return digest.hexdigest()[:16]
+
+
+def export_tree(tree: Any, entry: EntryOf, folder: Path, config: dict[str, Any], dtype: Any,
+                file_bytes: int = FILE_BYTES) -> None:
+    """Writes a component's folder, through a scratch folder beside it and a rename.
+
+    Layer by layer and file by file: the host holds one file's tensors at a time.
+
+    Raises:
+      WeightsError: `folder` exists already.
+    """
+    import safetensors.numpy
+
+    if folder.exists():
+        raise WeightsError(f'{folder} exists already; choose another place or delete it')
+    scratch = folder.with_name(f'{folder.name}.tmp')
+    shutil.rmtree(scratch, ignore_errors=True)
+    scratch.mkdir(parents=True)
+    (scratch / 'config.json').write_text(json.dumps(config, indent=2, sort_keys=True) + '\n')
+    leaves = flat.flatten(tree)
+    plan = _plan(leaves, entry, np.dtype(dtype).itemsize, file_bytes)
+    where: dict[str, str] = {}
+    for number, parts in enumerate(plan, 1):
+        file = f'{STEM}.safetensors' if len(plan) == 1 else (
+            f'{STEM}-{number:05d}-of-{len(plan):05d}.safetensors')
+        tensors = {name: _fetch(leaves[path], layer, entry(path), dtype)
+                   for name, path, layer in parts}
+        safetensors.numpy.save_file(tensors, scratch / file, metadata={'format': 'pt'})
+        where |= dict.fromkeys(tensors, file)
+    if len(plan) > 1:
+        total = sum(math.prod(x.shape) for x in leaves.values()) * np.dtype(dtype).itemsize
+        index = {'metadata': {'total_size': total}, 'weight_map': dict(sorted(where.items()))}
+        (scratch / f'{STEM}.safetensors.index.json').write_text(json.dumps(index, indent=2))
+    os.replace(scratch, folder)
+
+
+def _plan(leaves: dict[str, Any], entry: EntryOf, itemsize: int,
+          file_bytes: int) -> list[list[tuple[str, str, int | None]]]:
+    """Tensors of each file: (published name, our path, layer of a stack or None)."""
+    files: list[list[tuple[str, str, int | None]]] = [[]]
+    room = file_bytes
+    for name, path, layer, size in _tensors(leaves, entry):
+        if size * itemsize > room and files[-1]:
+            files.append([])
+            room = file_bytes
+        files[-1].append((name, path, layer))
+        room -= size * itemsize
+    return files
+
+
+def _tensors(leaves: dict[str, Any], entry: EntryOf) -> Iterator[tuple[str, str, int | None, int]]:
+    for path, leaf in leaves.items():
+        e = entry(path)
+        size = math.prod(e.shape(leaf.shape))
+        for layer, name in enumerate(e.names(leaf.shape)):
+            yield name, path, layer if e.stacked else None, size
+
+
+def _fetch(leaf: Any, layer: int | None, entry: Entry, dtype: Any) -> np.ndarray:
+    """One published tensor, gathered to the host."""
+    x = np.asarray(jax.device_get(leaf if layer is None else leaf[layer]))
+    return np.ascontiguousarray(entry.to_theirs(x)).astype(dtype)

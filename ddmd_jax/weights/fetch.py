@@ -1,0 +1,78 @@
+"""Brings a published folder to this machine's disk: from a path, a URL, or the hub."""
+
+from __future__ import annotations
+
+import fnmatch
+import hashlib
+import os
+from collections.abc import Sequence
+from pathlib import Path
+
+from ddmd_jax.weights.flat import WeightsError
+
+CACHE = 'DDMD_CACHE'  # environment variable: where files behind URLs are kept
+
+
+def local_folder(path: str, patterns: Sequence[str]) -> Path:
+    """A folder on disk with the files of `path` that match `patterns`.
+
+    `path` is a folder, a URL that fsspec reads (``gs://...`` needs `gcsfs`), or a hub id
+    (``owner/name``). Files come to disk, never to memory; what is there already is kept.
+
+    Raises:
+      WeightsError: there is no such folder, or it cannot be fetched.
+    """
+    folder = Path(path).expanduser()
+    if folder.is_dir():
+        return folder
+    if '://' in path:
+        return _from_url(path, patterns)
+    if path.startswith(('.', '/', '~')) or path.count('/') != 1:
+        raise WeightsError(f'no folder {path}; give a diffusers folder, a gs:// URL or a hub id '
+                           '(owner/name) as config.teacher.path')
+    return _from_hub(path, patterns)
+
+
+def _from_hub(name: str, patterns: Sequence[str]) -> Path:
+    import huggingface_hub
+
+    try:
+        return Path(huggingface_hub.snapshot_download(name, allow_patterns=list(patterns)))
+    except Exception as e:  # network, login and naming errors have no common ancestor
+        raise WeightsError(f'{name} is no folder here and cannot be fetched from the hub '
+                           f'({_first_line(e)}); check the name, the network and your login, or '
+                           'give a local folder') from e
+
+
+def _from_url(url: str, patterns: Sequence[str]) -> Path:
+    import fsspec
+
+    cache = Path(os.environ.get(CACHE, '~/.cache/ddmd_jax')).expanduser()
+    target = cache / hashlib.sha256(url.rstrip('/').encode()).hexdigest()[:16]
+    try:
+        fs, root = fsspec.core.url_to_fs(url)
+        root = root.rstrip('/')
+        found = [f for f in fs.find(root) if any(
+            fnmatch.fnmatch(f[len(root) + 1:], p) for p in patterns)]
+        for file in found:
+            _copy(fs, file, target / file[len(root) + 1:])
+    except Exception as e:
+        raise WeightsError(f'{url} cannot be read ({_first_line(e)}); check the URL and your '
+                           'access (gs:// needs `pip install gcsfs`)') from e
+    if not found:
+        raise WeightsError(f'{url} holds none of {", ".join(patterns)}; is it a diffusers folder?')
+    return target
+
+
+def _copy(fs, source: str, target: Path) -> None:
+    """One file, through a name of this process's own: several may start at once."""
+    if target.exists() and target.stat().st_size == fs.size(source):
+        return
+    target.parent.mkdir(parents=True, exist_ok=True)
+    scratch = target.with_name(f'{target.name}.{os.getpid()}.tmp')
+    fs.get_file(source, str(scratch))
+    os.replace(scratch, target)
+
+
+def _first_line(error: Exception) -> str:
+    return (str(error).splitlines() or [type(error).__name__])[0]

@@ -1,0 +1,196 @@
+"""Lumina-Image-2.0 in and out: folders, sampler and a whole run, against diffusers itself."""
+
+import json
+import subprocess
+import sys
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import published
+import pytest
+import tiny
+
+from ddmd_jax import sampling, teachers
+from ddmd_jax.models import autoencoder_kl
+from ddmd_jax.models.layers import abstract_params
+from ddmd_jax.models.nextdit import NextDiT, NextDiTConfig
+from ddmd_jax.teachers import lumina
+from ddmd_jax.weights import autoencoder_kl as vae_names, flat, nextdit as names
+
+pytestmark = pytest.mark.parity
+torch = pytest.importorskip('torch')
+diffusers = pytest.importorskip('diffusers')
+
+LATENTS = (2, 8, 12, 4)  # non-square, so that an axis taken for the other shows
+
+
+@pytest.fixture(scope='module')
+def theirs():
+    return published.pipeline()
+
+
+@pytest.fixture(scope='module')
+def folder(theirs, tmp_path_factory):
+    path = tmp_path_factory.mktemp('lumina')
+    theirs.save_pretrained(path, max_shard_size='200KB')
+    assert len(list((path / 'transformer').glob('*.safetensors'))) > 2  # sharded, as published
+    return path
+
+
+@pytest.fixture(scope='module')
+def ours(folder):
+    return teachers.load(str(folder), size=(16, 24))
+
+
+@pytest.mark.parametrize('guidance, normalise', [(1.0, True), (4.0, True), (4.0, False)])
+def test_sampler_gives_the_pipelines_latents(theirs, ours, guidance, normalise):
+    rng = np.random.default_rng(0)
+    noise = rng.standard_normal(LATENTS).astype(np.float32)
+    embeds = rng.standard_normal((4, published.TOKENS, 24)).astype(np.float32)
+    mask = np.arange(published.TOKENS)[None] < np.asarray([9, 5, 1, 1])[:, None]
+    t = lambda x: torch.tensor(np.asarray(x))
+    with torch.no_grad():
+        want = theirs(
+            prompt_embeds=t(embeds[:2]), prompt_attention_mask=t(mask[:2]).long(),
+            negative_prompt_embeds=t(embeds[2:]), negative_prompt_attention_mask=t(mask[2:]).long(),
+            latents=t(noise.transpose(0, 3, 1, 2)), height=64, width=96, num_inference_steps=5,
+            guidance_scale=guidance, cfg_normalization=normalise, output_type='latent',
+            return_dict=False)[0].numpy().transpose(0, 2, 3, 1)
+    half = lambda rows: {'embeds': jnp.asarray(embeds[rows]), 'mask': jnp.asarray(mask[rows])}
+    with jax.default_matmul_precision('highest'):
+        got = sampling.sample_teacher(
+            ours.predict_clean, ours.params, half(slice(0, 2)), half(slice(2, 4)), noise,
+            sampling.teacher_times(5, ours.shift), guidance,
+            rescale=ours.rescale if normalise else None)
+    assert ours.shift == 6.0
+    assert np.abs(got - want).max() <= 1e-3 * np.sqrt(np.mean(want**2))
+
+
+@pytest.mark.parametrize('height, width', [(4, 12), (8, 12)])  # the second is tiled
+def test_decode_gives_the_pipelines_images(theirs, ours, height, width):
+    latents = np.random.default_rng(1).standard_normal((2, height, width, 4)).astype(np.float32)
+    getattr(theirs.vae, 'enable_tiling' if height == 8 else 'disable_tiling')()
+    z = torch.tensor(latents.transpose(0, 3, 1, 2))
+    with torch.no_grad():
+        z = z / theirs.vae.config.scaling_factor + theirs.vae.config.shift_factor
+        want = theirs.vae.decode(z).sample.numpy().transpose(0, 2, 3, 1)
+    with jax.default_matmul_precision('highest'):
+        got = np.asarray(ours.decode(latents))
+    assert np.abs(got - want).max() <= 1e-4 * np.sqrt(np.mean(want**2))
+
+
+def test_the_system_prompt_is_the_pipelines(theirs):
+    assert theirs.system_prompt == lumina.SYSTEM_PROMPT
+    seen = []
+    theirs._get_gemma_prompt_embeds = lambda prompt, **kwargs: (
+        seen.append(prompt) or (torch.zeros(1, 2, 3), torch.ones(1, 2)))
+    theirs.encode_prompt('a red apple', device='cpu')
+    assert seen == [[lumina.full_prompt('a red apple')], [lumina.full_prompt('')]]
+
+
+@pytest.mark.parametrize('dtype', ['float32', 'bfloat16'])
+def test_import_and_export_change_nothing(theirs, tmp_path, dtype):
+    kind = getattr(torch, dtype)
+    before = published.pipeline(seed=1).transformer.to(kind)
+    before.save_pretrained(tmp_path / 'in')
+    teacher = teachers.load(str(tmp_path / 'in'), size=(16, 16))
+    config = json.loads((tmp_path / 'in' / 'config.json').read_text())
+    lumina.export(teacher.params, config, tmp_path / 'out', jnp.dtype(dtype))
+    after = diffusers.Lumina2Transformer2DModel.from_pretrained(tmp_path / 'out', torch_dtype=kind)
+    assert before.state_dict().keys() == after.state_dict().keys()
+    for name, tensor in before.state_dict().items():
+        assert torch.equal(tensor, after.state_dict()[name]), name
+    rng = np.random.default_rng(0)
+    x, embeds = (torch.tensor(rng.standard_normal(s)).to(kind) for s in ((1, 4, 8, 8), (1, 5, 24)))
+    run = lambda model: model(x, torch.tensor([0.3]).to(kind), embeds, torch.ones(1, 5).bool())
+    with torch.no_grad():
+        assert torch.equal(run(before.eval()).sample, run(after.eval()).sample)
+
+
+@pytest.mark.parametrize('cls, config, make, entry', [
+    ('Lumina2Transformer2DModel', {'cap_feat_dim': 2304},
+     lambda: abstract_params(lambda: NextDiT(NextDiTConfig(), nnx_rngs())), names.entry),
+    ('AutoencoderKL',
+     {'block_out_channels': (128, 256, 512, 512), 'layers_per_block': 2, 'latent_channels': 16,
+      'down_block_types': ('DownEncoderBlock2D',) * 4, 'up_block_types': ('UpDecoderBlock2D',) * 4,
+      'use_quant_conv': False, 'use_post_quant_conv': False},
+     lambda: autoencoder_kl.abstract_params(autoencoder_kl.AutoencoderKLConfig()),
+     vae_names.entry)])
+def test_full_size_every_tensor_has_its_name_and_shape(cls, config, make, entry):
+    with torch.device('meta'):
+        published_model = getattr(diffusers, cls)(**config)
+    theirs = {n: tuple(p.shape) for n, p in published_model.state_dict().items()}
+    ours = [(name, entry(path).shape(leaf.shape)) for path, leaf in flat.flatten(make()).items()
+            for name in entry(path).names(leaf.shape)]
+    assert len(ours) == len(dict(ours)) and dict(ours) == theirs
+
+
+def nnx_rngs():
+    from flax import nnx
+
+    return nnx.Rngs(0)
+
+
+def test_a_run_on_eight_devices_resumes_and_exports(folder, tmp_path, monkeypatch):
+    """The commands a user gives, from a folder that diffusers wrote to one that it loads."""
+    embeddings = published.write_embeddings(tmp_path / 'e.safetensors', 40)
+    monkeypatch.setenv('JAX_COMPILATION_CACHE_DIR', str(tmp_path / 'cache'))
+    fields = {
+        'teacher.path': folder, 'teacher.dtype': 'float32', 'data.path': embeddings,
+        'data.size': '(16, 24)', 'data.global_batch': 8, 'student.steps': 2,
+        'critic.updates': 1, 'mesh.data': 2, 'mesh.fsdp': 2, 'mesh.tensor': 2,
+        'checkpoint.every': 1, 'log.every': 1, 'log.images_every': 1, 'eval.prompts': 3,
+        'eval.teacher_steps': 2}
+    for steps in (1, 2):
+        flags = [f'--config.{k}={v}' for k, v in (fields | {'train.steps': steps}).items()]
+        out = tiny.run_on_devices('-m', 8, 'ddmd_jax.main', '--config=configs/lumina.py',
+                                  f'--workdir={tmp_path / "run"}', *flags)
+    assert 'resumed' in out
+    lines = [json.loads(x) for x in (tmp_path / 'run/metrics.jsonl').read_text().splitlines()]
+    assert [x['step'] for x in lines] == [1, 2] and all(np.isfinite(x['loss']) for x in lines)
+    assert (tmp_path / 'run/samples.png').stat().st_size > 1000
+
+    done = subprocess.run(
+        [sys.executable, '-m', 'ddmd_jax.export', f'--checkpoint={tmp_path / "run"}',
+         f'--out={tmp_path / "student"}', '--format=diffusers'],
+        capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    student = diffusers.Lumina2Transformer2DModel.from_pretrained(tmp_path / 'student/transformer')
+    teacher = diffusers.Lumina2Transformer2DModel.from_pretrained(folder / 'transformer')
+    moved = [not torch.equal(a, b) for a, b in zip(
+        student.state_dict().values(), teacher.state_dict().values(), strict=True)]
+    assert sum(moved) > 0.9 * len(moved)
+
+
+def test_the_documented_way_to_encode_prompts(theirs, tmp_path):
+    """Runs the snippet of docs/teachers.md on a tiny Gemma-2 and reads what it wrote."""
+    import re
+
+    from transformers import Gemma2Config, Gemma2Model, PreTrainedTokenizerFast
+
+    from ddmd_jax.data import conditioning, emoji
+
+    tokenizer = PreTrainedTokenizerFast(tokenizer_file=str(emoji.TOKENIZER), pad_token='[PAD]')
+    torch.manual_seed(0)
+    encoder = Gemma2Model(Gemma2Config(
+        vocab_size=1600, hidden_size=24, intermediate_size=32, num_hidden_layers=2,
+        num_attention_heads=2, num_key_value_heads=1, head_dim=12)).eval()
+    full = diffusers.Lumina2Pipeline(
+        transformer=theirs.transformer, vae=theirs.vae, scheduler=theirs.scheduler,
+        text_encoder=encoder, tokenizer=tokenizer)
+    full.save_pretrained(tmp_path / 'full')
+    (tmp_path / 'prompts.txt').write_text('red apple\n\ntaco on an orange background\n')
+    docs = (tiny.ROOT / 'docs/teachers.md').read_text()
+    snippet, = re.findall(r'```python\n(import json\n.*?)```', docs, re.DOTALL)
+    exec(snippet, {'FOLDER': tmp_path / 'full', 'PROMPTS': tmp_path / 'prompts.txt',
+                   'OUT': tmp_path / 'out.safetensors'})
+    prompts = conditioning.from_file(str(tmp_path / 'out.safetensors'), 24)
+    cond = prompts.lookup(np.arange(2))
+    assert cond['embeds'].shape == (2, 256, 24) and prompts.caption(0) == 'red apple'
+    assert (cond['mask'].sum(1) > 5).all() and prompts.null['mask'].sum() >= 1
+    ids = tokenizer([lumina.full_prompt(prompts.caption(1))], return_tensors='pt')
+    with torch.no_grad():
+        want = encoder(ids.input_ids, output_hidden_states=True).hidden_states[-2][0].numpy()
+    got = cond['embeds'][1][cond['mask'][1]].astype(np.float32)
+    assert np.abs(got - want).max() <= 0.05 * np.sqrt(np.mean(want**2))  # bf16 encoder
