@@ -21,7 +21,8 @@ def get_config(schedule: str = 'decoupled_hybrid') -> ConfigDict:
     return ConfigDict({
         'task': 'distill',
         'seed': 0,
-        'teacher': {'name': 'emoji', 'path': '', 'dtype': 'float32', 'remat': 'none'},
+        'teacher': {'name': 'emoji', 'path': '', 'dtype': 'float32', 'remat': 'none',
+                    'attention': 'xla'},
         'student': {'steps': 4, 'ema': 0.98, 'ema_ramp': True, 'sampler': 'renoise'},
         'critic': {'updates': 2, 'warmup': 0, 'weighting': 'velocity', 'tau': (0.0, 0.98)},
         'method': {

@@ -29,7 +29,7 @@ def get_config(schedule: str = 'decoupled_hybrid') -> ConfigDict:
         'task': 'distill',
         'seed': 0,
         'teacher': {'name': 'lumina', 'path': 'Alpha-VLLM/Lumina-Image-2.0',
-                    'dtype': 'bfloat16', 'remat': 'full'},
+                    'dtype': 'bfloat16', 'remat': 'full', 'attention': 'auto'},
         'student': {'steps': 4, 'ema': 0.999, 'ema_ramp': True, 'sampler': 'renoise'},
         'critic': {'updates': 5, 'warmup': 0, 'weighting': 'velocity', 'tau': (0.0, 0.98)},
         'method': {

@@ -197,6 +197,7 @@ def _embeddings_data() -> dict[str, Rule]:
 
 def distill_schema(dataset: str = 'emoji') -> dict[str, Rule]:
     """Every field of a distillation's config on `dataset`."""
+    from ddmd_jax.models.attention import KINDS as ATTENTION
     from ddmd_jax.models.layers import REMAT_POLICIES
     from ddmd_jax.teachers import FAMILIES
 
@@ -207,6 +208,7 @@ def distill_schema(dataset: str = 'emoji') -> dict[str, Rule]:
         'teacher.path': TEXT,
         'teacher.dtype': choice(DTYPES),
         'teacher.remat': choice(('none', *REMAT_POLICIES)),
+        'teacher.attention': choice(ATTENTION),
         'student.steps': whole(at_least=1, at_most=MAX_STEPS),
         'student.sampler': choice(STUDENT_MODES),
         'critic.updates': whole(each, at_least=1),
@@ -252,7 +254,8 @@ def _architecture(section: str, cls: type) -> dict[str, Rule]:
     from ddmd_jax.models.layers import REMAT_POLICIES
 
     even = lambda dim: whole(at_least=2).ok(dim) and dim % 2 == 0
-    by_name = {'dtype': choice(DTYPES), 'remat': choice(('none', *REMAT_POLICIES))}
+    by_name = {'dtype': choice(DTYPES), 'remat': choice(('none', *REMAT_POLICIES)),
+               'attention': choice(('xla',))}
     by_type = {
         'int': COUNT, 'float': number(above=0), 'bool': FLAG, 'str': TEXT,
         'float | None': or_none(number(above=0)),
@@ -331,6 +334,11 @@ def teacher_knows(dataset: str, teacher: str) -> str | None:
                 'teacher, embeddings for any other')
 
 
+def attention_fits(attention: str, teacher: str) -> str | None:
+    if teacher == 'emoji' and attention == 'splash':
+        return "must be 'xla' or 'auto' for the emoji teacher, whose few tokens need no kernel"
+
+
 def teacher_given(path: str, teacher: str) -> str | None:
     if teacher != 'emoji' and not path:
         return f'must name a diffusers folder, gs:// URL or hub id: {teacher} does not ship'
@@ -393,6 +401,7 @@ DISTILL_TOGETHER = COMMON_TOGETHER + (
     (optimiser_known, 'optim.critic.name', 'optim.critic.chain'),
     (teacher_knows, 'data.name', 'teacher.name'),
     (teacher_given, 'teacher.path', 'teacher.name'),
+    (attention_fits, 'teacher.attention', 'teacher.name'),
     (alpha_guides, 'method.alpha', 'method.weight_ca'),
     (some_weight, 'method.weight_ca', 'method.weight_dm'),
     (batch_divides, 'data.global_batch', 'student.steps', 'train.accumulate'),

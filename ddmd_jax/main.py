@@ -14,6 +14,11 @@ from absl import app, flags, logging
 from ml_collections import config_flags
 
 _CONFIG = config_flags.DEFINE_config_file('config', None, 'A file of configs/.', lock_config=True)
+_COORDINATOR = flags.DEFINE_string(
+    'coordinator', None, 'host:port of process 0, where the environment does not tell '
+    '(TPU pods, Slurm and Open MPI do).')
+_NUM_PROCESSES = flags.DEFINE_integer('num_processes', None, 'How many; with --coordinator.')
+_PROCESS_ID = flags.DEFINE_integer('process_id', None, 'Which this is; with --coordinator.')
 _WORKDIR = flags.DEFINE_string('workdir', None, 'Folder of the run; resumed if it holds one.')
 
 
@@ -64,7 +69,14 @@ def main(argv: list[str]) -> None:
         sys.exit(2)
     workdir = _writable(_WORKDIR.value)
 
-    from ddmd_jax.data.emoji import DataFileError
+    from ddmd_jax import distributed
+
+    try:
+        distributed.start(_COORDINATOR.value, _NUM_PROCESSES.value, _PROCESS_ID.value, os.environ)
+    except distributed.DistributedError as e:
+        sys.exit(f'main: {e}')
+
+    from ddmd_jax.data import DataFileError
     from ddmd_jax.sharding import ShardingError
     from ddmd_jax.train.checkpoint import CheckpointError
     from ddmd_jax.train.loop import DivergedError

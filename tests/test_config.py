@@ -53,6 +53,7 @@ DISTILL = [
     ('teacher.dtype', 'bfloat61', "'float32' or 'bfloat16'; did you mean 'bfloat16'?"),
     ('teacher.remat', 'ful', "must be one of none, full, dots; did you mean 'full'?"),
     ('teacher.remat', None, 'must be one of none, full, dots'),  # the word, not the value
+    ('teacher.attention', 'flash', 'must be one of auto, xla, splash'),
     ('student.steps', 0, 'at least 1 and at most 64'),
     ('student.steps', 65, 'at most 64'),
     ('student.steps', 2.0, 'a whole number'),
@@ -217,7 +218,7 @@ def test_an_unknown_field_is_told_the_nearest(field, nearest):
 
 def test_an_unknown_field_like_no_other_is_told_the_known_ones():
     (line,) = config_lib.validate(changed('emoji', {'teacher.xyz': 1}))
-    assert line.endswith('known here: name, path, dtype, remat')
+    assert line.endswith('known here: name, path, dtype, remat, attention')
 
 
 def test_a_renamed_field_is_one_mistake():

@@ -1,10 +1,12 @@
 """Health figures against numpy, and the verdict's words for runs of known kinds."""
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 import tiny
 
+from ddmd_jax import sharding
 from ddmd_jax.data.conditioning import Prompts
 from ddmd_jax.losses.decoupled import Predictions, Update, decoupled_update
 from ddmd_jax.teachers import Teacher
@@ -147,7 +149,8 @@ def probe_of(count):
     teacher = Teacher('toy', jnp.float32(0.5), brighten, None, None, (4, 4, 3), 1.0, 'none', ())
     prompts = Prompts(np.arange(9), lambda rows: {'c': rows / 9}, {'c': np.zeros(1)}, str)
     method = distill.method_from(config, teacher.shift)
-    made = distill.make_probe(config, teacher, prompts, {'teacher': teacher.params}, method)
+    made = distill.make_probe(config, teacher, prompts, {'teacher': teacher.params}, method,
+                              sharding.make_mesh({}, jax.devices()[:1]))
     state = lambda gain: st.TrainState(None, None, None, None, jnp.float32(gain), None, None)
     return lambda gain: {name: float(value) for name, value in made(state(gain)).items()}
 

@@ -1,5 +1,6 @@
 """The figures of the table, against closed forms and against real renders."""
 
+import jax
 import numpy as np
 import pytest
 from hypothesis import given, strategies as some
@@ -7,6 +8,7 @@ from hypothesis import given, strategies as some
 from ddmd_jax import summarise
 from ddmd_jax.data import emoji
 from ddmd_jax.metrics import classifier, measures, pictures, report
+from ddmd_jax.sharding import make_mesh
 
 
 @pytest.fixture(scope='module')
@@ -76,7 +78,8 @@ def test_generation_gives_each_prompt_its_own_conditioning():
     cond = {'embeds': np.arange(5, dtype=np.float32)[:, None], 'mask': np.ones((5, 1), bool)}
     null = {'embeds': np.full((1, 1), 9.0, np.float32), 'mask': np.ones((1, 1), bool)}
     draw = lambda params, c, n, key: params * c['embeds'] + n['embeds']
-    out = report.generate(draw, 2.0, cond, null, total=5, batch=2, seed=0)
+    out = report.generate(draw, 2.0, cond, null, total=5, batch=2, seed=0,
+                          mesh=make_mesh({}, jax.devices()[:1]))
     np.testing.assert_allclose(out[:, 0], [9, 11, 13, 15, 17])
 
 

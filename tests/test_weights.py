@@ -27,7 +27,7 @@ STEM = 'diffusion_pytorch_model'
 
 @pytest.fixture(scope='module')
 def abstract():
-    cfg = lumina.model_config(CONFIG, 'float32', 'none')
+    cfg = lumina.model_config(CONFIG)
     return abstract_params(lambda: NextDiT(cfg, nnx.Rngs(0)))
 
 
@@ -253,7 +253,7 @@ def check_import(workdir):
 
     wide = {**CONFIG, 'hidden_size': 768, 'num_layers': 12, 'axes_dim_rope': (64, 64, 64),
             'multiple_of': 256}
-    cfg = lumina.model_config(wide, 'float32', 'none')
+    cfg = lumina.model_config(wide)
     abstract = abstract_params(lambda: NextDiT(cfg, nnx.Rngs(0)))
     zeros = jax.tree.map(lambda a: np.zeros(a.shape, a.dtype), abstract)  # no pages of their own
     zeros['layers']['attn']['to_q']['kernel'] = np.random.default_rng(0).standard_normal(

@@ -18,7 +18,7 @@ def batches(rows: np.ndarray, lookup: Callable[[np.ndarray], Any], global_batch:
 
     Rows are shuffled anew each epoch. The order of the global batches depends on `seed`
     alone; process p of P gets a contiguous P-th of every batch. The iterator's state is one
-    counter, restored bit for bit by Orbax (`grain.checkpoint`).
+    counter, the same in every process.
 
     Raises:
       ShardingError: the batch does not divide by the number of processes.

@@ -9,10 +9,10 @@ from pathlib import Path
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
+from jax.sharding import Mesh
 
-from ddmd_jax import sampling
+from ddmd_jax import sampling, sharding
 from ddmd_jax.data import conditioning, emoji
 from ddmd_jax.metrics import classifier, measures, pictures
 from ddmd_jax.teachers import Teacher
@@ -73,16 +73,22 @@ def samplers(config: Any, teacher: Teacher) -> dict[str, tuple[dict[str, Any], A
 
 
 def generate(draw: Any, params: Any, cond: Any, null: Any, total: int, batch: int,
-             seed: int) -> np.ndarray:
-    """`total` images in batches of one compiled shape; batch i always gets the same noise."""
-    draw = jax.jit(draw)
+             seed: int, mesh: Mesh) -> np.ndarray:
+    """`total` images in batches of one compiled shape; batch i always gets the same noise.
+
+    Every process of a run draws them together, and every one has them all.
+    """
+    def batch_at(params: Any, cond: Any, blank: Any, i: int) -> jax.Array:
+        return draw(params, cond, blank, jax.random.fold_in(jax.random.key(seed), i))
+
+    batch_at = jax.jit(batch_at, out_shardings=sharding.replicated(mesh))
     index = np.resize(np.arange(total), -(-total // batch) * batch)
     out = []
     for i in range(0, len(index), batch):
-        part = jax.tree.map(lambda x, rows=index[i:i + batch]: jnp.asarray(x[rows]), cond)
-        blank = jax.tree.map(lambda n, c: jnp.broadcast_to(n, c.shape), null, part)
-        key = jax.random.fold_in(jax.random.key(seed), i)
-        out.append(np.asarray(draw(params, part, blank, key)))
+        # Host arrays: what one process has on its own devices the others could not read.
+        part = jax.tree.map(lambda x, rows=index[i:i + batch]: np.asarray(x[rows]), cond)
+        blank = jax.tree.map(lambda n, c: np.broadcast_to(n, c.shape), null, part)
+        out.append(np.asarray(batch_at(params, part, blank, i)))
     return np.concatenate(out)[:total]
 
 
@@ -121,7 +127,8 @@ def _sheet_rows(held: np.ndarray) -> np.ndarray:
     return np.concatenate([seen[:SHEET_ROWS - few], unseen[:few]])
 
 
-def evaluate(config: Any, teacher: Teacher, student: Any) -> tuple[list[dict[str, Any]], Any]:
+def evaluate(config: Any, teacher: Teacher, student: Any,
+             mesh: Mesh) -> tuple[list[dict[str, Any]], Any]:
     """``(rows of the table, {name: images} with the pairs they show)``."""
     pairs, judge = emoji.load_pairs(), classifier.load()
     e = config.eval
@@ -132,7 +139,7 @@ def evaluate(config: Any, teacher: Teacher, student: Any) -> tuple[list[dict[str
     settings = {'real': {'steps': None, 'evaluations': None, 'guidance': None}}
     for name, (setting, draw) in samplers(config, teacher).items():
         params = student if name == 'student' else teacher.params
-        latents = generate(draw, params, cond, null, len(rows), e.batch, config.seed)
+        latents = generate(draw, params, cond, null, len(rows), e.batch, config.seed, mesh)
         # What is judged is what would be shown: clipped to the range of a screen.
         settings[name], images[name] = setting, np.clip(teacher.decode(latents), -1, 1)
     result = [{'name': name, **settings[name], **measure(x, pairs, rows, judge, reference)}
@@ -140,10 +147,10 @@ def evaluate(config: Any, teacher: Teacher, student: Any) -> tuple[list[dict[str
     return result, (images, pairs, rows)
 
 
-def final(config: Any, teacher: Teacher, student: Any, workdir: Path, train_seconds: float,
-          total: Stopwatch) -> None:
+def final(config: Any, teacher: Teacher, student: Any, mesh: Mesh, workdir: Path,
+          train_seconds: float, total: Stopwatch) -> None:
     """Evaluates and writes ``eval.json`` and ``samples.png``; prints the table."""
-    rows, (images, pairs, index) = evaluate(config, teacher, student)
+    rows, (images, pairs, index) = evaluate(config, teacher, student, mesh)
     shown = _sheet_rows(pairs.held_out[index])
     n, w = config.student.steps, config.eval.guidance
     titles = ('real', f'teacher\n{config.eval.teacher_steps} steps, w={w:g}',
@@ -162,7 +169,7 @@ def final(config: Any, teacher: Teacher, student: Any, workdir: Path, train_seco
 
 
 def sheet(config: Any, teacher: Teacher, student: Any, prompts: conditioning.Prompts,
-          workdir: Path) -> None:
+          mesh: Mesh, workdir: Path) -> None:
     """Writes ``samples.png``: teacher and student on the same prompts and seeds, unjudged."""
     rows = np.resize(np.random.default_rng(config.seed).permutation(np.unique(prompts.rows)),
                      min(SHEET_ROWS, config.eval.prompts))
@@ -173,7 +180,7 @@ def sheet(config: Any, teacher: Teacher, student: Any, prompts: conditioning.Pro
     for name, (_, draw) in samplers(config, teacher).items():
         params = student if name == 'student' else teacher.params
         latents = generate(draw, params, prompts.lookup(rows), prompts.null, len(rows),
-                           config.eval.batch, config.seed)
+                           config.eval.batch, config.seed, mesh)
         images.append(np.clip(np.asarray(teacher.decode(latents)), -1, 1))
     if jax.process_index() == 0:
         captions = [prompts.caption(int(i)) for i in rows]

@@ -15,7 +15,9 @@ import dataclasses
 import jax
 import jax.numpy as jnp
 from flax import nnx
+from jax.sharding import Mesh, NamedSharding, PartitionSpec as P
 
+from ddmd_jax.models.attention import attend
 from ddmd_jax.models.layers import (
     Linear,
     RMSNorm,
@@ -25,6 +27,7 @@ from ddmd_jax.models.layers import (
     sinusoidal_embedding,
     stack_layers,
 )
+from ddmd_jax.sharding import BATCH
 
 Array = jax.Array
 
@@ -58,6 +61,7 @@ class NextDiTConfig:
     cap_feat_dim: int = 2304
     dtype: str = 'float32'  # of activations and matrix products; parameters stay fp32
     remat: str = 'none'
+    attention: str = 'xla'  # see models/attention.py
     fold_tokens: bool = False  # see layers.Linear; for CPU
     unroll: bool = False  # compile every layer: on CPU a scan copies what it saves
 
@@ -96,7 +100,7 @@ def _linear(cfg: NextDiTConfig, din: int, dout: int, rngs: nnx.Rngs, *, bias: bo
 class Attention(nnx.Module):
     """Grouped-query self-attention with RMS-normed, rotated queries and keys."""
 
-    def __init__(self, cfg: NextDiTConfig, rngs: nnx.Rngs):
+    def __init__(self, cfg: NextDiTConfig, rngs: nnx.Rngs, mesh: Mesh | None):
         kv_dim = cfg.num_kv_heads * cfg.head_dim
         self.to_q = _linear(cfg, cfg.hidden_size, cfg.hidden_size, rngs, bias=False)
         self.to_k = _linear(cfg, cfg.hidden_size, kv_dim, rngs, bias=False)
@@ -105,14 +109,13 @@ class Attention(nnx.Module):
         # The published attention's own eps is 1e-5 whatever norm_eps says.
         self.norm_q = RMSNorm(cfg.head_dim, eps=1e-5, dtype=jnp.dtype(cfg.dtype))
         self.norm_k = RMSNorm(cfg.head_dim, eps=1e-5, dtype=jnp.dtype(cfg.dtype))
-        self.head_dim = cfg.head_dim
+        self.head_dim, self.kind, self.mesh = cfg.head_dim, cfg.attention, mesh
 
     def __call__(self, x: Array, mask: Array | None, angles: Array) -> Array:
         split = lambda y: y.reshape(*y.shape[:-1], -1, self.head_dim)
         q = apply_rotary(self.norm_q(split(self.to_q(x))), angles)
         k = apply_rotary(self.norm_k(split(self.to_k(x))), angles)
-        mask = None if mask is None else mask[:, None, None, :]
-        out = jax.nn.dot_product_attention(q, k, split(self.to_v(x)), mask=mask)
+        out = attend(q, k, split(self.to_v(x)), mask, kind=self.kind, mesh=self.mesh)
         return self.to_out(out.reshape(x.shape))
 
 
@@ -132,9 +135,10 @@ class FeedForward(nnx.Module):
 class Block(nnx.Module):
     """Sandwich-normed transformer block; with `modulation`, gated by the time embedding."""
 
-    def __init__(self, cfg: NextDiTConfig, rngs: nnx.Rngs, *, modulation: bool):
+    def __init__(self, cfg: NextDiTConfig, rngs: nnx.Rngs, mesh: Mesh | None = None, *,
+                 modulation: bool):
         norm = lambda: RMSNorm(cfg.hidden_size, eps=cfg.norm_eps, dtype=jnp.dtype(cfg.dtype))
-        self.attn = Attention(cfg, rngs)
+        self.attn = Attention(cfg, rngs, mesh)
         self.feed_forward = FeedForward(cfg, rngs)
         self.norm1, self.norm2, self.ffn_norm1, self.ffn_norm2 = norm(), norm(), norm(), norm()
         if modulation:
@@ -155,22 +159,25 @@ class Block(nnx.Module):
 
 
 class NextDiT(nnx.Module):
-    """``(x_t [B,H,W,C], t [B], caption [B,L,D], mask [B,L]) -> velocity [B,H,W,C]`` in fp32."""
+    """``(x_t [B,H,W,C], t [B], caption [B,L,D], mask [B,L]) -> velocity [B,H,W,C]`` in fp32.
 
-    def __init__(self, cfg: NextDiTConfig, rngs: nnx.Rngs):
+    `mesh` is what attention by kernel is mapped over; the rest the compiler partitions.
+    """
+
+    def __init__(self, cfg: NextDiTConfig, rngs: nnx.Rngs, mesh: Mesh | None = None):
         patch_dim = cfg.patch_size**2 * cfg.in_channels
-        self.cfg = cfg
+        self.cfg, self.mesh = cfg, mesh
         self.x_embedder = _linear(cfg, patch_dim, cfg.hidden_size, rngs, bias=True)
         self.time_1 = _linear(cfg, 256, cfg.time_dim, rngs, bias=True)
         self.time_2 = _linear(cfg, cfg.time_dim, cfg.time_dim, rngs, bias=True)
         self.caption_norm = RMSNorm(cfg.cap_feat_dim, eps=cfg.norm_eps, dtype=jnp.dtype(cfg.dtype))
         self.caption_proj = _linear(cfg, cfg.cap_feat_dim, cfg.hidden_size, rngs, bias=True)
         self.context_refiner = stack_layers(
-            lambda r: Block(cfg, r, modulation=False), cfg.num_refiner_layers, rngs)
+            lambda r: Block(cfg, r, mesh, modulation=False), cfg.num_refiner_layers, rngs)
         self.noise_refiner = stack_layers(
-            lambda r: Block(cfg, r, modulation=True), cfg.num_refiner_layers, rngs)
+            lambda r: Block(cfg, r, mesh, modulation=True), cfg.num_refiner_layers, rngs)
         self.layers = stack_layers(
-            lambda r: Block(cfg, r, modulation=True), cfg.num_layers, rngs)
+            lambda r: Block(cfg, r, mesh, modulation=True), cfg.num_layers, rngs)
         self.out_scale = _linear(cfg, cfg.time_dim, cfg.hidden_size, rngs, bias=True, zero=True)
         self.out_proj = _linear(cfg, cfg.hidden_size, patch_dim, rngs, bias=True, zero=True)
 
@@ -184,15 +191,25 @@ class NextDiT(nnx.Module):
 
         temb = self.time_2(jax.nn.silu(self.time_1(sinusoidal_embedding(t, 256).astype(dtype))))
         cap = self.caption_proj(self.caption_norm(caption.astype(dtype)))
-        cap = run(self.context_refiner, cap, mask, cap_angles)
-        img = self.x_embedder(patchify(x_t.astype(dtype), cfg.patch_size))
+        cap = run(self.context_refiner, self._rows_stay(cap), mask, cap_angles)
+        img = self._rows_stay(self.x_embedder(patchify(x_t.astype(dtype), cfg.patch_size)))
         img = run(self.noise_refiner, img, None, img_angles, temb)
 
         joint_mask = jnp.concatenate([mask, jnp.ones((batch, img.shape[1]), bool)], axis=1)
-        joint = jnp.concatenate([cap, img], axis=1)
+        joint = self._rows_stay(jnp.concatenate([cap, img], axis=1))
         angles = jnp.concatenate([cap_angles, img_angles], axis=1)
         joint = run(self.layers, joint, joint_mask, angles, temb)
         return unpatchify(self._head(joint[:, cap.shape[1]:], temb), grid, cfg.patch_size)
+
+    def _rows_stay(self, x: Array) -> Array:
+        """Keeps the batch of ``[B, S, D]`` split over the mesh.
+
+        Batch and kernels are both split over `fsdp`. Left to itself the compiler for TPUs may
+        keep the kernels where they are and reduce activations of the whole batch instead.
+        """
+        if self.mesh is None or x.shape[0] % (self.mesh.shape['data'] * self.mesh.shape['fsdp']):
+            return x
+        return jax.lax.with_sharding_constraint(x, NamedSharding(self.mesh, P(*BATCH)))
 
     def _head(self, x: Array, temb: Array) -> Array:
         """LayerNorm without parameters (eps 1e-6), scaled by time, projected; fp32 out."""

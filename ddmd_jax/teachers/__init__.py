@@ -14,7 +14,8 @@ FAMILIES = ('emoji', 'lumina')
 
 
 def load(path_or_name: str, mesh: Mesh | None = None, dtype: str = 'float32',
-         size: Sequence[int] | None = None, remat: str = 'none') -> Teacher:
+         size: Sequence[int] | None = None, remat: str = 'none',
+         attention: str = 'auto') -> Teacher:
     """The shipped teacher ('emoji'), one trained like it (a ``.safetensors`` file), or Lumina's.
 
     Args:
@@ -23,18 +24,20 @@ def load(path_or_name: str, mesh: Mesh | None = None, dtype: str = 'float32',
       dtype: of activations and matrix products; parameters stay fp32.
       size: pixels, height first; None takes the family's own.
       remat: what the network's gradient recomputes, a key of `layers.REMAT_POLICIES` or 'none'.
+      attention: one of `attention.KINDS`; 'auto' is the kernel where the mesh is of TPUs.
 
     Raises:
       WeightsError: the weights are missing, damaged or of another family.
     """
     if path_or_name == 'emoji':
-        return load_family('emoji', '', mesh, dtype, size, remat)
+        return load_family('emoji', '', mesh, dtype, size, remat, attention)
     family = 'emoji' if path_or_name.endswith('.safetensors') else 'lumina'
-    return load_family(family, path_or_name, mesh, dtype, size, remat)
+    return load_family(family, path_or_name, mesh, dtype, size, remat, attention)
 
 
 def load_family(name: str, path: str, mesh: Mesh | None = None, dtype: str = 'float32',
-                size: Sequence[int] | None = None, remat: str = 'none') -> Teacher:
+                size: Sequence[int] | None = None, remat: str = 'none',
+                attention: str = 'auto') -> Teacher:
     """Loads a teacher of family `name` from `path` (empty: what the family ships); see `load`.
 
     Raises:
@@ -49,7 +52,7 @@ def load_family(name: str, path: str, mesh: Mesh | None = None, dtype: str = 'fl
         from ddmd_jax.teachers import lumina
 
         mesh = sharding.make_mesh({}, jax.devices()[:1]) if mesh is None else mesh
-        return lumina.load(path, mesh, dtype, size, remat)
+        return lumina.load(path, mesh, dtype, size, remat, attention)
     raise ValueError(f'unknown teacher {name!r}; known: {", ".join(FAMILIES)}')
 
 

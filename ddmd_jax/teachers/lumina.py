@@ -30,6 +30,7 @@ from jax.sharding import Mesh
 
 from ddmd_jax import process, sharding
 from ddmd_jax.models import autoencoder_kl, nextdit
+from ddmd_jax.models.attention import resolve
 from ddmd_jax.models.autoencoder_kl import AutoencoderKLConfig
 from ddmd_jax.models.layers import abstract_params, functional
 from ddmd_jax.models.nextdit import NextDiT, NextDiTConfig
@@ -62,28 +63,29 @@ def rescale(v: Array, v_cond: Array) -> Array:
     return v * (norm(v_cond) / norm(v))
 
 
-def model_config(published: dict[str, Any], dtype: str, remat: str) -> NextDiTConfig:
+def model_config(published: dict[str, Any], dtype: str = 'float32', remat: str = 'none',
+                 attention: str = 'xla') -> NextDiTConfig:
     """Our architecture from a published ``transformer/config.json``.
 
     Raises:
       WeightsError: a field is missing or not to be had here.
     """
-    own = {'dtype', 'remat', 'fold_tokens', 'unroll'}
+    own = {'dtype', 'remat', 'attention', 'fold_tokens', 'unroll'}
     fields = [f.name for f in dataclasses.fields(NextDiTConfig) if f.name not in own]
     try:
         values = {name: published[name] for name in fields}
         values['axes_dim_rope'] = tuple(values['axes_dim_rope'])
         if published.get('out_channels') not in (None, values['in_channels']):
             raise ValueError(f'out_channels {published["out_channels"]} differ from in_channels')
-        return NextDiTConfig(**values, dtype=dtype, remat=remat)
+        return NextDiTConfig(**values, dtype=dtype, remat=remat, attention=attention)
     except (KeyError, TypeError, ValueError) as e:
         raise WeightsError(f'transformer/config.json is not one of {TRANSFORMER} ({e}); fetch the '
                            'folder again') from e
 
 
-def make_denoiser(cfg: NextDiTConfig):
+def make_denoiser(cfg: NextDiTConfig, mesh: Mesh):
     """`predict_clean(params, x_t, t, cond)`; see `Teacher`."""
-    network = functional(lambda: NextDiT(cfg, nnx.Rngs(0)))
+    network = functional(lambda: NextDiT(cfg, nnx.Rngs(0), mesh))
 
     def predict_clean(params: Any, x_t: Array, t: Array, cond: Cond) -> Array:
         t = jnp.broadcast_to(jnp.asarray(t, jnp.float32), x_t.shape[:1])
@@ -128,7 +130,7 @@ def _latent_shape(size: Sequence[int], cfg: NextDiTConfig, factor: int) -> tuple
 
 
 def load(path: str, mesh: Mesh, dtype: str = 'float32', size: Sequence[int] | None = None,
-         remat: str = 'none') -> Teacher:
+         remat: str = 'none', attention: str = 'auto') -> Teacher:
     """The teacher of a diffusers folder, its weights read straight into the mesh's layout.
 
     `path` is a folder, a ``gs://`` URL or a hub id, of the pipeline or of the transformer
@@ -140,7 +142,8 @@ def load(path: str, mesh: Mesh, dtype: str = 'float32', size: Sequence[int] | No
       ShardingError: a parameter does not divide over the mesh.
     """
     transformer, vae, shift = _open(fetch.local_folder(path, FILES))
-    cfg = model_config(transformer.config, dtype, remat)
+    kind = resolve(attention, mesh.devices.flat[0].platform)
+    cfg = model_config(transformer.config, dtype, remat, kind)
     abstract = abstract_params(lambda: NextDiT(cfg, nnx.Rngs(0)))
     layout = sharding.shard_tree(abstract, RULES, mesh)
     diffusers.check(transformer, abstract, names.entry)
@@ -148,9 +151,9 @@ def load(path: str, mesh: Mesh, dtype: str = 'float32', size: Sequence[int] | No
     factor, decode = (FACTOR, None) if vae is None else _decoder(vae, mesh)
     return Teacher(
         'lumina', diffusers.import_tree(transformer, abstract, layout, names.entry),
-        make_denoiser(cfg), _no_encoder, decode, _latent_shape(size or SIZE, cfg, factor), shift,
-        diffusers.identity(transformer), RULES, rescale=rescale, cond_width=cfg.cap_feat_dim,
-        limit=LIMIT)
+        make_denoiser(cfg, mesh), _no_encoder, decode, _latent_shape(size or SIZE, cfg, factor),
+        shift, diffusers.identity(transformer), RULES, rescale=rescale,
+        cond_width=cfg.cap_feat_dim, limit=LIMIT)
 
 
 def _vae_config(published: dict[str, Any], dtype: str) -> AutoencoderKLConfig:
@@ -171,15 +174,17 @@ def _decoder(vae: diffusers.Checkpoint, mesh: Mesh) -> tuple[int, Callable[[Arra
     layout = sharding.shard_tree(abstract, VAE_RULES, mesh)
     diffusers.check(vae, abstract, vae_names.entry)
     params = diffusers.import_tree(vae, abstract, layout, vae_names.entry)
-    decode = functools.partial(jax.jit(autoencoder_kl.functional(cfg)[1]), params)
+    decode = functools.partial(jax.jit(autoencoder_kl.functional(cfg)[1],
+                                       out_shardings=sharding.replicated(mesh)), params)
     largest = (cfg.sample_size // cfg.factor) ** 2
 
-    def one(z: Array) -> Array:
+    def one(z: np.ndarray) -> Array:
         whole = z.shape[1] * z.shape[2] <= largest
         return decode(z) if whole else autoencoder_kl.decode_tiled(decode, z, cfg)
 
     # An image at a time: the codec's attention alone takes 1 GiB at 1024 x 1024.
-    return cfg.factor, lambda z: np.concatenate([one(z[i:i + 1]) for i in range(len(z))])
+    return cfg.factor, lambda z: np.concatenate(
+        [one(part) for part in np.split(np.asarray(z), len(z))])
 
 
 def _no_encoder(prompts: Sequence[str]) -> Cond:

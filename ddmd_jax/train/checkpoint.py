@@ -16,7 +16,7 @@ from ddmd_jax.weights import flat
 # What may differ between a checkpoint and the run that resumes it: how long, how loud,
 # how often, on which mesh, how it is sampled. Everything else would silently be another experiment.
 FREE_SECTIONS = ('log', 'checkpoint', 'eval', 'mesh')
-FREE_FIELDS = ('train.steps', 'student.sampler', 'teacher.remat')
+FREE_FIELDS = ('train.steps', 'student.sampler', 'teacher.remat', 'teacher.attention')
 
 
 class CheckpointError(RuntimeError):
@@ -58,7 +58,9 @@ class Checkpoints:
             return
         self.manager.save(step, args=ocp.args.Composite(
             state=ocp.args.StandardSave(state),
-            data=grain.checkpoint.CheckpointSave(data),
+            # One counter of global batches, the same in every process: Grain's own handler
+            # writes a file a process, which another number of processes could not read.
+            data=ocp.args.JsonSave(data.get_state()),
             manifest=ocp.args.JsonSave(self.manifest)))
 
     def restore(self, abstract: Any, shardings: Any,
@@ -75,9 +77,12 @@ class Checkpoints:
             lambda a, s: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=s), abstract, shardings)
         parts = {'state': ocp.args.StandardRestore(target)}
         if data is not None:
-            parts['data'] = grain.checkpoint.CheckpointRestore(data)
+            parts['data'] = ocp.args.JsonRestore()
         try:
-            return self.manager.restore(step, args=ocp.args.Composite(**parts)).state
+            restored = self.manager.restore(step, args=ocp.args.Composite(**parts))
+            if data is not None:
+                data.set_state(restored.data)
+            return restored.state
         except Exception as e:  # Orbax raises many kinds; the user needs the folder and a cure
             reason = (str(e).splitlines() or [type(e).__name__])[0]
             raise CheckpointError(

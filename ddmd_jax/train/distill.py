@@ -93,15 +93,15 @@ def words(v: dict[str, Any]) -> str:
 
 
 def make_pictures(config: Any, teacher: teachers.Teacher, prompts: conditioning.Prompts,
-                  frozen: Any, m: Method) -> Callable:
+                  frozen: Any, m: Method, mesh: Mesh) -> Callable:
     """Sample grids and student / real / fake / difference panels for TensorBoard."""
     if teacher.decode is None:
         return lambda state, step, log: None
-    cond = jax.tree.map(jnp.asarray, prompts.lookup(shown_rows(prompts, GRID, config.seed)))
+    cond = prompts.lookup(shown_rows(prompts, GRID, config.seed))
     shape = (GRID, *teacher.sample_shape)
     predict = teacher.predict_clean
 
-    @jax.jit
+    @functools.partial(jax.jit, out_shardings=sharding.replicated(mesh))
     def draw(state: st.TrainState, frozen: Any, cond: Any):
         key = jax.random.key(config.seed)
         x = sampling.sample_student(
@@ -121,23 +121,23 @@ def make_pictures(config: Any, teacher: teachers.Teacher, prompts: conditioning.
 
 
 def make_probe(config: Any, teacher: teachers.Teacher, prompts: conditioning.Prompts,
-               frozen: Any, m: Method) -> Callable[[st.TrainState], dict[str, Any]]:
+               frozen: Any, m: Method, mesh: Mesh) -> Callable[[st.TrainState], dict[str, Any]]:
     """`diagnostics.probe` of the averaged student on fixed prompts and noise."""
     count = config.log.probe
     if not count:
         return lambda state: {}
-    cond = jax.tree.map(jnp.asarray, prompts.lookup(shown_rows(prompts, count, config.seed)))
+    cond = prompts.lookup(shown_rows(prompts, count, config.seed))
     key = jax.random.fold_in(jax.random.key(config.seed), 2)
-    draw = jax.jit(lambda params: sampling.sample_student(
+    draw = jax.jit(lambda params, cond: sampling.sample_student(
         teacher.predict_clean, params, cond, m.times, key, (count, *teacher.sample_shape),
-        config.student.sampler))
+        config.student.sampler), out_shardings=sharding.replicated(mesh))
     judge, start = jax.jit(functools.partial(diagnostics.probe, limit=m.limit)), []
 
     def probe(state: st.TrainState) -> dict[str, Any]:
         # The student began as the teacher, so that a resumed run finds the same start.
         if not start:
-            start.append(draw(frozen['teacher']))
-        return judge(draw(state.ema), start[0])
+            start.append(draw(frozen['teacher'], cond))
+        return judge(draw(state.ema, cond), start[0])
 
     return probe
 
@@ -165,9 +165,9 @@ def make_task(config: Any, teacher: teachers.Teacher, mesh: Mesh) -> loop.Task:
         name='distill', make_state=make_from, source=(frozen['teacher'],), rules=teacher.rules,
         data=loader.batches(prompts.rows, prompts.lookup, config.data.global_batch, config.seed),
         advance=make_advance(steps, frozen, config.critic.updates, config.critic.warmup),
-        words=words, probe=make_probe(config, teacher, prompts, frozen, m),
+        words=words, probe=make_probe(config, teacher, prompts, frozen, m, mesh),
         annotate=make_annotate(teacher.data_std),
-        pictures=make_pictures(config, teacher, prompts, frozen, m))
+        pictures=make_pictures(config, teacher, prompts, frozen, m, mesh))
 
 
 def run(config: Any, workdir: Path, mesh: Mesh) -> None:
@@ -177,10 +177,10 @@ def run(config: Any, workdir: Path, mesh: Mesh) -> None:
     total = report.Stopwatch()
     teacher = teachers.load_family(config.teacher.name, config.teacher.path, mesh,
                                    config.teacher.dtype, config.data.get('size'),
-                                   config.teacher.remat)
+                                   config.teacher.remat, config.teacher.attention)
     task = make_task(config, teacher, mesh)
     state, seconds = loop.run(task, config, workdir, mesh, teacher.identity)
     if config.data.name == 'emoji':
-        report.final(config, teacher, state.ema, workdir, seconds, total)
+        report.final(config, teacher, state.ema, mesh, workdir, seconds, total)
     elif teacher.decode is not None:
-        report.sheet(config, teacher, state.ema, load_prompts(config, teacher), workdir)
+        report.sheet(config, teacher, state.ema, load_prompts(config, teacher), mesh, workdir)

@@ -13,7 +13,7 @@ import optax
 from jax.scipy.stats import norm
 from jax.sharding import Mesh
 
-from ddmd_jax import process, sampling
+from ddmd_jax import process, sampling, sharding
 from ddmd_jax.data import emoji, loader, tokenizer
 from ddmd_jax.metrics import pictures
 from ddmd_jax.teachers import emoji as teacher
@@ -124,5 +124,7 @@ def run(config: Any, workdir: Path, mesh: Mesh) -> None:
     """Trains to the end and writes the averaged weights as ``workdir/teacher.safetensors``."""
     state, seconds = loop.run(make_task(config), config, workdir, mesh, identity='none')
     out = workdir / 'teacher.safetensors'
-    teacher.save(out, config.teacher.model.to_dict(), jax.device_get(state.ema), int(state.step))
-    print(f'{out} written after {seconds:.0f} s of training in this run')
+    whole = jax.jit(lambda tree: tree, out_shardings=sharding.replicated(mesh))(state.ema)
+    if jax.process_index() == 0:
+        teacher.save(out, config.teacher.model.to_dict(), jax.device_get(whole), int(state.step))
+        print(f'{out} written after {seconds:.0f} s of training in this run')

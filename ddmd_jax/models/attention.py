@@ -1,0 +1,149 @@
+"""Bidirectional grouped-query attention with a key padding mask, in two ways that agree.
+
+`xla` is `jax.nn.dot_product_attention`. It runs everywhere and keeps the ``[B, H, S, S]`` scores
+in memory. `splash` is the Pallas kernel that comes with JAX for TPUs
+(`jax.experimental.pallas.ops.tpu.splash_attention`): it holds a block of them at a time, so that
+memory grows with S, not with its square. Softmax is fp32 in both.
+
+They differ where it does not matter: a query that is padding attends to padding in `splash` and
+to the real tokens in `xla`. Its output is finite, and nothing may depend on it.
+"""
+
+from __future__ import annotations
+
+import functools
+
+import jax
+import jax.numpy as jnp
+from jax.sharding import Mesh, PartitionSpec as P
+
+from ddmd_jax.sharding import BATCH
+
+Array = jax.Array
+
+KINDS = ('auto', 'xla', 'splash')
+
+LANES = 128  # width of a TPU's registers: the kernel's blocks are multiples of it
+# Tokens of a query block, and of the keys that one pass of the inner loop takes.
+TILE = 256
+# Keys of a block at most. Beside them the backward kernel has values, both gradients, buffers for
+# what comes next and fp32 sums in 16 MiB: 832 KiB still compiles for v5e, 1 MiB does not.
+KV_BYTES = 640 * 1024
+
+
+def resolve(kind: str, platform: str) -> str:
+    """The implementation that `kind` means on a platform: 'xla' or 'splash'.
+
+    Args:
+      kind: one of `KINDS`; 'auto' is splash where the kernel compiles, xla elsewhere.
+      platform: `jax.Device.platform` of the devices that will run it.
+
+    Raises:
+      ValueError: unknown kind.
+    """
+    if kind not in KINDS:
+        raise ValueError(f'unknown attention {kind!r}: known are {", ".join(KINDS)}')
+    if kind == 'auto':
+        return 'splash' if platform == 'tpu' else 'xla'
+    return kind
+
+
+def attend(q: Array, k: Array, v: Array, mask: Array | None, *, kind: str = 'xla',
+           mesh: Mesh | None = None, interpret: bool = False) -> Array:
+    """``softmax(q k' / sqrt(D)) v`` over the keys that are not padding; head h uses h // (H/K).
+
+    Args:
+      q: ``[B, S, H, D]``.
+      k: ``[B, S, K, D]``, K a divisor of H, of q's dtype; v is like k.
+      v: see k.
+      mask: bool ``[B, S]``, True for real tokens; None if all of them are.
+      kind: 'xla' or 'splash'; see `resolve` for 'auto'.
+      mesh: what `splash` is mapped over: batch over data and fsdp (if it divides), heads over
+        tensor. None is for one device. `xla` does not need it, the compiler partitions it.
+      interpret: run the kernel of `splash` without a TPU: slow, for tests.
+
+    Returns:
+      ``[B, S, H, D]`` in q's dtype.
+
+    Raises:
+      ValueError: unknown kind; heads that do not divide by the mesh (splash).
+    """
+    if kind == 'xla':
+        keys = None if mask is None else mask[:, None, None, :]
+        return jax.nn.dot_product_attention(q, k, v, mask=keys)
+    if kind != 'splash':
+        raise ValueError(f'unknown attention {kind!r}: attend knows {", ".join(KINDS[1:])}, and '
+                         'resolve() says which of them auto is')
+    local = functools.partial(_splash, interpret=interpret)
+    inputs = (q, k, v) if mask is None else (q, k, v, mask)
+    if mesh is None:
+        return local(*inputs)
+    _check_heads(q, k, mesh)
+    # A batch of a few pictures does not split over a pod: every device then does all of it.
+    ways = mesh.shape['data'] * mesh.shape['fsdp']
+    rows = BATCH if q.shape[0] % ways == 0 else P(None)
+    heads = P(*rows, None, 'tensor')
+    specs = (heads, heads, heads, rows)[:len(inputs)]
+    # The compiler partitions no kernels. This one does not say over which mesh axes its outputs
+    # vary, so that check_vma would refuse it.
+    return jax.shard_map(local, mesh=mesh, in_specs=specs, out_specs=heads,
+                         check_vma=False)(*inputs)
+
+
+def _splash(q: Array, k: Array, v: Array, mask: Array | None = None, *,
+            interpret: bool) -> Array:
+    """`attend` by the kernel, on one device."""
+    from jax.experimental.pallas.ops.tpu import splash_attention as splash
+
+    batch, seq, heads, dim = q.shape
+    tile, block = _block_sizes(seq, dim, k.dtype.itemsize)
+    more_q, more_kv = -seq % tile, -seq % block
+    # The kernel does not scale. Heads are the second axis there, and no dim need be padded.
+    q = (q.astype(jnp.float32) * dim**-0.5).astype(q.dtype)
+    lay = lambda x, more: jnp.pad(x, ((0, 0), (0, more), (0, 0), (0, 0))).swapaxes(1, 2)
+    ids = None
+    if mask is not None or more_kv:
+        # Tokens attend to those of the same id: 1 is real, 0 is padding. No row is left without
+        # keys, which would divide by zero: a token has itself, and where queries are added
+        # below, so are keys.
+        real = jnp.ones((batch, seq), jnp.int32) if mask is None else mask.astype(jnp.int32)
+        lengthen = lambda more: jnp.pad(real, ((0, 0), (0, more)))
+        ids = splash.SegmentIds(lengthen(more_q), lengthen(more_kv))
+    everything = splash.FullMask((seq + more_q, seq + more_kv))
+    kernel = splash.make_splash_mha(
+        splash.MultiHeadMask([everything] * heads), head_shards=1, q_seq_shards=1,
+        interpret=interpret, block_sizes=splash.BlockSizes(
+            block_q=tile, block_kv=block, block_kv_compute=tile, block_q_dkv=tile,
+            block_kv_dkv=block, block_kv_dkv_compute=tile, use_fused_bwd_kernel=True))
+    out = jax.vmap(kernel)(lay(q, more_q), lay(k, more_kv), lay(v, more_kv), ids)
+    return out.swapaxes(1, 2)[:, :seq]
+
+
+def _block_sizes(seq: int, dim: int, itemsize: int) -> tuple[int, int]:
+    """Tokens of a query block, and of the block of keys that is held while queries pass.
+
+    Short sequences are one block. Long ones have query blocks of `TILE`, and as few blocks of
+    keys as `KV_BYTES` allows, equal multiples of `TILE`: the fused backward kernel writes a
+    ``[S, D]`` partial gradient of q for each of them. S = 4096 + 256 in bf16: 17 blocks of
+    queries, 2 of 2304 keys (256 of them padding). Compiled for v5e, value and gradient there need
+    a 16th of the temporary memory of square blocks of 256, and about half of their scheduled
+    instructions (counted, not timed).
+    """
+    tile = min(TILE, _round_up(seq, LANES))
+    tiles = -(-seq // tile)
+    most = max(1, KV_BYTES // (tile * _round_up(dim, LANES) * itemsize))
+    blocks = -(-tiles // most)
+    return tile, tile * -(-tiles // blocks)
+
+
+def _round_up(size: int, unit: int) -> int:
+    return unit * -(-size // unit)
+
+
+def _check_heads(q: Array, k: Array, mesh: Mesh) -> None:
+    """Raises ValueError unless each device has the same number of heads."""
+    ways = mesh.shape['tensor']
+    for what, size in (('query', q.shape[2]), ('key', k.shape[2])):
+        if size % ways:
+            raise ValueError(f'splash attention: the number of {what} heads, {size}, does not '
+                             f"divide by the mesh's tensor = {ways}")

@@ -1,0 +1,142 @@
+"""Several processes are one run: the same losses, weights and pictures as one process has."""
+
+import json
+import os
+import socket
+import subprocess
+import sys
+
+import jax
+import numpy as np
+import orbax.checkpoint as ocp
+import pytest
+import tiny
+
+from ddmd_jax import distributed
+from ddmd_jax.data import tokenizer
+from ddmd_jax.teachers import emoji
+
+MODEL = {'denoiser': tiny.MODEL['denoiser'],
+         'text': tiny.MODEL['text'] | {'vocab_size': tokenizer.load().get_vocab_size(),
+                                       'max_length': 10}}
+
+
+def free_port():
+    with socket.socket() as s:
+        s.bind(('127.0.0.1', 0))
+        return s.getsockname()[1]
+
+
+def run(workdir, weights, processes, steps=5):
+    """`main` on eight devices, split over this many processes; their joined output."""
+    fields = {
+        'teacher.path': weights, 'train.steps': steps, 'data.global_batch': 16,
+        'student.steps': 2, 'critic.updates': 1, 'mesh.data': 2, 'mesh.fsdp': 2,
+        'mesh.tensor': 2, 'checkpoint.every': 3, 'log.every': 1, 'log.images_every': 100,
+        'log.probe': 3, 'eval.prompts': 3, 'eval.held_out': 3, 'eval.batch': 4,
+        'eval.teacher_steps': 2, 'optim.student.lr': 1e-3, 'optim.critic.lr': 1e-3}
+    flags = [f'--config.{name}={value}' for name, value in fields.items()]
+    env = os.environ | {
+        'XLA_FLAGS': f'--xla_force_host_platform_device_count={8 // processes}',
+        'JAX_PLATFORMS': 'cpu', 'JAX_DISABLE_MOST_OPTIMIZATIONS': '1'}
+    port, started = free_port(), []
+    for i in range(processes):
+        join = [] if processes == 1 else [
+            f'--coordinator=127.0.0.1:{port}', f'--num_processes={processes}', f'--process_id={i}']
+        started.append(subprocess.Popen(
+            [sys.executable, '-m', 'ddmd_jax.main', '--config=configs/emoji.py',
+             f'--workdir={workdir}', *flags, *join], cwd=tiny.ROOT, env=env, text=True,
+            stdout=subprocess.PIPE, stderr=subprocess.STDOUT))
+    outputs = [p.communicate(timeout=600)[0] for p in started]
+    assert [p.returncode for p in started] == [0] * processes, '\n'.join(outputs)
+    return outputs
+
+
+@pytest.fixture(scope='module')
+def workdirs(tmp_path_factory):
+    root = tmp_path_factory.mktemp('runs')
+    emoji.save(root / 'toy.safetensors', MODEL, tiny.random_params(MODEL, 0), steps=0)
+    for processes in (1, 2):
+        run(root / str(processes), root / 'toy.safetensors', processes)
+    return root / '1', root / '2'
+
+
+def lines(workdir):
+    return [json.loads(x) for x in (workdir / 'metrics.jsonl').read_text().splitlines()]
+
+
+@pytest.mark.slow
+def test_two_processes_train_and_log_as_one(workdirs):
+    one, two = map(lines, workdirs)
+    assert [x['step'] for x in one] == [x['step'] for x in two] == [1, 2, 3, 4, 5]
+    for a, b in zip(one, two, strict=True):
+        assert a.keys() == b.keys()
+        numbers = [k for k, v in a.items() if not isinstance(v, str)]
+        np.testing.assert_allclose([a[k] for k in numbers], [b[k] for k in numbers],
+                                   rtol=1e-3, atol=1e-5, err_msg=str(a['step']))
+
+
+def state_of(workdir):
+    """The last state as numpy arrays: this process has not the devices that wrote it."""
+    reader, folder = ocp.PyTreeCheckpointer(), workdir / 'checkpoints' / '5' / 'state'
+    tree = reader.metadata(folder).item_metadata.tree
+    kinds = jax.tree.map(lambda _: ocp.RestoreArgs(restore_type=np.ndarray), tree)
+    return reader.restore(folder, args=ocp.args.PyTreeRestore(restore_args=kinds))
+
+
+@pytest.mark.slow
+def test_two_processes_end_with_the_weights_of_one(workdirs):
+    """Also the checkpoint that two wrote is read by one."""
+    one, two = map(state_of, workdirs)
+    moved = jax.tree.map(lambda a, b: np.abs(a - b).max(), one['student'], one['ema'])
+    assert max(jax.tree.leaves(moved)) > 1e-4  # it trained at all
+    for part in ('student', 'critic', 'ema'):
+        jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-3, atol=2e-4),
+                     one[part], two[part])
+
+
+@pytest.mark.slow
+def test_two_processes_evaluate_as_one(workdirs):
+    one, two = (json.loads((w / 'eval.json').read_text())['rows'] for w in workdirs)
+    for a, b in zip(one, two, strict=True):
+        assert a['name'] == b['name']
+        assert a['variance'] == pytest.approx(b['variance'], rel=1e-3)
+    assert (workdirs[1] / 'samples.png').stat().st_size > 1000
+
+
+@pytest.mark.slow
+def test_a_run_of_two_processes_is_resumed_by_one(workdirs):
+    _, two = workdirs
+    run(two, two.parent / 'toy.safetensors', 1, steps=6)
+    assert [x['step'] for x in lines(two)] == [1, 2, 3, 4, 5, 6]
+
+
+# --- What says that there are several ---
+
+
+@pytest.mark.parametrize('environ, found', [
+    ({}, None),
+    ({'SLURM_NTASKS': '4', 'SLURM_PROCID': '0'}, 'Slurm'),
+    ({'SLURM_NTASKS': '1', 'SLURM_PROCID': '0'}, None),  # a job of one task
+    ({'SLURM_NTASKS': '4'}, None),  # the batch script itself, outside srun
+    ({'OMPI_COMM_WORLD_SIZE': '2'}, 'Open MPI'),
+    ({'JAX_COORDINATOR_ADDRESS': 'host:1'}, 'JAX_COORDINATOR_ADDRESS'),
+])
+def test_the_environment_is_read(environ, found):
+    assert distributed.found_in({'JAX_PLATFORMS': 'cpu'} | environ) == found
+
+
+@pytest.mark.parametrize('flags, words', [
+    (('host:1', None, None), '--num_processes, --process_id not given'),
+    ((None, 2, 0), '--coordinator not given'),
+    (('host:1', 2, 2), '--process_id 2 must lie in 0..1'),
+])
+def test_flags_that_do_not_go_together(flags, words):
+    with pytest.raises(distributed.DistributedError, match=words) as e:
+        distributed.start(*flags, environ={})
+    assert len(str(e.value).splitlines()) == 1
+
+
+def test_one_process_alone_is_left_alone(monkeypatch):
+    monkeypatch.setattr(jax.distributed, 'initialize', lambda *a: pytest.fail('started'))
+    distributed.start(None, None, None, {'JAX_PLATFORMS': 'cpu'})
