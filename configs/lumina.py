@@ -7,9 +7,9 @@
 The argument after the colon is one of Table 1's four schedules. `teacher.path` is a hub id, a
 folder or a gs:// URL; EMBEDDINGS are prompts encoded beforehand (docs/teachers.md says how).
 
-Pod: meant for 16 chips of 16 GB and more. State by arithmetic, not measured: student, critic,
-EMA and AdamW's moments of both are 7 fp32 copies of 2.6 B parameters and the teacher an eighth:
-84 GB, 5.2 GB a chip on 16; activations come on top, with `remat` one block at a time.
+Pod: 16 chips of v5e (16 GiB) and more. By the TPU's own compiler (`python -m ddmd_jax.plan`,
+docs/scaling.md) 4.9 GiB of each chip are resident (student, critic, EMA, AdamW's moments of
+both, teacher: eight fp32 copies of 2.6 B parameters) and the generator's step peaks at 14.5.
 
 From the paper: 4 steps, the schedules, Algorithm 1, full fine-tuning. From its authors' answers:
 shift 3 for generator and scores alike, per-term normalisation. From peers' practice: tau <= .98,

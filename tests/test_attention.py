@@ -186,6 +186,7 @@ def test_what_does_not_divide_is_refused(shape, words):
 # --- In the network ---
 
 
+@pytest.mark.slow
 def test_nextdit_does_not_notice_which_attention_it_has(monkeypatch):
     """Padding attends to other tokens in the kernel than in XLA's: no image may depend on it."""
     monkeypatch.setattr(nextdit, 'attend', functools.partial(attention.attend, interpret=True))

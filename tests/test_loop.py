@@ -40,7 +40,7 @@ def toy_config(weights, steps, schedule='decoupled_hybrid'):
     # A schedule that decays depends on how long the run is, and these are cut short.
     config.optim.student.decay = config.optim.critic.decay = 0.0
     config.checkpoint.every, config.log.every, config.log.images_every = 2, 1, 100
-    config.log.probe = 3
+    config.log.probe = 0  # a program more to compile; `finished` has it
     config.eval.update({'prompts': 3, 'held_out': 3, 'batch': 4, 'teacher_steps': 2})
     check(config)
     return config
@@ -62,7 +62,9 @@ def lines(workdir):
 def finished(weights, tmp_path_factory, quick_compile):
     """A run of two steps through `main`, with everything it writes."""
     workdir = tmp_path_factory.mktemp('run')
-    main.run(toy_config(weights, 2), workdir)
+    config = toy_config(weights, 2)
+    config.log.probe = 3
+    main.run(config, workdir)
     return workdir
 
 

@@ -42,6 +42,7 @@ PIPELINES = ('Lumina2Pipeline', 'Lumina2Text2ImgPipeline')
 TRANSFORMER, AUTOENCODER = 'Lumina2Transformer2DModel', 'AutoencoderKL'
 FILES = ('model_index.json', 'scheduler/*.json', 'transformer/*.json', 'transformer/*.safetensors',
          'vae/*.json', 'vae/*.safetensors')
+TOKENS = 256  # of a caption, padded
 SIZE = (1024, 1024)  # pixels, height first
 FACTOR = 8  # pixels a latent, likewise
 SHIFT = 6.0  # the published scheduler's, for a bare transformer, which comes without one
@@ -165,6 +166,17 @@ def _vae_config(published: dict[str, Any], dtype: str) -> AutoencoderKLConfig:
     except (KeyError, TypeError, ValueError) as e:
         raise WeightsError(f'vae/config.json is not one of {AUTOENCODER} ({e}); fetch the folder '
                            'again') from e
+
+
+def abstract(mesh: Mesh, dtype: str = 'float32', size: Sequence[int] | None = None,
+             remat: str = 'none', attention: str = 'auto') -> Teacher:
+    """The published teacher with shapes in place of weights: to compile for, not to run."""
+    kind = resolve(attention, mesh.devices.flat[0].platform)
+    cfg = NextDiTConfig(dtype=dtype, remat=remat, attention=kind)
+    return Teacher(
+        'lumina', abstract_params(lambda: NextDiT(cfg, nnx.Rngs(0))), make_denoiser(cfg, mesh),
+        _no_encoder, None, _latent_shape(size or SIZE, cfg, FACTOR), SHIFT, 'abstract', RULES,
+        rescale=rescale, cond_width=cfg.cap_feat_dim, limit=LIMIT)
 
 
 def _decoder(vae: diffusers.Checkpoint, mesh: Mesh) -> tuple[int, Callable[[Array], Array]]:

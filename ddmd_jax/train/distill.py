@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -32,14 +33,6 @@ def method_from(config: Any, shift: float, limit: float = 1.0) -> Method:
         num_steps=config.student.steps, shift=shift if m.shift is None else m.shift,
         ema=config.student.ema, ema_ramp=config.student.ema_ramp,
         accumulate=config.train.accumulate, limit=limit)
-
-
-def place_frozen(teacher: teachers.Teacher, null: Any, mesh: Mesh) -> tuple[Any, Any]:
-    """Teacher parameters and the null prompt on the mesh, and their shardings."""
-    frozen = {'teacher': teacher.params, 'null': null}
-    shardings = {'teacher': sharding.shard_tree(teacher.params, teacher.rules, mesh),
-                 'null': jax.tree.map(lambda _: sharding.replicated(mesh), null)}
-    return jax.device_put(frozen, shardings), shardings
 
 
 def load_prompts(config: Any, teacher: teachers.Teacher) -> conditioning.Prompts:
@@ -148,21 +141,42 @@ def shown_rows(prompts: conditioning.Prompts, count: int, seed: int) -> np.ndarr
     return np.resize(rows, count)
 
 
-def make_task(config: Any, teacher: teachers.Teacher, mesh: Mesh) -> loop.Task:
-    """Everything the loop needs to distil `teacher` by `config`."""
-    prompts = load_prompts(config, teacher)
+@dataclasses.dataclass(frozen=True)
+class Plan:
+    """A distillation's programs and layouts, from shapes alone: nothing is on a device yet."""
+
+    method: Method
+    make_state: Callable[[Any], st.TrainState]
+    state: Any  # ShapeDtypeStructs
+    state_shardings: Any
+    frozen_shardings: Any
+    steps: Steps
+
+
+def plan(config: Any, teacher: teachers.Teacher, null: Any, mesh: Mesh) -> Plan:
+    """What `config` makes of `teacher` and its null prompt, arrays or shapes, on `mesh`."""
     m = method_from(config, teacher.shift, teacher.limit)
     student_tx = optim.make_optimizer(config.optim.student, config.train.steps)
     critic_tx = optim.make_optimizer(config.optim.critic, config.train.steps
                                      * config.critic.updates + config.critic.warmup)
-    frozen, frozen_shardings = place_frozen(teacher, prompts.null, mesh)
     # Student and critic both start at the teacher (Algorithm 1, line 1).
     make_from = lambda params: st.fresh(params, student_tx, params, critic_tx)
-    _, shardings = st.abstract_and_shardings(make_from, teacher.rules, mesh, teacher.params)
+    state, shardings = st.abstract_and_shardings(make_from, teacher.rules, mesh, teacher.params)
+    frozen = {'teacher': sharding.shard_tree(teacher.params, teacher.rules, mesh),
+              'null': jax.tree.map(lambda _: sharding.replicated(mesh), null)}
     steps = make_steps(teacher.predict_clean, student_tx, critic_tx, m, teacher.sample_shape,
-                       config.seed, mesh, shardings, frozen_shardings)
+                       config.seed, mesh, shardings, frozen)
+    return Plan(m, make_from, state, shardings, frozen, steps)
+
+
+def make_task(config: Any, teacher: teachers.Teacher, mesh: Mesh) -> loop.Task:
+    """Everything the loop needs to distil `teacher` by `config`."""
+    prompts = load_prompts(config, teacher)
+    p = plan(config, teacher, prompts.null, mesh)
+    m, steps = p.method, p.steps
+    frozen = jax.device_put({'teacher': teacher.params, 'null': prompts.null}, p.frozen_shardings)
     return loop.Task(
-        name='distill', make_state=make_from, source=(frozen['teacher'],), rules=teacher.rules,
+        name='distill', make_state=p.make_state, source=(frozen['teacher'],), rules=teacher.rules,
         data=loader.batches(prompts.rows, prompts.lookup, config.data.global_batch, config.seed),
         advance=make_advance(steps, frozen, config.critic.updates, config.critic.warmup),
         words=words, probe=make_probe(config, teacher, prompts, frozen, m, mesh),

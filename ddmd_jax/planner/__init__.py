@@ -1,0 +1,1 @@
+"""What a compiled program costs a chip: optimised HLO text and a table of chips, no devices."""

@@ -1,0 +1,85 @@
+"""The planner: what the TPU's compiler says of a distillation's steps, without a TPU."""
+
+import importlib.util
+import json
+import os
+import subprocess
+import sys
+
+import jax
+import jax.numpy as jnp
+import pytest
+import tiny
+
+from ddmd_jax import sharding
+from ddmd_jax.data import tokenizer
+from ddmd_jax.planner import programs
+from ddmd_jax.teachers import emoji
+
+MODEL = {'denoiser': tiny.MODEL['denoiser'],
+         'text': tiny.MODEL['text'] | {'vocab_size': tokenizer.load().get_vocab_size(),
+                                       'max_length': 10}}
+needs_libtpu = pytest.mark.skipif(
+    importlib.util.find_spec('libtpu') is None, reason='libtpu is not installed (jax[tpu])')
+
+
+def plan(*flags):
+    return subprocess.run(
+        [sys.executable, '-m', 'ddmd_jax.plan', *flags], cwd=tiny.ROOT, capture_output=True,
+        text=True, check=False, env=os.environ | {'ALLOW_MULTIPLE_LIBTPU_LOAD': '1'})
+
+
+@pytest.fixture(scope='module')
+def weights(tmp_path_factory):
+    path = tmp_path_factory.mktemp('teacher') / 'toy.safetensors'
+    emoji.save(path, MODEL, tiny.random_params(MODEL, 0), steps=0)
+    return path
+
+
+@pytest.mark.tpu_compiler
+@needs_libtpu
+def test_both_steps_are_compiled_for_a_topology(weights):
+    done = plan('--config=configs/emoji.py', '--topology=v5e:2x2', '--json',
+                f'--config.teacher.path={weights}', '--config.student.steps=2',
+                '--config.data.global_batch=8', '--config.mesh.data=1', '--config.mesh.fsdp=4')
+    assert done.returncode == 0, done.stderr
+    found = json.loads(done.stdout)
+    assert (found['chips'], found['global_batch']) == (4, 8)
+    assert found['hbm_bytes_per_chip'] == 16 * 2**30
+    # Seven trees of the student's size and a teacher, most of them a quarter on each chip.
+    whole = 8 * sum(x.nbytes for x in jax.tree.leaves(tiny.random_params(MODEL, 0)['denoiser']))
+    assert whole / 4 < found['resident_bytes'] < whole
+    generator, critic = found['programs']['generator_step'], found['programs']['critic_step']
+    assert list(found['programs']) == ['generator_step', 'critic_step']
+    for p in (generator, critic):
+        assert p['fits'] and p['unknown_loops'] == [] and p['compile_seconds'] > 0
+        assert p['peak_bytes'] > found['resident_bytes'] and p['temp_bytes'] > 0
+        assert sum(p['collective_bytes'].values()) > 0 and p['roofline_seconds'] > 0
+    # The generator's has the teacher's three passes and the critic's one more than the critic's.
+    assert 1.3 * critic['flops'] < generator['flops'] < 4 * critic['flops']
+
+
+@pytest.mark.tpu_compiler
+@needs_libtpu
+@pytest.mark.parametrize('flags, words', [
+    (['--topology=v5e:three'], "plan: no topology 'v5e:three'"),
+    (['--topology=v5e:2x2', '--config.mesh.data=3'], 'plan: mesh'),
+    (['--topology=v5e:2x2', '--config.data.global_batch=4'], 'does not divide by 16'),
+])
+def test_what_cannot_be_planned_is_said_in_one_line(flags, words):
+    done = plan('--config=configs/emoji.py', *flags)
+    said = [x for x in done.stderr.splitlines() if x.startswith('plan: ')]
+    assert done.returncode == 1 and len(said) == 1 and words in said[0]
+
+
+def test_a_wrong_config_is_refused_before_anything_is_compiled():
+    done = plan('--config=configs/emoji.py', '--config.method.alpha=0.5')
+    assert done.returncode == 2 and 'method.alpha' in done.stderr
+
+
+def test_a_device_holds_its_part():
+    mesh = sharding.make_mesh({}, jax.devices()[:1])
+    tree = {'kernel': jax.ShapeDtypeStruct((4, 6), jnp.float32),
+            'bias': jax.ShapeDtypeStruct((6,), jnp.bfloat16)}
+    layout = jax.tree.map(lambda _: sharding.replicated(mesh), tree)
+    assert programs.bytes_per_device(tree, layout) == 4 * 6 * 4 + 6 * 2
