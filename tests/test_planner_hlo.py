@@ -17,7 +17,7 @@ import tiny
 from hypothesis import given, strategies as hs
 from jax.sharding import AxisType, NamedSharding, PartitionSpec as P
 
-from ddmd_jax.planner import chips, hlo
+from ddmd_jax.planner import chips, costs, hlo, runs
 
 BF16 = jnp.bfloat16
 
@@ -44,7 +44,7 @@ def without_trip_counts(text):
 
 
 def test_matmul():
-    found = hlo.summary(text_of(lambda x, y: x @ y, arg(64, 32), arg(32, 48)))
+    found = costs.summary(text_of(lambda x, y: x @ y, arg(64, 32), arg(32, 48)))
     assert found.flops == 2 * 64 * 32 * 48
     assert found.hbm_bytes == 4 * (64 * 32 + 32 * 48 + 64 * 48)
     assert found.collective_bytes == dict.fromkeys(hlo.COLLECTIVES, 0)
@@ -53,7 +53,7 @@ def test_matmul():
 
 def test_batched_and_transposed_products():
     dots = lambda q, k: jnp.einsum('bshd,bthd->bhst', q, k)
-    assert hlo.summary(text_of(dots, arg(2, 8, 3, 16), arg(2, 9, 3, 16))).flops == (
+    assert costs.summary(text_of(dots, arg(2, 8, 3, 16), arg(2, 9, 3, 16))).flops == (
         2 * (2 * 3 * 8 * 9) * 16)
 
 
@@ -64,7 +64,7 @@ def scanned(length):
 @pytest.mark.parametrize('edit', [str, without_trip_counts], ids=['known', 'derived'])
 def test_a_scan_counts_every_trip(edit):
     text = edit(text_of(scanned(7), arg(64, 32), arg(32, 32)))
-    assert hlo.summary(text).flops == 7 * 2 * 64 * 32 * 32
+    assert costs.summary(text).flops == 7 * 2 * 64 * 32 * 32
     assert ('known_trip_count' in text) == (edit is str)
 
 
@@ -73,13 +73,14 @@ def test_nested_scans_multiply(edit):
     inner = scanned(5)
     fn = lambda x, w: jax.lax.scan(lambda h, _: (inner(h, w), None), x, None, 3)[0]
     module = hlo.parse(edit(text_of(fn, arg(64, 32), arg(32, 32))))
-    assert hlo.flops(module) == 15 * 2 * 64 * 32 * 32
-    assert module.runs.counts.most_common(1)[0][1] == 3 * 6  # the inner condition: once too often
+    assert costs.flops(module) == 15 * 2 * 64 * 32 * 32
+    # the inner condition: once too often
+    assert costs.runs_of(module).counts.most_common(1)[0][1] == 3 * 6
 
 
 def test_a_loop_that_depends_on_data_is_reported():
     fn = lambda x: jax.lax.while_loop(lambda c: c.sum() < 5, lambda c: c @ c, x)
-    found = hlo.summary(text_of(fn, arg(32, 32)))
+    found = costs.summary(text_of(fn, arg(32, 32)))
     assert len(found.unknown_loops) == 1
     assert found.flops == 2 * 32**3
 
@@ -101,7 +102,7 @@ def test_gradient_of_a_scanned_mlp_with_remat():
     layers, batch, dim, inner = 5, 16, 24, 40
     text = text_of(jax.grad(mlp_loss), (arg(layers, dim, inner), arg(layers, inner, dim)),
                    arg(batch, dim))
-    assert hlo.summary(text).flops == mlp_flops(layers, batch, dim, inner)
+    assert costs.summary(text).flops == mlp_flops(layers, batch, dim, inner)
 
 
 def conv(x, w, stride=1, padding='VALID', groups=1):
@@ -119,19 +120,19 @@ def conv(x, w, stride=1, padding='VALID', groups=1):
 ], ids=['valid', 'same', 'strided', 'grouped'])
 def test_conv2d(options, positions, channels):
     text = text_of(lambda x, w: conv(x, w, **options), arg(2, 16, 16, 8), arg(3, 3, channels, 16))
-    assert hlo.summary(text).flops == 2 * 2 * positions * channels * 16
+    assert costs.summary(text).flops == 2 * 2 * positions * channels * 16
 
 
 def test_gradients_of_a_strided_convolution_cost_what_it_costs():
     """Holes of the dilated convolutions, three quarters of their taps, do not count."""
     loss = lambda x, w: (conv(x, w, stride=2)**2).sum()
     text = text_of(jax.grad(loss, (0, 1)), arg(2, 17, 17, 8), arg(3, 3, 8, 16))
-    assert hlo.summary(text).flops == 3 * 2 * 2 * (8 * 3)**2 * 8 * 16
+    assert costs.summary(text).flops == 3 * 2 * 2 * (8 * 3)**2 * 8 * 16
 
 
 def test_a_conditional_counts_its_dearer_branch():
     fn = lambda p, x: jax.lax.cond(p, lambda x: x @ x @ x, lambda x: x @ x, x)
-    found = hlo.summary(text_of(fn, arg(dtype=bool), arg(32, 32)))
+    found = costs.summary(text_of(fn, arg(dtype=bool), arg(32, 32)))
     assert found.flops == 2 * 2 * 32**3
     assert len(found.branches) == 1
 
@@ -140,7 +141,7 @@ def test_a_scan_reads_slices_of_its_inputs_and_writes_slices_of_its_outputs():
     """Whole arrays, 100 times, would be 100 times more."""
     layers, dim = 100, 64
     fn = lambda x: jax.lax.scan(lambda c, row: (c, jnp.sin(row)), 0, x)[1]
-    found = hlo.summary(text_of(fn, arg(layers, dim, dim)))
+    found = costs.summary(text_of(fn, arg(layers, dim, dim)))
     assert 2 * 4 * layers * dim**2 <= found.hbm_bytes < 8 * 4 * layers * dim**2
 
 
@@ -200,7 +201,7 @@ def test_products_as_convolutions(shapes, attributes, want):
           b = {b} parameter(1)
           ROOT c = {out} convolution(a, b), {attributes}
         }}''')
-    assert hlo.flops(module) == 2 * want
+    assert costs.flops(module) == 2 * want
 
 
 LOOP = '''\
@@ -268,24 +269,24 @@ def loop(text=LOOP, start=0, step=1, direction='LT', limit='n', config=''):
 ])
 def test_trip_counts(options, trips):
     module = loop(**options)
-    assert hlo.flops(module) == trips * 2 * 8**3
-    assert not module.runs.unknown_loops
+    assert costs.flops(module) == trips * 2 * 8**3
+    assert not costs.runs_of(module).unknown_loops
 
 
 @pytest.mark.parametrize('inner, trips, unknown', [('n', 20 * 19, []), ('j', 20, ['w'])])
 def test_an_inner_loop_knows_what_the_outer_one_hands_on_unchanged(inner, trips, unknown):
     text = LOOP.replace('body=body CONFIG', 'body=outer').replace('ENTRY', OUTER)
     module = loop(text.replace('INNER', inner))
-    assert hlo.flops(module) == trips * 2 * 8**3
-    assert module.runs.unknown_loops == unknown
+    assert costs.flops(module) == trips * 2 * 8**3
+    assert costs.runs_of(module).unknown_loops == unknown
 
 
 @pytest.mark.parametrize('options', [{'limit': 'k'}, {'step': 0}], ids=['argument', 'endless'])
 def test_unknown_trip_counts(options, monkeypatch):
-    monkeypatch.setattr(hlo, 'MAX_TRIPS', 1000)
+    monkeypatch.setattr(runs, 'MAX_TRIPS', 1000)
     module = loop(**options)
-    assert module.runs.unknown_loops == ['w']
-    assert hlo.flops(module) == 2 * 8**3
+    assert costs.runs_of(module).unknown_loops == ['w']
+    assert costs.flops(module) == 2 * 8**3
 
 
 def test_computations_that_are_called():
@@ -300,8 +301,9 @@ def test_computations_that_are_called():
           c = f32[8,8] custom-call(b), custom_call_target="x", called_computations={square}
           ROOT d = f32[8,8] map(c), dimensions={0,1}, to_apply=square
         }''')
-    assert module.runs.counts == {'main': 1, 'square': 2}  # not what is applied to each element
-    assert hlo.flops(module) == 2 * 2 * 8**3
+    # not what is applied to each element
+    assert costs.runs_of(module).counts == {'main': 1, 'square': 2}
+    assert costs.flops(module) == 2 * 2 * 8**3
 
 
 @pytest.mark.parametrize('groups, size', [
@@ -316,7 +318,7 @@ def test_replica_groups(groups, size):
           a = bf16[64,512]{{1,0:T(8,128)(2,1)}} parameter(0)
           ROOT b = bf16[64,512]{{1,0}} all-to-all(a), replica_groups={groups}, dimensions={{0}}
         }}''')
-    (found,) = hlo.collectives(module)
+    (found,) = costs.collectives(module)
     assert (found.group, found.sent) == (size, 64 * 512 * 2 * (size - 1) // size)
 
 
@@ -344,11 +346,11 @@ channel_id=2, source_target_pairs={{{{0,1}},{{1,0}}}}
           h = ((f32[64]{{0}}), f32[16]{{0}}, s32[]) async-start(g), calls=wrapped
           ROOT i = f32[16]{{0}} async-done(h)
         }}''')
-    assert hlo.collective_bytes(module) == {
+    assert costs.collective_bytes(module) == {
         'all-gather': 3 * 256, 'all-reduce': 2 * 1280 * 3 // 4, 'reduce-scatter': 256 * 3 // 4,
         'all-to-all': 0, 'collective-permute': 256}
     # Each reads what it is given and writes its result; the `-done` halves do nothing.
-    assert hlo.hbm_bytes(module) == (256 + 1024) + 2 * 1280 + 2 * 256 + (256 + 64)
+    assert costs.hbm_bytes(module) == (256 + 1024) + 2 * 1280 + 2 * 256 + (256 + 64)
 
 
 # One all-gather over three fusions, as libtpu writes it, in a branch of a conditional.
@@ -401,12 +403,12 @@ ENTRY %main (k: s32[], p: bf16[8,128], a: bf16[128,128]) -> bf16[32,128] {
 
 def test_a_collective_spread_over_fusions_counts_once():
     module = module_of(CHAIN)
-    assert module.runs.branches == {'r': 'branch'}
-    assert [(c.name, c.kind, c.count, c.sent) for c in hlo.collectives(module)] == [
+    assert costs.runs_of(module).branches == {'r': 'branch'}
+    assert [(c.name, c.kind, c.count, c.sent) for c in costs.collectives(module)] == [
         ('ag.1', 'all-gather', 1, 3 * 8 * 128 * 2)]
-    assert hlo.flops(module) == 2 * 128**3
+    assert costs.flops(module) == 2 * 128**3
     # The gather reads its part and writes the whole, once; the product reads and writes its own.
-    assert hlo.hbm_bytes(module) == 2 * ((8 + 32) * 128 + 2 * 128 * 128)
+    assert costs.hbm_bytes(module) == 2 * ((8 + 32) * 128 + 2 * 128 * 128)
 
 
 def test_the_fusion_of_an_all_reduce_and_its_slice_is_a_reduce_scatter():
@@ -423,8 +425,8 @@ def test_the_fusion_of_an_all_reduce_and_its_slice_is_a_reduce_scatter():
           ROOT %f = bf16[128,256]{1,0} fusion(%p), kind=kCustom, calls=%all-reduce-scatter
         }''')
     want = dict.fromkeys(hlo.COLLECTIVES, 0) | {'reduce-scatter': 512 * 256 * 2 * 3 // 4}
-    assert hlo.collective_bytes(module) == want
-    assert hlo.hbm_bytes(module) == 2 * 256 * (512 + 128)
+    assert costs.collective_bytes(module) == want
+    assert costs.hbm_bytes(module) == 2 * 256 * (512 + 128)
 
 
 def test_a_reduce_scatter_of_several_arrays():
@@ -445,9 +447,9 @@ def test_a_reduce_scatter_of_several_arrays():
           %q = f32[32]{0} parameter(1)
           ROOT %f = (f32[16]{0}, f32[8]{0}) fusion(%p, %q), calls=%all-reduce-scatter
         }''')
-    assert [(c.kind, c.sent) for c in hlo.collectives(module)] == [
+    assert [(c.kind, c.sent) for c in costs.collectives(module)] == [
         ('reduce-scatter', (64 + 32) * 4 * 3 // 4)]
-    assert hlo.hbm_bytes(module) == 4 * (64 + 32 + 16 + 8)
+    assert costs.hbm_bytes(module) == 4 * (64 + 32 + 16 + 8)
 
 
 SLICING = '''\
@@ -486,7 +488,7 @@ ENTRY %main (p: f32[6,8,128], u: f32[6,1024], i: s32[]) -> (f32[1,1024], f32[6,1
 ])
 def test_a_fusion_that_slices_reads_the_slice(row, out, rows):
     module = module_of(SLICING.replace('ROW', row).replace('OUT', out))
-    assert hlo.hbm_bytes(module) == 4 * 1024 * rows
+    assert costs.hbm_bytes(module) == 4 * 1024 * rows
 
 
 def test_gather_scatter_and_copies_between_memories():
@@ -504,7 +506,7 @@ def test_gather_scatter_and_copies_between_memories():
           ROOT %r = f32[1000,128]{1,0} scatter(%t, %i, %a), to_apply=%add
         }''')
     # Gather reads 8 rows, the copies 8 and 4, scatter reads and writes 8; the rest is VMEM.
-    assert hlo.hbm_bytes(module) == 4 * 128 * (8 + 8 + 4 + 2 * 8)
+    assert costs.hbm_bytes(module) == 4 * 128 * (8 + 8 + 4 + 2 * 8)
 
 
 def test_pallas_calls():
@@ -520,9 +522,9 @@ def test_pallas_calls():
           ROOT %t = (bf16[2,8]{1,0}, bf16[2,8]{1,0}) tuple(%flash.clone.3, %splash.7)
         }''')
     q = hlo.Shape('bf16', (2, 8), (1, 0))
-    assert hlo.pallas_calls(module) == (hlo.PallasCall('flash', 1, 640, (q,), (q,)),
-                                        hlo.PallasCall('splash', 1, None, (q, q), (q,)))
-    assert hlo.flops(module) == 640
+    assert costs.pallas_calls(module) == (costs.PallasCall('flash', 1, 640, (q,), (q,)),
+                                        costs.PallasCall('splash', 1, None, (q, q), (q,)))
+    assert costs.flops(module) == 640
 
 
 # --- Texts that are none ---
@@ -547,7 +549,7 @@ def test_pallas_calls():
 ])
 def test_garbage_is_a_value_error(text, words):
     with pytest.raises(ValueError, match=re.escape(words)):
-        hlo.summary(text)
+        costs.summary(text)
 
 
 SLICED = SLICING.replace('ROW', 'negate(%s)').replace('OUT', 'bitcast(%w)')
@@ -559,7 +561,7 @@ def test_damaged_text_is_read_or_refused(data):
     cut = data.draw(hs.integers(0, len(lines) - 1))
     kept = lines[cut][:data.draw(hs.integers(0, len(lines[cut])))]
     try:
-        found = hlo.summary('\n'.join([*lines[:cut], kept, *lines[cut + 1:]]))
+        found = costs.summary('\n'.join([*lines[:cut], kept, *lines[cut + 1:]]))
     except ValueError:
         return
     assert found.flops >= 0 and found.hbm_bytes >= 0
@@ -573,18 +575,18 @@ def check_sharded():
     mesh = jax.make_mesh((4, 2), ('x', 'y'), axis_types=(AxisType.Auto,) * 2)
     put = lambda shape, *spec: jax.ShapeDtypeStruct(
         shape, jnp.float32, sharding=NamedSharding(mesh, P(*spec)))
-    costs = lambda fn, *args: hlo.summary(text_of(fn, *args))
+    costs_of = lambda fn, *args: costs.summary(text_of(fn, *args))
     none = dict.fromkeys(hlo.COLLECTIVES, 0)
 
     # The compiler's choice: weights in shards are gathered, a split contraction is reduced.
-    found = costs(lambda x, w: x @ w, put((64, 32), 'x'), put((32, 48), None, 'y'))
+    found = costs_of(lambda x, w: x @ w, put((64, 32), 'x'), put((32, 48), None, 'y'))
     assert (found.flops, found.collective_bytes) == (2 * 16 * 32 * 24, none), found
     both = jax.jit(lambda x, w: x @ w, out_shardings=NamedSharding(mesh, P()))
-    found = costs(both, put((64, 32), None, 'x'), put((32, 48), 'x', None))
+    found = costs_of(both, put((64, 32), None, 'x'), put((32, 48), 'x', None))
     assert found.flops == 2 * 64 * 8 * 48, found
     assert found.collective_bytes == none | {'all-reduce': 2 * 64 * 48 * 4 * 3 // 4}, found
     gather = jax.jit(lambda x: x * 2, out_shardings=NamedSharding(mesh, P('y')))
-    found = costs(gather, put((64, 32), ('y', 'x')))
+    found = costs_of(gather, put((64, 32), ('y', 'x')))
     assert found.collective_bytes == none | {'all-gather': 32 * 32 * 4 * 3 // 4}, found
 
     # Each kind by hand, three times over.
@@ -600,7 +602,7 @@ def check_sharded():
         return jax.lax.scan(body, x, None, 3)[0]
 
     size = 16 * 16 * 4
-    found = costs(program, put((64, 32), 'x', 'y'))
+    found = costs_of(program, put((64, 32), 'x', 'y'))
     assert found.collective_bytes == {
         'all-gather': 3 * size * 3, 'reduce-scatter': 3 * size * 3,
         'all-reduce': 3 * 2 * size * 7 // 8, 'all-to-all': 3 * size // 2,
@@ -683,14 +685,14 @@ def print_tpu():
         cost_estimate=pl.CostEstimate(flops=7, transcendentals=0, bytes_accessed=0))
     one = jax.ShapeDtypeStruct((256, 256), jnp.float32, sharding=jax.sharding.SingleDeviceSharding(
         topology.devices[0]))
-    pallas = hlo.pallas_calls(hlo.parse(text_of(product, one, one)))
+    pallas = costs.pallas_calls(hlo.parse(text_of(product, one, one)))
     print('costs', json.dumps({
-        'known': 'known_trip_count' in text, 'unknown': module.runs.unknown_loops,
-        'flops': hlo.flops(module), 'hbm': hlo.hbm_bytes(module),
-        'sums': hlo.collective_bytes(module),
-        'gathers': [(c.count, c.group, c.sent) for c in hlo.collectives(module)
+        'known': 'known_trip_count' in text, 'unknown': costs.runs_of(module).unknown_loops,
+        'flops': costs.flops(module), 'hbm': costs.hbm_bytes(module),
+        'sums': costs.collective_bytes(module),
+        'gathers': [(c.count, c.group, c.sent) for c in costs.collectives(module)
                     if c.kind == 'all-gather'],
-        'dots': hlo.summary(text_of(dots, q, q)).flops,
+        'dots': costs.summary(text_of(dots, q, q)).flops,
         'pallas': [(c.name, c.count, c.flops) for c in pallas]}))
 
 

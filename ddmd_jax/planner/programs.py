@@ -11,7 +11,7 @@ import jax
 import jax.numpy as jnp
 
 from ddmd_jax import sharding, teachers
-from ddmd_jax.planner import chips, hlo
+from ddmd_jax.planner import chips, costs
 from ddmd_jax.train import distill
 
 
@@ -97,12 +97,12 @@ def measure(lower: Any, chip: chips.Chip, beside: int) -> dict[str, Any]:
              'output_bytes': memory.output_size_in_bytes,
              'temp_bytes': memory.temp_size_in_bytes, 'alias_bytes': memory.alias_size_in_bytes}
     peak = beside + found['output_bytes'] - found['alias_bytes'] + found['temp_bytes']
-    costs = hlo.summary(compiled.as_text())
+    cost = costs.summary(compiled.as_text())
     least, bound = chips.roofline(
-        chip, costs.flops, costs.hbm_bytes, sum(costs.collective_bytes.values()))
-    silent = sum(call.count for call in costs.pallas if call.flops is None)
-    return {'fits': peak <= chip.hbm_bytes, **found, 'peak_bytes': peak, 'flops': costs.flops,
-            'kernel_calls_without_flops': silent, 'hbm_bytes': costs.hbm_bytes,
-            'collective_bytes': costs.collective_bytes, 'roofline_seconds': least,
-            'bound_by': bound, 'unknown_loops': list(costs.unknown_loops),
+        chip, cost.flops, cost.hbm_bytes, sum(cost.collective_bytes.values()))
+    silent = sum(call.count for call in cost.pallas if call.flops is None)
+    return {'fits': peak <= chip.hbm_bytes, **found, 'peak_bytes': peak, 'flops': cost.flops,
+            'kernel_calls_without_flops': silent, 'hbm_bytes': cost.hbm_bytes,
+            'collective_bytes': cost.collective_bytes, 'roofline_seconds': least,
+            'bound_by': bound, 'unknown_loops': list(cost.unknown_loops),
             'compile_seconds': seconds}
