@@ -136,3 +136,13 @@ def test_summary_over_seeds(tmp_path):
     assert last.startswith('| student | 4 | 4 | 0.600 ± 0.141 |')
     with pytest.raises(SystemExit, match='not the result of a finished run'):
         summarise.load(str(tmp_path))
+
+
+def test_long_captions_are_wrapped_and_then_cut():
+    short = 'one piece swimsuit on a blue background'
+    assert pictures.wrapped(short, 1) == short
+    long = 'a red apple lying on a wooden table in the evening light, ' * 5
+    lines = pictures.wrapped(long, 3).splitlines()
+    assert len(lines) == 3 and lines[-1].endswith('...')
+    assert all(len(line) <= pictures.COLUMN for line in lines)
+    assert pictures.wrapped('', 1) == ''

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import textwrap
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -10,6 +11,7 @@ from PIL import Image, ImageDraw, ImageFont
 
 ZOOM = 4  # of images no larger than SMALL
 SMALL = 64
+COLUMN, LINE = 44, 24  # characters of a caption's line, and its height in pixels
 TILE = 256  # longest side of a larger image in a sheet
 
 
@@ -32,6 +34,11 @@ def _tile_size(shape: Sequence[int]) -> tuple[int, int]:
     height, width = shape[:2]
     scale = ZOOM if max(height, width) <= SMALL else TILE / max(height, width)
     return round(width * scale), round(height * scale)
+
+
+def wrapped(caption: str, lines: int) -> str:
+    """`caption` in at most `lines` lines that fit beside the pictures; more ends in '...'."""
+    return '\n'.join(textwrap.wrap(caption, COLUMN, max_lines=lines, placeholder=' ...'))
 
 
 def captioned_sheet(captions: Sequence[str], titles: Sequence[str],
@@ -60,6 +67,7 @@ def captioned_sheet(captions: Sequence[str], titles: Sequence[str],
             sheet.paste(Image.fromarray(image).resize((wide, high), resample), (x, y))
             draw.rectangle((x - 1, y - 1, x + wide, y + high), outline=(225, 225, 225))
     for r, caption in enumerate(captions):
-        draw.text((left - 16, top + r * (high + gap) + high / 2), caption, 'black', font=font,
-                  anchor='rm')
+        draw.multiline_text((left - 16, top + r * (high + gap) + high / 2),
+                            wrapped(caption, max(1, high // LINE)), 'black', font=font,
+                            anchor='rm', align='right')
     sheet.save(path)
