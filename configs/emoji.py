@@ -17,12 +17,13 @@ from ml_collections import ConfigDict, config_dict
 
 def get_config(schedule: str = 'decoupled_hybrid') -> ConfigDict:
     adamw = {'name': 'adamw', 'b1': 0.9, 'b2': 0.99, 'eps': 1e-8, 'weight_decay': 0.0,
-             'clip': 1.0, 'warmup': 0, 'decay': 0.5, 'chain': ()}
+             'clip': 1.0, 'warmup': 0, 'decay': 0.5,
+             'mu_dtype': 'float32', 'chain': ()}
     return ConfigDict({
         'task': 'distill',
         'seed': 0,
-        'teacher': {'name': 'emoji', 'path': '', 'dtype': 'float32', 'remat': 'none',
-                    'attention': 'xla'},
+        'teacher': {'name': 'emoji', 'path': '', 'dtype': 'float32',
+                    'param_dtype': 'float32', 'remat': 'none', 'attention': 'xla'},
         'student': {'steps': 4, 'ema': 0.98, 'ema_ramp': True, 'sampler': 'renoise'},
         'critic': {'updates': 2, 'warmup': 0, 'weighting': 'velocity', 'tau': (0.0, 0.98)},
         'method': {
@@ -32,7 +33,7 @@ def get_config(schedule: str = 'decoupled_hybrid') -> ConfigDict:
         },
         'data': {'name': 'emoji', 'global_batch': 64, 'white_repeat': 2},
         'optim': {'student': {**adamw, 'lr': 6e-6}, 'critic': {**adamw, 'lr': 2e-5}},
-        'train': {'steps': 40, 'accumulate': 1},
+        'train': {'steps': 40, 'accumulate': 1, 'teacher_passes': 'together', 'offload': 'none'},
         'mesh': {'data': -1, 'fsdp': 1, 'tensor': 1},
         'checkpoint': {'every': 20, 'keep': 2},
         'log': {'every': 5, 'images_every': 20, 'probe': 32},

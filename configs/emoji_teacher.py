@@ -33,7 +33,8 @@ def get_config() -> ConfigDict:
         'data': {'name': 'emoji', 'global_batch': 64, 'white_repeat': 3},
         'optim': {'student': {
             'name': 'adamw', 'lr': 1e-3, 'b1': 0.9, 'b2': 0.99, 'eps': 1e-8,
-            'weight_decay': 0.01, 'clip': 1.0, 'warmup': 200, 'decay': 0.3, 'chain': ()}},
+            'weight_decay': 0.01, 'clip': 1.0, 'warmup': 200, 'decay': 0.3,
+            'mu_dtype': 'float32', 'chain': ()}},
         'train': {'steps': 5500},
         'mesh': {'data': -1, 'fsdp': 1, 'tensor': 1},
         'checkpoint': {'every': 500, 'keep': 2},

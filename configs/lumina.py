@@ -24,12 +24,14 @@ from ml_collections import ConfigDict
 
 def get_config(schedule: str = 'decoupled_hybrid') -> ConfigDict:
     adamw = {'name': 'adamw', 'lr': 1e-5, 'b1': 0.9, 'b2': 0.999, 'eps': 1e-8,
-             'weight_decay': 0.0, 'clip': 10.0, 'warmup': 100, 'decay': 0.0, 'chain': ()}
+             'weight_decay': 0.0, 'clip': 10.0, 'warmup': 100, 'decay': 0.0,
+             'mu_dtype': 'float32', 'chain': ()}
     return ConfigDict({
         'task': 'distill',
         'seed': 0,
         'teacher': {'name': 'lumina', 'path': 'Alpha-VLLM/Lumina-Image-2.0',
-                    'dtype': 'bfloat16', 'remat': 'full', 'attention': 'auto'},
+                    'dtype': 'bfloat16', 'param_dtype': 'float32', 'remat': 'full',
+                    'attention': 'auto'},
         'student': {'steps': 4, 'ema': 0.999, 'ema_ramp': True, 'sampler': 'renoise'},
         'critic': {'updates': 5, 'warmup': 0, 'weighting': 'velocity', 'tau': (0.0, 0.98)},
         'method': {
@@ -40,7 +42,8 @@ def get_config(schedule: str = 'decoupled_hybrid') -> ConfigDict:
         'data': {'name': 'embeddings', 'path': 'embeddings.safetensors', 'global_batch': 64,
                  'size': (1024, 1024)},
         'optim': {'student': {**adamw}, 'critic': {**adamw}},
-        'train': {'steps': 2000, 'accumulate': 1},
+        'train': {'steps': 2000, 'accumulate': 1, 'teacher_passes': 'together',
+                  'offload': 'none'},
         'mesh': {'data': 1, 'fsdp': -1, 'tensor': 1},
         'checkpoint': {'every': 100, 'keep': 3},
         'log': {'every': 10, 'images_every': 100, 'probe': 8},

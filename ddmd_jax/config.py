@@ -151,7 +151,7 @@ def _optimiser(section: str) -> dict[str, Rule]:
         'b2': number(above=0, below=1), 'eps': number(above=0),
         'weight_decay': number(at_least=0), 'clip': number('0 is off', at_least=0),
         'warmup': whole(at_least=0), 'decay': number(at_least=0, at_most=1),
-        'chain': CHAIN,
+        'mu_dtype': choice(DTYPES), 'chain': CHAIN,
     }
     return {f'{section}.{name}': rule for name, rule in rules.items()}
 
@@ -200,6 +200,8 @@ def distill_schema(dataset: str = 'emoji') -> dict[str, Rule]:
     from ddmd_jax.models.attention import KINDS as ATTENTION
     from ddmd_jax.models.layers import REMAT_POLICIES
     from ddmd_jax.teachers import FAMILIES
+    from ddmd_jax.train.distill import OFFLOAD
+    from ddmd_jax.train.step import TEACHER_PASSES
 
     each = 'the critic must be updated at least once per generator update'
     data = _emoji_data() if dataset == 'emoji' else _embeddings_data()
@@ -207,6 +209,7 @@ def distill_schema(dataset: str = 'emoji') -> dict[str, Rule]:
         'teacher.name': choice(FAMILIES),
         'teacher.path': TEXT,
         'teacher.dtype': choice(DTYPES),
+        'teacher.param_dtype': choice(DTYPES),
         'teacher.remat': choice(('none', *REMAT_POLICIES)),
         'teacher.attention': choice(ATTENTION),
         'student.steps': whole(at_least=1, at_most=MAX_STEPS),
@@ -226,6 +229,8 @@ def distill_schema(dataset: str = 'emoji') -> dict[str, Rule]:
         'method.shift': or_none(number("None takes the teacher's", above=0)),
         **dict.fromkeys(('train.accumulate', 'eval.prompts', 'eval.held_out', 'eval.batch',
                          'eval.teacher_steps'), COUNT),
+        'train.teacher_passes': choice(TEACHER_PASSES),
+        'train.offload': choice(tuple(OFFLOAD)),
         'log.probe': whole('0 is off', at_least=0),
         'eval.guidance': number('1 is no guidance', at_least=1),
         'eval.solver': choice(SOLVERS),

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import os
 import sys
+from collections.abc import Mapping
 from pathlib import Path
 
 from absl import app, flags, logging
@@ -19,21 +20,41 @@ _COORDINATOR = flags.DEFINE_string(
     '(TPU pods, Slurm and Open MPI do).')
 _NUM_PROCESSES = flags.DEFINE_integer('num_processes', None, 'How many; with --coordinator.')
 _PROCESS_ID = flags.DEFINE_integer('process_id', None, 'Which this is; with --coordinator.')
+_COMPILE_CACHE = flags.DEFINE_string(
+    'compile_cache', None, 'Folder or gs:// URL of compiled programs, shared by all processes; '
+    'default: JAX_COMPILATION_CACHE_DIR, else WORKDIR/compile_cache. Empty: none is kept.')
 _WORKDIR = flags.DEFINE_string('workdir', None, 'Folder of the run; resumed if it holds one.')
 
 
-def _writable(workdir: str | None) -> Path:
-    """The run's folder, made if need be; exits with one line if it cannot be written."""
-    if not workdir:
-        sys.exit('main: no --workdir given; name a folder for checkpoints and results')
-    path = Path(workdir).expanduser().absolute()
+def _writable(flag: str, folder: str) -> Path:
+    """A folder that `flag` names, made if need be; exits with one line if it cannot be written."""
+    path = Path(folder).expanduser().absolute()
     try:
         path.mkdir(parents=True, exist_ok=True)
     except OSError as e:
-        sys.exit(f'main: --workdir {path} cannot be made ({e.strerror}); choose another')
+        sys.exit(f'main: {flag} {path} cannot be made ({e.strerror}); choose another')
     if not os.access(path, os.W_OK):
-        sys.exit(f'main: --workdir {path} cannot be written; choose another')
+        sys.exit(f'main: {flag} {path} cannot be written; choose another')
     return path
+
+
+def use_compile_cache(flag: str | None, workdir: Path, environ: Mapping[str, str]) -> None:
+    """Keeps compiled programs where `flag`, the environment or else `workdir` says.
+
+    `flag` is a folder, a URL such as ``gs://...`` that JAX can write, '' for no cache, or None
+    if it was not given. Exits with one line if a folder cannot be written.
+    """
+    import jax
+
+    name = 'jax_persistent_cache_min_compile_time_secs'
+    if name.upper() not in environ:
+        jax.config.update(name, 0.0)  # small programs are many: together they take as long
+    if flag is None and 'JAX_COMPILATION_CACHE_DIR' in environ:
+        return  # JAX has read it
+    folder = str(workdir / 'compile_cache') if flag is None else flag
+    if folder and '://' not in folder:
+        folder = str(_writable('--compile_cache', folder))
+    jax.config.update('jax_compilation_cache_dir', folder or None)
 
 
 def run(config, workdir: Path) -> None:
@@ -67,7 +88,10 @@ def main(argv: list[str]) -> None:
     except config_lib.ConfigError as e:
         print(e, file=sys.stderr)
         sys.exit(2)
-    workdir = _writable(_WORKDIR.value)
+    if not _WORKDIR.value:
+        sys.exit('main: no --workdir given; name a folder for checkpoints and results')
+    workdir = _writable('--workdir', _WORKDIR.value)
+    use_compile_cache(_COMPILE_CACHE.value, workdir, os.environ)
 
     from ddmd_jax import distributed
 

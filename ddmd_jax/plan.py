@@ -1,7 +1,8 @@
 """``python -m ddmd_jax.plan --config=configs/lumina.py --topology=v5e:4x4 [--json]``
 
-Asks the TPU's own compiler what a distillation's steps cost on a topology: memory, products,
-traffic. No TPU and no weights are needed; minutes of compiling are. Exit codes are `main`'s.
+Asks the TPU's own compiler what a distillation's programs cost on a topology: memory, products,
+traffic; the largest batch that fits, and what would make one fit. No TPU and no weights are
+needed; minutes of compiling are. Exit codes are `main`'s.
 """
 
 from __future__ import annotations
@@ -24,6 +25,9 @@ def define_flags() -> None:
     config_flags.DEFINE_config_file('config', None, 'A file of configs/.', lock_config=True)
     flags.DEFINE_string('topology', 'v5e:4x4', 'TPU generation and shape, as v5e:4x4.')
     flags.DEFINE_boolean('json', False, 'Print JSON rather than a table.')
+    flags.DEFINE_boolean('search', True, 'Look for the largest batch that fits, and for levers '
+                         'where something does not; --nosearch saves minutes.')
+    flags.DEFINE_boolean('layout', False, 'Print where every parameter lies; compile nothing.')
 
 
 def teacher_for(config: Any, mesh: Any) -> tuple[Any, int]:
@@ -33,32 +37,11 @@ def teacher_for(config: Any, mesh: Any) -> tuple[Any, int]:
 
     t = config.teacher
     if t.name == 'lumina':
-        return lumina.abstract(mesh, t.dtype, config.data.size, t.remat, t.attention), lumina.TOKENS
-    teacher = teachers.load_family(t.name, t.path, None, t.dtype, None, t.remat)
+        return lumina.abstract(mesh, t.dtype, config.data.size, t.remat, t.attention,
+                               t.param_dtype), lumina.TOKENS
+    teacher = teachers.load_family(t.name, t.path, None, t.dtype, None, t.remat,
+                                   param_dtype=t.param_dtype)
     return teacher, teacher.encode([''])['mask'].shape[1]
-
-
-def table(found: dict[str, Any]) -> str:
-    """The report in words and GiB."""
-    gib = lambda b: f'{b / 2**30:.2f} GiB'
-    lines = [f'{found["topology"]}: {found["chips"]} chips of {gib(found["hbm_bytes_per_chip"])}, '
-             f'global batch {found["global_batch"]}; per chip:',
-             f'  resident (student, critic, EMA, optimisers, teacher)  '
-             f'{gib(found["resident_bytes"])}']
-    for name, p in found['programs'].items():
-        if 'error' in p:
-            lines.append(f'  {name}: does not fit: {p["error"]}')
-            continue
-        sent = sum(p['collective_bytes'].values())
-        lines.append(
-            f'  {name}: {"fits" if p["fits"] else "does not fit"}, peak {gib(p["peak_bytes"])} '
-            f'(temporaries {gib(p["temp_bytes"])}); {p["flops"] / 1e12:.2f} TFLOP'
-            + (f' without {p["kernel_calls_without_flops"]} attention kernels'
-               if p['kernel_calls_without_flops'] else '')
-            + f', {gib(p["hbm_bytes"])} through memory, {gib(sent)} sent; at least '
-            f'{p["roofline_seconds"]:.2f} s, bound by {p["bound_by"]}; compiled in '
-            f'{p["compile_seconds"]:.0f} s')
-    return '\n'.join(lines)
 
 
 def main(argv: list[str]) -> None:
@@ -68,7 +51,7 @@ def main(argv: list[str]) -> None:
     if FLAGS.config is None:
         sys.exit('plan: no --config given; try --config=configs/lumina.py')
     from ddmd_jax import config as config_lib, sharding
-    from ddmd_jax.planner import programs
+    from ddmd_jax.planner import layout, programs, report
     from ddmd_jax.weights.flat import WeightsError
 
     try:
@@ -78,14 +61,17 @@ def main(argv: list[str]) -> None:
         mesh = sharding.make_mesh(FLAGS.config.mesh, programs.topology(FLAGS.topology))
         c = FLAGS.config
         sharding.check_batch(c.data.global_batch, mesh, c.student.steps * c.train.accumulate)
-        teacher, tokens = teacher_for(c, mesh)
-        found = programs.report(c, teacher, mesh, FLAGS.topology, tokens)
+        if FLAGS.layout:
+            teacher, tokens = teacher_for(c, mesh)
+            print(layout.layout(c, teacher, mesh, tokens))
+            return
+        found = report.report(c, teacher_for, mesh, FLAGS.topology, FLAGS.search)
     except config_lib.ConfigError as e:
         print(e, file=sys.stderr)
         sys.exit(2)
     except (programs.PlanError, sharding.ShardingError, WeightsError) as e:
         sys.exit(f'plan: {e}')
-    print(json.dumps(found, indent=1) if FLAGS.json else table(found))
+    print(json.dumps(found, indent=1) if FLAGS.json else report.table(found))
 
 
 if __name__ == '__main__':

@@ -1,4 +1,7 @@
-"""Several processes are one run: the same losses, weights and pictures as one process has."""
+"""Several processes are one run: the same data, losses, weights and pictures as one process has.
+
+``python tests/test_distributed.py PORT 0`` and ``... PORT 1`` read data by hand.
+"""
 
 import json
 import os
@@ -12,8 +15,8 @@ import orbax.checkpoint as ocp
 import pytest
 import tiny
 
-from ddmd_jax import distributed
-from ddmd_jax.data import tokenizer
+from ddmd_jax import distributed, sharding
+from ddmd_jax.data import loader, tokenizer
 from ddmd_jax.teachers import emoji
 
 MODEL = {'denoiser': tiny.MODEL['denoiser'],
@@ -27,6 +30,20 @@ def free_port():
         return s.getsockname()[1]
 
 
+def together(commands):
+    """Outputs of Python commands that run at once, eight devices split over them."""
+    env = os.environ | {
+        'XLA_FLAGS': f'--xla_force_host_platform_device_count={8 // len(commands)}',
+        'JAX_PLATFORMS': 'cpu', 'JAX_DISABLE_MOST_OPTIMIZATIONS': '1',
+        'PYTHONPATH': os.pathsep.join([str(tiny.ROOT), os.environ.get('PYTHONPATH', '')])}
+    started = [subprocess.Popen([sys.executable, *map(str, command)], cwd=tiny.ROOT, env=env,
+                                text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
+               for command in commands]
+    outputs = [p.communicate(timeout=600)[0] for p in started]
+    assert [p.returncode for p in started] == [0] * len(commands), '\n'.join(outputs)
+    return outputs
+
+
 def run(workdir, weights, processes, steps=5):
     """`main` on eight devices, split over this many processes; their joined output."""
     fields = {
@@ -36,20 +53,13 @@ def run(workdir, weights, processes, steps=5):
         'log.probe': 3, 'eval.prompts': 3, 'eval.held_out': 3, 'eval.batch': 4,
         'eval.teacher_steps': 2, 'optim.student.lr': 1e-3, 'optim.critic.lr': 1e-3}
     flags = [f'--config.{name}={value}' for name, value in fields.items()]
-    env = os.environ | {
-        'XLA_FLAGS': f'--xla_force_host_platform_device_count={8 // processes}',
-        'JAX_PLATFORMS': 'cpu', 'JAX_DISABLE_MOST_OPTIMIZATIONS': '1'}
-    port, started = free_port(), []
+    port, commands = free_port(), []
     for i in range(processes):
         join = [] if processes == 1 else [
             f'--coordinator=127.0.0.1:{port}', f'--num_processes={processes}', f'--process_id={i}']
-        started.append(subprocess.Popen(
-            [sys.executable, '-m', 'ddmd_jax.main', '--config=configs/emoji.py',
-             f'--workdir={workdir}', *flags, *join], cwd=tiny.ROOT, env=env, text=True,
-            stdout=subprocess.PIPE, stderr=subprocess.STDOUT))
-    outputs = [p.communicate(timeout=600)[0] for p in started]
-    assert [p.returncode for p in started] == [0] * processes, '\n'.join(outputs)
-    return outputs
+        commands.append(['-m', 'ddmd_jax.main', '--config=configs/emoji.py',
+                         f'--workdir={workdir}', *flags, *join])
+    return together(commands)
 
 
 @pytest.fixture(scope='module')
@@ -111,6 +121,38 @@ def test_a_run_of_two_processes_is_resumed_by_one(workdirs):
     assert [x['step'] for x in lines(two)] == [1, 2, 3, 4, 5, 6]
 
 
+# --- The order of the data ---
+
+
+def read(port, process):
+    """What the test below runs twice: a line per batch, ``[first place, rows]`` per device."""
+    distributed.start(f'127.0.0.1:{port}', 2, int(process), {'JAX_PLATFORMS': 'cpu'})
+    mesh = sharding.make_mesh({'data': 2, 'fsdp': 2, 'tensor': 2})
+    data = loader.batches(np.arange(40), lambda rows: rows, 16, seed=0)
+    for _ in range(5):
+        batch = sharding.put_batch(next(data), mesh)
+        assert batch.shape == (16,)
+        print('read', json.dumps([(shard.index[0].start or 0, np.asarray(shard.data).tolist())
+                                  for shard in batch.addressable_shards]))
+
+
+@pytest.mark.slow
+def test_two_processes_read_the_prompts_of_one_in_its_order():
+    port = free_port()
+    outputs = together([[__file__, port, i] for i in range(2)])
+    read_by = [[json.loads(line.removeprefix('read ')) for line in output.splitlines()
+                if line.startswith('read ')] for output in outputs]
+    one = loader.batches(np.arange(40), lambda rows: rows, 16, 0, num_processes=1, process=0)
+    for a, b in zip(*read_by, strict=True):
+        want, places = next(one), set()
+        for first, rows in a + b:
+            np.testing.assert_array_equal(rows, want[first:first + len(rows)])
+            places |= {*range(first, first + len(rows))}
+        assert places == {*range(16)}  # between them, the whole batch
+        assert {first for first, _ in a}.isdisjoint(first for first, _ in b)
+    assert len(read_by[0]) == 5
+
+
 # --- What says that there are several ---
 
 
@@ -140,3 +182,7 @@ def test_flags_that_do_not_go_together(flags, words):
 def test_one_process_alone_is_left_alone(monkeypatch):
     monkeypatch.setattr(jax.distributed, 'initialize', lambda *a: pytest.fail('started'))
     distributed.start(None, None, None, {'JAX_PLATFORMS': 'cpu'})
+
+
+if __name__ == '__main__':
+    read(*sys.argv[1:])

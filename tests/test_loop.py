@@ -93,6 +93,19 @@ def test_resuming_is_bitwise_the_uninterrupted_run(weights, tmp_path):
     assert lines(tmp_path / 'whole') == lines(tmp_path / 'parts')
 
 
+@pytest.mark.slow
+def test_what_is_offloaded_stays_away_in_the_loop_and_comes_back_on_resuming(weights, tmp_path):
+    config = toy_config(weights, 1)
+    config.train.offload = 'ema+teacher'
+    kinds = lambda state: {x.sharding.memory_kind for x in jax.tree.leaves(state.ema)}
+    assert kinds(trained(config, tmp_path)) == {'pinned_host'}
+    config.train.steps = 2
+    away = trained(config, tmp_path)
+    assert int(away.step) == 2 and kinds(away) == {'pinned_host'}
+    config.train.offload, config.train.steps = 'none', 3  # where it lies is no other experiment
+    assert kinds(trained(config, tmp_path)) == {'device'}
+
+
 def test_a_checkpoint_of_another_config_is_refused_by_field(weights, finished):
     config = toy_config(weights, 4)
     config.method.alpha = 9.0

@@ -527,6 +527,64 @@ def test_pallas_calls():
     assert costs.flops(module) == 640
 
 
+# --- Kernels whose arithmetic is known ---
+
+
+def splash(name, operands, results, config='{}'):
+    """Module of one call of a kernel, as TPU writes it."""
+    shapes = operands.split()
+    lines = [f'a{n} = {shape} parameter({n})' for n, shape in enumerate(shapes)]
+    given = ', '.join(f'a{n}' for n in range(len(shapes)))
+    return module_of('ENTRY main {\n' + '\n'.join(lines) + f'''
+          ROOT {name} = ({', '.join(results.split())}) custom-call({given}), \
+custom_call_target="tpu_custom_call", backend_config={{"custom_call_config":{config}}}
+        }}''')
+
+
+# Four rows, 6 heads that share 2 of keys, 256 queries and 384 keys (in blocks of 128), 96 channels.
+MHA = 's8[1,2,3] s8[1,2,3] bf16[4,6,256,96] bf16[4,2,384,96] bf16[4,2,384,96]'
+SEGMENTS = ' s32[4,256,128] s32[4,8,384]'
+BACKWARD = SEGMENTS + ' f32[4,6,8,256] bf16[4,6,256,96] f32[4,6,8,256]'
+FORWARD_RESULTS = 'f32[4,256,128] f32[4,256,128] f32[4,256,96] bf16[4,6,256,96]'
+GRADIENTS = 'f32[4,128,96] f32[4,128,96] KEYS bf16[4,2,384,96] bf16[4,2,384,96]'
+PRODUCT = 2 * 4 * 6 * 256 * 384 * 96
+
+
+@pytest.mark.parametrize('name, operands, results, want', [
+    ('mha_fwd_no_residuals.5', MHA, FORWARD_RESULTS, 2 * PRODUCT),
+    ('mha_fwd_segmented_residuals.clone.7', MHA + SEGMENTS,
+     FORWARD_RESULTS + ' f32[4,6,256,128]', 2 * PRODUCT),
+    # One row: vmap's axis is gone. In fp32 a product is still one.
+    ('mha_fwd_no_residuals', 's8[1,2,3] s8[1,2,3] f32[6,256,96] f32[2,384,96] f32[2,384,96]',
+     'f32[256,128] f32[256,128] f32[256,96] f32[6,256,96]', 2 * PRODUCT // 4),
+    ('mqa_fwd_no_residuals', 's8[1,2,3] s8[1,2,3] s8[1,2,3] bf16[4,6,256,96] bf16[4,384,96] '
+     'bf16[4,384,96]', FORWARD_RESULTS, 2 * PRODUCT),
+    ('mha_fwd_no_residuals', MHA.removesuffix('96]') + '192]', FORWARD_RESULTS,
+     PRODUCT + 2 * PRODUCT),  # values are twice as wide
+    ('mha_dkv_segmented_no_residuals.3', MHA + BACKWARD,
+     GRADIENTS.replace('KEYS', 'bf16[4,3,6,256,96]'), 5 * PRODUCT),  # fused: dq of three blocks
+    ('mha_dkv_segmented_no_residuals.3', MHA + BACKWARD, GRADIENTS.replace('KEYS ', ''),
+     4 * PRODUCT),
+    ('mha_dq_segmented_no_residuals.3', MHA + BACKWARD, 'f32[4,256,96] bf16[4,6,256,96]',
+     3 * PRODUCT),
+    # Not known: channels before tokens, too few operands, another kernel.
+    ('mha_fwd_no_residuals', MHA.replace('384,96', '96,384'), FORWARD_RESULTS, None),
+    ('mha_fwd_no_residuals', 's8[1,2,3] bf16[4,6,256,96]', FORWARD_RESULTS, None),
+    ('mha_sideways', MHA, FORWARD_RESULTS, None),
+])
+def test_splash_attention_counts_its_products(name, operands, results, want):
+    module = splash('splash_' + name, operands, results)
+    (call,) = costs.pallas_calls(module)
+    assert (call.name, call.flops) == ('splash_' + name.split('.')[0], want)
+    assert costs.flops(module) == (want or 0)
+
+
+def test_an_estimate_of_its_own_wins():
+    module = splash('splash_mha_fwd_no_residuals.5', MHA, FORWARD_RESULTS,
+                    config='{"cost_estimate":{"flops":"640"}}')
+    assert costs.pallas_calls(module)[0].flops == costs.flops(module) == 640
+
+
 # --- Texts that are none ---
 
 

@@ -82,16 +82,23 @@ def make_method(**changes: Any) -> Method:
     return Method(**(recipe | changes))
 
 
-def build_run(predict, params, tx, mesh, **changes):
-    """``(make_state, steps, frozen)`` of a toy run; `params` are teacher, student, critic."""
+def build_run(predict, params, tx, mesh, offload=(), **changes):
+    """``(make_state, steps, frozen)`` of a toy run; `params` are teacher, student, critic.
+
+    `offload` names what stays in host memory, of 'ema' and 'teacher'.
+    """
     teacher, student, critic = params
     frozen = {'teacher': teacher, 'null': make_null()}
     frozen_shardings = {
         'teacher': sharding.shard_tree(teacher, emoji.RULES, mesh),
         'null': jax.tree.map(lambda _: sharding.replicated(mesh), frozen['null'])}
+    if 'teacher' in offload:
+        frozen_shardings['teacher'] = sharding.in_host_memory(frozen_shardings['teacher'])
+    host = [name for name in offload if name == 'ema']
     fill = lambda s, c: st.fresh(s, tx, c, tx)
-    _, shardings = st.abstract_and_shardings(fill, emoji.RULES, mesh, student, critic)
-    make_state = lambda: st.create(fill, emoji.RULES, mesh, student, critic)
+    _, shardings = st.abstract_and_shardings(
+        fill, emoji.RULES, mesh, student, critic, host=host)
+    make_state = lambda: st.create(fill, emoji.RULES, mesh, student, critic, host=host)
     steps = make_steps(predict, tx, tx, make_method(**changes), SHAPE, 0, mesh, shardings,
                        frozen_shardings)
     return make_state, steps, jax.device_put(frozen, frozen_shardings)

@@ -79,6 +79,7 @@ def generate(draw: Any, params: Any, cond: Any, null: Any, total: int, batch: in
     Every process of a run draws them together, and every one has them all.
     """
     def batch_at(params: Any, cond: Any, blank: Any, i: int) -> jax.Array:
+        params = sharding.on_device(params)
         return draw(params, cond, blank, jax.random.fold_in(jax.random.key(seed), i))
 
     batch_at = jax.jit(batch_at, out_shardings=sharding.replicated(mesh))

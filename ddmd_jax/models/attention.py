@@ -17,7 +17,7 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import Mesh, PartitionSpec as P
 
-from ddmd_jax.sharding import BATCH
+from ddmd_jax.sharding import BATCH, batch_ways
 
 Array = jax.Array
 
@@ -80,8 +80,7 @@ def attend(q: Array, k: Array, v: Array, mask: Array | None, *, kind: str = 'xla
         return local(*inputs)
     _check_heads(q, k, mesh)
     # A batch of a few pictures does not split over a pod: every device then does all of it.
-    ways = mesh.shape['data'] * mesh.shape['fsdp']
-    rows = BATCH if q.shape[0] % ways == 0 else P(None)
+    rows = BATCH if q.shape[0] % batch_ways(mesh) == 0 else P(None)
     heads = P(*rows, None, 'tensor')
     specs = (heads, heads, heads, rows)[:len(inputs)]
     # The compiler partitions no kernels. This one does not say over which mesh axes its outputs

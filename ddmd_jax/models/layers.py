@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
+from jax.sharding import Mesh, NamedSharding, PartitionSpec as P
+
+from ddmd_jax import sharding
 
 Array = jax.Array
 
@@ -91,20 +95,61 @@ def stack_layers(make: Callable[[nnx.Rngs], nnx.Module], num: int, rngs: nnx.Rng
 
 
 def scan_layers(layers: nnx.Module, x: Array, *args: Any, remat: str = 'none',
-                unroll: bool = False) -> Array:
+                unroll: bool = False, use: Callable[[Any], Any] = lambda params: params) -> Array:
     """Runs a `stack_layers` stack over ``x``: one layer is traced and compiled, not N.
 
     `unroll` compiles all of them after all; `remat` is a key of `REMAT_POLICIES`, or 'none' to
-    keep every activation.
+    keep every activation. `use` is done to each layer's parameters before they are needed; see
+    `gather_kernels`.
     """
     graphdef, params = nnx.split(layers)
 
     def body(carry: Array, layer_params: Any) -> tuple[Array, None]:
-        return nnx.merge(graphdef, layer_params)(carry, *args), None
+        return nnx.merge(graphdef, use(layer_params))(carry, *args), None
 
     if remat != 'none':
         body = jax.checkpoint(body, policy=REMAT_POLICIES[remat], prevent_cse=False)
     return jax.lax.scan(body, x, params, unroll=unroll)[0]
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(1, 2, 3))
+def _gather(kernel: Array, dtype: jnp.dtype, whole: NamedSharding, split: NamedSharding) -> Array:
+    return jax.lax.with_sharding_constraint(kernel.astype(dtype), whole)
+
+
+def _gather_fwd(kernel: Array, dtype: jnp.dtype, whole: NamedSharding,
+                split: NamedSharding) -> tuple[Array, Array]:
+    return _gather(kernel, dtype, whole, split), jnp.zeros((), kernel.dtype)
+
+
+def _gather_bwd(dtype: jnp.dtype, whole: NamedSharding, split: NamedSharding, like: Array,
+                grad: Array) -> tuple[Array]:
+    return (jax.lax.with_sharding_constraint(grad, split).astype(like.dtype),)
+
+
+_gather.defvjp(_gather_fwd, _gather_bwd)
+
+
+def gather_kernels(params: Any, rules: sharding.Rules, mesh: Mesh | None, dtype: jnp.dtype) -> Any:
+    """A layer's parameters with its kernels whole over `fsdp`, in `dtype`; other axes stay.
+
+    What `fsdp` means, said rather than left to the compiler: the kernels of one layer are
+    gathered when it runs, in the type of its products (half the bytes of fp32), and their
+    gradients are scattered as they are summed. The TPU's compiler, left to itself, split the
+    products into steps that pass kernels around, and summed whole gradients on every chip.
+    """
+    if mesh is None or mesh.shape['fsdp'] == 1:
+        return params
+
+    def one(path: Any, leaf: Array) -> Array:
+        name = jax.tree_util.keystr(path, simple=True, separator='/').removesuffix('/value')
+        if not name.endswith('kernel'):
+            return leaf
+        spec = sharding.spec_for(name, leaf.shape, rules, mesh)
+        whole = P(*(None if axis == 'fsdp' else axis for axis in spec))
+        return _gather(leaf, dtype, NamedSharding(mesh, whole), NamedSharding(mesh, spec))
+
+    return jax.tree_util.tree_map_with_path(one, params)
 
 
 def functional(make: Callable[[], nnx.Module], method: str = '__call__') -> Callable:

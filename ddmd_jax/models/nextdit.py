@@ -22,12 +22,13 @@ from ddmd_jax.models.layers import (
     Linear,
     RMSNorm,
     apply_rotary,
+    gather_kernels,
     rotary_angles,
     scan_layers,
     sinusoidal_embedding,
     stack_layers,
 )
-from ddmd_jax.sharding import BATCH
+from ddmd_jax.sharding import BATCH, batch_ways
 
 Array = jax.Array
 
@@ -186,8 +187,9 @@ class NextDiT(nnx.Module):
         batch, height, width, _ = x_t.shape
         grid = (height // cfg.patch_size, width // cfg.patch_size)
         cap_angles, img_angles = self._angles(mask, grid)
+        use = lambda params: gather_kernels(params, RULES, self.mesh, dtype)
         run = lambda layers, x, *args: scan_layers(
-            layers, x, *args, remat=cfg.remat, unroll=cfg.unroll)
+            layers, x, *args, remat=cfg.remat, unroll=cfg.unroll, use=use)
 
         temb = self.time_2(jax.nn.silu(self.time_1(sinusoidal_embedding(t, 256).astype(dtype))))
         cap = self.caption_proj(self.caption_norm(caption.astype(dtype)))
@@ -207,7 +209,7 @@ class NextDiT(nnx.Module):
         Batch and kernels are both split over `fsdp`. Left to itself the compiler for TPUs may
         keep the kernels where they are and reduce activations of the whole batch instead.
         """
-        if self.mesh is None or x.shape[0] % (self.mesh.shape['data'] * self.mesh.shape['fsdp']):
+        if self.mesh is None or x.shape[0] % batch_ways(self.mesh):
             return x
         return jax.lax.with_sharding_constraint(x, NamedSharding(self.mesh, P(*BATCH)))
 

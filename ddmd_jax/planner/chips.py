@@ -17,8 +17,8 @@ class Chip:
       name: as topologies are named, `v5e` of `v5e:4x4`. A device of a v4 topology is a chip only
         with ``get_topology_desc(..., chip_config_name='megacore')``; else it is a core, half of
         one. On the others a device is a chip anyway.
-      hbm_bytes: capacity. The compiler leaves a program less: libtpu 0.0.42.1 reports 15.75 GiB
-        on v5e, 31.25 on v6e, 30.75 on v4 (as one device), 95.74 on v5p.
+      hbm_bytes: capacity as sold.
+      usable_bytes: what the compiler gives to programs, as libtpu 0.0.42.1 reports it.
       peak_bf16_flops: FLOP/s of bf16 matrix products.
       hbm_bandwidth: bytes/s.
       ici_bandwidth: bytes/s that a chip can send over all its links together, that is half of
@@ -29,6 +29,7 @@ class Chip:
 
     name: str
     hbm_bytes: int
+    usable_bytes: int
     peak_bf16_flops: float
     hbm_bandwidth: float
     ici_bandwidth: float
@@ -36,25 +37,31 @@ class Chip:
 
 
 CHIPS = {chip.name: chip for chip in (
-    Chip('v4', 32 * GIB, 275e12, 1.2e12, 300e9,
+    Chip('v4', 32 * GIB, 123 * GIB // 4, 275e12, 1.2e12, 300e9,
          f'{DOCS}/v4; interconnect from memory of arXiv:2304.01433: 6 links of 50 GB/s each way'),
-    Chip('v5e', 16 * GIB, 197e12, 819e9, 200e9,
+    Chip('v5e', 16 * GIB, 63 * GIB // 4, 197e12, 819e9, 200e9,
          f'{DOCS}/v5e: 16 GB, 819 GBps, 400 GBps bidirectional'),
-    Chip('v5p', 95 * GIB, 459e12, 2765e9, 600e9,
+    Chip('v5p', 95 * GIB, 9574 * GIB // 100, 459e12, 2765e9, 600e9,
          f'{DOCS}/v5p: 95 GiB, 2765 GBps, 1200 GBps bidirectional'),
-    Chip('v6e', 32 * GIB, 918e12, 1638e9, 400e9,
+    Chip('v6e', 32 * GIB, 125 * GIB // 4, 918e12, 1638e9, 400e9,
          f'{DOCS}/v6e: 32 GB, 1638 GBps, 800 GBps bidirectional'),
 )}
 ALIASES = {'v5litepod': 'v5e', 'v5lite': 'v5e'}
 
 
+def split_slices(topology_name: str) -> tuple[int, str]:
+    """(number of slices, topology of each): ``2xv5e:4x4`` is two of ``v5e:4x4``."""
+    found = re.fullmatch(r'([1-9][0-9]*)x(v.*)', topology_name)
+    return (int(found[1]), found[2]) if found else (1, topology_name)
+
+
 def chip_for(topology_name: str) -> Chip:
-    """Chip of a topology (`v5e:4x4`) or accelerator type (`v5litepod-16`).
+    """Chip of a topology (`v5e:4x4`, `2xv5e:4x4`) or accelerator type (`v5litepod-16`).
 
     Raises:
       ValueError: a generation that is not in the table.
     """
-    generation = re.split('[:-]', topology_name)[0]
+    generation = re.split('[:-]', split_slices(topology_name)[1])[0]
     chip = CHIPS.get(ALIASES.get(generation, generation))
     if chip is None:
         raise ValueError(f'no chip is known for topology {topology_name!r}: '

@@ -14,6 +14,7 @@ from typing import Any
 
 import numpy as np
 
+from ddmd_jax.planner import kernels
 from ddmd_jax.planner.hlo import (
     COLLECTIVES,
     Computation,
@@ -45,7 +46,8 @@ class PallasCall:
     Attributes:
       name: the kernel's, as given to `pallas_call`.
       count: runs of it in one run of the program.
-      flops: of one run, from the kernel's `cost_estimate`; None if it has none.
+      flops: of one run, from the kernel's `cost_estimate` or, if it has none, what `kernels.py`
+        knows of it; None if that is nothing.
       operands, results: shapes, for a caller that knows the kernel's arithmetic.
     """
 
@@ -61,10 +63,11 @@ def flops(module: Module) -> int:
 
     Two for each multiplication that is needed: padding of a convolution and the holes of its
     dilation do not count (so that the convolutions in which TPU hides batched products count as
-    the products). A Pallas kernel counts with its own estimate, and as nothing if it has none:
-    see `pallas_calls`. Elementwise arithmetic, reductions, FFT and decompositions do not count,
-    nor does a product of matrix and vector where XLA has turned it into a reduction. A product
-    counts once whatever its precision, though TPU takes several passes for more than bf16.
+    the products). A Pallas kernel counts with its own estimate or that of `kernels.py`, and as
+    nothing if neither has one: see `pallas_calls`. Elementwise arithmetic, reductions, FFT and
+    decompositions do not count, nor does a product of matrix and vector where XLA has turned it
+    into a reduction. A product counts once whatever its precision, though TPU takes several
+    passes for more than bf16.
     """
     return _flops(module, runs_of(module))
 
@@ -75,9 +78,8 @@ def pallas_calls(module: Module) -> tuple[PallasCall, ...]:
     for name, count in runs_of(module).counts.items():
         for i in module[name].instructions.values():
             if call_target(i) == 'tpu_custom_call':
-                kernel = re.sub(r'(\.(\d+|clone))+$', '', i.name)
-                found.append(PallasCall(kernel, count, _estimate(i), tuple(leaves(i.shapes)),
-                                        tuple(leaves(i.shape))))
+                found.append(PallasCall(kernels.name(i), count, _kernel_flops(i),
+                                        tuple(leaves(i.shapes)), tuple(leaves(i.shape))))
     return tuple(found)
 
 
@@ -98,14 +100,14 @@ def _instruction_flops(i: Instruction) -> int:
     if i.opcode == 'convolution':
         return 2 * _multiplications(i)
     if call_target(i) == 'tpu_custom_call':
-        return _estimate(i) or 0
+        return _kernel_flops(i) or 0
     return 0
 
 
-def _estimate(i: Instruction) -> int | None:
-    """FLOPs of a kernel's `cost_estimate`."""
+def _kernel_flops(i: Instruction) -> int | None:
+    """FLOPs of one run of a Pallas kernel; see `PallasCall.flops`."""
     estimate = i.config.get('custom_call_config', {}).get('cost_estimate', {})
-    return int(estimate['flops']) if 'flops' in estimate else None
+    return int(estimate['flops']) if 'flops' in estimate else kernels.flops(i)
 
 
 def _multiplications(i: Instruction) -> int:

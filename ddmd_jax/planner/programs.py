@@ -1,17 +1,19 @@
-"""Compiles a distillation's two steps for a TPU topology, without a TPU and without weights."""
+"""A distillation's programs for a TPU topology: from shapes, without a TPU and without weights."""
 
 from __future__ import annotations
 
+import dataclasses
 import math
 import os
-import time
+from collections.abc import Callable
 from typing import Any
 
 import jax
 import jax.numpy as jnp
+from jax.sharding import Mesh
 
-from ddmd_jax import sharding, teachers
-from ddmd_jax.planner import chips, costs
+from ddmd_jax import schedules, sharding, teachers
+from ddmd_jax.planner import chips
 from ddmd_jax.train import distill
 
 
@@ -22,6 +24,8 @@ class PlanError(RuntimeError):
 def topology(name: str) -> Any:
     """The devices of a TPU topology such as ``v5e:4x4``; needs libtpu, not a TPU.
 
+    ``2xv5e:4x4`` is two such slices, joined by the slower network between them.
+
     Raises:
       PlanError: unknown topology, or no libtpu.
     """
@@ -30,13 +34,16 @@ def topology(name: str) -> Any:
     # libtpu would look for a TPU's metadata, and for the lock that a program on one holds.
     os.environ.setdefault('TPU_SKIP_MDS_QUERY', '1')
     os.environ.setdefault('ALLOW_MULTIPLE_LIBTPU_LOAD', '1')
-    more = {'chip_config_name': 'megacore'} if name.startswith('v4') else {}
+    slices, shape = chips.split_slices(name)
+    more = {'chip_config_name': 'megacore'} if shape.startswith('v4') else {}
     try:
-        return topologies.get_topology_desc(platform='tpu', topology_name=name, **more).devices
+        return topologies.get_topology_desc(
+            platform='tpu', topology_name=shape, num_slices=slices, **more).devices
     except Exception as e:  # a missing library and a misspelt name come as many kinds
         reason = (str(e).splitlines() or [type(e).__name__])[0]
-        raise PlanError(f'no topology {name!r} ({reason}); write it as v5e:4x4, and install the '
-                        'TPU compiler with `pip install "jax[tpu]"`') from e
+        raise PlanError(f'no topology {name!r} ({reason}); write it as v5e:4x4, several slices as '
+                        '2xv5e:4x4, and install the TPU compiler with `pip install "jax[tpu]"`'
+                        ) from e
 
 
 def bytes_per_device(tree: Any, shardings: Any) -> int:
@@ -45,64 +52,94 @@ def bytes_per_device(tree: Any, shardings: Any) -> int:
     return sum(jax.tree.leaves(jax.tree.map(part, tree, shardings)))
 
 
-def report(config: Any, teacher: teachers.Teacher, mesh: Any, name: str,
-           tokens: int) -> dict[str, Any]:
-    """Costs per chip of the generator's and the critic's step on the topology `name`.
+@dataclasses.dataclass(frozen=True)
+class Program:
+    """One program of a distillation, to be compiled.
+
+    Attributes:
+      lower: traces it for the topology.
+      beside: bytes a chip holds while it runs, other than its outputs and temporaries.
+      analytic_flops: per chip, by the architecture: forward passes, and a backward pass as two.
+      rows: pictures of one run, over all chips.
+    """
+
+    lower: Callable[[], Any]
+    beside: int
+    analytic_flops: int
+    rows: int
+
+
+def in_device_memory(tree: Any, shardings: Any) -> int:
+    """Bytes that one device holds of a tree, leaving out what is in its host's memory."""
+    here = jax.tree.map(lambda s: s.memory_kind != 'pinned_host', shardings)
+    part = lambda x, s, counts: bytes_per_device(x, s) if counts else 0
+    return sum(jax.tree.leaves(jax.tree.map(part, tree, shardings, here)))
+
+
+def passes(config: Any) -> dict[str, float]:
+    """Forward passes of a row in each step, a backward pass counted as two.
+
+    Of N student steps a row has N - 1 / 2 simulated on average (`sampling.student_inputs`). The
+    generator's step has the student's pass and its gradient, the teacher's two or three and the
+    critic's; the critic's has the student's pass, the critic's and its gradient.
+    """
+    simulated = (config.student.steps - 1) / 2
+    teacher = 2 if schedules.SCHEDULES[config.method.schedule].shared else 3
+    return {'generator_step': simulated + 3 + teacher + 1, 'critic_step': simulated + 1 + 3}
+
+
+def programs(config: Any, teacher: teachers.Teacher, mesh: Mesh,
+             tokens: int) -> tuple[dict[str, Program], int]:
+    """(A distillation's programs, bytes that stay on a chip between them).
+
+    These are the generator's step, the critic's, the sampling of pictures during the run and, where
+    the teacher has a decoder, the decoding of one. What stays are student, critic, EMA, both
+    optimisers' moments, teacher and decoder, but for what `train.offload` keeps in host memory.
 
     Args:
       config: of a distillation.
       teacher: with shapes or arrays as parameters.
       mesh: over the topology's devices.
-      name: of the topology, for the chip's figures.
       tokens: length of a caption.
-
-    Returns:
-      ``{'topology', 'chips', 'hbm_bytes_per_chip', 'global_batch', 'resident_bytes',
-      'programs'}``; `resident_bytes` is all that stays on a chip between the steps (student,
-      critic, EMA, both optimisers, teacher). Of a program, `peak_bytes` is that and the batch,
-      what its outputs need beyond the arguments they replace, and its temporaries; a program
-      that the compiler refuses has `fits` False and its words as `error`.
     """
-    chip = chips.chip_for(name)
     cond = lambda rows: {
         'embeds': jax.ShapeDtypeStruct((rows, tokens, teacher.cond_width), jnp.float16),
         'mask': jax.ShapeDtypeStruct((rows, tokens), bool)}
     p = distill.plan(config, teacher, cond(1), mesh)
     frozen = {'teacher': jax.eval_shape(lambda: teacher.params), 'null': cond(1)}
-    batch = cond(config.data.global_batch)
-    resident = (bytes_per_device(p.state, p.state_shardings)
-                + bytes_per_device(frozen, p.frozen_shardings))
-    rows = jax.tree.map(lambda _: sharding.batch_sharding(mesh), batch)
-    beside = resident + bytes_per_device(batch, rows)
-    lowered = {'generator_step': lambda: p.steps.generator.lower(p.state, frozen, batch),
-               'critic_step': lambda: p.steps.critic.lower(p.state, batch)}
-    return {
-        'topology': name, 'chips': mesh.size, 'hbm_bytes_per_chip': chip.hbm_bytes,
-        'global_batch': config.data.global_batch, 'resident_bytes': resident,
-        'programs': {k: measure(lower, chip, beside) for k, lower in lowered.items()}}
+    decoder = teacher.decoder
+    resident = (in_device_memory(p.state, p.state_shardings)
+                + in_device_memory(frozen, p.frozen_shardings)
+                + (in_device_memory(decoder.params, decoder.shardings) if decoder else 0))
+    batch, drawn = config.data.global_batch, distill.drawn_rows(distill.GRID, mesh)
+    split = jax.tree.map(lambda _: sharding.batch_sharding(mesh), cond(1))
+    whole = jax.tree.map(lambda _: sharding.replicated(mesh), cond(1))
+    with_batch = resident + bytes_per_device(cond(batch), split)
+    share = lambda rows, count: int(rows * count * teacher.flops(tokens)) // mesh.size
+    count = passes(config)
+    sampler = distill.make_sampler(config, teacher, p.method, mesh, distill.GRID,
+                                   jax.random.key(config.seed))
+    found = {
+        'generator_step': Program(
+            lambda: p.steps.generator.lower(p.state, frozen, cond(batch)), with_batch,
+            share(batch, count['generator_step']), batch),
+        'critic_step': Program(lambda: p.steps.critic.lower(p.state, cond(batch)), with_batch,
+                               share(batch, count['critic_step']), batch),
+        'sample': Program(
+            lambda: sampler.lower(placed(p.state.ema, p.state_shardings.ema),
+                                  placed(cond(drawn), whole)),
+            resident + bytes_per_device(cond(drawn), whole),
+            share(drawn, config.student.steps), drawn)}
+    if decoder:
+        latents = placed(decoder.latents, sharding.replicated(mesh))
+        found['decode'] = Program(
+            lambda: decoder.run.lower(placed(decoder.params, decoder.shardings), latents),
+            resident + bytes_per_device(latents, latents.sharding), decoder.flops, 1)
+    return found, resident
 
 
-def measure(lower: Any, chip: chips.Chip, beside: int) -> dict[str, Any]:
-    """Costs of one program; see `report`."""
-    start = time.monotonic()
-    try:
-        compiled = lower().compile()
-    except Exception as e:  # XLA's own kind is not public; out of memory is what is expected
-        if 'RESOURCE_EXHAUSTED' not in str(e):
-            raise
-        return {'fits': False, 'error': str(e).splitlines()[0]}
-    seconds = time.monotonic() - start
-    memory = compiled.memory_analysis()
-    found = {'argument_bytes': memory.argument_size_in_bytes,
-             'output_bytes': memory.output_size_in_bytes,
-             'temp_bytes': memory.temp_size_in_bytes, 'alias_bytes': memory.alias_size_in_bytes}
-    peak = beside + found['output_bytes'] - found['alias_bytes'] + found['temp_bytes']
-    cost = costs.summary(compiled.as_text())
-    least, bound = chips.roofline(
-        chip, cost.flops, cost.hbm_bytes, sum(cost.collective_bytes.values()))
-    silent = sum(call.count for call in cost.pallas if call.flops is None)
-    return {'fits': peak <= chip.hbm_bytes, **found, 'peak_bytes': peak, 'flops': cost.flops,
-            'kernel_calls_without_flops': silent, 'hbm_bytes': cost.hbm_bytes,
-            'collective_bytes': cost.collective_bytes, 'roofline_seconds': least,
-            'bound_by': bound, 'unknown_loops': list(cost.unknown_loops),
-            'compile_seconds': seconds}
+def placed(tree: Any, shardings: Any) -> Any:
+    """Shapes that say where their arrays would lie."""
+    shardings = jax.tree.broadcast(shardings, tree)
+    return jax.tree.map(lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), tree,
+                        shardings)

@@ -15,29 +15,30 @@ FAMILIES = ('emoji', 'lumina')
 
 def load(path_or_name: str, mesh: Mesh | None = None, dtype: str = 'float32',
          size: Sequence[int] | None = None, remat: str = 'none',
-         attention: str = 'auto') -> Teacher:
+         attention: str = 'auto', param_dtype: str = 'float32') -> Teacher:
     """The shipped teacher ('emoji'), one trained like it (a ``.safetensors`` file), or Lumina's.
 
     Args:
       path_or_name: 'emoji'; a file; or a diffusers folder, ``gs://`` URL or hub id.
       mesh: where the weights go, in the family's layout; None is one device.
-      dtype: of activations and matrix products; parameters stay fp32.
+      dtype: of activations and matrix products.
       size: pixels, height first; None takes the family's own.
       remat: what the network's gradient recomputes, a key of `layers.REMAT_POLICIES` or 'none'.
       attention: one of `attention.KINDS`; 'auto' is the kernel where the mesh is of TPUs.
+      param_dtype: of the stored kernels. A student of them starts as their fp32 copy.
 
     Raises:
       WeightsError: the weights are missing, damaged or of another family.
     """
     if path_or_name == 'emoji':
-        return load_family('emoji', '', mesh, dtype, size, remat, attention)
+        return load_family('emoji', '', mesh, dtype, size, remat, attention, param_dtype)
     family = 'emoji' if path_or_name.endswith('.safetensors') else 'lumina'
-    return load_family(family, path_or_name, mesh, dtype, size, remat, attention)
+    return load_family(family, path_or_name, mesh, dtype, size, remat, attention, param_dtype)
 
 
 def load_family(name: str, path: str, mesh: Mesh | None = None, dtype: str = 'float32',
                 size: Sequence[int] | None = None, remat: str = 'none',
-                attention: str = 'auto') -> Teacher:
+                attention: str = 'auto', param_dtype: str = 'float32') -> Teacher:
     """Loads a teacher of family `name` from `path` (empty: what the family ships); see `load`.
 
     Raises:
@@ -47,12 +48,12 @@ def load_family(name: str, path: str, mesh: Mesh | None = None, dtype: str = 'fl
     if name == 'emoji':
         from ddmd_jax.teachers import emoji
 
-        return emoji.load(path, dtype, remat)
+        return emoji.load(path, dtype, remat, param_dtype)
     if name == 'lumina':
         from ddmd_jax.teachers import lumina
 
         mesh = sharding.make_mesh({}, jax.devices()[:1]) if mesh is None else mesh
-        return lumina.load(path, mesh, dtype, size, remat, attention)
+        return lumina.load(path, mesh, dtype, size, remat, attention, param_dtype)
     raise ValueError(f'unknown teacher {name!r}; known: {", ".join(FAMILIES)}')
 
 

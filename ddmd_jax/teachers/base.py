@@ -7,11 +7,50 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
+import numpy as np
 
 from ddmd_jax.sharding import Rules
 
 Array = jax.Array
 Cond = dict[str, Any]  # {'embeds': [B, L, D], 'mask': [B, L] bool}
+
+
+@dataclasses.dataclass(frozen=True)
+class Decoder:
+    """The jitted program behind `Teacher.decode`, as shapes: ``run(params, latents) -> images``.
+
+    `latents` is what it takes at a time, `flops` what that costs, on every device alike.
+    """
+
+    run: Callable[[Any, Any], Any]
+    params: Any
+    shardings: Any
+    latents: Any
+    flops: int
+
+
+@dataclasses.dataclass(frozen=True)
+class TextEncoder:
+    """A frozen text side: prompts to tokens on the host, tokens to a `Cond` on the mesh.
+
+    `tokenize(prompts)` gives a dict of numpy arrays, a row for each prompt: ``mask [n, length]``
+    bool, True for what is real, and the ids (``ids [n, length]`` int32; a family with two
+    encoders has ids for each). Rows are padded on the right, or on whichever side the published
+    model pads; longer texts are cut. The empty string is the null prompt. `apply(params, tokens)`
+    is pure and can be jitted; the `Cond` it gives has as many places as the tokens. It is fit to
+    be cut to the longest prompt of a batch where `cuts` is True: no token sees padding behind it.
+    `width` is D of the embeds, `rules` lay `params` out over a mesh, `identity` names the weights.
+    """
+
+    name: str
+    params: Any
+    tokenize: Callable[[Sequence[str]], dict[str, np.ndarray]]
+    apply: Callable[[Any, dict[str, Array]], Cond]
+    length: int
+    width: int
+    rules: Rules
+    identity: str
+    cuts: bool = True
 
 
 @dataclasses.dataclass(frozen=True)
@@ -26,6 +65,8 @@ class Teacher:
     known: what health measures contrast against. `rescale(v, v_cond)` is what the family's own
     sampler does to a guided velocity; it belongs to sampling and never enters CA. `cond_width`
     is D of the `Cond`, `limit` the magnitude beyond which a value of a latent is saturated.
+    `flops(tokens)` is what one row of `predict_clean` costs with captions of so many, `decoder`
+    what `decode` runs; both are the planner's.
     """
 
     name: str
@@ -41,3 +82,15 @@ class Teacher:
     rescale: Callable[[Array, Array], Array] | None = None
     cond_width: int | None = None
     limit: float = 1.0
+    flops: Callable[[int], int] | None = None
+    decoder: Decoder | None = None
+
+
+def kernels_in(params: Any, dtype: str) -> Any:
+    """`params` with its kernels stored as `dtype`; biases and norms, which are few, as they are.
+
+    Where products are bf16 anyway, predictions of bf16 kernels are those of fp32 ones.
+    """
+    def one(path: Any, leaf: Any) -> Any:
+        return leaf.astype(dtype) if path[-1].key == 'kernel' else leaf
+    return jax.tree_util.tree_map_with_path(one, params)

@@ -11,6 +11,7 @@ Conventions, all of them here and nowhere else:
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import json
 from collections.abc import Sequence
@@ -24,11 +25,11 @@ from flax import nnx
 
 from ddmd_jax import process
 from ddmd_jax.data import emoji as data, tokenizer
-from ddmd_jax.models import nextdit
+from ddmd_jax.models import flops, nextdit
 from ddmd_jax.models.layers import functional
 from ddmd_jax.models.nextdit import NextDiT, NextDiTConfig
 from ddmd_jax.models.text.caption import CaptionEncoder, CaptionEncoderConfig
-from ddmd_jax.teachers.base import Array, Cond, Teacher
+from ddmd_jax.teachers.base import Array, Cond, Teacher, kernels_in
 from ddmd_jax.weights import flat
 
 TIME_SCALE = 100.0
@@ -80,7 +81,7 @@ def make_text_encoder(model: dict[str, Any]):
 
 def teacher_from(model: dict[str, Any], params: dict[str, Any]) -> Teacher:
     """Wraps ``{'denoiser', 'text'}`` parameters as a `Teacher`."""
-    _, text_cfg = model_configs(model)
+    denoiser_cfg, text_cfg = model_configs(model)
     encoder = jax.jit(make_text_encoder(model))
 
     def encode(prompts: Sequence[str]) -> Cond:
@@ -88,7 +89,8 @@ def teacher_from(model: dict[str, Any], params: dict[str, Any]) -> Teacher:
         return encode_in_chunks(functools.partial(encoder, params['text']), ids, mask)
 
     return Teacher('emoji', params['denoiser'], make_denoiser(model), encode, lambda x: x,
-                   SHAPE, SHIFT, flat.identity(params), RULES, DATA_STD, cond_width=text_cfg.dim)
+                   SHAPE, SHIFT, flat.identity(params), RULES, DATA_STD, cond_width=text_cfg.dim,
+                   flops=functools.partial(flops.nextdit_forward, denoiser_cfg, SHAPE[:2]))
 
 
 def encode_in_chunks(encoder, ids: np.ndarray, mask: np.ndarray, chunk: int = 512) -> Cond:
@@ -107,8 +109,9 @@ def save(path: Path, model: dict[str, Any], params: dict[str, Any], steps: int) 
     flat.save(path, params, meta, dtype=jnp.bfloat16)
 
 
-def load(path: str = '', dtype: str = 'float32', remat: str = 'none') -> Teacher:
-    """The shipped teacher, or the one at `path`.
+def load(path: str = '', dtype: str = 'float32', remat: str = 'none',
+         param_dtype: str = 'float32') -> Teacher:
+    """The shipped teacher, or the one at `path`; `param_dtype` is that of the stored kernels.
 
     Raises:
       WeightsError: missing, damaged, or not an emoji teacher.
@@ -124,4 +127,5 @@ def load(path: str = '', dtype: str = 'float32', remat: str = 'none') -> Teacher
             raise ValueError('its tensors are not those of the architecture it names')
     except (KeyError, TypeError, ValueError) as e:
         raise flat.WeightsError(f'not an emoji teacher: {file} ({e}); {RESTORE_HINT}') from e
-    return teacher_from(model, params)
+    teacher = teacher_from(model, params)
+    return dataclasses.replace(teacher, params=kernels_in(teacher.params, param_dtype))

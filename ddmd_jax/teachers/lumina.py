@@ -29,12 +29,12 @@ from flax import nnx
 from jax.sharding import Mesh
 
 from ddmd_jax import process, sharding
-from ddmd_jax.models import autoencoder_kl, nextdit
+from ddmd_jax.models import autoencoder_kl, flops, nextdit
 from ddmd_jax.models.attention import resolve
 from ddmd_jax.models.autoencoder_kl import AutoencoderKLConfig
 from ddmd_jax.models.layers import abstract_params, functional
 from ddmd_jax.models.nextdit import NextDiT, NextDiTConfig
-from ddmd_jax.teachers.base import Array, Cond, Teacher
+from ddmd_jax.teachers.base import Array, Cond, Decoder, Teacher, kernels_in
 from ddmd_jax.weights import autoencoder_kl as vae_names, diffusers, fetch, nextdit as names
 from ddmd_jax.weights.flat import WeightsError
 
@@ -130,13 +130,18 @@ def _latent_shape(size: Sequence[int], cfg: NextDiTConfig, factor: int) -> tuple
     return (size[0] // factor, size[1] // factor, cfg.in_channels)
 
 
+def _abstract_params(cfg: NextDiTConfig, dtype: str) -> Any:
+    params = abstract_params(lambda: NextDiT(cfg, nnx.Rngs(0)))
+    return jax.eval_shape(functools.partial(kernels_in, dtype=dtype), params)
+
+
 def load(path: str, mesh: Mesh, dtype: str = 'float32', size: Sequence[int] | None = None,
-         remat: str = 'none', attention: str = 'auto') -> Teacher:
+         remat: str = 'none', attention: str = 'auto', param_dtype: str = 'float32') -> Teacher:
     """The teacher of a diffusers folder, its weights read straight into the mesh's layout.
 
     `path` is a folder, a ``gs://`` URL or a hub id, of the pipeline or of the transformer
-    alone (then nothing can be decoded). Parameters are fp32; `dtype` is that of the
-    activations. `size` is in pixels, height first.
+    alone (then nothing can be decoded). Kernels are kept in `param_dtype`, the few other
+    parameters in fp32; `dtype` is that of the activations. `size` is in pixels, height first.
 
     Raises:
       WeightsError: not Lumina-Image-2.0, or missing, damaged, misshapen or quantised.
@@ -145,7 +150,7 @@ def load(path: str, mesh: Mesh, dtype: str = 'float32', size: Sequence[int] | No
     transformer, vae, shift = _open(fetch.local_folder(path, FILES))
     kind = resolve(attention, mesh.devices.flat[0].platform)
     cfg = model_config(transformer.config, dtype, remat, kind)
-    abstract = abstract_params(lambda: NextDiT(cfg, nnx.Rngs(0)))
+    abstract = _abstract_params(cfg, param_dtype)
     layout = sharding.shard_tree(abstract, RULES, mesh)
     diffusers.check(transformer, abstract, names.entry)
     # Everything is checked before the first byte of weights goes to a device.
@@ -169,25 +174,39 @@ def _vae_config(published: dict[str, Any], dtype: str) -> AutoencoderKLConfig:
 
 
 def abstract(mesh: Mesh, dtype: str = 'float32', size: Sequence[int] | None = None,
-             remat: str = 'none', attention: str = 'auto') -> Teacher:
+             remat: str = 'none', attention: str = 'auto',
+             param_dtype: str = 'float32') -> Teacher:
     """The published teacher with shapes in place of weights: to compile for, not to run."""
     kind = resolve(attention, mesh.devices.flat[0].platform)
     cfg = NextDiTConfig(dtype=dtype, remat=remat, attention=kind)
+    shape = _latent_shape(size or SIZE, cfg, FACTOR)
     return Teacher(
-        'lumina', abstract_params(lambda: NextDiT(cfg, nnx.Rngs(0))), make_denoiser(cfg, mesh),
-        _no_encoder, None, _latent_shape(size or SIZE, cfg, FACTOR), SHIFT, 'abstract', RULES,
-        rescale=rescale, cond_width=cfg.cap_feat_dim, limit=LIMIT)
+        'lumina', _abstract_params(cfg, param_dtype), make_denoiser(cfg, mesh), _no_encoder, None,
+        shape, SHIFT, 'abstract', RULES, rescale=rescale, cond_width=cfg.cap_feat_dim, limit=LIMIT,
+        flops=functools.partial(flops.nextdit_forward, cfg, shape[:2]),
+        decoder=_decoder_program(AutoencoderKLConfig(), mesh, size or SIZE))
+
+
+def _decoder_program(cfg: AutoencoderKLConfig, mesh: Mesh, size: Sequence[int]) -> Decoder:
+    """Decodes an image of `size` pixels, or a tile of it; every device does the same."""
+    params = autoencoder_kl.abstract_params(cfg)
+    run = jax.jit(autoencoder_kl.functional(cfg)[1], out_shardings=sharding.replicated(mesh))
+    largest = cfg.sample_size // cfg.factor
+    sides = [side // cfg.factor for side in size]
+    if sides[0] * sides[1] > largest**2:
+        sides = [min(side, largest) for side in sides]
+    latents = jax.ShapeDtypeStruct((1, *sides, cfg.latent_channels), jnp.float32)
+    return Decoder(run, params, sharding.shard_tree(params, VAE_RULES, mesh), latents,
+                   flops.autoencoder_decode(cfg, tuple(sides)))
 
 
 def _decoder(vae: diffusers.Checkpoint, mesh: Mesh) -> tuple[int, Callable[[Array], Array]]:
     """(pixels a latent, latents -> images; in tiles beyond the area the codec is meant for)."""
     cfg = _vae_config(vae.config, 'float32')
-    abstract = autoencoder_kl.abstract_params(cfg)
-    layout = sharding.shard_tree(abstract, VAE_RULES, mesh)
-    diffusers.check(vae, abstract, vae_names.entry)
-    params = diffusers.import_tree(vae, abstract, layout, vae_names.entry)
-    decode = functools.partial(jax.jit(autoencoder_kl.functional(cfg)[1],
-                                       out_shardings=sharding.replicated(mesh)), params)
+    program = _decoder_program(cfg, mesh, (cfg.sample_size, cfg.sample_size))
+    diffusers.check(vae, program.params, vae_names.entry)
+    params = diffusers.import_tree(vae, program.params, program.shardings, vae_names.entry)
+    decode = functools.partial(program.run, params)
     largest = (cfg.sample_size // cfg.factor) ** 2
 
     def one(z: np.ndarray) -> Array:

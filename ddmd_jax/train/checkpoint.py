@@ -16,7 +16,8 @@ from ddmd_jax.weights import flat
 # What may differ between a checkpoint and the run that resumes it: how long, how loud,
 # how often, on which mesh, how it is sampled. Everything else would silently be another experiment.
 FREE_SECTIONS = ('log', 'checkpoint', 'eval', 'mesh')
-FREE_FIELDS = ('train.steps', 'student.sampler', 'teacher.remat', 'teacher.attention')
+FREE_FIELDS = ('train.steps', 'student.sampler', 'teacher.remat', 'teacher.attention',
+               'train.teacher_passes', 'train.offload')
 
 
 class CheckpointError(RuntimeError):

@@ -17,10 +17,14 @@ from ddmd_jax import process, sampling, sharding, teachers
 from ddmd_jax.data import conditioning, emoji, loader
 from ddmd_jax.metrics import pictures
 from ddmd_jax.train import diagnostics, loop, optim, state as st
+from ddmd_jax.train.startup import Compiling, Startup
 from ddmd_jax.train.step import Method, Steps, make_steps
 
 GRID = 8  # prompts in the picture logged during training
 PANEL_TAU = 0.5  # pre-shift level at which the panels compare teacher and critic
+# What `train.offload` keeps in the hosts' memory, to be fetched by the generator's step alone.
+OFFLOAD = {'none': (), 'ema': ('ema',), 'teacher': ('teacher',),
+           'ema+teacher': ('ema', 'teacher')}
 
 
 def method_from(config: Any, shift: float, limit: float = 1.0) -> Method:
@@ -32,7 +36,8 @@ def method_from(config: Any, shift: float, limit: float = 1.0) -> Method:
         normaliser=m.normaliser, floor=m.floor, critic_weighting=c.weighting,
         num_steps=config.student.steps, shift=shift if m.shift is None else m.shift,
         ema=config.student.ema, ema_ramp=config.student.ema_ramp,
-        accumulate=config.train.accumulate, limit=limit)
+        accumulate=config.train.accumulate, limit=limit,
+        teacher_passes=config.train.teacher_passes)
 
 
 def load_prompts(config: Any, teacher: teachers.Teacher) -> conditioning.Prompts:
@@ -85,28 +90,53 @@ def words(v: dict[str, Any]) -> str:
             f'dm/ca {v["dm_to_ca"]:.2f} std {v["x_std"]:.3f} {v["health"]}')
 
 
+def make_sampler(config: Any, teacher: teachers.Teacher, m: Method, mesh: Mesh, count: int,
+                 key: jax.Array) -> Callable[[Any, Any], jax.Array]:
+    """Few-step pictures of `count` prompts: ``draw(params, cond) -> latents [count, ...]``.
+
+    `cond` has `drawn_rows` rows, so that the devices share the work; the surplus is cut off.
+    The same `key` gives the same pictures on any mesh.
+    """
+    rows = drawn_rows(count, mesh)
+
+    @functools.partial(jax.jit, out_shardings=sharding.replicated(mesh))
+    def draw(params: Any, cond: Any) -> jax.Array:
+        x = sampling.sample_student(
+            teacher.predict_clean, sharding.on_device(params), cond, m.times, key,
+            (rows, *teacher.sample_shape), config.student.sampler)
+        return x[:count]
+
+    return draw
+
+
+def drawn_rows(count: int, mesh: Mesh) -> int:
+    """`count`, filled up to what splits over the mesh."""
+    ways = sharding.batch_ways(mesh)
+    return -(-count // ways) * ways
+
+
 def make_pictures(config: Any, teacher: teachers.Teacher, prompts: conditioning.Prompts,
                   frozen: Any, m: Method, mesh: Mesh) -> Callable:
     """Sample grids and student / real / fake / difference panels for TensorBoard."""
     if teacher.decode is None:
         return lambda state, step, log: None
-    cond = prompts.lookup(shown_rows(prompts, GRID, config.seed))
-    shape = (GRID, *teacher.sample_shape)
-    predict = teacher.predict_clean
+    rows = drawn_rows(GRID, mesh)
+    shown = shown_rows(prompts, GRID, config.seed)
+    cond = prompts.lookup(np.resize(shown, rows))
+    key = jax.random.key(config.seed)
+    draw = make_sampler(config, teacher, m, mesh, GRID, key)
 
     @functools.partial(jax.jit, out_shardings=sharding.replicated(mesh))
-    def draw(state: st.TrainState, frozen: Any, cond: Any):
-        key = jax.random.key(config.seed)
-        x = sampling.sample_student(
-            predict, state.ema, cond, m.times, key, shape, config.student.sampler)
-        tau = process.shift_time(jnp.full((GRID,), PANEL_TAU), m.shift)
-        x_tau = process.renoise(x, tau, jax.random.normal(jax.random.fold_in(key, 1), shape))
-        real = predict(frozen['teacher'], x_tau, tau, cond)
-        fake = predict(state.critic, x_tau, tau, cond)
-        return x, real, fake
+    def predict_noised(params: Any, x: jax.Array, cond: Any) -> jax.Array:
+        x = jnp.resize(x, (rows, *teacher.sample_shape))
+        tau = process.shift_time(jnp.full((rows,), PANEL_TAU), m.shift)
+        x_tau = process.renoise(x, tau, jax.random.normal(jax.random.fold_in(key, 1), x.shape))
+        return teacher.predict_clean(sharding.on_device(params), x_tau, tau, cond)[:GRID]
 
     def show(state: st.TrainState, step: int, log: Any) -> None:
-        x, real, fake = (np.asarray(teacher.decode(z)) for z in draw(state, frozen, cond))
+        x = draw(state.ema, cond)
+        real, fake = (predict_noised(p, x, cond) for p in (frozen['teacher'], state.critic))
+        x, real, fake = (np.asarray(teacher.decode(z)) for z in (x, real, fake))
         log.image(step, 'panels/student_real_fake_difference',
                   pictures.rows_of_images([x, real, fake, real - fake]))
 
@@ -119,11 +149,10 @@ def make_probe(config: Any, teacher: teachers.Teacher, prompts: conditioning.Pro
     count = config.log.probe
     if not count:
         return lambda state: {}
-    cond = prompts.lookup(shown_rows(prompts, count, config.seed))
+    shown = shown_rows(prompts, count, config.seed)
+    cond = prompts.lookup(np.resize(shown, drawn_rows(count, mesh)))
     key = jax.random.fold_in(jax.random.key(config.seed), 2)
-    draw = jax.jit(lambda params, cond: sampling.sample_student(
-        teacher.predict_clean, params, cond, m.times, key, (count, *teacher.sample_shape),
-        config.student.sampler), out_shardings=sharding.replicated(mesh))
+    draw = make_sampler(config, teacher, m, mesh, count, key)
     judge, start = jax.jit(functools.partial(diagnostics.probe, limit=m.limit)), []
 
     def probe(state: st.TrainState) -> dict[str, Any]:
@@ -153,6 +182,11 @@ class Plan:
     steps: Steps
 
 
+def host_fields(config: Any) -> tuple[str, ...]:
+    """Fields of the state that `train.offload` keeps in the hosts' memory."""
+    return tuple(name for name in OFFLOAD[config.train.offload] if name != 'teacher')
+
+
 def plan(config: Any, teacher: teachers.Teacher, null: Any, mesh: Mesh) -> Plan:
     """What `config` makes of `teacher` and its null prompt, arrays or shapes, on `mesh`."""
     m = method_from(config, teacher.shift, teacher.limit)
@@ -161,38 +195,71 @@ def plan(config: Any, teacher: teachers.Teacher, null: Any, mesh: Mesh) -> Plan:
                                      * config.critic.updates + config.critic.warmup)
     # Student and critic both start at the teacher (Algorithm 1, line 1).
     make_from = lambda params: st.fresh(params, student_tx, params, critic_tx)
-    state, shardings = st.abstract_and_shardings(make_from, teacher.rules, mesh, teacher.params)
+    state, shardings = st.abstract_and_shardings(
+        make_from, teacher.rules, mesh, teacher.params, host=host_fields(config))
     frozen = {'teacher': sharding.shard_tree(teacher.params, teacher.rules, mesh),
               'null': jax.tree.map(lambda _: sharding.replicated(mesh), null)}
+    if 'teacher' in OFFLOAD[config.train.offload]:
+        frozen['teacher'] = sharding.in_host_memory(frozen['teacher'])
     steps = make_steps(teacher.predict_clean, student_tx, critic_tx, m, teacher.sample_shape,
                        config.seed, mesh, shardings, frozen)
     return Plan(m, make_from, state, shardings, frozen, steps)
 
 
-def make_task(config: Any, teacher: teachers.Teacher, mesh: Mesh) -> loop.Task:
+def compiled_steps(p: Plan, frozen: Any, batch: Any) -> tuple[Compiling, Steps]:
+    """The plan's steps to be compiled beside other work, and as functions that wait for that.
+
+    `frozen` and `batch` are arrays or shapes, with their shardings. The critic's step comes
+    first, as it is the first to run.
+    """
+    shape = lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s)
+    state = jax.tree.map(shape, p.state, p.state_shardings)
+    frozen = jax.tree.map(shape, frozen, p.frozen_shardings)
+    programs = Compiling({
+        'critic': lambda: p.steps.critic.lower(state, batch).compile(),
+        'generator': lambda: p.steps.generator.lower(state, frozen, batch).compile()})
+    return programs, Steps(generator=lambda *args: programs['generator'](*args),
+                           critic=lambda *args: programs['critic'](*args))
+
+
+def batch_shape(prompts: conditioning.Prompts, rows: int, mesh: Mesh) -> Any:
+    """What `sharding.put_batch` makes of a batch of `rows` prompts, as shapes."""
+    split = sharding.batch_sharding(mesh)
+    one = lambda x: jax.ShapeDtypeStruct(
+        (rows, *x.shape[1:]), jax.dtypes.canonicalize_dtype(x.dtype), sharding=split)
+    return jax.tree.map(one, prompts.lookup(prompts.rows[:1]))
+
+
+def make_task(config: Any, teacher: teachers.Teacher, mesh: Mesh,
+              startup: Startup | None = None) -> loop.Task:
     """Everything the loop needs to distil `teacher` by `config`."""
     prompts = load_prompts(config, teacher)
     p = plan(config, teacher, prompts.null, mesh)
-    m, steps = p.method, p.steps
+    m, startup = p.method, startup or Startup()
     frozen = jax.device_put({'teacher': teacher.params, 'null': prompts.null}, p.frozen_shardings)
+    startup.compiling, steps = compiled_steps(
+        p, frozen, batch_shape(prompts, config.data.global_batch, mesh))
     return loop.Task(
         name='distill', make_state=p.make_state, source=(frozen['teacher'],), rules=teacher.rules,
         data=loader.batches(prompts.rows, prompts.lookup, config.data.global_batch, config.seed),
         advance=make_advance(steps, frozen, config.critic.updates, config.critic.warmup),
         words=words, probe=make_probe(config, teacher, prompts, frozen, m, mesh),
         annotate=make_annotate(teacher.data_std),
-        pictures=make_pictures(config, teacher, prompts, frozen, m, mesh))
+        pictures=make_pictures(config, teacher, prompts, frozen, m, mesh), startup=startup,
+        host=host_fields(config))
 
 
 def run(config: Any, workdir: Path, mesh: Mesh) -> None:
     """Distils, evaluates, and writes ``eval.json`` and ``samples.png``."""
     from ddmd_jax.metrics import report
 
-    total = report.Stopwatch()
-    teacher = teachers.load_family(config.teacher.name, config.teacher.path, mesh,
-                                   config.teacher.dtype, config.data.get('size'),
-                                   config.teacher.remat, config.teacher.attention)
-    task = make_task(config, teacher, mesh)
+    total, startup = report.Stopwatch(), Startup()
+    with startup.stage('weights'):
+        teacher = teachers.load_family(config.teacher.name, config.teacher.path, mesh,
+                                       config.teacher.dtype, config.data.get('size'),
+                                       config.teacher.remat, config.teacher.attention,
+                                       config.teacher.param_dtype)
+    task = make_task(config, teacher, mesh, startup)
     state, seconds = loop.run(task, config, workdir, mesh, teacher.identity)
     if config.data.name == 'emoji':
         report.final(config, teacher, state.ema, mesh, workdir, seconds, total)

@@ -15,6 +15,7 @@ from jax.sharding import Mesh
 from ddmd_jax import sharding
 from ddmd_jax.train import checkpoint as ckpt, state as st
 from ddmd_jax.train.logs import RunLog, means
+from ddmd_jax.train.startup import Startup
 
 
 class DivergedError(RuntimeError):
@@ -29,7 +30,8 @@ class Task:
     `advance` moves the state by one step, calling for as many batches as it needs, and
     returns device scalars; `finite` among them says whether the update was written.
     `probe(state)` gives further scalars of each logged interval; `annotate(intervals logged
-    before, this one)` may add words to it.
+    before, this one)` may add words to it. `startup` compiles what `advance` calls, and counts
+    the seconds until it can. `host` names fields of the state that stay in the hosts' memory.
     """
 
     name: str
@@ -42,6 +44,8 @@ class Task:
     probe: Callable[[st.TrainState], dict[str, Any]]
     annotate: Callable[[list[dict[str, Any]], dict[str, float]], dict[str, Any]]
     pictures: Callable[[st.TrainState, int, RunLog], None]
+    startup: Startup = dataclasses.field(default_factory=Startup)
+    host: tuple[str, ...] = ()
 
 
 def run(task: Task, config: Any, workdir: Path, mesh: Mesh,
@@ -55,7 +59,10 @@ def run(task: Task, config: Any, workdir: Path, mesh: Mesh,
     manifest = ckpt.comparable(config.to_dict()) | {'teacher_identity': identity}
     checkpoints = ckpt.Checkpoints(workdir, keep=config.checkpoint.keep, manifest=manifest)
     try:
-        state = _start(task, checkpoints, mesh)
+        if (checkpoints.latest or 0) < config.train.steps:
+            task.startup.compiling.start()
+        with task.startup.stage('state'):
+            state = jax.block_until_ready(_start(task, checkpoints, mesh))
         start = time.monotonic()
         state = _train(task, config, workdir, mesh, checkpoints, state)
         return state, time.monotonic() - start
@@ -65,25 +72,33 @@ def run(task: Task, config: Any, workdir: Path, mesh: Mesh,
 
 def _start(task: Task, checkpoints: ckpt.Checkpoints, mesh: Mesh) -> st.TrainState:
     if checkpoints.latest is None:
-        return st.create(task.make_state, task.rules, mesh, *task.source)
+        task.data.start_prefetch()
+        return st.create(task.make_state, task.rules, mesh, *task.source, host=task.host)
     abstract, shardings = st.abstract_and_shardings(
-        task.make_state, task.rules, mesh, *task.source)
+        task.make_state, task.rules, mesh, *task.source, host=task.host)
     return checkpoints.restore(abstract, shardings, task.data)
 
 
 def _train(task: Task, config: Any, workdir: Path, mesh: Mesh, checkpoints: ckpt.Checkpoints,
            state: st.TrainState) -> st.TrainState:
-    step, total = int(state.step), config.train.steps
+    first = step = int(state.step)
+    total = config.train.steps
     log = RunLog(workdir, step, total, task.name)
     if step:
         log.say(f'resumed {workdir} at step {step}')
-    next_batch = lambda: sharding.put_batch(next(task.data), mesh)
+
+    def next_batch() -> Any:
+        with task.startup.stage('first batch'):
+            return sharding.put_batch(next(task.data), mesh)
+
     pending: list[dict[str, Any]] = []
     try:
         if step == 0:
             task.pictures(state, 0, log)
         while step < total:
             state, metrics = task.advance(state, next_batch)
+            if step == first and task.startup.compiling.finished:
+                log.say(task.startup.words())
             # Looked at one step late, so that the host never waits for the device.
             if pending:
                 _must_be_finite(pending[-1], step, checkpoints)

@@ -38,7 +38,8 @@ def make_optimizer(cfg: Mapping[str, Any], steps: int) -> optax.GradientTransfor
     """An Optax transformation from one `config.optim.*` section.
 
     `cfg.chain`, if not empty, is a sequence of ``(optax name, kwargs)`` and stands for
-    everything; otherwise `cfg.name` with `lr, b1, b2, eps, weight_decay, clip, warmup, decay`.
+    everything; otherwise `cfg.name` with `lr, b1, b2, eps, weight_decay, clip, warmup, decay,
+    mu_dtype`.
 
     Raises:
       ValueError: unknown optimiser or chain link.
@@ -54,7 +55,8 @@ def make_optimizer(cfg: Mapping[str, Any], steps: int) -> optax.GradientTransfor
     clip = [optax.clip_by_global_norm(cfg['clip'])] if cfg['clip'] else []
     if cfg['name'] == 'adamw':
         core = optax.adamw(lr, b1=cfg['b1'], b2=cfg['b2'], eps=cfg['eps'],
-                           weight_decay=cfg['weight_decay'], mask=_matrices)
+                           weight_decay=cfg['weight_decay'], mask=_matrices,
+                           mu_dtype=cfg['mu_dtype'])
     else:
         raise ValueError(f'unknown optimiser {cfg["name"]!r}; known: {", ".join(NAMES)}')
     return optax.chain(*clip, core)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
@@ -56,17 +56,23 @@ def keep_if(ok: Array, new: Any, old: Any) -> Any:
 
 
 def abstract_and_shardings(make: Callable[..., TrainState], rules: sharding.Rules, mesh: Mesh,
-                           *source: Any) -> tuple[Any, Any]:
-    """Shapes of the state that ``make(*source)`` builds, and shardings; nothing is allocated."""
+                           *source: Any, host: Sequence[str] = ()) -> tuple[Any, Any]:
+    """Shapes of the state that ``make(*source)`` builds, and shardings; nothing is allocated.
+
+    `host` names fields of the state that stay in the hosts' memory.
+    """
     abstract = jax.eval_shape(make, *source)
-    return abstract, sharding.shard_tree(abstract, rules, mesh)
+    shardings = sharding.shard_tree(abstract, rules, mesh)
+    moved = {name: sharding.in_host_memory(getattr(shardings, name)) for name in host}
+    return abstract, dataclasses.replace(shardings, **moved)
 
 
 def create(make: Callable[..., TrainState], rules: sharding.Rules, mesh: Mesh,
-           *source: Any) -> TrainState:
+           *source: Any, host: Sequence[str] = ()) -> TrainState:
     """Builds ``make(*source)`` in one jitted program whose outputs are already sharded."""
-    _, shardings = abstract_and_shardings(make, rules, mesh, *source)
-    return jax.jit(make, out_shardings=shardings)(*source)
+    _, shardings = abstract_and_shardings(make, rules, mesh, *source, host=host)
+    build = lambda *source: make(*sharding.on_device(source))
+    return jax.jit(build, out_shardings=shardings)(*source)
 
 
 def fresh(student: Any, student_tx: optax.GradientTransformation, critic: Any = None,

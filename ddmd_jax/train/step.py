@@ -8,7 +8,7 @@ resumed run draws what the uninterrupted one would have drawn.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
@@ -24,6 +24,10 @@ from ddmd_jax.train import diagnostics, state as st
 
 Array = jax.Array
 Metrics = dict[str, Array]
+
+# How the teacher's two or three predictions of a step are made: in one call, or one after another
+# in the memory of one. They are equal but for rounding.
+TEACHER_PASSES = ('together', 'apart')
 
 
 @dataclasses.dataclass(frozen=True)
@@ -46,6 +50,7 @@ class Method:
     ema_ramp: bool
     accumulate: int
     limit: float = 1.0  # see Teacher.limit
+    teacher_passes: str = 'together'  # one of TEACHER_PASSES
 
     @property
     def times(self) -> Array:
@@ -60,27 +65,30 @@ def _student_samples(predict: Predict, student: Any, cond: Any, m: Method, key: 
     return predict(student, z, m.times[k], cond), process.step_times(m.num_steps)[k]
 
 
+def _several(predict: Predict, params: Any, inputs: Sequence[tuple[Array, Array, Any]],
+             passes: str) -> list[Array]:
+    """Predictions of several ``(x_t [B, ...], t [B], cond)`` by one network."""
+    if passes == 'apart':
+        stacked = jax.tree.map(lambda *xs: jnp.stack(xs), *inputs)
+        return list(jax.lax.map(lambda one: predict(params, *one), stacked))
+    return deinterleave(predict(params, *interleave(*inputs)), len(inputs))
+
+
 def _predictions(predict: Predict, frozen: Any, critic: Any, x: Array, cond: Any, levels: Any,
-                 noises: Any, shared: bool) -> tuple[Predictions, Array]:
+                 noises: Any, m: Method) -> Predictions:
     """Teacher's and critic's clean predictions of `x` re-noised to (tau_CA, tau_DM).
 
-    The teacher's two or three passes run as one batch; with a shared level its conditional
-    prediction serves both terms.
+    With a shared level the teacher's conditional prediction serves both terms.
     """
     (tau_ca, tau_dm), (noise_ca, noise_dm) = levels, noises
     null = jax.tree.map(lambda n, c: jnp.broadcast_to(n, c.shape), frozen['null'], cond)
     x_ca, x_dm = process.renoise(x, tau_ca, noise_ca), process.renoise(x, tau_dm, noise_dm)
-    if shared:
-        out = predict(frozen['teacher'], interleave(x_ca, x_ca), interleave(tau_ca, tau_ca),
-                      interleave(cond, null))
-        ca_cond, ca_uncond = deinterleave(out, 2)
-        dm_cond = ca_cond
-    else:
-        out = predict(frozen['teacher'], interleave(x_ca, x_ca, x_dm),
-                      interleave(tau_ca, tau_ca, tau_dm), interleave(cond, null, cond))
-        ca_cond, ca_uncond, dm_cond = deinterleave(out, 3)
+    inputs = [(x_ca, tau_ca, cond), (x_ca, tau_ca, null)]
+    if not schedules.SCHEDULES[m.schedule].shared:
+        inputs.append((x_dm, tau_dm, cond))
+    ca_cond, ca_uncond, *dm = _several(predict, frozen['teacher'], inputs, m.teacher_passes)
     dm_fake = predict(critic, x_dm, tau_dm, cond)
-    return Predictions(ca_cond, ca_uncond, dm_cond, dm_fake), x_dm
+    return Predictions(ca_cond, ca_uncond, dm[0] if dm else ca_cond, dm_fake)
 
 
 def generator_loss(predict: Predict, student: Any, critic: Any, frozen: Any, cond: Any,
@@ -103,8 +111,7 @@ def generator_loss(predict: Predict, student: Any, critic: Any, frozen: Any, con
     levels = schedules.draw_levels(k_tau, schedule, t, m.tau_ca, m.tau_dm, m.shift)
     noise_ca = jax.random.normal(k_ca, shape)
     noise_dm = noise_ca if schedule.shared else jax.random.normal(k_dm, shape)
-    p, _ = _predictions(predict, frozen, critic, x, cond, levels, (noise_ca, noise_dm),
-                        schedule.shared)
+    p = _predictions(predict, frozen, critic, x, cond, levels, (noise_ca, noise_dm), m)
     update = decoupled_update(x, p, alpha=m.alpha, normaliser=m.normaliser, floor=m.floor)
     loss = decoupled_loss(x_hat, update, m.weight_ca, m.weight_dm)
     return loss, {'loss': loss, **diagnostics.health(x, p, update, m.limit)}
@@ -156,6 +163,8 @@ def generator_update(predict: Predict, tx: optax.GradientTransformation, m: Meth
                      sample_shape: tuple[int, ...], state: st.TrainState, frozen: Any,
                      cond: Any, root: Array) -> tuple[st.TrainState, Metrics]:
     """One student update and its EMA; a step that is not finite leaves the state as it was."""
+    state = dataclasses.replace(state, ema=sharding.on_device(state.ema))
+    frozen = sharding.on_device(frozen)
     key = jax.random.fold_in(jax.random.fold_in(root, 0), state.step)
     loss_fn = lambda p, c, k, shape: generator_loss(
         predict, p, state.critic, frozen, c, m, k, shape)
@@ -181,10 +190,12 @@ def critic_update(predict: Predict, tx: optax.GradientTransformation, m: Method,
         loss_fn, state.critic, cond, key, m.accumulate, sample_shape)
     grad_norm = optax.global_norm(grads)
     updates, opt = tx.update(grads, state.critic_opt, state.critic)
-    new = dataclasses.replace(state, critic_step=state.critic_step + 1, critic_opt=opt,
-                              critic=optax.apply_updates(state.critic, updates))
     finite = _finite(metrics['fake_loss'], grad_norm)
-    return st.keep_if(finite, new, state), metrics | {
+    new = {'critic_step': state.critic_step + 1, 'critic_opt': opt,
+           'critic': optax.apply_updates(state.critic, updates)}
+    # The rest of the state is handed on untouched: it may not even be in the device's memory.
+    kept = st.keep_if(finite, new, {name: getattr(state, name) for name in new})
+    return dataclasses.replace(state, **kept), metrics | {
         'critic_grad_norm': grad_norm, 'finite': finite}
 
 

@@ -1,0 +1,134 @@
+"""The planner's report: every program measured, the largest batch, advice, and the whole run."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from jax.sharding import Mesh
+
+from ddmd_jax import sharding, teachers
+from ddmd_jax.planner import chips, search
+from ddmd_jax.planner.measure import measure, quick_peak
+from ddmd_jax.planner.programs import Program, programs
+
+STEPS = ('generator_step', 'critic_step')
+
+
+def report(config: Any, teacher_of: Any, mesh: Mesh, name: str,
+           look: bool = True) -> dict[str, Any]:
+    """All that is known of a distillation on the topology `name`, per chip; see docs/scaling.md.
+
+    Args:
+      config: of a distillation.
+      teacher_of: ``config -> (teacher with shapes or arrays as parameters, tokens a caption)``.
+      mesh: over the topology's devices.
+      name: of the topology, for the chip's figures.
+      look: whether to search for the largest batch, and for levers where something does not fit.
+    """
+    chip = chips.chip_for(name)
+    build = lambda c: programs(c, *_teacher(teacher_of, c, mesh))
+    found, resident = build(config)
+    measured = {k: measure(p, chip) for k, p in found.items()}
+    result = {
+        'topology': name, 'chips': mesh.size, 'hbm_bytes_per_chip': chip.hbm_bytes,
+        'usable_bytes_per_chip': chip.usable_bytes, 'global_batch': config.data.global_batch,
+        'resident_bytes': resident, 'programs': measured}
+    if all('roofline_seconds' in p for p in measured.values()):
+        result['run'] = whole_run(config, measured, mesh.size)
+    if look:
+        result |= _looked_for(config, build, measured, resident, mesh, chip)
+    return result
+
+
+def _teacher(teacher_of: Any, config: Any, mesh: Mesh) -> tuple[teachers.Teacher, Mesh, int]:
+    teacher, tokens = teacher_of(config, mesh)
+    return teacher, mesh, tokens
+
+
+def _looked_for(config: Any, build: Any, measured: dict[str, Any], resident: int, mesh: Mesh,
+                chip: chips.Chip) -> dict[str, Any]:
+    """`largest_batch`, and `advice` on each step that does not fit."""
+    # The step that needs most decides; one that was refused needs more than any.
+    which = max(STEPS, key=lambda k: measured[k].get('peak_bytes', float('inf')))
+    step = lambda c: build(c)[0][which]
+    scale = _scaled(step(config), measured[which])
+    unit = sharding.batch_ways(mesh) * config.student.steps * config.train.accumulate
+    at = lambda batch: step(search.with_field(config, 'data.global_batch', batch))
+    largest = search.largest_batch(lambda batch: scale(at(batch)), config.data.global_batch, unit,
+                                   resident, chip.usable_bytes)
+    found: dict[str, Any] = {'largest_batch': largest}
+    short = [k for k in STEPS if not measured[k]['fits']]
+    if short:
+        found['advice'] = {k: search.advice(
+            config, lambda c, k=k: _scaled(None, measured[k])(build(c)[0][k]), chip.usable_bytes)
+            for k in short}
+    return found
+
+
+def _scaled(program: Program | None, real: dict[str, Any]) -> Any:
+    """``program -> peak bytes`` by the least effort, set right by a program that is known."""
+    ratio = 1.0
+    if program is not None and 'peak_bytes' in real:
+        quick = quick_peak(program) - program.beside
+        ratio = (real['peak_bytes'] - program.beside) / quick if quick > 0 else 1.0
+
+    def peak(other: Program) -> float:
+        return other.beside + ratio * (quick_peak(other) - other.beside)
+
+    return peak
+
+
+def whole_run(config: Any, measured: dict[str, Any], count: int) -> dict[str, float]:
+    """The config's run if every program took its least time; evaluation is left out."""
+    seconds = {k: p['roofline_seconds'] for k, p in measured.items()}
+    updates = config.critic.updates
+    step = seconds['generator_step'] + updates * seconds['critic_step']
+    total = config.train.steps * step + config.critic.warmup * seconds['critic_step']
+    drawn = measured['sample']['rows']
+    drawing = seconds['sample'] + drawn * seconds.get('decode', 0.0)
+    return {'seconds_per_step': step, 'hours': total / 3600, 'chip_hours': total * count / 3600,
+            'training_images_per_second': (1 + updates) * config.data.global_batch / step,
+            'sampled_images_per_second': drawn / drawing}
+
+
+def table(found: dict[str, Any]) -> str:
+    """The report in words and GiB."""
+    lines = [f'{found["topology"]}: {found["chips"]} chips of {_gib(found["hbm_bytes_per_chip"])} '
+             f'({_gib(found["usable_bytes_per_chip"])} for programs), global batch '
+             f'{found["global_batch"]}; per chip:',
+             f'  resident: {_gib(found["resident_bytes"])}']
+    lines += [_program_words(name, p) for name, p in found['programs'].items()]
+    if 'largest_batch' in found:
+        lines.append(f'  largest global batch: {found["largest_batch"]}' if found['largest_batch']
+                     else '  no batch fits')
+    for name, levers in found.get('advice', {}).items():
+        lines.append(f'  {name} would fit with' if levers else
+                     f'  {name}: no lever makes it fit, nor do all together: take more chips')
+        lines += [f'    {" ".join(f"--config.{k}={v}" for k, v in one["fields"].items())}: about '
+                  f'{_gib(one["peak_bytes"])}; costs {one["costs"]}' for one in levers]
+    if 'run' in found:
+        r = found['run']
+        lines.append(f'  at best (all at peak rates): {r["seconds_per_step"]:.1f} s a step, '
+                     f'{r["training_images_per_second"]:.1f} training images/s; the run '
+                     f'{r["hours"]:.1f} h, {r["chip_hours"]:.0f} chip-hours; '
+                     f'{r["sampled_images_per_second"]:.1f} sampled images/s')
+    return '\n'.join(lines)
+
+
+def _gib(size: float) -> str:
+    return f'{size / 2**30:.2f} GiB'
+
+
+def _program_words(name: str, p: dict[str, Any]) -> str:
+    if 'error' in p:
+        return f'  {name}: does not fit: {p["error"]}'
+    silent = p['kernel_calls_without_flops']
+    return (
+        f'  {name}: {"fits" if p["fits"] else "does not fit"}, peak {_gib(p["peak_bytes"])} '
+        f'(temporaries {_gib(p["temp_bytes"])}, headroom {_gib(p["headroom_bytes"])}); '
+        f'{p["flops"] / 1e12:.2f} TFLOP'
+        + (f' without {silent} kernels' if silent else '')
+        + f', {p["flops"] / p["analytic_flops"]:.2f} x analytic; {_gib(p["hbm_bytes"])} through '
+        f'memory, {_gib(sum(p["collective_bytes"].values()))} sent; at least '
+        f'{p["roofline_seconds"]:.2f} s, bound by {p["bound_by"]}; compiled in '
+        f'{p["compile_seconds"]:.0f} s')

@@ -1,0 +1,73 @@
+"""FLOPs by architecture against those counted in the programs that CPU compiles, exactly."""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+import pytest
+import tiny
+from flax import nnx
+
+from ddmd_jax.models import autoencoder_kl as vae, flops, layers
+from ddmd_jax.models.nextdit import NextDiT, NextDiTConfig
+from ddmd_jax.planner import costs
+
+pytestmark = pytest.mark.usefixtures('quick_compile')
+# Rows, for a cost is that of one.
+BATCH = 2
+
+TOY = NextDiTConfig(**tiny.MODEL['denoiser'])
+VAE = vae.AutoencoderKLConfig(latent_channels=4, block_out_channels=(8, 16, 16),
+                              layers_per_block=1, norm_num_groups=4, use_post_quant_conv=True)
+
+
+def arg(*shape, dtype=jnp.float32):
+    return jax.ShapeDtypeStruct(shape, dtype)
+
+
+def counted(fn, *args):
+    found = costs.summary(jax.jit(fn).lower(*args).compile().as_text())
+    assert not found.unknown_loops
+    return found.flops
+
+
+@pytest.mark.parametrize('changes, size, tokens', [
+    ({'num_layers': 3, 'num_refiner_layers': 2}, (8, 8), 5),
+    ({'num_layers': 2, 'num_kv_heads': 2, 'ffn_dim_multiplier': 0.7, 'unroll': True,
+      'fold_tokens': True}, (8, 20), 3),
+    ({'num_attention_heads': 4, 'axes_dim_rope': (4, 2, 2), 'num_kv_heads': 2, 'patch_size': 2,
+      'in_channels': 5, 'cap_feat_dim': 24}, (6, 4), 7),
+], ids=['scanned', 'unrolled', 'heads'])
+def test_nextdit_forward(changes, size, tokens):
+    cfg = dataclasses.replace(TOY, **changes)
+    make = lambda: NextDiT(cfg, nnx.Rngs(0))
+    got = counted(layers.functional(make), layers.abstract_params(make),
+                  arg(BATCH, *size, cfg.in_channels), arg(BATCH),
+                  arg(BATCH, tokens, cfg.cap_feat_dim), arg(BATCH, tokens, dtype=bool))
+    assert got == BATCH * flops.nextdit_forward(cfg, size, tokens)
+
+
+def test_autoencoder_decode():
+    """With attention, a level that changes channels and two that do not, and `post_quant_conv`."""
+    _, decode = vae.functional(VAE)
+    got = counted(decode, vae.abstract_params(VAE), arg(BATCH, 2, 5, VAE.latent_channels))
+    assert got == BATCH * flops.autoencoder_decode(VAE, (2, 5))
+
+
+def test_a_decoder_without_attention_lacks_attention():
+    plain = dataclasses.replace(VAE, mid_block_add_attention=False)
+    pixels, dim = 2 * 5, VAE.block_out_channels[-1]
+    assert (flops.autoencoder_decode(VAE, (2, 5)) - flops.autoencoder_decode(plain, (2, 5))
+            == 2 * (4 * pixels * dim**2 + 2 * pixels**2 * dim))
+
+
+def test_lumina_by_hand():
+    """The published network at 1024 pixels: twice parameters times tokens, and attention."""
+    layer = 2 * 4352 * (2 * 2304**2 + 2 * 2304 * 768 + 3 * 2304 * 9216) + 4 * 4352**2 * 2304
+    assert flops.nextdit_forward(NextDiTConfig(), (128, 128), 256) == pytest.approx(
+        28 * layer, rel=0.01)  # a refiner of the image is a little less than a layer
+
+
+def test_latents_that_patches_do_not_tile_are_refused():
+    with pytest.raises(ValueError, match='multiples of patch_size = 2'):
+        flops.nextdit_forward(NextDiTConfig(), (128, 127), 256)

@@ -1,0 +1,100 @@
+"""Levers that trade memory for time or bits: each does what it says, and leaves the rest alone."""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+import tiny
+
+from ddmd_jax import sharding
+from ddmd_jax.teachers import emoji
+from ddmd_jax.teachers.base import kernels_in
+from ddmd_jax.train.optim import make_optimizer
+
+pytestmark = pytest.mark.usefixtures('quick_compile')
+MESH = sharding.make_mesh({}, jax.devices()[:1])
+TX = optax.sgd(0.1, momentum=0.9)  # Adam would blow up rounding where a gradient is near 0
+
+
+def two_rounds(predict, params, **changes):
+    """State after two rounds of both updates, and the last round's metrics."""
+    make, steps, frozen = tiny.build_run(predict, params, TX, MESH, **changes)
+    state, cond = make(), tiny.make_cond(4)
+    for _ in range(2):
+        state, _ = steps.critic(state, cond)
+        state, metrics = steps.generator(state, frozen, cond)
+    return state, metrics, frozen
+
+
+def close(a, b):
+    jax.tree.map(lambda x, y: np.testing.assert_allclose(
+        np.asarray(x), np.asarray(y), rtol=1e-4, atol=1e-6), a, b)
+
+
+@pytest.fixture(scope='module')
+def plain(predict, params):
+    return two_rounds(predict, params)
+
+
+@pytest.mark.parametrize('schedule', ['decoupled_hybrid', 'coupled_shared'])
+def test_passes_apart_are_passes_together(predict, params, schedule):
+    """Three passes and, where levels are shared, two."""
+    a, b = (two_rounds(predict, params, schedule=schedule, teacher_passes=passes)
+            for passes in ('together', 'apart'))
+    close(dataclasses.asdict(a[0]), dataclasses.asdict(b[0]))
+    close(a[1], b[1])
+
+
+def test_passes_apart_are_one_program_run_thrice(predict, params):
+    """A loop around one pass, not a batch of three: that is what saves the memory."""
+    def rows(passes):
+        seen = []
+        def spy(params, x_t, t, cond):
+            seen.append(x_t.shape[0])
+            return predict(params, x_t, t, cond)
+        make, steps, frozen = tiny.build_run(spy, params, TX, MESH, teacher_passes=passes)
+        steps.generator.lower(jax.eval_shape(make), frozen, tiny.make_cond(4))
+        return max(seen)
+    assert (rows('together'), rows('apart')) == (12, 4)
+
+
+@pytest.mark.parametrize('offload', [('ema',), ('teacher',), ('ema', 'teacher')], ids=str)
+def test_what_is_offloaded_stays_in_host_memory_and_computes_the_same(
+        predict, params, plain, offload):
+    state, metrics, frozen = two_rounds(predict, params, offload=offload)
+    kinds = lambda tree: {x.sharding.memory_kind for x in jax.tree.leaves(tree)}
+    assert kinds(state.ema) == {'pinned_host' if 'ema' in offload else 'device'}
+    assert kinds(frozen['teacher']) == {'pinned_host' if 'teacher' in offload else 'device'}
+    assert kinds((state.student, state.critic, state.student_opt, state.critic_opt)) == {'device'}
+    close(dataclasses.asdict(state), dataclasses.asdict(plain[0]))
+    close(metrics, plain[1])
+
+
+def test_bf16_kernels_of_a_bf16_teacher_predict_the_same_bits(params):
+    model = {**tiny.MODEL, 'denoiser': tiny.MODEL['denoiser'] | {'dtype': 'bfloat16'}}
+    predict = jax.jit(emoji.make_denoiser(model))
+    halves = kernels_in(params[0], 'bfloat16')
+    kernel = halves['layers']['attn']['to_q']['kernel']
+    assert kernel.dtype == jnp.bfloat16 and halves['x_embedder']['bias'].dtype == jnp.float32
+    x = jax.random.normal(jax.random.key(0), (4, *tiny.SHAPE))
+    at = (x, jnp.linspace(0.1, 0.9, 4), tiny.make_cond(4))
+    np.testing.assert_array_equal(predict(params[0], *at), predict(halves, *at))
+
+
+def test_only_the_first_moment_is_kept_in_bf16(params):
+    """And the update it gives is AdamW's to bf16's three digits."""
+    cfg = dict(tiny.load_config('emoji').optim.student)
+    grads = jax.tree.map(lambda x: 0.1 * x, params[1])
+    updates = {}
+    for dtype in ('float32', 'bfloat16'):
+        tx = make_optimizer(cfg | {'mu_dtype': dtype}, 10)
+        updates[dtype], opt = tx.update(grads, tx.init(params[1]), params[1])
+        adam = next(s for s in jax.tree.leaves(opt, is_leaf=lambda s: hasattr(s, 'mu'))
+                    if hasattr(s, 'mu'))
+        assert {x.dtype.name for x in jax.tree.leaves(adam.mu)} == {dtype}
+        assert {x.dtype.name for x in jax.tree.leaves(adam.nu)} == {'float32'}
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-2, atol=1e-9),
+                 updates['float32'], updates['bfloat16'])
