@@ -23,7 +23,7 @@ setup(
         'ml_collections>=1.1', 'tensorflow-datasets>=4.9.10', 'importlib_resources',
         'transformers>=5.0', 'tokenizers>=0.22', 'safetensors>=0.6', 'absl-py', 'numpy',
         'pillow>=10.1', 'scikit-image>=0.24', 'tensorboardX>=2.6', 'tqdm', 'fsspec',
-        'huggingface_hub',
+        'huggingface_hub', 'pyarrow>=17',
     ],
     extras_require={
         'tpu': ['jax[tpu]>=0.10'],

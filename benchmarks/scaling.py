@@ -64,10 +64,10 @@ def levers() -> None:
         for field, value in changed.items():
             config = search.with_field(config, field, value)
         mesh = sharding.make_mesh(config.mesh, programs.topology(ROOMY))
-        built, resident = programs.programs(config, *plan.teacher_for(config, mesh)[:1], mesh,
-                                            plan.teacher_for(config, mesh)[1])
-        with measure.effort(measure.LEAST_EFFORT):
-            step = measure.measure(built['generator_step'], chips.chip_for(ROOMY))
+        teacher, tokens = plan.teacher_for(config, mesh)
+        built, resident = programs.programs(config, teacher, mesh, tokens)
+        step = measure.measure(built['generator_step'], chips.chip_for(ROOMY),
+                               measure.LEAST_EFFORT)
         found.append({'changed': changed, 'resident_bytes': resident, **step})
         print(changed, {k: step.get(k) for k in ('fits', 'temp_bytes', 'compile_seconds')})
     (HERE / 'levers.json').write_text(json.dumps(

@@ -25,7 +25,7 @@ from ddmd_jax.schedules import SCHEDULES
 from ddmd_jax.sharding import AXES
 
 TASKS = ('distill', 'pretrain')
-DATASETS = ('emoji', 'embeddings')
+DATASETS = ('emoji', 'prompts', 'embeddings')
 DTYPES = ('float32', 'bfloat16')
 MAX_STEPS = 64
 MAX_TAU = 0.999
@@ -180,19 +180,33 @@ def _dataset(config: Any) -> str:
     data = data if isinstance(data, Mapping) else {}
     if data.get('name') in DATASETS:
         return data['name']
-    return 'embeddings' if {'path', 'size'} & set(data) else 'emoji'
+    return 'prompts' if {'path', 'sizes', 'lengths'} & set(data) else 'emoji'
 
 
 def _emoji_data() -> dict[str, Rule]:
     return {'data.white_repeat': COUNT}
 
 
-def _embeddings_data() -> dict[str, Rule]:
-    side = lambda value: whole(at_least=1).ok(value)
-    return {'data.path': Rule('the name of a file of embeddings',
+def _prompts_data() -> dict[str, Rule]:
+    """Of prompts in a file or folder of their own, encoded or not."""
+    return {'data.path': Rule('the name of a set of prompts, or of embeddings',
                               lambda value: isinstance(value, str) and value != ''),
-            'data.size': several(2, 'two whole numbers: pixels, height first',
-                                 lambda *sides: all(map(side, sides)))}
+            'data.sizes': Rule('a sequence of (height, width) in pixels; empty: the teacher\'s own',
+                               lambda value: _is_sequence(value) and all(map(_is_size, value))),
+            'data.lengths': Rule('an ascending sequence of token counts; empty: batches are not '
+                                 'cut', lambda value: _is_sequence(value) and _ascends(value))}
+
+
+def _is_sequence(value: Any) -> bool:
+    return isinstance(value, (tuple, list))
+
+
+def _is_size(value: Any) -> bool:
+    return _is_sequence(value) and len(value) == 2 and all(map(COUNT.ok, value))
+
+
+def _ascends(values: Sequence[Any]) -> bool:
+    return all(map(COUNT.ok, values)) and all(a < b for a, b in zip(values, values[1:]))
 
 
 def distill_schema(dataset: str = 'emoji') -> dict[str, Rule]:
@@ -204,7 +218,7 @@ def distill_schema(dataset: str = 'emoji') -> dict[str, Rule]:
     from ddmd_jax.train.step import TEACHER_PASSES
 
     each = 'the critic must be updated at least once per generator update'
-    data = _emoji_data() if dataset == 'emoji' else _embeddings_data()
+    data = _emoji_data() if dataset == 'emoji' else _prompts_data()
     return _common() | data | {
         'teacher.name': choice(FAMILIES),
         'teacher.path': TEXT,
@@ -334,9 +348,14 @@ def optimiser_known(name: str, chain: Sequence[Any]) -> str | None:
 
 
 def teacher_knows(dataset: str, teacher: str) -> str | None:
-    if (dataset == 'emoji') != (teacher == 'emoji'):
-        return (f'does not go with teacher.name {teacher!r}: the emoji prompts are for the emoji '
-                'teacher, embeddings for any other')
+    if dataset == 'emoji' and teacher != 'emoji':
+        return (f'does not go with teacher.name {teacher!r}: the emoji captions are for the emoji '
+                "teacher; give 'prompts' or 'embeddings'")
+
+
+def sizes_fit(sizes: Sequence[Any], teacher: str) -> str | None:
+    if teacher == 'emoji' and sizes:
+        return 'must be empty for the emoji teacher, which has one size'
 
 
 def attention_fits(attention: str, teacher: str) -> str | None:
@@ -405,6 +424,7 @@ COMMON_TOGETHER = (
 DISTILL_TOGETHER = COMMON_TOGETHER + (
     (optimiser_known, 'optim.critic.name', 'optim.critic.chain'),
     (teacher_knows, 'data.name', 'teacher.name'),
+    (sizes_fit, 'data.sizes', 'teacher.name'),
     (teacher_given, 'teacher.path', 'teacher.name'),
     (attention_fits, 'teacher.attention', 'teacher.name'),
     (alpha_guides, 'method.alpha', 'method.weight_ca'),

@@ -37,11 +37,16 @@ def teacher_for(config: Any, mesh: Any) -> tuple[Any, int]:
 
     t = config.teacher
     if t.name == 'lumina':
-        return lumina.abstract(mesh, t.dtype, config.data.size, t.remat, t.attention,
+        return lumina.abstract(mesh, t.dtype, _largest(config), t.remat, t.attention,
                                t.param_dtype), lumina.TOKENS
     teacher = teachers.load_family(t.name, t.path, None, t.dtype, None, t.remat,
                                    param_dtype=t.param_dtype)
-    return teacher, teacher.encode([''])['mask'].shape[1]
+    return teacher, teacher.text.length
+
+
+def _largest(config: Any) -> Any:
+    """The size of the run's largest pictures: what has to fit."""
+    return max(config.data.sizes, key=lambda size: size[0] * size[1], default=None)
 
 
 def main(argv: list[str]) -> None:

@@ -1,24 +1,64 @@
-"""Makes the data files that ship with the package.
+"""Makes data files: those that ship with the package, and sets of prompts.
 
     python -m ddmd_jax.prepare emoji         renders the glyphs, learns the tokenizer
     python -m ddmd_jax.prepare classifier    trains the judge of the metrics (minutes)
+    python -m ddmd_jax.prepare prompts       makes a set of prompts from files of them
+    python -m ddmd_jax.prepare embed         encodes a set of prompts with a teacher's text encoder
+
+``python -m ddmd_jax.prepare WORD --help`` lists the flags of a word. Exit codes: 0 done; 1 it
+could not go on (one line on stderr says what, where and how to mend it); 2 a flag is wrong.
 """
 
 from __future__ import annotations
 
+import dataclasses
 import os
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
-from absl import app, flags
+from absl import app, flags, logging
 
 FLAGS = flags.FLAGS
-flags.DEFINE_string('font', '/usr/share/fonts/truetype/noto/NotoColorEmoji.ttf',
-                    'NotoColorEmoji.ttf (Debian: fonts-noto-color-emoji).')
-flags.DEFINE_string('out', '', 'Folder to write; default: the package\'s own data folder.')
-flags.DEFINE_integer('vocab', 1600, 'emoji: entries of the WordPiece vocabulary.')
-flags.DEFINE_integer('steps', 2500, 'classifier: training steps.')
-flags.DEFINE_integer('seed', 0, 'classifier: seed.')
+
+
+def emoji_flags() -> None:
+    flags.DEFINE_string('font', '/usr/share/fonts/truetype/noto/NotoColorEmoji.ttf',
+                        'NotoColorEmoji.ttf (Debian: fonts-noto-color-emoji).')
+    flags.DEFINE_string('out', '', 'Folder to write; default: the package\'s own data folder.')
+    flags.DEFINE_integer('vocab', 1600, 'Entries of the WordPiece vocabulary.')
+
+
+def classifier_flags() -> None:
+    flags.DEFINE_string('out', '', 'Folder to write; default: the package\'s own data folder.')
+    flags.DEFINE_integer('steps', 2500, 'Training steps.')
+    flags.DEFINE_integer('seed', 0, 'Seed.')
+
+
+def prompts_flags() -> None:
+    flags.DEFINE_multi_string('input', [], 'Files of prompts: .txt, .jsonl, .csv, .tsv, .parquet '
+                              'or tfds:NAME[/CONFIG][:SPLIT]; separated by commas, or repeated.')
+    flags.DEFINE_string('out', '', 'Folder to write; it must not exist yet.')
+    flags.DEFINE_string('field', 'prompt', 'Name of the field or column; not of .txt.')
+    flags.DEFINE_enum('teacher', 'lumina', ('lumina', 'emoji'), 'Whom the prompts are for.')
+    flags.DEFINE_integer('min_chars', 1, 'Shorter prompts are dropped.', 1)
+    flags.DEFINE_integer('max_chars', 2000, 'Longer prompts are dropped.', 1)
+    flags.DEFINE_string('tokenizer', '', 'Folder of a transformers tokenizer, to count tokens.')
+    flags.DEFINE_integer('max_tokens', None, 'Prompts of more tokens are dropped.', 1)
+    flags.DEFINE_float('near_threshold', 0.85, 'Jaccard similarity (of runs of 5 characters) from '
+                       'which prompts are near-duplicates; 1 keeps them all.', 0.3, 1)
+    flags.DEFINE_float('validation', 0.01, 'Share of prompts in the validation split.', 0, 1)
+
+
+def embed_flags() -> None:
+    flags.DEFINE_string('prompts', '', 'Folder of a set of prompts (`prepare prompts`).')
+    flags.DEFINE_enum('split', 'train', ('train', 'validation'), 'Which of its prompts.')
+    flags.DEFINE_enum('teacher', 'lumina', ('lumina', 'emoji'), 'Whose text encoder.')
+    flags.DEFINE_string('path', '', 'Its diffusers folder, URL or hub id; as config.teacher.path.')
+    flags.DEFINE_string('out', '', 'Folder to write; it must not exist yet.')
+    flags.DEFINE_integer('batch', 64, 'Prompts encoded at a time, over all devices.', 1)
+    flags.DEFINE_enum('dtype', 'bfloat16', ('bfloat16', 'float32'), 'Of the encoder\'s products.')
+    flags.DEFINE_boolean('yes', False, 'Do not ask before the disk is written to.')
 
 
 def prepare_emoji(font: Path, out: Path, vocab: int) -> int:
@@ -36,12 +76,10 @@ def prepare_emoji(font: Path, out: Path, vocab: int) -> int:
     return len(kept)
 
 
-def main(argv: list[str]) -> None:
+def _package_folder() -> Path:
+    """The folder of ``--out``, which must be writable; default the package's own."""
     from ddmd_jax.data import emoji
 
-    if argv[1:] not in (['emoji'], ['classifier']):
-        got = ' '.join(argv[1:]) or 'nothing'
-        sys.exit(f'prepare: expected `emoji` or `classifier`, got {got}')
     out = Path(FLAGS.out) if FLAGS.out else emoji.FILES
     try:
         out.mkdir(parents=True, exist_ok=True)
@@ -49,16 +87,116 @@ def main(argv: list[str]) -> None:
         sys.exit(f'prepare: --out {out} cannot be made ({e.strerror}); choose another')
     if not os.access(out, os.W_OK):
         sys.exit(f'prepare: --out {out} cannot be written; choose another')
-    if argv[1] == 'classifier':
-        from ddmd_jax.metrics import classifier
+    return out
 
-        print(classifier.train(FLAGS.steps, FLAGS.seed, out / classifier.WEIGHTS.name))
-        return
-    font = Path(FLAGS.font)
+
+def run_emoji() -> None:
+    out, font = _package_folder(), Path(FLAGS.font)
     if not font.is_file():
         sys.exit(f'prepare: no font at {font}; install fonts-noto-color-emoji or pass --font')
     print(f'{prepare_emoji(font, out, FLAGS.vocab)} glyphs written to {out}')
 
 
+def run_classifier() -> None:
+    out = _package_folder()
+    from ddmd_jax.metrics import classifier
+
+    print(classifier.train(FLAGS.steps, FLAGS.seed, out / classifier.WEIGHTS.name))
+
+
+def _inputs(given: list[str]) -> tuple[str, ...]:
+    """Names of files; a comma separates two unless a file is called so."""
+    return tuple(name for item in given
+                 for name in ([item] if Path(item).exists() else item.split(',')) if name)
+
+
+def run_prompts() -> None:
+    if not FLAGS.input:
+        sys.exit('prepare: no --input given; name files of prompts')
+    if not FLAGS.out:
+        sys.exit('prepare: no --out given; name a folder to write')
+    from ddmd_jax.data import DataFileError, prompt_card, prompts
+
+    names = [f.name for f in dataclasses.fields(prompts.Settings) if f.name != 'input']
+    settings = prompts.Settings(_inputs(FLAGS.input), **{n: FLAGS[n].value for n in names})
+    try:
+        card, there = prompts.prepare(settings, Path(FLAGS.out))
+    except DataFileError as e:
+        sys.exit(f'prepare: {e}')
+    except KeyboardInterrupt:
+        sys.exit('prepare: stopped; the same command goes on, finished inputs are kept')
+    for line in prompt_card.warnings(card):
+        print(f'prepare: warning: {line}', file=sys.stderr)
+    sizes = ', '.join(f'{n} {split}' for split, n in card['splits'].items())
+    print(f'{FLAGS.out} {"is done already" if there else "written"}: {sizes}; '
+          f'identity {card["identity"]}')
+
+
+def _agreed(words: str) -> bool:
+    """What the user says to `words`; who cannot be asked has to say --yes beforehand."""
+    if FLAGS.yes:
+        print(f'prepare: {words}', file=sys.stderr)
+    elif not sys.stdin.isatty():
+        return False
+    return FLAGS.yes or input(f'{words}. Write? [y/N] ').strip().lower() in ('y', 'yes')
+
+
+def run_embed() -> None:
+    for name in ('prompts', 'out'):
+        if not FLAGS[name].value:
+            sys.exit(f'prepare: no --{name} given; name a folder')
+    from ddmd_jax import embedding, sharding, teachers
+    from ddmd_jax.data import DataFileError
+    from ddmd_jax.weights.flat import WeightsError
+
+    mesh = sharding.make_mesh({'fsdp': -1})
+    try:
+        text = teachers.load_text(FLAGS.teacher, FLAGS.path, mesh, FLAGS.dtype)
+        job, there = embedding.embed(Path(FLAGS.prompts), FLAGS.split, text, mesh,
+                                     Path(FLAGS.out).absolute(), FLAGS.batch, _agreed)
+    except (DataFileError, sharding.ShardingError, WeightsError) as e:
+        sys.exit(f'prepare: {e}')
+    except KeyboardInterrupt:
+        sys.exit('prepare: stopped; the same command goes on, finished files are kept')
+    print(f'{FLAGS.out} {"is done already" if there else "written"}: {len(job.lengths)} prompts; '
+          f'identity {job.settings["identity"]}')
+
+
+# Each word has its own flags; they are defined only when it is the one that is asked for.
+COMMANDS: dict[str, tuple[Callable[[], None], Callable[[], None]]] = {
+    'emoji': (emoji_flags, run_emoji),
+    'classifier': (classifier_flags, run_classifier),
+    'prompts': (prompts_flags, run_prompts),
+    'embed': (embed_flags, run_embed),
+}
+
+
+def parse_flags(argv: list[str]) -> list[str]:
+    """absl's parser of what follows the word: [program, word, what is no flag, ...]."""
+    word = argv[1] if len(argv) > 1 else 'nothing'
+    if word in ('--help', '-h'):
+        print(__doc__)
+        sys.exit(1)  # as absl has it
+    if word not in COMMANDS:
+        names = [f'`{name}`' for name in COMMANDS]
+        sys.exit(f'prepare: expected {", ".join(names[:-1])} or {names[-1]}, got {word}')
+    COMMANDS[word][0]()
+    try:
+        program, *rest = FLAGS([argv[0], *argv[2:]])
+    except flags.Error as e:
+        print(f'prepare: {" ".join(str(e).split())}', file=sys.stderr)
+        sys.exit(2)
+    return [program, word, *rest]
+
+
+def main(argv: list[str]) -> None:
+    if not FLAGS['verbosity'].present:
+        logging.set_verbosity(logging.WARNING)  # of libraries' chatter; as in `main`
+    _, word, *rest = argv
+    if rest:
+        sys.exit(f'prepare: unexpected argument {rest[0]!r}; flags look like --out=DIR')
+    COMMANDS[word][1]()
+
+
 if __name__ == '__main__':
-    app.run(main)
+    app.run(main, flags_parser=parse_flags)

@@ -28,3 +28,66 @@ def test_bad_input(tmp_path, args, code, words):
     errors = [x for x in done.stderr.splitlines() if x.startswith(('main:', 'config:', 'method.'))]
     assert done.returncode == code, done.stderr
     assert words in ' '.join(errors) and 'Traceback' not in done.stderr
+
+
+PREPARE = [
+    ([], 1, 'expected `emoji`, `classifier`'),
+    (['emojis'], 1, 'got emojis'),
+    (['emoji', 'classifier'], 1, "unexpected argument 'classifier'"),
+    (['emoji', '--steps=3'], 2, "Unknown command line flag 'steps'"),  # the classifier's
+    (['emoji', '--out=/proc/nowhere'], 1, 'cannot be made'),
+    (['emoji', '--out=OUT', '--font=/nowhere.ttf'], 1, 'no font at /nowhere.ttf'),
+    (['classifier', '--steps=few'], 2, '--steps=few'),
+    (['prompts'], 1, 'no --input given'),
+    (['prompts', '--input=FILE'], 1, 'no --out given'),
+    (['prompts', '--input=FILE', '--out=OUT', 'more.txt'], 1, "unexpected argument 'more.txt'"),
+    (['prompts', '--input=FILE', '--out=OUT', '--feild=x'], 2, "Unknown command line flag 'feild'"),
+    (['prompts', '--input=FILE', '--out=OUT', '--validation=2'], 2, 'validation'),
+    (['prompts', '--input=FILE', '--out=OUT', '--near_threshold=0'], 2, 'near_threshold'),
+    (['prompts', '--input=FILE', '--out=OUT', '--teacher=sdxl'], 2, 'lumina|emoji'),
+    (['prompts', '--input=FILE', '--out=OUT', '--max_tokens=9'], 1, 'needs --tokenizer'),
+    (['prompts', '--input=FILE,/nowhere.txt', '--out=OUT'], 1, 'no file /nowhere.txt'),
+    (['prompts', '--input=FILE', '--out=/proc/nowhere'], 1, 'cannot be made'),
+    (['prompts', '--input=FILE', '--out=/'], 1, 'exists and is no set of prompts'),
+    (['prompts', '--input=FILE', '--out=OUT.partial'], 1, 'unfinished sets are called'),
+    (['prompts', '--input=FILE', '--out=FILE'], 1, 'exists and is no set of prompts'),
+]
+
+
+def prepare(*args):
+    return subprocess.run([sys.executable, '-m', 'ddmd_jax.prepare', *args], cwd=tiny.ROOT,
+                          capture_output=True, text=True, env=os.environ | {'JAX_PLATFORMS': 'cpu'})
+
+
+@pytest.mark.parametrize('args, code, words', PREPARE)
+def test_bad_input_of_prepare(tmp_path, args, code, words):
+    (tmp_path / 'prompts.txt').write_text('a cat\n')
+    names = {'FILE': str(tmp_path / 'prompts.txt'), 'OUT': str(tmp_path / 'out')}
+    for name, path in names.items():
+        args = [a.replace(name, path) for a in args]
+    done = prepare(*args)
+    errors = [x for x in done.stderr.splitlines() if x]
+    assert done.returncode == code, done.stderr
+    assert len(errors) == 1 and errors[0].startswith('prepare: ') and words in errors[0]
+    assert not done.stdout and not list(tmp_path.glob('out*/*'))
+
+
+def test_prepare_prompts_says_what_it_made_and_that_it_is_done(tmp_path):
+    (tmp_path / 'a,b.txt').write_text('a cat\n\na dog\n')
+    (tmp_path / 'c.jsonl').write_text('{"caption": "a cat"}\n')
+    args = ['prompts', f'--input={tmp_path}/a,b.txt', f'--input={tmp_path}/c.jsonl',
+            '--field=caption', f'--out={tmp_path}/out']
+    first, second = prepare(*args), prepare(*args)
+    assert first.returncode == second.returncode == 0, first.stderr + second.stderr
+    assert 'out written: 2 train, 0 validation; identity ' in first.stdout
+    assert second.stdout == first.stdout.replace('written', 'is done already')
+    warnings = [x for x in first.stderr.splitlines() if x.startswith('prepare: warning: ')]
+    assert [x.split(': ')[2] for x in warnings] == [
+        *['1 of 4 prompts dropped'] * 2, 'no prompt fell into validation; 2 in all']
+
+
+@pytest.mark.parametrize('args', [['--help'], ['prompts', '--help']])
+def test_help_of_prepare(args):
+    done = prepare(*args)
+    assert done.returncode == 1  # as absl has it
+    assert ('--near_threshold' if 'prompts' in args else 'classifier') in done.stdout

@@ -81,7 +81,7 @@ DISTILL = [
     ('method.normaliser', 'per_tern', "did you mean 'per_term'?"),
     ('method.floor', 0.0, 'above 0'),
     ('method.shift', 0.0, "None or a number above 0: None takes the teacher's"),
-    ('data.name', 'laion', "must be 'emoji' or 'embeddings'"),
+    ('data.name', 'laion', 'must be one of emoji, prompts, embeddings'),
     ('data.global_batch', 30, 'steps not dividing; the next batch that does: 32'),
     ('data.global_batch', 0, 'at least 1'),
     ('data.white_repeat', 0, 'at least 1'),
@@ -129,36 +129,40 @@ def test_one_wrong_field_of_a_distillation(field, value, fragment):
 @pytest.mark.parametrize(('field', 'value', 'fragment'), [
     ('teacher.name', 'lumnia', "must be 'emoji' or 'lumina'; did you mean 'lumina'?"),
     ('teacher.path', '', 'must name a diffusers folder, gs:// URL or hub id: lumina does not ship'),
-    ('data.path', '', 'the name of a file of embeddings'),
-    ('data.path', None, 'the name of a file of embeddings'),
-    ('data.size', 1024, 'two whole numbers: pixels, height first'),
-    ('data.size', (1024,), 'two whole numbers'),
-    ('data.size', (1024, 0), 'two whole numbers'),
-    ('data.size', (1024.0, 1024), 'two whole numbers'),
-    ('data.size', (True, 1024), 'two whole numbers'),
-    ('data.white_repeat', 2, 'no such field; known here: name, global_batch, path, size'),
+    ('data.path', '', 'the name of a set of prompts, or of embeddings'),
+    ('data.path', None, 'the name of a set of prompts'),
+    ('data.sizes', (1024, 1024), 'a sequence of (height, width) in pixels'),
+    ('data.sizes', ((1024,),), 'a sequence of (height, width)'),
+    ('data.sizes', ((1024, 0),), 'a sequence of (height, width)'),
+    ('data.sizes', ((512, 512), (1024.0, 1024)), 'a sequence of (height, width)'),
+    ('data.sizes', 'large', 'a sequence of (height, width)'),
+    ('data.lengths', 256, 'an ascending sequence of token counts'),
+    ('data.lengths', (64, 64), 'an ascending sequence'),
+    ('data.lengths', (0, 64), 'an ascending sequence'),
+    ('data.white_repeat', 2, 'no such field; known here: name, global_batch, path, sizes, lengths'),
 ])
-def test_one_wrong_field_of_a_distillation_on_embeddings(field, value, fragment):
+def test_one_wrong_field_of_a_distillation_on_prompts(field, value, fragment):
     (line,) = config_lib.validate(changed('lumina', {field: value}))
     assert line.startswith(f'{field}: {value!r}, ')
     assert fragment in line
 
 
 @pytest.mark.parametrize(('field', 'value'), [('data.path', 'e.safetensors'),
-                                              ('data.size', (24, 24))])
-def test_fields_of_embeddings_are_none_of_the_emoji_prompts(field, value):
+                                              ('data.sizes', ((24, 24),))])
+def test_fields_of_prompts_are_none_of_the_emoji_captions(field, value):
     (line,) = config_lib.validate(changed('emoji', {field: value}))
     assert line.startswith(f'{field}: {value!r}, but there is no such field')
 
 
 def test_each_data_set_has_its_own_fields():
     config = load('lumina')
-    del config.data['path'], config.data['size']
+    del config.data['path'], config.data['sizes']
     assert [line.split(', must')[0] for line in config_lib.validate(config)] == [
-        'data.path: missing', 'data.size: missing']
+        'data.path: missing', 'data.sizes: missing']
     lines = config_lib.validate(changed('emoji', {'data.name': 'embeddings'}))
     assert [line.split(':')[0] for line in lines] == [
-        'data.white_repeat', 'data.path', 'data.size', 'data.name']
+        'data.white_repeat', 'data.path', 'data.sizes', 'data.lengths']
+    assert config_lib.validate(changed('emoji_prompts', {'data.name': 'embeddings'})) == []
 
 
 @pytest.mark.parametrize(('field', 'value', 'fragment'), [
@@ -271,18 +275,20 @@ def test_fields_that_do_not_go_together(fields, start, fragment):
     assert fragment in line
 
 
-@pytest.mark.parametrize(('name', 'fields', 'dataset', 'teacher'), [
-    ('lumina', {'teacher.name': 'emoji'}, 'embeddings', 'emoji'),
-    ('emoji', {'teacher.name': 'lumina', 'teacher.path': 'folder'}, 'emoji', 'lumina'),
-])
-def test_prompts_are_for_their_own_teacher(name, fields, dataset, teacher):
-    (line,) = config_lib.validate(changed(name, fields))
-    assert line == (f'data.name: {dataset!r}, does not go with teacher.name {teacher!r}: the emoji '
-                    'prompts are for the emoji teacher, embeddings for any other')
+def test_emoji_captions_are_for_the_emoji_teacher():
+    fields = {'teacher.name': 'lumina', 'teacher.path': 'folder'}
+    (line,) = config_lib.validate(changed('emoji', fields))
+    assert line == ("data.name: 'emoji', does not go with teacher.name 'lumina': the emoji "
+                    "captions are for the emoji teacher; give 'prompts' or 'embeddings'")
+
+
+def test_the_emoji_teacher_has_one_size():
+    (line,) = config_lib.validate(changed('emoji_prompts', {'data.sizes': ((48, 48),)}))
+    assert line.startswith('data.sizes: ((48, 48),), must be empty for the emoji teacher')
 
 
 def test_embeddings_of_any_size_may_be_given():
-    fields = {'data.size': [512, 768], 'data.path': '/data/e.safetensors', 'teacher.path': 'gs://b'}
+    fields = {'data.sizes': [[512, 768]], 'data.path': '/data/e.safetensors', 'teacher.path': 'gs://b'}
     assert config_lib.validate(changed('lumina', fields)) == []
 
 

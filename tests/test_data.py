@@ -5,7 +5,7 @@ import shutil
 import numpy as np
 import pytest
 
-from ddmd_jax.data import emoji, loader, tokenizer
+from ddmd_jax.data import emoji, tokenizer
 from ddmd_jax.sharding import ShardingError, check_batch, make_mesh
 from ddmd_jax.teachers import emoji as teacher
 from ddmd_jax.weights import flat
@@ -103,30 +103,6 @@ def test_weights_round_trip_and_identity(tmp_path):
     np.testing.assert_array_equal(back['a']['kernel'], tree['a']['kernel'])
     tree['b'][0] += 1e-6
     assert flat.identity(back) != flat.identity(tree)
-
-
-def _batches(count, processes=1, process=0, seed=0, it=None):
-    it = it or loader.batches(np.arange(10), lambda i: i, 4, seed, processes, process)
-    return [next(it) for _ in range(count)]
-
-
-def test_the_global_order_does_not_depend_on_the_number_of_processes():
-    whole = _batches(7)
-    parts = [_batches(7, 2, p) for p in range(2)]
-    for i, batch in enumerate(whole):
-        np.testing.assert_array_equal(batch, np.concatenate([parts[0][i], parts[1][i]]))
-    assert sorted(np.concatenate(whole[:5])) == sorted([*range(10)] * 2)  # every row each epoch
-    assert not np.array_equal(whole[0], _batches(1, seed=1)[0])
-
-
-def test_the_iterator_resumes_where_its_state_was_taken():
-    it = loader.batches(np.arange(10), lambda i: i, 4, 0, 1, 0)
-    _batches(3, it=it)
-    state = it.get_state()
-    expected = _batches(4, it=it)
-    other = loader.batches(np.arange(10), lambda i: i, 4, 0, 1, 0)
-    other.set_state(state)
-    np.testing.assert_array_equal(_batches(4, it=other), expected)
 
 
 def test_a_batch_that_does_not_split_over_the_mesh_is_refused():

@@ -17,6 +17,7 @@ import tiny
 
 from ddmd_jax import distributed, sharding
 from ddmd_jax.data import loader, tokenizer
+from ddmd_jax.data.order import Order
 from ddmd_jax.teachers import emoji
 
 MODEL = {'denoiser': tiny.MODEL['denoiser'],
@@ -128,9 +129,9 @@ def read(port, process):
     """What the test below runs twice: a line per batch, ``[first place, rows]`` per device."""
     distributed.start(f'127.0.0.1:{port}', 2, int(process), {'JAX_PLATFORMS': 'cpu'})
     mesh = sharding.make_mesh({'data': 2, 'fsdp': 2, 'tensor': 2})
-    data = loader.batches(np.arange(40), lambda rows: rows, 16, seed=0)
+    data = loader.batches(Order(np.arange(40), 16, 0), lambda rows, length: rows, 16)
     for _ in range(5):
-        batch = sharding.put_batch(next(data), mesh)
+        batch = sharding.put_batch(next(data).rows, mesh)
         assert batch.shape == (16,)
         print('read', json.dumps([(shard.index[0].start or 0, np.asarray(shard.data).tolist())
                                   for shard in batch.addressable_shards]))
@@ -142,9 +143,9 @@ def test_two_processes_read_the_prompts_of_one_in_its_order():
     outputs = together([[__file__, port, i] for i in range(2)])
     read_by = [[json.loads(line.removeprefix('read ')) for line in output.splitlines()
                 if line.startswith('read ')] for output in outputs]
-    one = loader.batches(np.arange(40), lambda rows: rows, 16, 0, num_processes=1, process=0)
-    for a, b in zip(*read_by, strict=True):
-        want, places = next(one), set()
+    one = Order(np.arange(40), 16, 0)
+    for i, (a, b) in enumerate(zip(*read_by, strict=True)):
+        want, places = one[i].rows, set()
         for first, rows in a + b:
             np.testing.assert_array_equal(rows, want[first:first + len(rows)])
             places |= {*range(first, first + len(rows))}

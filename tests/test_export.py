@@ -17,12 +17,14 @@ from flax import nnx
 
 from ddmd_jax import sharding
 from ddmd_jax.data import loader
+from ddmd_jax.data.order import Order
 from ddmd_jax.export import export
 from ddmd_jax.models.layers import abstract_params
 from ddmd_jax.models.nextdit import NextDiT
 from ddmd_jax.teachers import lumina
 from ddmd_jax.train import state as st
 from ddmd_jax.train.checkpoint import CheckpointError, Checkpoints, read_manifest, restore_ema
+from ddmd_jax.train.feed import Feed
 from ddmd_jax.weights.flat import WeightsError
 
 CONFIG = {'_class_name': lumina.TRANSFORMER, **published.TRANSFORMER}
@@ -35,7 +37,8 @@ def save(workdir, manifest, ema, step=3):
     ahead, tx = jax.tree.map(lambda x: x + 1, ema), optax.adamw(1e-3)
     state = dataclasses.replace(st.fresh(ahead, tx, ahead, tx), ema=jax.tree.map(jnp.asarray, ema))
     checkpoints = Checkpoints(workdir, keep=1, manifest=manifest)
-    checkpoints.save(step, state, loader.batches(np.arange(4), lambda rows: rows, 2, 0))
+    read = loader.batches(Order(np.arange(4), 2, 0), lambda rows, length: rows, 2)
+    checkpoints.save(step, state, Feed(read, lambda batch: batch))
     checkpoints.wait()
     checkpoints.close()
     return workdir

@@ -74,7 +74,7 @@ def test_a_run_writes_what_the_contract_says(finished):
         'real', 'teacher_guided', 'teacher_few_step', 'student']
     assert all(list(r) == ROW for r in result['rows'])
     assert [r['evaluations'] for r in result['rows'][1:]] == [4, 4, 4]
-    assert set(result['seconds']) == {'train', 'total'}
+    assert set(result['seconds']) == {'train', 'input_wait', 'total'}
     assert result['seed'] == 0 and result['config']['method']['schedule'] == 'decoupled_hybrid'
     logged = lines(finished)
     assert [x['step'] for x in logged] == [1, 2] and next(iter(logged[0])) == 'step'

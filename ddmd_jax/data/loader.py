@@ -1,7 +1,9 @@
-"""Grain pipelines: a deterministic global order of rows, this process's part of each batch."""
+"""Grain pipelines: this process's part of every batch of a global order."""
 
 from __future__ import annotations
 
+import dataclasses
+import functools
 from collections.abc import Callable
 from typing import Any
 
@@ -9,16 +11,27 @@ import grain
 import jax
 import numpy as np
 
+from ddmd_jax.data.order import Order, Planned, Shape
 from ddmd_jax.sharding import ShardingError
 
 
-def batches(rows: np.ndarray, lookup: Callable[[np.ndarray], Any], global_batch: int, seed: int,
-            num_processes: int | None = None, process: int | None = None) -> grain.DatasetIterator:
-    """Endless iterator over ``lookup(row indices of one batch)``.
+@functools.partial(jax.tree_util.register_dataclass, data_fields=['rows'], meta_fields=['shape'])
+@dataclasses.dataclass(frozen=True)
+class Batch:
+    """Rows of a global batch, a pytree of arrays, and the shape of its latents."""
 
-    Rows are shuffled anew each epoch. The order of the global batches depends on `seed`
-    alone; process p of P gets a contiguous P-th of every batch. The iterator's state is one
-    counter, the same in every process.
+    rows: Any
+    shape: Shape | None = None
+
+
+def batches(order: Order, lookup: Callable[[np.ndarray, int | None], Any], global_batch: int,
+            num_processes: int | None = None,
+            process: int | None = None) -> grain.DatasetIterator:
+    """Endless iterator over the `Batch` es of `order`.
+
+    `lookup(rows, length)` gives the arrays of this process's rows, cut to so many tokens (None:
+    not cut). Process p of P gets a contiguous P-th of every batch. The iterator's state is one
+    counter of batches, the same in every process.
 
     Raises:
       ShardingError: the batch does not divide by the number of processes.
@@ -29,10 +42,10 @@ def batches(rows: np.ndarray, lookup: Callable[[np.ndarray], Any], global_batch:
         raise ShardingError(f'data.global_batch {global_batch} does not divide by the '
                             f'{num_processes} processes')
     local = global_batch // num_processes
+    mine = slice(process * local, (process + 1) * local)
 
-    def mine(batch: np.ndarray) -> Any:
-        return lookup(np.asarray(batch)[process * local:(process + 1) * local])
+    def read(planned: Planned) -> Batch:
+        return Batch(lookup(planned.rows[mine], planned.length), planned.shape)
 
-    dataset = grain.MapDataset.source(rows).seed(seed).shuffle().repeat().batch(global_batch)
-    return iter(dataset.map(mine).to_iter_dataset(
+    return iter(grain.MapDataset.source(order).map(read).to_iter_dataset(
         grain.ReadOptions(num_threads=1, prefetch_buffer_size=2)))

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import time
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -149,7 +150,7 @@ def evaluate(config: Any, teacher: Teacher, student: Any,
 
 
 def final(config: Any, teacher: Teacher, student: Any, mesh: Mesh, workdir: Path,
-          train_seconds: float, total: Stopwatch) -> None:
+          seconds: Mapping[str, float], total: Stopwatch) -> None:
     """Evaluates and writes ``eval.json`` and ``samples.png``; prints the table."""
     rows, (images, pairs, index) = evaluate(config, teacher, student, mesh)
     shown = _sheet_rows(pairs.held_out[index])
@@ -160,7 +161,7 @@ def final(config: Any, teacher: Teacher, student: Any, mesh: Mesh, workdir: Path
     if jax.process_index() == 0:
         pictures.captioned_sheet(captions, titles, [x[shown] for x in images.values()],
                                  workdir / 'samples.png')
-        result = {'rows': rows, 'seconds': {'train': train_seconds, 'total': total.seconds},
+        result = {'rows': rows, 'seconds': {**seconds, 'total': total.seconds},
                   'seed': config.seed, 'config': config.to_dict()}
         scratch = workdir / 'eval.json.tmp'
         scratch.write_text(json.dumps(result, indent=1))
@@ -180,7 +181,7 @@ def sheet(config: Any, teacher: Teacher, student: Any, prompts: conditioning.Pro
     images = []
     for name, (_, draw) in samplers(config, teacher).items():
         params = student if name == 'student' else teacher.params
-        latents = generate(draw, params, prompts.lookup(rows), prompts.null, len(rows),
+        latents = generate(draw, params, prompts.cond(rows), prompts.null, len(rows),
                            config.eval.batch, config.seed, mesh)
         images.append(np.clip(np.asarray(teacher.decode(latents)), -1, 1))
     if jax.process_index() == 0:

@@ -2,13 +2,9 @@
 
 from __future__ import annotations
 
-import contextlib
 import math
 import time
-from collections.abc import Iterator
 from typing import Any
-
-import jax
 
 from ddmd_jax.planner import chips, costs
 from ddmd_jax.planner.programs import Program
@@ -18,13 +14,13 @@ from ddmd_jax.planner.programs import Program
 LEAST_EFFORT = -1.0
 
 
-def measure(program: Program, chip: chips.Chip) -> dict[str, Any]:
+def measure(program: Program, chip: chips.Chip, effort: float = 0.0) -> dict[str, Any]:
     """Costs of one run on one chip; the keys are described in docs/scaling.md.
 
     A program that the compiler refuses for want of memory has `fits` False, its words as `error`.
     """
     start = time.monotonic()
-    compiled = compiled_or_words(program)
+    compiled = compiled_or_words(program, effort)
     seconds = time.monotonic() - start
     if isinstance(compiled, str):
         return {'fits': False, 'error': compiled, 'analytic_flops': program.analytic_flops,
@@ -48,8 +44,7 @@ def measure(program: Program, chip: chips.Chip) -> dict[str, Any]:
 
 def quick_peak(program: Program) -> float:
     """Peak bytes of a chip with the compiler's least effort; infinite where it refuses."""
-    with effort(LEAST_EFFORT):
-        compiled = compiled_or_words(program)
+    compiled = compiled_or_words(program, LEAST_EFFORT)
     if isinstance(compiled, str):
         return math.inf
     return peak_of(compiled.memory_analysis(), program.beside)
@@ -61,22 +56,14 @@ def peak_of(memory: Any, beside: int) -> int:
             + memory.temp_size_in_bytes)
 
 
-def compiled_or_words(program: Program) -> Any:
-    """The compiled program, or why it does not fit in the compiler's words."""
+def compiled_or_words(program: Program, effort: float = 0.0) -> Any:
+    """The compiled program, or why it does not fit in the compiler's words.
+
+    `effort` is the compiler's: 0 is the usual, -1 the least.
+    """
     try:
-        return program.lower().compile()
+        return program.lower().compile({'exec_time_optimization_effort': effort})
     except Exception as e:  # XLA's own kind is not public; out of memory is what is expected
         if 'RESOURCE_EXHAUSTED' not in str(e):
             raise
         return str(e).splitlines()[0]
-
-
-@contextlib.contextmanager
-def effort(value: float) -> Iterator[None]:
-    """Compiles with so much effort inside: 0 is the usual, -1 the least."""
-    before = jax.config.jax_exec_time_optimization_effort
-    jax.config.update('jax_exec_time_optimization_effort', value)
-    try:
-        yield
-    finally:
-        jax.config.update('jax_exec_time_optimization_effort', before)

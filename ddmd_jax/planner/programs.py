@@ -103,9 +103,10 @@ def programs(config: Any, teacher: teachers.Teacher, mesh: Mesh,
       tokens: length of a caption.
     """
     cond = lambda rows: {
-        'embeds': jax.ShapeDtypeStruct((rows, tokens, teacher.cond_width), jnp.float16),
+        'embeds': jax.ShapeDtypeStruct((rows, tokens, teacher.cond_width), jnp.bfloat16),
         'mask': jax.ShapeDtypeStruct((rows, tokens), bool)}
     p = distill.plan(config, teacher, cond(1), mesh)
+    steps = p.steps[teacher.sample_shape]
     frozen = {'teacher': jax.eval_shape(lambda: teacher.params), 'null': cond(1)}
     decoder = teacher.decoder
     resident = (in_device_memory(p.state, p.state_shardings)
@@ -121,9 +122,9 @@ def programs(config: Any, teacher: teachers.Teacher, mesh: Mesh,
                                    jax.random.key(config.seed))
     found = {
         'generator_step': Program(
-            lambda: p.steps.generator.lower(p.state, frozen, cond(batch)), with_batch,
+            lambda: steps.generator.lower(p.state, frozen, cond(batch)), with_batch,
             share(batch, count['generator_step']), batch),
-        'critic_step': Program(lambda: p.steps.critic.lower(p.state, cond(batch)), with_batch,
+        'critic_step': Program(lambda: steps.critic.lower(p.state, cond(batch)), with_batch,
                                share(batch, count['critic_step']), batch),
         'sample': Program(
             lambda: sampler.lower(placed(p.state.ema, p.state_shardings.ema),

@@ -8,7 +8,7 @@ import jax
 from jax.sharding import Mesh
 
 from ddmd_jax import sharding
-from ddmd_jax.teachers.base import Cond, Teacher
+from ddmd_jax.teachers.base import Cond, Teacher, TextEncoder
 
 FAMILIES = ('emoji', 'lumina')
 
@@ -57,4 +57,20 @@ def load_family(name: str, path: str, mesh: Mesh | None = None, dtype: str = 'fl
     raise ValueError(f'unknown teacher {name!r}; known: {", ".join(FAMILIES)}')
 
 
-__all__ = ['Cond', 'FAMILIES', 'Teacher', 'load', 'load_family']
+def load_text(name: str, path: str, mesh: Mesh | None = None,
+              dtype: str = 'float32') -> TextEncoder:
+    """The text side of family `name` from `path`, its weights in the mesh's layout.
+
+    Raises:
+      ValueError: unknown family.
+      WeightsError: as `load`.
+    """
+    mesh = sharding.make_mesh({}, jax.devices()[:1]) if mesh is None else mesh
+    if name == 'emoji':
+        return load_family(name, path).text
+    from ddmd_jax.teachers import text
+
+    return text.load(name, path, mesh, dtype)
+
+
+__all__ = ['Cond', 'FAMILIES', 'Teacher', 'TextEncoder', 'load', 'load_family', 'load_text']

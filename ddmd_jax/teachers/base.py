@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -58,21 +59,22 @@ class Teacher:
     """A frozen text-to-image model in the project's one convention.
 
     `predict_clean(params, x_t, t, cond)` takes latents ``[B, H, W, C]``, the paper's times
-    ``[B]`` (0 noise, 1 clean, after any shift) and a `Cond`; it returns x_hat in fp32.
-    `encode(prompts)` gives the `Cond` of a list of prompts; the empty string is the null
-    prompt. `decode(latents)` gives images in [-1, 1]; it is None where no decoder came with
-    the weights. `data_std` is the mean standard deviation of one real latent, where it is
-    known: what health measures contrast against. `rescale(v, v_cond)` is what the family's own
-    sampler does to a guided velocity; it belongs to sampling and never enters CA. `cond_width`
-    is D of the `Cond`, `limit` the magnitude beyond which a value of a latent is saturated.
-    `flops(tokens)` is what one row of `predict_clean` costs with captions of so many, `decoder`
-    what `decode` runs; both are the planner's.
+    ``[B]`` (0 noise, 1 clean, after any shift) and a `Cond`; it returns x_hat in fp32. `text` is
+    the text side where it comes with the weights, and None where it is loaded apart (`load_text`).
+    `sample_shape` is of one latent, `shape_of((height, width))` that of another size in pixels,
+    None where there is but one. `decode(latents)` gives images in [-1, 1]; it is None where no
+    decoder came with the weights. `data_std` is the mean standard deviation of one real latent,
+    where it is known: what health measures contrast against. `rescale(v, v_cond)` is what the
+    family's own sampler does to a guided velocity; it belongs to sampling and never enters CA.
+    `cond_width` is D of the `Cond`, `limit` the magnitude beyond which a value of a latent is
+    saturated. `flops(tokens)` is what one row of `predict_clean` costs with captions of so many,
+    `decoder` what `decode` runs; both are the planner's.
     """
 
     name: str
     params: Any
     predict_clean: Callable[[Any, Array, Array, Cond], Array]
-    encode: Callable[[Sequence[str]], Cond]
+    text: TextEncoder | None
     decode: Callable[[Array], Array] | None
     sample_shape: tuple[int, int, int]
     shift: float
@@ -84,6 +86,29 @@ class Teacher:
     limit: float = 1.0
     flops: Callable[[int], int] | None = None
     decoder: Decoder | None = None
+    shape_of: Callable[[Sequence[int]], tuple[int, int, int]] | None = None
+
+    def encode(self, prompts: Sequence[str]) -> Cond:
+        """Numpy `Cond` of a list of prompts by the text side that came with the weights."""
+        if self.text is None:
+            raise ValueError(f'{self.name} has its text side apart: load_text')
+        return encode(self.text, prompts)
+
+
+@functools.lru_cache(maxsize=8)
+def _jitted(apply: Callable[[Any, Any], Cond]) -> Callable[[Any, Any], Cond]:
+    return jax.jit(apply)
+
+
+def encode(text: TextEncoder, prompts: Sequence[str], chunk: int = 512) -> Cond:
+    """Numpy `Cond` of many prompts, by chunks of one compiled shape."""
+    tokens = text.tokenize(prompts)
+    pad = -len(prompts) % chunk if len(prompts) > chunk else 0
+    tokens = {k: np.pad(x, ((0, pad), (0, 0))) for k, x in tokens.items()}
+    parts = [jax.device_get(_jitted(text.apply)(
+        text.params, {k: x[i:i + chunk] for k, x in tokens.items()}))
+        for i in range(0, len(prompts) + pad, chunk)]
+    return {k: np.concatenate([part[k] for part in parts])[:len(prompts)] for k in parts[0]}
 
 
 def kernels_in(params: Any, dtype: str) -> Any:

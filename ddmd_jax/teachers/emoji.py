@@ -29,7 +29,7 @@ from ddmd_jax.models import flops, nextdit
 from ddmd_jax.models.layers import functional
 from ddmd_jax.models.nextdit import NextDiT, NextDiTConfig
 from ddmd_jax.models.text.caption import CaptionEncoder, CaptionEncoderConfig
-from ddmd_jax.teachers.base import Array, Cond, Teacher, kernels_in
+from ddmd_jax.teachers.base import Array, Cond, Teacher, TextEncoder, kernels_in
 from ddmd_jax.weights import flat
 
 TIME_SCALE = 100.0
@@ -79,28 +79,27 @@ def make_text_encoder(model: dict[str, Any]):
     return lambda params, ids, mask: {'embeds': network(params, ids, mask), 'mask': mask}
 
 
+def text_encoder(model: dict[str, Any], params: Any, identity: str) -> TextEncoder:
+    """The text side over its own parameters; texts are cut at its `max_length`."""
+    _, cfg = model_configs(model)
+    run = make_text_encoder(model)
+
+    def tokenize(prompts: Sequence[str]) -> dict[str, np.ndarray]:
+        ids, mask = tokenizer.encode(prompts, cfg.max_length)
+        return {'ids': ids, 'mask': mask}
+
+    return TextEncoder('emoji', params, tokenize, lambda p, x: run(p, x['ids'], x['mask']),
+                       cfg.max_length, cfg.dim, RULES, identity)
+
+
 def teacher_from(model: dict[str, Any], params: dict[str, Any]) -> Teacher:
     """Wraps ``{'denoiser', 'text'}`` parameters as a `Teacher`."""
-    denoiser_cfg, text_cfg = model_configs(model)
-    encoder = jax.jit(make_text_encoder(model))
-
-    def encode(prompts: Sequence[str]) -> Cond:
-        ids, mask = tokenizer.encode(prompts, text_cfg.max_length)
-        return encode_in_chunks(functools.partial(encoder, params['text']), ids, mask)
-
-    return Teacher('emoji', params['denoiser'], make_denoiser(model), encode, lambda x: x,
-                   SHAPE, SHIFT, flat.identity(params), RULES, DATA_STD, cond_width=text_cfg.dim,
+    denoiser_cfg, _ = model_configs(model)
+    identity = flat.identity(params)
+    text = text_encoder(model, params['text'], identity)
+    return Teacher('emoji', params['denoiser'], make_denoiser(model), text, lambda x: x,
+                   SHAPE, SHIFT, identity, RULES, DATA_STD, cond_width=text.width,
                    flops=functools.partial(flops.nextdit_forward, denoiser_cfg, SHAPE[:2]))
-
-
-def encode_in_chunks(encoder, ids: np.ndarray, mask: np.ndarray, chunk: int = 512) -> Cond:
-    """Numpy `Cond` of many prompts with one compiled shape."""
-    pad = -len(ids) % chunk if len(ids) > chunk else 0
-    ids_p, mask_p = np.pad(ids, ((0, pad), (0, 0))), np.pad(mask, ((0, pad), (0, 0)))
-    parts = [jax.device_get(encoder(ids_p[i:i + chunk], mask_p[i:i + chunk]))
-             for i in range(0, len(ids_p), chunk)]
-    joined = jax.tree.map(lambda *xs: np.concatenate(xs), *parts)
-    return jax.tree.map(lambda x: x[:len(ids)], joined)
 
 
 def save(path: Path, model: dict[str, Any], params: dict[str, Any], steps: int) -> None:

@@ -126,7 +126,7 @@ def _latent_shape(size: Sequence[int], cfg: NextDiTConfig, factor: int) -> tuple
     unit = factor * cfg.patch_size
     if any(side % unit or side <= 0 for side in size):
         raise WeightsError(f'size {tuple(size)} must be positive multiples of {unit} pixels '
-                           '(config.data.size, height first)')
+                           '(config.data.sizes, height first)')
     return (size[0] // factor, size[1] // factor, cfg.in_channels)
 
 
@@ -157,9 +157,10 @@ def load(path: str, mesh: Mesh, dtype: str = 'float32', size: Sequence[int] | No
     factor, decode = (FACTOR, None) if vae is None else _decoder(vae, mesh)
     return Teacher(
         'lumina', diffusers.import_tree(transformer, abstract, layout, names.entry),
-        make_denoiser(cfg, mesh), _no_encoder, decode, _latent_shape(size or SIZE, cfg, factor),
+        make_denoiser(cfg, mesh), None, decode, _latent_shape(size or SIZE, cfg, factor),
         shift, diffusers.identity(transformer), RULES, rescale=rescale,
-        cond_width=cfg.cap_feat_dim, limit=LIMIT)
+        cond_width=cfg.cap_feat_dim, limit=LIMIT,
+        shape_of=functools.partial(_latent_shape, cfg=cfg, factor=factor))
 
 
 def _vae_config(published: dict[str, Any], dtype: str) -> AutoencoderKLConfig:
@@ -181,10 +182,11 @@ def abstract(mesh: Mesh, dtype: str = 'float32', size: Sequence[int] | None = No
     cfg = NextDiTConfig(dtype=dtype, remat=remat, attention=kind)
     shape = _latent_shape(size or SIZE, cfg, FACTOR)
     return Teacher(
-        'lumina', _abstract_params(cfg, param_dtype), make_denoiser(cfg, mesh), _no_encoder, None,
+        'lumina', _abstract_params(cfg, param_dtype), make_denoiser(cfg, mesh), None, None,
         shape, SHIFT, 'abstract', RULES, rescale=rescale, cond_width=cfg.cap_feat_dim, limit=LIMIT,
         flops=functools.partial(flops.nextdit_forward, cfg, shape[:2]),
-        decoder=_decoder_program(AutoencoderKLConfig(), mesh, size or SIZE))
+        decoder=_decoder_program(AutoencoderKLConfig(), mesh, size or SIZE),
+        shape_of=functools.partial(_latent_shape, cfg=cfg, factor=FACTOR))
 
 
 def _decoder_program(cfg: AutoencoderKLConfig, mesh: Mesh, size: Sequence[int]) -> Decoder:
@@ -216,11 +218,6 @@ def _decoder(vae: diffusers.Checkpoint, mesh: Mesh) -> tuple[int, Callable[[Arra
     # An image at a time: the codec's attention alone takes 1 GiB at 1024 x 1024.
     return cfg.factor, lambda z: np.concatenate(
         [one(part) for part in np.split(np.asarray(z), len(z))])
-
-
-def _no_encoder(prompts: Sequence[str]) -> Cond:
-    raise WeightsError('the text encoder of Lumina-Image-2.0 is not here yet: give prompts that '
-                       'were encoded beforehand (config.data.path; see docs/teachers.md)')
 
 
 def export(params: Any, published: dict[str, Any], folder: Path, dtype: Any) -> None:

@@ -7,17 +7,17 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-import grain
 import jax
 import orbax.checkpoint as ocp
 
+from ddmd_jax.train.feed import Feed
 from ddmd_jax.weights import flat
 
 # What may differ between a checkpoint and the run that resumes it: how long, how loud,
 # how often, on which mesh, how it is sampled. Everything else would silently be another experiment.
 FREE_SECTIONS = ('log', 'checkpoint', 'eval', 'mesh')
 FREE_FIELDS = ('train.steps', 'student.sampler', 'teacher.remat', 'teacher.attention',
-               'train.teacher_passes', 'train.offload')
+               'train.teacher_passes', 'train.offload', 'data.path')  # its identity counts
 
 
 class CheckpointError(RuntimeError):
@@ -53,7 +53,7 @@ class Checkpoints:
     def latest(self) -> int | None:
         return self.manager.latest_step()
 
-    def save(self, step: int, state: Any, data: grain.DatasetIterator) -> None:
+    def save(self, step: int, state: Any, data: Feed) -> None:
         """Starts saving; returns once the arrays are copied to the host."""
         if step == self.latest:
             return
@@ -65,7 +65,7 @@ class Checkpoints:
             manifest=ocp.args.JsonSave(self.manifest)))
 
     def restore(self, abstract: Any, shardings: Any,
-                data: grain.DatasetIterator | None = None) -> Any:
+                data: Feed | None = None) -> Any:
         """The newest state, read straight into `shardings`; `data` is moved to its place.
 
         Raises:

@@ -14,9 +14,10 @@ import numpy as np
 from jax.sharding import Mesh
 
 from ddmd_jax import process, sampling, sharding, teachers
-from ddmd_jax.data import conditioning, emoji, loader
+from ddmd_jax.data import conditioning, loader
+from ddmd_jax.data.order import Order, Shape
 from ddmd_jax.metrics import pictures
-from ddmd_jax.train import diagnostics, loop, optim, state as st
+from ddmd_jax.train import diagnostics, loop, optim, prompts as prompt_sources, state as st
 from ddmd_jax.train.startup import Compiling, Startup
 from ddmd_jax.train.step import Method, Steps, make_steps
 
@@ -40,23 +41,11 @@ def method_from(config: Any, shift: float, limit: float = 1.0) -> Method:
         teacher_passes=config.train.teacher_passes)
 
 
-def load_prompts(config: Any, teacher: teachers.Teacher) -> conditioning.Prompts:
-    """The prompts that `config.data` names, as the teacher is conditioned on them."""
-    if config.data.name == 'embeddings':
-        return conditioning.from_file(config.data.path, teacher.cond_width)
-    pairs = emoji.load_pairs()
-    cond = teacher.encode([pairs.caption(i) for i in range(len(pairs.glyph))])
-    return conditioning.Prompts(
-        rows=emoji.training_mixture(pairs, config.data.white_repeat),
-        lookup=lambda index: jax.tree.map(lambda x: x[index], cond),
-        null=teacher.encode(['']), caption=pairs.caption)
-
-
 def make_advance(steps: Steps, frozen: Any, updates: int, warmup: int) -> Callable:
     """One step of the loop: `updates` critic updates, then one of the generator.
 
     The critic goes first, as everything the generator does leans on it; a fresh run's first
-    step begins with `warmup` more.
+    step begins with `warmup` more. `steps` take a `loader.Batch`.
     """
     def advance(state: st.TrainState, next_batch: Callable[[], Any]):
         nonlocal warmup
@@ -122,7 +111,7 @@ def make_pictures(config: Any, teacher: teachers.Teacher, prompts: conditioning.
         return lambda state, step, log: None
     rows = drawn_rows(GRID, mesh)
     shown = shown_rows(prompts, GRID, config.seed)
-    cond = prompts.lookup(np.resize(shown, rows))
+    cond = prompts.cond(np.resize(shown, rows))
     key = jax.random.key(config.seed)
     draw = make_sampler(config, teacher, m, mesh, GRID, key)
 
@@ -150,7 +139,7 @@ def make_probe(config: Any, teacher: teachers.Teacher, prompts: conditioning.Pro
     if not count:
         return lambda state: {}
     shown = shown_rows(prompts, count, config.seed)
-    cond = prompts.lookup(np.resize(shown, drawn_rows(count, mesh)))
+    cond = prompts.cond(np.resize(shown, drawn_rows(count, mesh)))
     key = jax.random.fold_in(jax.random.key(config.seed), 2)
     draw = make_sampler(config, teacher, m, mesh, count, key)
     judge, start = jax.jit(functools.partial(diagnostics.probe, limit=m.limit)), []
@@ -179,12 +168,22 @@ class Plan:
     state: Any  # ShapeDtypeStructs
     state_shardings: Any
     frozen_shardings: Any
-    steps: Steps
+    steps: dict[Shape, Steps]  # by the shape of a latent
 
 
 def host_fields(config: Any) -> tuple[str, ...]:
     """Fields of the state that `train.offload` keeps in the hosts' memory."""
     return tuple(name for name in OFFLOAD[config.train.offload] if name != 'teacher')
+
+
+def shapes(config: Any, teacher: teachers.Teacher) -> tuple[Shape, ...]:
+    """Shapes of latents that a run has, by `data.sizes`; the teacher's own if it names none.
+
+    Raises:
+      WeightsError: a size that the teacher cannot have.
+    """
+    sizes = config.data.get('sizes', ())
+    return tuple(map(teacher.shape_of, sizes)) or (teacher.sample_shape,)
 
 
 def plan(config: Any, teacher: teachers.Teacher, null: Any, mesh: Mesh) -> Plan:
@@ -201,52 +200,76 @@ def plan(config: Any, teacher: teachers.Teacher, null: Any, mesh: Mesh) -> Plan:
               'null': jax.tree.map(lambda _: sharding.replicated(mesh), null)}
     if 'teacher' in OFFLOAD[config.train.offload]:
         frozen['teacher'] = sharding.in_host_memory(frozen['teacher'])
-    steps = make_steps(teacher.predict_clean, student_tx, critic_tx, m, teacher.sample_shape,
-                       config.seed, mesh, shardings, frozen)
+    steps = {shape: make_steps(teacher.predict_clean, student_tx, critic_tx, m, shape,
+                               config.seed, mesh, shardings, frozen)
+             for shape in shapes(config, teacher)}
     return Plan(m, make_from, state, shardings, frozen, steps)
 
 
-def compiled_steps(p: Plan, frozen: Any, batch: Any) -> tuple[Compiling, Steps]:
+def compiled_steps(p: Plan, frozen: Any, batches: Sequence[loader.Batch]) -> tuple[Compiling,
+                                                                                   Steps]:
     """The plan's steps to be compiled beside other work, and as functions that wait for that.
 
-    `frozen` and `batch` are arrays or shapes, with their shardings. The critic's step comes
-    first, as it is the first to run.
+    `frozen` are arrays or shapes with their shardings, `batches` one of each kind there will be,
+    likewise: the first to come first, as it is the first to be needed. The functions take a
+    `loader.Batch` and find its program. The critic's comes first, as it is the first to run.
     """
     shape = lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s)
     state = jax.tree.map(shape, p.state, p.state_shardings)
     frozen = jax.tree.map(shape, frozen, p.frozen_shardings)
-    programs = Compiling({
-        'critic': lambda: p.steps.critic.lower(state, batch).compile(),
-        'generator': lambda: p.steps.generator.lower(state, frozen, batch).compile()})
-    return programs, Steps(generator=lambda *args: programs['generator'](*args),
-                           critic=lambda *args: programs['critic'](*args))
+    kind = lambda b: (b.shape, b.rows['mask'].shape[1])
+    work: dict[Any, Callable[[], Any]] = {}
+    for b in batches:
+        steps = p.steps[b.shape]
+        work['critic', *kind(b)] = lambda s=steps, x=b.rows: s.critic.lower(state, x).compile()
+        work['generator', *kind(b)] = lambda s=steps, x=b.rows: (
+            s.generator.lower(state, frozen, x).compile())
+    programs = Compiling(work)
+    return programs, Steps(
+        generator=lambda state, frozen, b: programs['generator', *kind(b)](state, frozen, b.rows),
+        critic=lambda state, b: programs['critic', *kind(b)](state, b.rows))
 
 
-def batch_shape(prompts: conditioning.Prompts, rows: int, mesh: Mesh) -> Any:
-    """What `sharding.put_batch` makes of a batch of `rows` prompts, as shapes."""
+def batch_kinds(order: Order, prompts: conditioning.Prompts, rows: int, mesh: Mesh,
+                soon: int) -> list[loader.Batch]:
+    """What `prompts.place` makes of batches, as shapes: one of every kind that may come.
+
+    Those of the first `soon` batches come first, in their order.
+    """
     split = sharding.batch_sharding(mesh)
     one = lambda x: jax.ShapeDtypeStruct(
         (rows, *x.shape[1:]), jax.dtypes.canonicalize_dtype(x.dtype), sharding=split)
-    return jax.tree.map(one, prompts.lookup(prompts.rows[:1]))
+
+    def batch(length: int | None, shape: Shape) -> loader.Batch:
+        found = prompts.lookup(prompts.rows[:1], length)
+        if prompts.encode:
+            found = jax.eval_shape(prompts.encode, found)
+        return loader.Batch(jax.tree.map(one, found), shape)
+
+    return [batch(*kind) for kind in order.kinds(soon)]
 
 
 def make_task(config: Any, teacher: teachers.Teacher, mesh: Mesh,
               startup: Startup | None = None) -> loop.Task:
     """Everything the loop needs to distil `teacher` by `config`."""
-    prompts = load_prompts(config, teacher)
+    prompts = prompt_sources.load(config, teacher, mesh)
     p = plan(config, teacher, prompts.null, mesh)
-    m, startup = p.method, startup or Startup()
+    m, startup, batch = p.method, startup or Startup(), config.data.global_batch
     frozen = jax.device_put({'teacher': teacher.params, 'null': prompts.null}, p.frozen_shardings)
+    order = Order(prompts.rows, batch, config.seed, prompts.lengths,
+                  config.data.get('lengths', ()), shapes(config, teacher))
+    soon = config.critic.updates + 1 + config.critic.warmup
     startup.compiling, steps = compiled_steps(
-        p, frozen, batch_shape(prompts, config.data.global_batch, mesh))
+        p, frozen, batch_kinds(order, prompts, batch, mesh, soon))
     return loop.Task(
         name='distill', make_state=p.make_state, source=(frozen['teacher'],), rules=teacher.rules,
-        data=loader.batches(prompts.rows, prompts.lookup, config.data.global_batch, config.seed),
+        data=loader.batches(order, prompts.lookup, batch),
+        place=prompt_sources.placer(prompts, mesh),
         advance=make_advance(steps, frozen, config.critic.updates, config.critic.warmup),
         words=words, probe=make_probe(config, teacher, prompts, frozen, m, mesh),
         annotate=make_annotate(teacher.data_std),
         pictures=make_pictures(config, teacher, prompts, frozen, m, mesh), startup=startup,
-        host=host_fields(config))
+        host=host_fields(config), data_identity=prompts.identity)
 
 
 def run(config: Any, workdir: Path, mesh: Mesh) -> None:
@@ -256,12 +279,18 @@ def run(config: Any, workdir: Path, mesh: Mesh) -> None:
     total, startup = report.Stopwatch(), Startup()
     with startup.stage('weights'):
         teacher = teachers.load_family(config.teacher.name, config.teacher.path, mesh,
-                                       config.teacher.dtype, config.data.get('size'),
+                                       config.teacher.dtype, _first_size(config),
                                        config.teacher.remat, config.teacher.attention,
                                        config.teacher.param_dtype)
     task = make_task(config, teacher, mesh, startup)
     state, seconds = loop.run(task, config, workdir, mesh, teacher.identity)
-    if config.data.name == 'emoji':
-        report.final(config, teacher, state.ema, mesh, workdir, seconds, total)
+    if teacher.name == 'emoji':  # whose prompts can be judged, whatever it was distilled on
+        report.final(config, teacher, state.ema, mesh, workdir, seconds._asdict(), total)
     elif teacher.decode is not None:
-        report.sheet(config, teacher, state.ema, load_prompts(config, teacher), mesh, workdir)
+        report.sheet(config, teacher, state.ema, prompt_sources.load(config, teacher, mesh), mesh,
+                     workdir)
+
+
+def _first_size(config: Any) -> Sequence[int] | None:
+    """The size of pictures that are shown, (height, width) in pixels."""
+    return next(iter(config.data.get('sizes', ())), None)

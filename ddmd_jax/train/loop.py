@@ -6,7 +6,7 @@ import dataclasses
 import time
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import grain
 import jax
@@ -14,6 +14,7 @@ from jax.sharding import Mesh
 
 from ddmd_jax import sharding
 from ddmd_jax.train import checkpoint as ckpt, state as st
+from ddmd_jax.train.feed import Feed
 from ddmd_jax.train.logs import RunLog, means
 from ddmd_jax.train.startup import Startup
 
@@ -22,16 +23,24 @@ class DivergedError(RuntimeError):
     """NaN or Inf in a loss or gradient; the update was not written."""
 
 
+class Seconds(NamedTuple):
+    """Of a run in this process: in all, and of those in which no batch was ready."""
+
+    train: float
+    input_wait: float
+
+
 @dataclasses.dataclass(frozen=True)
 class Task:
     """What a kind of run brings to the loop.
 
     `make_state(*source)` builds the state at step 0: from nothing, or from frozen weights.
-    `advance` moves the state by one step, calling for as many batches as it needs, and
-    returns device scalars; `finite` among them says whether the update was written.
-    `probe(state)` gives further scalars of each logged interval; `annotate(intervals logged
-    before, this one)` may add words to it. `startup` compiles what `advance` calls, and counts
-    the seconds until it can. `host` names fields of the state that stay in the hosts' memory.
+    `place(batch)` brings one of `data` to the devices without waiting for it. `advance` moves
+    the state by one step, calling for as many of those as it needs, and returns device scalars;
+    `finite` among them says whether the update was written. `probe(state)` gives further scalars
+    of each logged interval; `annotate(intervals logged before, this one)` may add words to it.
+    `startup` compiles what `advance` calls, and counts the seconds until it can. `host` names
+    fields of the state that stay in the hosts' memory, `data_identity` what is trained on.
     """
 
     name: str
@@ -39,6 +48,7 @@ class Task:
     source: tuple[Any, ...]
     rules: sharding.Rules
     data: grain.DatasetIterator
+    place: Callable[[Any], Any]
     advance: Callable[[st.TrainState, Callable[[], Any]], tuple[st.TrainState, dict[str, Any]]]
     words: Callable[[dict[str, float]], str]
     probe: Callable[[st.TrainState], dict[str, Any]]
@@ -46,40 +56,43 @@ class Task:
     pictures: Callable[[st.TrainState, int, RunLog], None]
     startup: Startup = dataclasses.field(default_factory=Startup)
     host: tuple[str, ...] = ()
+    data_identity: str = 'none'
 
 
 def run(task: Task, config: Any, workdir: Path, mesh: Mesh,
-        identity: str) -> tuple[st.TrainState, float]:
-    """Trains to `config.train.steps`, resuming what `workdir` holds; (state, seconds).
+        identity: str) -> tuple[st.TrainState, Seconds]:
+    """Trains to `config.train.steps`, resuming what `workdir` holds; (state, what it took).
 
     Raises:
       CheckpointError: `workdir` holds another run's checkpoints.
       DivergedError: a loss or gradient stopped being finite.
     """
-    manifest = ckpt.comparable(config.to_dict()) | {'teacher_identity': identity}
+    manifest = ckpt.comparable(config.to_dict()) | {
+        'teacher_identity': identity, 'data_identity': task.data_identity}
     checkpoints = ckpt.Checkpoints(workdir, keep=config.checkpoint.keep, manifest=manifest)
     try:
         if (checkpoints.latest or 0) < config.train.steps:
             task.startup.compiling.start()
+        feed = Feed(task.data, task.place)
         with task.startup.stage('state'):
-            state = jax.block_until_ready(_start(task, checkpoints, mesh))
+            state = jax.block_until_ready(_start(task, checkpoints, feed, mesh))
         start = time.monotonic()
-        state = _train(task, config, workdir, mesh, checkpoints, state)
-        return state, time.monotonic() - start
+        state = _train(task, config, workdir, feed, checkpoints, state)
+        return state, Seconds(time.monotonic() - start, feed.waited)
     finally:
         checkpoints.close()
 
 
-def _start(task: Task, checkpoints: ckpt.Checkpoints, mesh: Mesh) -> st.TrainState:
+def _start(task: Task, checkpoints: ckpt.Checkpoints, feed: Feed, mesh: Mesh) -> st.TrainState:
     if checkpoints.latest is None:
-        task.data.start_prefetch()
+        feed.start_prefetch()
         return st.create(task.make_state, task.rules, mesh, *task.source, host=task.host)
     abstract, shardings = st.abstract_and_shardings(
         task.make_state, task.rules, mesh, *task.source, host=task.host)
-    return checkpoints.restore(abstract, shardings, task.data)
+    return checkpoints.restore(abstract, shardings, feed)
 
 
-def _train(task: Task, config: Any, workdir: Path, mesh: Mesh, checkpoints: ckpt.Checkpoints,
+def _train(task: Task, config: Any, workdir: Path, feed: Feed, checkpoints: ckpt.Checkpoints,
            state: st.TrainState) -> st.TrainState:
     first = step = int(state.step)
     total = config.train.steps
@@ -89,7 +102,7 @@ def _train(task: Task, config: Any, workdir: Path, mesh: Mesh, checkpoints: ckpt
 
     def next_batch() -> Any:
         with task.startup.stage('first batch'):
-            return sharding.put_batch(next(task.data), mesh)
+            return next(feed)
 
     pending: list[dict[str, Any]] = []
     try:
@@ -116,7 +129,7 @@ def _train(task: Task, config: Any, workdir: Path, mesh: Mesh, checkpoints: ckpt
                 task.pictures(state, step, log)
             if last or step % config.checkpoint.every == 0:
                 _must_be_finite(metrics, step, checkpoints)
-                checkpoints.save(step, state, task.data)
+                checkpoints.save(step, state, feed)
         checkpoints.wait()
         return state
     finally:

@@ -15,6 +15,7 @@ from jax.sharding import Mesh
 
 from ddmd_jax import process, sampling, sharding
 from ddmd_jax.data import emoji, loader, tokenizer
+from ddmd_jax.data.order import Order
 from ddmd_jax.metrics import pictures
 from ddmd_jax.teachers import emoji as teacher
 from ddmd_jax.train import loop, optim, state as st
@@ -98,14 +99,14 @@ def make_pictures(config: Any, pairs: emoji.Pairs, ids: np.ndarray, mask: np.nda
     return show
 
 
-def make_task(config: Any) -> Task:
+def make_task(config: Any, mesh: Mesh) -> Task:
     """Batches of composed emoji with token ids; the student trees hold denoiser and text."""
     pairs = emoji.load_pairs()
     length = config.teacher.model.text.max_length
     captions = [pairs.caption(i) for i in range(len(pairs.glyph))]
     ids, mask = tokenizer.encode(captions, length)
     images = pairs.images(np.arange(len(captions)))
-    lookup = lambda rows: {'image': images[rows], 'ids': ids[rows], 'mask': mask[rows]}
+    lookup = lambda rows, length: {'image': images[rows], 'ids': ids[rows], 'mask': mask[rows]}
     rows = emoji.training_mixture(pairs, config.data.white_repeat)
     tx = optim.make_optimizer(config.optim.student, config.train.steps)
     step = make_step(config, tx)
@@ -113,7 +114,9 @@ def make_task(config: Any) -> Task:
     make = lambda: st.fresh(teacher.init_params(config.teacher.model.to_dict(), key), tx)
     return Task(
         name='pretrain', make_state=make, source=(), rules=teacher.RULES,
-        data=loader.batches(rows, lookup, config.data.global_batch, config.seed),
+        data=loader.batches(Order(rows, config.data.global_batch, config.seed), lookup,
+                            config.data.global_batch),
+        place=lambda batch: sharding.put_batch(batch.rows, mesh),
         advance=lambda state, next_batch: step(state, next_batch()),
         words=lambda m: f'loss {m["loss"]:.4f} grad {m["grad_norm"]:.2f}',
         probe=lambda state: {}, annotate=lambda history, m: m,
@@ -122,9 +125,9 @@ def make_task(config: Any) -> Task:
 
 def run(config: Any, workdir: Path, mesh: Mesh) -> None:
     """Trains to the end and writes the averaged weights as ``workdir/teacher.safetensors``."""
-    state, seconds = loop.run(make_task(config), config, workdir, mesh, identity='none')
+    state, seconds = loop.run(make_task(config, mesh), config, workdir, mesh, identity='none')
     out = workdir / 'teacher.safetensors'
     whole = jax.jit(lambda tree: tree, out_shardings=sharding.replicated(mesh))(state.ema)
     if jax.process_index() == 0:
         teacher.save(out, config.teacher.model.to_dict(), jax.device_get(whole), int(state.step))
-        print(f'{out} written after {seconds:.0f} s of training in this run')
+        print(f'{out} written after {seconds.train:.0f} s of training in this run')

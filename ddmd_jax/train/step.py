@@ -17,6 +17,7 @@ import optax
 from jax.sharding import Mesh
 
 from ddmd_jax import process, sampling, schedules, sharding
+from ddmd_jax.data import conditioning
 from ddmd_jax.losses.critic import critic_loss
 from ddmd_jax.losses.decoupled import Predictions, decoupled_loss, decoupled_update
 from ddmd_jax.sampling import Predict, deinterleave, interleave
@@ -81,7 +82,7 @@ def _predictions(predict: Predict, frozen: Any, critic: Any, x: Array, cond: Any
     With a shared level the teacher's conditional prediction serves both terms.
     """
     (tau_ca, tau_dm), (noise_ca, noise_dm) = levels, noises
-    null = jax.tree.map(lambda n, c: jnp.broadcast_to(n, c.shape), frozen['null'], cond)
+    null = conditioning.null_like(frozen['null'], cond)
     x_ca, x_dm = process.renoise(x, tau_ca, noise_ca), process.renoise(x, tau_dm, noise_dm)
     inputs = [(x_ca, tau_ca, cond), (x_ca, tau_ca, null)]
     if not schedules.SCHEDULES[m.schedule].shared:

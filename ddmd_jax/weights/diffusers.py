@@ -36,9 +36,10 @@ EntryOf = Callable[[str], Entry]
 
 @dataclasses.dataclass(frozen=True)
 class Tensor:
-    """Where a published tensor lies; nothing of it has been read."""
+    """Where a published tensor lies, and under which name; nothing of it has been read."""
 
     file: Path
+    name: str
     dtype: str
     shape: tuple[int, ...]
 
@@ -74,21 +75,36 @@ def open_folder(folder: Path, expected: str) -> Checkpoint:
     if found != expected:
         raise WeightsError(f'{folder} is {found}, not {expected}; give the folder of a teacher '
                            'of this family')
+    tensors = headers(folder, STEM)
+    check_types(folder, tensors)
+    return Checkpoint(folder, config, tensors)
+
+
+def headers(folder: Path, stem: str) -> dict[str, Tensor]:
+    """Every tensor of the safetensors files of a component, by name; `stem` begins theirs.
+
+    Raises:
+      WeightsError: a missing or truncated file, or pickles only.
+    """
     tensors: dict[str, Tensor] = {}
-    for file in _files(folder):
+    for file in _files(folder, stem):
         tensors |= _header(file)
-    bad = sorted({f'{t.dtype} ({name})' for name, t in tensors.items()
+    return tensors
+
+
+def check_types(folder: Path, tensors: dict[str, Tensor]) -> None:
+    """Raises `WeightsError` if a tensor is of a type that is not trained on."""
+    bad = sorted({f'{t.dtype} ({t.name})' for t in tensors.values()
                   if t.dtype not in READABLE})[:1]
     if bad:
         raise WeightsError(f'{folder} holds {bad[0]}; quantised weights cannot be distilled: give '
                            'a folder in float32, float16 or bfloat16')
-    return Checkpoint(folder, config, tensors)
 
 
-def _files(folder: Path) -> list[Path]:
+def _files(folder: Path, stem: str) -> list[Path]:
     """The safetensors files of a component: one, or those that its index names."""
-    index = folder / f'{STEM}.safetensors.index.json'
-    single = folder / f'{STEM}.safetensors'
+    index = folder / f'{stem}.safetensors.index.json'
+    single = folder / f'{stem}.safetensors'
     if index.exists():
         names = sorted(set(read_json(index).get('weight_map', {}).values()))
         missing = [n for n in names if not (folder / n).is_file()]
@@ -126,7 +142,8 @@ def _opened(checkpoint: Checkpoint) -> Iterator[dict[Path, Any]]:
 def _header(file: Path) -> dict[str, Tensor]:
     with _open(file) as f:
         parts = {name: f.get_slice(name) for name in f.keys()}  # noqa: SIM118  (not a dict)
-        return {n: Tensor(file, s.get_dtype(), tuple(s.get_shape())) for n, s in parts.items()}
+        return {n: Tensor(file, n, s.get_dtype(), tuple(s.get_shape()))
+                for n, s in parts.items()}
 
 
 def check(checkpoint: Checkpoint, abstract: Any, entry: EntryOf) -> None:
@@ -147,7 +164,7 @@ def check(checkpoint: Checkpoint, abstract: Any, entry: EntryOf) -> None:
                                    f'{shape} from its config.json')
     if left:
         raise WeightsError(f'{checkpoint.folder} holds {len(left)} tensors that this architecture '
-                           f'does not have, {min(left)} first')
+                           f'does not have, {left[min(left)].name} first')
 
 
 def import_tree(checkpoint: Checkpoint, abstract: Any, shardings: Any, entry: EntryOf) -> Any:
@@ -169,8 +186,8 @@ def import_tree(checkpoint: Checkpoint, abstract: Any, shardings: Any, entry: En
 def _reader(checkpoint: Checkpoint, files: dict[Path, Any], entry: Entry, leaf: Any) -> Callable:
     """``index -> numpy``: the part of our leaf at `index`, read from the published tensors."""
     def one(name: str, index: tuple[slice, ...]) -> np.ndarray:
-        part = files[checkpoint.tensors[name].file].get_slice(name)[entry.slices(index)]
-        return entry.to_ours(part)
+        tensor = checkpoint.tensors[name]
+        return entry.to_ours(files[tensor.file].get_slice(tensor.name)[entry.slices(index)])
 
     def read(index: tuple[slice, ...]) -> np.ndarray:
         names = entry.names(leaf.shape)
@@ -211,15 +228,16 @@ def identity(checkpoint: Checkpoint) -> str:
             digest.update(f'{name}{t.dtype}{t.shape}'.encode())
             if math.prod(t.shape):
                 rows = min(t.shape[0], -(-SAMPLE * t.shape[0] // math.prod(t.shape)))
-                digest.update(files[t.file].get_slice(name)[:rows].tobytes())
+                digest.update(files[t.file].get_slice(t.name)[:rows].tobytes())
     return digest.hexdigest()[:16]
 
 
 def export_tree(tree: Any, entry: EntryOf, folder: Path, config: dict[str, Any], dtype: Any,
-                file_bytes: int = FILE_BYTES) -> None:
+                file_bytes: int = FILE_BYTES, stem: str = STEM) -> None:
     """Writes a component's folder, through a scratch folder beside it and a rename.
 
-    Layer by layer and file by file: the host holds one file's tensors at a time.
+    Layer by layer and file by file: the host holds one file's tensors at a time. `stem` begins
+    the files' names.
 
     Raises:
       WeightsError: `folder` exists already.
@@ -236,8 +254,8 @@ def export_tree(tree: Any, entry: EntryOf, folder: Path, config: dict[str, Any],
     plan = _plan(leaves, entry, np.dtype(dtype).itemsize, file_bytes)
     where: dict[str, str] = {}
     for number, parts in enumerate(plan, 1):
-        file = f'{STEM}.safetensors' if len(plan) == 1 else (
-            f'{STEM}-{number:05d}-of-{len(plan):05d}.safetensors')
+        file = f'{stem}.safetensors' if len(plan) == 1 else (
+            f'{stem}-{number:05d}-of-{len(plan):05d}.safetensors')
         tensors = {name: _fetch(leaves[path], layer, entry(path), dtype)
                    for name, path, layer in parts}
         safetensors.numpy.save_file(tensors, scratch / file, metadata={'format': 'pt'})
@@ -245,7 +263,7 @@ def export_tree(tree: Any, entry: EntryOf, folder: Path, config: dict[str, Any],
     if len(plan) > 1:
         total = sum(math.prod(x.shape) for x in leaves.values()) * np.dtype(dtype).itemsize
         index = {'metadata': {'total_size': total}, 'weight_map': dict(sorted(where.items()))}
-        (scratch / f'{STEM}.safetensors.index.json').write_text(json.dumps(index, indent=2))
+        (scratch / f'{stem}.safetensors.index.json').write_text(json.dumps(index, indent=2))
     os.replace(scratch, folder)
 
 

@@ -1,0 +1,231 @@
+"""Encoded prompts on disk, to train from without a text encoder: written once, read at random.
+
+A folder holds
+
+    card.json                 what it is: format, counts, encoder, prompts, files; read first
+    index.safetensors         lengths [N] int32, tokens of each prompt
+    null.safetensors          the null prompt's arrays, once
+    embeddings-*.array_record a record a prompt: safetensors of its arrays at their true length
+                              and its text as bytes
+
+Arrays that have a row a token (`embeds [L, D]`) are cut to the prompt's own tokens, others
+(`pooled [D]`) are as they are; floats are bfloat16. A folder that is being written is called
+``NAME.partial`` and gets its own name when all of it is there.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import os
+import shutil
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import ml_dtypes
+import numpy as np
+
+from ddmd_jax.data import DataFileError
+
+FORMAT = 'ddmd_jax embeddings 1'
+CURE = 'write it again with `python -m ddmd_jax.prepare embed`'
+FLOAT = ml_dtypes.bfloat16
+SHARD_BYTES = 256 * 1024**2  # of a file, and of what a host holds while it writes one
+Arrays = dict[str, np.ndarray]
+
+
+# --- A prompt's arrays ---
+
+
+def trimmed(cond: Arrays) -> list[Arrays]:
+    """Rows of a `Cond` one by one, each without its padding, floats in bfloat16."""
+    mask = cond['mask']
+    def one(row: int) -> Arrays:
+        real = lambda x: x[row][mask[row]] if x.ndim > 2 else x[row]
+        return {k: np.asarray(real(x), FLOAT) for k, x in cond.items() if k != 'mask'}
+    return [one(row) for row in range(len(mask))]
+
+
+def padded(parts: Sequence[Arrays], length: int) -> Arrays:
+    """Inverse of `trimmed`: a `Cond` of so many tokens, padded right with zeros."""
+    lengths = np.asarray([len(part['embeds']) for part in parts])
+    found: Arrays = {'mask': np.arange(length)[None] < lengths[:, None]}
+    for name, first in parts[0].items():
+        if first.ndim == 1:
+            found[name] = np.stack([part[name] for part in parts])
+            continue
+        found[name] = np.zeros((len(parts), length, first.shape[1]), first.dtype)
+        for row, part in enumerate(parts):
+            found[name][row, :len(part[name])] = part[name]
+    return found
+
+
+# --- Writing ---
+
+
+@dataclasses.dataclass(frozen=True)
+class Job:
+    """A folder to be written: `settings` say what of, `lengths` how many tokens each has."""
+
+    out: Path
+    settings: Mapping[str, Any]
+    lengths: np.ndarray
+    row_bytes: int  # of one token
+
+    @property
+    def partial(self) -> Path:
+        return self.out.with_name(self.out.name + '.partial')
+
+    @property
+    def predicted_bytes(self) -> int:
+        """What the files will take, but for headers and texts."""
+        return int(self.lengths.sum()) * self.row_bytes
+
+    def shards(self) -> list[tuple[str, int, int]]:
+        """(file, first prompt, one past the last) of each."""
+        rows = max(1, SHARD_BYTES * len(self.lengths) // max(1, self.predicted_bytes))
+        starts = range(0, len(self.lengths), rows)
+        return [(f'embeddings-{i:05d}-of-{len(starts):05d}.array_record', start,
+                 min(start + rows, len(self.lengths))) for i, start in enumerate(starts)]
+
+    def begin(self) -> list[tuple[str, int, int]]:
+        """The shards still to be written; makes the partial folder, or goes on with one.
+
+        Raises:
+          DataFileError: `out` exists, or the partial folder was begun with other settings.
+        """
+        if self.out.exists():
+            raise DataFileError(f'{self.out} exists already; choose another --out or delete it')
+        begun, mine = self.partial / 'settings.json', json.dumps(dict(self.settings), indent=1)
+        if begun.exists() and begun.read_text() != mine:
+            raise DataFileError(f'{self.partial} was begun with other prompts or another encoder; '
+                                'delete it, or choose another --out')
+        self.partial.mkdir(parents=True, exist_ok=True)
+        _whole(begun, lambda path: path.write_text(mine))
+        return [s for s in self.shards() if not (self.partial / s[0]).exists()]
+
+    def write_shard(self, name: str, texts: Sequence[str], parts: Sequence[Arrays]) -> None:
+        """One file, whole or not at all."""
+        import safetensors.numpy
+        from array_record.python.array_record_module import ArrayRecordWriter
+
+        def write(path: Path) -> None:
+            writer = ArrayRecordWriter(str(path), 'group_size:1')
+            for text, part in zip(texts, parts, strict=True):
+                raw = np.frombuffer(text.encode(), np.uint8)
+                writer.write(safetensors.numpy.save({**part, 'prompt': raw}))
+            writer.close()
+
+        _whole(self.partial / name, write)
+
+    def finish(self, null: Arrays) -> None:
+        """Index, null prompt and card; then the folder gets its name."""
+        import safetensors.numpy
+
+        files = {'index': {'lengths': self.lengths.astype(np.int32)}, 'null': null}
+        for name, arrays in files.items():
+            raw = safetensors.numpy.save(arrays)
+            _whole(self.partial / f'{name}.safetensors',
+                   lambda path, raw=raw: path.write_bytes(raw))
+        card = {'format': FORMAT, 'count': len(self.lengths), **self.settings,
+                'files': [name for name, _, _ in self.shards()]}
+        (self.partial / 'card.json').write_text(json.dumps(card, indent=1) + '\n')
+        (self.partial / 'settings.json').unlink()
+        os.replace(self.partial, self.out)
+
+
+def _whole(path: Path, write: Any) -> None:
+    """A file through a scratch name, on disk before it has its own."""
+    scratch = path.with_name(path.name + '.tmp')
+    write(scratch)
+    with scratch.open('rb') as file:
+        os.fsync(file.fileno())
+    os.replace(scratch, path)
+
+
+def room_for(job: Job) -> tuple[int, int]:
+    """(bytes still to be written, bytes free where they go)."""
+    there = sum(f.stat().st_size for f in job.partial.glob('*.array_record')) if (
+        job.partial.is_dir()) else 0
+    folder = next(p for p in (job.out, *job.out.parents) if p.exists())
+    return max(0, job.predicted_bytes - there), shutil.disk_usage(folder).free
+
+
+# --- Reading ---
+
+
+class Embeddings:
+    """A finished folder, read by row.
+
+    Attributes: `card`, `lengths [N]` int32, `null` (arrays of the null prompt at its true
+    length).
+
+    Raises:
+      DataFileError: missing, half written, damaged, or something else.
+    """
+
+    def __init__(self, folder: Path):
+        from array_record.python.array_record_data_source import ArrayRecordDataSource
+
+        self.folder, self.card = folder, _card(folder)
+        try:
+            self.lengths = _arrays((folder / 'index.safetensors').read_bytes())['lengths']
+            self.null = _arrays((folder / 'null.safetensors').read_bytes())
+            self._records = ArrayRecordDataSource([str(folder / f) for f in self.card['files']])
+            found = len(self._records)
+        except Exception as e:  # array_record raises bare RuntimeError by cause
+            raise DataFileError(f'embeddings damaged: {folder} ({_reason(e)}); {CURE}') from e
+        if not found == len(self.lengths) == self.card['count']:
+            raise DataFileError(f'embeddings damaged: {folder} has {found} records and '
+                                f'{len(self.lengths)} lengths of {self.card["count"]}; {CURE}')
+
+    def __len__(self) -> int:
+        return len(self.lengths)
+
+    def __getitems__(self, rows: Sequence[int]) -> list[Arrays]:
+        """Arrays of these prompts, at their true lengths.
+
+        Raises:
+          DataFileError: a record cannot be read.
+        """
+        return [{k: x for k, x in r.items() if k != 'prompt'} for r in self._read(rows)]
+
+    def prompt(self, row: int) -> str:
+        return self._read([row])[0]['prompt'].tobytes().decode()
+
+    def _read(self, rows: Sequence[int]) -> list[Arrays]:
+        try:
+            records = self._records.__getitems__([int(row) for row in rows])
+            return [_arrays(record) for record in records]
+        except Exception as e:
+            raise DataFileError(f'embeddings damaged: {self.folder}, a record among '
+                                f'{min(rows)}..{max(rows)} ({_reason(e)}); {CURE}') from e
+
+
+def _arrays(raw: bytes) -> Arrays:
+    """A safetensors blob; the library's own reader for numpy does not know bfloat16."""
+    import safetensors
+
+    kinds = {'BF16': FLOAT, 'I32': np.int32, 'U8': np.uint8}
+    return {name: np.frombuffer(x['data'], kinds[x['dtype']]).reshape(x['shape'])
+            for name, x in safetensors.deserialize(raw)}
+
+
+def _card(folder: Path) -> dict[str, Any]:
+    if folder.name.endswith('.partial'):
+        raise DataFileError(f'{folder} was not finished; run the same `prepare embed` again')
+    if not folder.is_dir():
+        raise DataFileError(f'no folder of embeddings at {folder}; set config.data.path, or '
+                            f'{CURE}')
+    try:
+        card = json.loads((folder / 'card.json').read_text())
+        if card['format'] != FORMAT or any(Path(f).name != f for f in card['files']):
+            raise ValueError(f'its format is {card["format"]!r}')
+        return card
+    except (OSError, ValueError, KeyError, TypeError) as e:
+        raise DataFileError(f'{folder} is no folder of embeddings ({_reason(e)}); {CURE}') from e
+
+
+def _reason(error: Exception) -> str:
+    return (str(error).splitlines() or [type(error).__name__])[0]

@@ -1,0 +1,111 @@
+"""Which prompts every batch of a run holds: one global order, whatever reads it.
+
+The order is a function of the seed and of a batch's number alone, so that any number of
+processes sees the same one, and a run that goes on after batch n needs to know n and nothing
+else.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import sys
+from collections.abc import Sequence
+
+import grain
+import numpy as np
+
+Shape = tuple[int, ...]
+WINDOW = 64  # batches that are sorted by length together; more are alike, but order is less free
+
+
+@dataclasses.dataclass(frozen=True)
+class Planned:
+    """One global batch: `rows`, the length their tokens are cut to, the shape of its latents."""
+
+    rows: np.ndarray
+    length: int | None
+    shape: Shape | None
+
+
+class Order:
+    """A random-access sequence of `Planned`, as long as is ever needed; Grain reads it.
+
+    Rows come shuffled, anew each epoch, an epoch's each once. With `buckets`, prompts of like
+    length go together: the rows of a window of batches are sorted by bucket, cut into batches,
+    and these shuffled. A window never reaches over the end of an epoch, and a batch that does
+    has its rows as they come.
+
+    Args:
+      rows: indices of one epoch.
+      global_batch: rows of a batch.
+      seed: of both shuffles and of the shapes.
+      lengths: tokens of each row of the data set, ``[max(rows) + 1]``; needed by `buckets`.
+      buckets: lengths that batches are cut to, ascending; a batch's is the least that holds its
+        longest prompt. Empty: batches are not cut.
+      shapes: shapes of latents, of which each batch is given one, all equally often on average.
+
+    Raises:
+      ValueError: a prompt is longer than the last bucket.
+    """
+
+    def __init__(self, rows: np.ndarray, global_batch: int, seed: int,
+                 lengths: np.ndarray | None = None, buckets: Sequence[int] = (),
+                 shapes: Sequence[Shape] = (), window: int = WINDOW):
+        self._stream = grain.MapDataset.source(rows).seed(seed).shuffle().repeat()
+        self._epoch, self._batch, self._window_size = len(rows), global_batch, window
+        self._buckets, self._shapes, self._seed = np.asarray(buckets, int), tuple(shapes), seed
+        self._bucket_of = None
+        if len(self._buckets):
+            longest = int(lengths[rows].max())
+            if longest > self._buckets[-1]:
+                raise ValueError(f'a prompt has {longest} tokens, the last bucket '
+                                 f'{self._buckets[-1]}')
+            self._bucket_of = np.searchsorted(self._buckets, lengths)
+        # The batches of one window are asked for one after another.
+        self._sorted = functools.lru_cache(maxsize=4)(self._sort)
+
+    def __len__(self) -> int:
+        return sys.maxsize // self._batch - 1
+
+    def __getitem__(self, index: int) -> Planned:
+        shape = self._shapes[self._draw(1, index).integers(len(self._shapes))] if (
+            self._shapes) else None
+        if self._bucket_of is None:
+            return Planned(self._rows(index, index + 1), None, shape)
+        first, last = self._window(index)
+        rows = self._sorted(first, last)[index - first]
+        return Planned(rows, int(self._buckets[self._bucket_of[rows].max()]), shape)
+
+    def kinds(self, count: int) -> list[tuple[int | None, Shape | None]]:
+        """Every (length, shape) there may be, in the order in which `count` batches meet them."""
+        met = [(p.length, p.shape) for p in (self[i] for i in range(count))]
+        every = [(length, shape) for shape in self._shapes or (None,)
+                 for length in self._buckets.tolist() or (None,)]
+        return list(dict.fromkeys(met + every))
+
+    def _rows(self, first: int, last: int) -> np.ndarray:
+        """Rows of the batches from `first` to before `last`, in the stream's order."""
+        return np.asarray([self._stream[i] for i in range(first * self._batch,
+                                                          last * self._batch)])
+
+    def _window(self, index: int) -> tuple[int, int]:
+        """(first, one past the last) batch of the window that batch `index` lies in."""
+        epoch = index * self._batch // self._epoch
+        start = -(-epoch * self._epoch // self._batch)  # first batch wholly of this epoch
+        end = (epoch + 1) * self._epoch // self._batch
+        if not start <= index < end:
+            return index, index + 1  # of two epochs
+        first = start + (index - start) // self._window_size * self._window_size
+        return first, min(first + self._window_size, end)
+
+    def _sort(self, first: int, last: int) -> np.ndarray:
+        """``[batches, global_batch]`` rows of a window."""
+        rows = self._rows(first, last)
+        if last - first > 1:
+            rows = rows[np.argsort(self._bucket_of[rows], kind='stable')]
+        batches = rows.reshape(last - first, self._batch)
+        return batches[self._draw(0, first).permutation(len(batches))]
+
+    def _draw(self, what: int, index: int) -> np.random.Generator:
+        return np.random.default_rng((self._seed, what, index))

@@ -1,0 +1,30 @@
+"""What one prompt is: its normal form, its id and the split it belongs to."""
+
+from __future__ import annotations
+
+import hashlib
+import re
+import unicodedata
+
+# Control characters, halves of surrogate pairs (JSON escapes can hold one) and the byte order
+# mark. Joiners of zero width stay: emoji and several scripts are spelled with them.
+_CONTROL = re.compile('[\x00-\x1f\x7f-\x9f\ud800-\udfff\ufeff]')
+
+
+def normalise(text: str) -> str:
+    """`text` in Unicode NFC, on one line, with single spaces and none at its ends."""
+    return ' '.join(unicodedata.normalize('NFC', _CONTROL.sub(' ', text)).split())
+
+
+def digest(prompt: bytes) -> bytes:
+    """sha256 of a normalised prompt in UTF-8; the id and the split are parts of it."""
+    return hashlib.sha256(prompt).digest()
+
+
+def in_validation(digest: bytes, share: float) -> bool:
+    """Whether a prompt is of the validation split: a matter of its own words alone.
+
+    Stable when prompts are added; a larger `share` adds prompts and moves none back. Not the
+    bytes of the id are asked, by which rows are ordered and near-duplicates chosen.
+    """
+    return int.from_bytes(digest[8:16], 'big') < share * 2**64

@@ -1,0 +1,110 @@
+"""Where a distillation's conditioning comes from, and how it reaches the devices.
+
+Three sources, one interface (`conditioning.Prompts`): the emoji captions, encoded at start;
+embeddings that were written beforehand (cached); prompts whose tokens go through the text
+encoder on the mesh, a jitted program of its own, as batches are needed (online).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import Mesh
+
+from ddmd_jax import sharding, teachers
+from ddmd_jax.data import conditioning, emoji, loader, prompts as prompt_sets
+from ddmd_jax.data.conditioning import Cond, Prompts
+from ddmd_jax.teachers import Teacher, TextEncoder
+
+CHUNK = 4096  # texts tokenised at a time
+
+
+def load(config: Any, teacher: Teacher, mesh: Mesh) -> Prompts:
+    """The prompts that `config.data` names, as the teacher is conditioned on them.
+
+    Raises:
+      DataFileError: they are missing, damaged, or do not fit `data.lengths`.
+      WeightsError: the text encoder cannot be read.
+    """
+    if config.data.name == 'emoji':
+        return _captions(config, teacher)
+    if config.data.name == 'embeddings':
+        found = conditioning.open_embeddings(config.data.path, teacher.cond_width)
+    else:
+        text = teacher.text or teachers.load_text(
+            config.teacher.name, config.teacher.path, mesh, config.teacher.dtype)
+        found = online(config.data.path, text, mesh, bool(config.data.lengths))
+    conditioning.check_buckets(config.data.lengths, found)
+    return found
+
+
+def _captions(config: Any, teacher: Teacher) -> Prompts:
+    """Emoji captions, all encoded at once: they are few."""
+    pairs = emoji.load_pairs()
+    cond = teacher.encode([pairs.caption(i) for i in range(len(pairs.glyph))])
+    return conditioning.encoded(
+        emoji.training_mixture(pairs, config.data.white_repeat),
+        lambda rows, length: jax.tree.map(lambda x: x[rows], cond),
+        null=teacher.encode(['']), caption=pairs.caption, identity='emoji')
+
+
+def online(path: str, text: TextEncoder, mesh: Mesh, measure: bool = False) -> Prompts:
+    """Prompts of the prompt set at `path`, encoded on `mesh` when a batch needs them.
+
+    Floats of the `Cond` are bfloat16, as those that `prepare embed` writes. `measure` counts
+    every prompt's tokens beforehand, for length buckets.
+
+    Raises:
+      DataFileError: there is no prompt set at `path`, or it is damaged.
+    """
+    stored = prompt_sets.open_set(path)
+    encode, whole = make_encoder(text, mesh), make_encoder(text, mesh, whole=True)
+    alone = lambda tokens: jax.tree.map(np.asarray, whole(tokens))
+    texts = lambda rows: stored.__getitems__([int(row) for row in rows])
+
+    def lookup(rows: np.ndarray, length: int | None) -> dict[str, np.ndarray]:
+        tokens = text.tokenize(texts(rows))
+        return {name: x[:, :length] for name, x in tokens.items()}
+
+    return Prompts(
+        np.arange(len(stored)), lookup, lambda rows: alone(lookup(rows, None)),
+        alone(text.tokenize([''])), lambda row: stored[int(row)], stored.identity,
+        token_counts(text, stored) if measure else None, encode)
+
+
+def token_counts(text: TextEncoder, stored: Any) -> np.ndarray:
+    """True lengths ``[N]`` int32 of every prompt of a set."""
+    parts = [text.tokenize(stored.__getitems__(list(range(i, min(i + CHUNK, len(stored))))))
+             for i in range(0, len(stored), CHUNK)]
+    return np.concatenate([part['mask'].sum(1) for part in parts]).astype(np.int32)
+
+
+def make_encoder(text: TextEncoder, mesh: Mesh, whole: bool = False) -> Callable[[Any], Cond]:
+    """``tokens [B, L] -> Cond``, jitted; its batch stays split over `mesh`, or is whole.
+
+    Rows that do not split over the mesh are done by every device alike.
+    """
+    layout = sharding.shard_tree(text.params, text.rules, mesh)
+    params = jax.device_put(text.params, layout)
+    out = sharding.replicated(mesh) if whole else sharding.batch_sharding(mesh)
+    run = jax.jit(lambda params, tokens: in_bf16(text.apply(params, tokens)), out_shardings=out)
+    return lambda tokens: run(params, tokens)
+
+
+def in_bf16(cond: Cond) -> Cond:
+    """Floats in the type that conditioning is stored and handed on in."""
+    half = lambda x: x.astype(jnp.bfloat16) if jnp.issubdtype(x.dtype, jnp.floating) else x
+    return jax.tree.map(half, cond)
+
+
+def placer(prompts: Prompts, mesh: Mesh) -> Callable[[loader.Batch], loader.Batch]:
+    """``this process's rows -> conditioning on the devices``; nothing is waited for."""
+    def place(batch: loader.Batch) -> loader.Batch:
+        rows = sharding.put_batch(batch.rows, mesh)
+        return loader.Batch(prompts.encode(rows) if prompts.encode else rows, batch.shape)
+
+    return place

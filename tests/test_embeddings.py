@@ -1,0 +1,280 @@
+"""Encoded prompts on disk: what is read is what was encoded, and only what is whole is read."""
+
+import json
+
+import jax
+import ml_dtypes
+import numpy as np
+import pytest
+import tiny
+
+from ddmd_jax import embedding, sharding
+from ddmd_jax.data import DataFileError, conditioning, embeddings, tokenizer
+from ddmd_jax.teachers import emoji
+from ddmd_jax.train import prompts as sources
+
+WIDTH = 8
+TEXTS = [f'a {w} heart on a {c} background' for w in ('red', 'green', 'small dotted')
+         for c in ('teal', 'white')] + ['apple', 'a cat']
+
+
+def parts(count, seed=0, pooled=False):
+    """Arrays of `count` prompts of unequal lengths."""
+    rng = np.random.default_rng(seed)
+    one = lambda: {'embeds': rng.standard_normal((rng.integers(1, 9), WIDTH)).astype(
+        ml_dtypes.bfloat16)} | ({'pooled': rng.standard_normal(4).astype(ml_dtypes.bfloat16)}
+                                if pooled else {})
+    return [one() for _ in range(count)]
+
+
+def job(out, rows, identity='a'):
+    lengths = np.asarray([len(row['embeds']) for row in rows])
+    settings = {'width': WIDTH, 'length': 8, 'identity': identity}
+    return embeddings.Job(out, settings, lengths, 2 * WIDTH)
+
+
+def write(out, rows, shard_rows=3, monkeypatch=None):
+    monkeypatch.setattr(embeddings, 'SHARD_BYTES', int(shard_rows * 2 * WIDTH * np.mean(
+        [len(row['embeds']) for row in rows])))
+    work = job(out, rows)
+    for name, first, last in work.begin():
+        work.write_shard(name, [f'prompt {i}' for i in range(first, last)], rows[first:last])
+    work.finish(rows[0])
+    return work
+
+
+def test_trimming_and_padding_undo_each_other():
+    for pooled in (False, True):
+        cond = embeddings.padded(parts(5, pooled=pooled), 8)
+        back = embeddings.padded(embeddings.trimmed(cond), 8)
+        assert cond.keys() == back.keys()
+        jax.tree.map(np.testing.assert_array_equal, cond, back)
+
+
+def test_padding_on_the_left_is_taken_away_too():
+    mask = np.asarray([[False, True, True]])
+    (row,) = embeddings.trimmed({'embeds': np.arange(3.0).reshape(1, 3, 1), 'mask': mask})
+    np.testing.assert_array_equal(row['embeds'].astype(float), [[1], [2]])
+
+
+@pytest.mark.parametrize('pooled', [False, True])
+def test_what_is_written_is_read_at_random(tmp_path, monkeypatch, pooled):
+    rows = parts(10, pooled=pooled)
+    work = write(tmp_path / 'e', rows, monkeypatch=monkeypatch)
+    assert len(work.shards()) > 2 and not work.partial.exists()
+    stored = embeddings.Embeddings(tmp_path / 'e')
+    assert len(stored) == 10 and stored.prompt(7) == 'prompt 7'
+    np.testing.assert_array_equal(stored.lengths, work.lengths)
+    for i, found in zip((9, 0, 4, 4), stored.__getitems__([9, 0, 4, 4])):
+        assert found.keys() == rows[i].keys()
+        jax.tree.map(np.testing.assert_array_equal, found, rows[i])
+
+
+def test_a_run_reads_them_padded_or_cut(tmp_path, monkeypatch):
+    rows = parts(10)
+    write(tmp_path / 'e', rows, monkeypatch=monkeypatch)
+    prompts = conditioning.open_embeddings(str(tmp_path / 'e'), WIDTH)
+    assert prompts.identity == 'a' and prompts.caption(3) == 'prompt 3'
+    short = np.flatnonzero(prompts.lengths <= 4)[:3]
+    cut, full = prompts.lookup(short, 4), prompts.lookup(short, None)
+    assert cut['embeds'].shape == (3, 4, WIDTH) and full['embeds'].shape == (3, 8, WIDTH)
+    assert cut['embeds'].dtype == ml_dtypes.bfloat16
+    np.testing.assert_array_equal(full['embeds'][:, :4], cut['embeds'])
+    np.testing.assert_array_equal(cut['mask'].sum(1), prompts.lengths[short])
+    jax.tree.map(np.testing.assert_array_equal, prompts.cond(short), full)
+    assert prompts.null['embeds'].shape == (1, 8, WIDTH)
+    with pytest.raises(DataFileError, match='embeddings 8 wide, the teacher takes 9'):
+        conditioning.open_embeddings(str(tmp_path / 'e'), 9)
+
+
+@pytest.mark.parametrize('buckets, words', [
+    ((4, 6), 'end below the longest prompt, of 8 tokens; raise the last'),
+    ((2, 8), 'begin below the null prompt, of 3 tokens')])
+def test_buckets_hold_every_prompt_and_the_null_one(buckets, words):
+    mask = np.arange(8)[None] < 3
+    prompts = conditioning.encoded(np.arange(2), None, null={'mask': mask}, caption=str,
+                                   identity='', lengths=np.asarray([1, 8]))
+    with pytest.raises(DataFileError, match=words):
+        conditioning.check_buckets(buckets, prompts)
+    conditioning.check_buckets((3, 8), prompts)
+    conditioning.check_buckets((), prompts)
+
+
+@pytest.mark.parametrize('length', [3, 5])
+def test_the_null_prompt_is_cut_to_the_batch(length):
+    rng = np.random.default_rng(0)
+    null = {'embeds': rng.standard_normal((1, 5, 2)), 'mask': np.arange(5)[None] < 2,
+            'pooled': rng.standard_normal((1, 4))}
+    cond = {'embeds': np.zeros((6, length, 2)), 'mask': np.ones((6, length), bool),
+            'pooled': np.zeros((6, 4))}
+    found = conditioning.null_like(null, cond)
+    assert {k: x.shape for k, x in found.items()} == {k: x.shape for k, x in cond.items()}
+    for row in range(6):
+        np.testing.assert_array_equal(found['embeds'][row], null['embeds'][0, :length].astype('f'))
+        np.testing.assert_array_equal(found['pooled'][row], null['pooled'][0].astype('f'))
+
+
+# --- Whole or not at all ---
+
+
+def test_what_was_written_is_kept_when_a_job_goes_on(tmp_path, monkeypatch):
+    rows = parts(10)
+    monkeypatch.setattr(embeddings, 'SHARD_BYTES', 100)
+    work = job(tmp_path / 'e', rows)
+    name, first, last = work.begin()[0]
+    work.write_shard(name, ['x'] * (last - first), rows[first:last])
+    (work.partial / (work.shards()[1][0] + '.tmp')).write_bytes(b'half')  # killed while writing
+    assert [s[0] for s in job(tmp_path / 'e', rows).begin()] == [s[0] for s in work.shards()[1:]]
+    with pytest.raises(DataFileError, match='begun with other prompts or another encoder; delete'):
+        job(tmp_path / 'e', rows, identity='b').begin()
+
+
+def leave_partial(folder):
+    folder.rename(folder.with_name('e.partial'))
+    return 'was not finished; run the same `prepare embed` again'
+
+
+def lose_a_file(folder):
+    next(folder.glob('*.array_record')).unlink()
+    return 'embeddings damaged'
+
+
+def lose_the_card(folder):
+    (folder / 'card.json').unlink()
+    return 'is no folder of embeddings'
+
+
+def truncate_a_file(folder):
+    file = next(folder.glob('*.array_record'))
+    file.write_bytes(file.read_bytes()[:file.stat().st_size // 2])
+    return 'embeddings damaged'
+
+
+def reach_out(folder):
+    card = json.loads((folder / 'card.json').read_text())
+    (folder / 'card.json').write_text(json.dumps(card | {'files': ['../elsewhere']}))
+    return 'is no folder of embeddings'
+
+
+def forget_a_length(folder):
+    import safetensors.numpy
+    safetensors.numpy.save_file({'lengths': np.ones(3, np.int32)}, folder / 'index.safetensors')
+    return 'has 10 records and 3 lengths of 10'
+
+
+def delete(folder):
+    import shutil
+    shutil.rmtree(folder)
+    return 'no folder of embeddings at'
+
+
+@pytest.mark.parametrize('damage', [leave_partial, lose_a_file, lose_the_card, truncate_a_file,
+                                    reach_out, forget_a_length, delete])
+def test_what_is_not_whole_is_refused_in_one_line(tmp_path, monkeypatch, damage):
+    write(tmp_path / 'e', parts(10), monkeypatch=monkeypatch)
+    words = damage(tmp_path / 'e')
+    (folder,) = [*tmp_path.iterdir()] or [tmp_path / 'e']
+    with pytest.raises(DataFileError, match=words) as e:
+        embeddings.Embeddings(folder)
+    assert len(str(e.value).splitlines()) == 1
+
+
+# --- Encoded by a teacher's own text side ---
+
+
+class Texts(list):
+    """What a prompt set is to `embedding`."""
+
+    identity = 'texts'
+
+    def __getitems__(self, rows):
+        return [self[row] for row in rows]
+
+
+@pytest.fixture(scope='module')
+def text():
+    model = {'denoiser': tiny.MODEL['denoiser'],
+             'text': tiny.MODEL['text'] | {'vocab_size': tokenizer.load().get_vocab_size(),
+                                           'max_length': 10}}
+    return emoji.text_encoder(model, tiny.random_params(model, 0)['text'], 'tiny')
+
+
+@pytest.fixture
+def mesh():
+    return sharding.make_mesh({}, jax.devices()[:1])
+
+
+@pytest.fixture
+def stored(monkeypatch):
+    found = Texts(TEXTS)
+    monkeypatch.setattr(sources.prompt_sets, 'open_set', lambda *args: found)
+    return found
+
+
+def test_cached_is_online(tmp_path, text, mesh, stored):
+    """The same conditioning to bf16's rounding, in any batch, at any cut."""
+    embedding.embed('prompts', 'train', text, mesh, tmp_path / 'e', 3, lambda words: True)
+    cached = conditioning.open_embeddings(str(tmp_path / 'e'), text.width)
+    online = sources.online('prompts', text, mesh, measure=True)
+    np.testing.assert_array_equal(cached.lengths, online.lengths)
+    assert [cached.caption(i) for i in range(len(TEXTS))] == TEXTS
+    assert cached.identity != online.identity  # of the encoder as well
+    rows = np.asarray([6, 2, 5])
+    longest = int(online.lengths[rows].max())
+    a, b = cached.lookup(rows, longest), online.encode(online.lookup(rows, longest))
+    np.testing.assert_array_equal(a['mask'], b['mask'])
+    real = a['mask'][..., None]
+    for x, y in ((a, b), (cached.null, {k: x[:, :cached.null['mask'].shape[1]]
+                                        for k, x in online.null.items()})):
+        real = np.asarray(x['mask'])[..., None]
+        np.testing.assert_allclose(np.asarray(x['embeds'] * real, 'f'),
+                                   np.asarray(y['embeds'] * real, 'f'), rtol=2**-7, atol=1e-4)
+
+
+@pytest.mark.parametrize('agrees', [True, False])
+def test_the_disk_is_asked_about_first(tmp_path, text, mesh, stored, agrees):
+    asked = []
+    def agreed(words):
+        asked.append(words)
+        return agrees
+    args = ('prompts', 'train', text, mesh, tmp_path / 'e', 8, agreed)
+    if agrees:
+        job, there = embedding.embed(*args)
+        assert not there and embedding.embed(*args)[1]  # and is not asked again
+        size = sum(f.stat().st_size for f in (tmp_path / 'e').glob('*.array_record'))
+        tokens = job.lengths.sum() * text.width * 2
+        assert job.predicted_bytes == tokens <= size < tokens + 400 * len(TEXTS) + 2**17
+    else:
+        with pytest.raises(DataFileError, match='not agreed to, nothing written'):
+            embedding.embed(*args)
+        assert not any(tmp_path.iterdir())
+    assert len(asked) == 1 and asked[0].startswith('8 prompts of ') and ' free' in asked[0]
+
+
+def test_where_there_is_no_room_nothing_is_written(tmp_path, text, mesh, stored, monkeypatch):
+    monkeypatch.setattr(embeddings.shutil, 'disk_usage', lambda path: type('U', (), {'free': 10}))
+    with pytest.raises(DataFileError, match='10 B free: there is no room; choose another --out'):
+        embedding.embed('prompts', 'train', text, mesh, tmp_path / 'e', 8, pytest.fail)
+    assert not any(tmp_path.iterdir())
+
+
+def test_a_full_disk_keeps_what_is_finished(tmp_path, text, mesh, stored, monkeypatch):
+    monkeypatch.setattr(embeddings, 'SHARD_BYTES', 600)
+    job, null = embedding.plan(stored, 'train', text, tmp_path / 'e')
+    assert len(job.shards()) > 2
+    written = []
+
+    def full(path, write):
+        if path.suffix == '.array_record':
+            if written:
+                raise OSError(28, 'No space left on device')
+            written.append(path.name)
+        write(path)
+
+    with monkeypatch.context() as m:
+        m.setattr(embeddings, '_whole', full)
+        with pytest.raises(DataFileError, match='No space left on device.*make room and run'):
+            embedding.write(job, null, stored, text, mesh, 4)
+    assert not (tmp_path / 'e').exists() and (job.partial / written[0]).exists()
+    embedding.write(job, null, stored, text, mesh, 4)
+    assert [embeddings.Embeddings(tmp_path / 'e').prompt(i) for i in range(8)] == TEXTS

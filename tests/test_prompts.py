@@ -1,0 +1,743 @@
+"""Sets of prompts: what is kept of a file, what is refused, and what a set promises."""
+
+import gzip
+import hashlib
+import json
+import os
+import pickle
+import resource
+import shutil
+import signal
+import subprocess
+import sys
+import time
+import unicodedata
+from pathlib import Path
+
+import grain
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+import tensorflow_datasets as tfds
+import tiny
+from hypothesis import given, strategies as st
+
+from ddmd_jax.data import DataFileError, near, prompt_card, prompt_files, prompt_set, prompts
+from ddmd_jax.data.prompt_text import digest, in_validation, normalise
+
+# Every kind of what a keyboard, a web page or a broken file may hold.
+TEXT = st.text(st.characters(exclude_categories=()), max_size=40)
+COMMAND = [sys.executable, '-m', 'ddmd_jax.prepare', 'prompts']
+FIELD = {'.txt': None, '.jsonl': 'caption', '.csv': 'caption', '.tsv': 'caption',
+         '.parquet': 'caption'}
+
+
+def words(count, seed=0):
+    """Different prompts of 5 to 20 made-up words, none near another."""
+    rng = np.random.default_rng(seed)
+    parts = [a + b for a in ('ka', 'lo', 'mi', 'tu', 'bre', 'sho') for b in
+             ('n', 'rta', 'lis', 'po', 'gem', 'dua', 'chi', 'vost', 'x', 'ny')]
+    bag = [a + b for a in parts for b in parts]
+    chosen = rng.integers(len(bag), size=(count, 20)).tolist()
+    lengths = rng.integers(5, 20, count).tolist()
+    return [' '.join(bag[i] for i in row[:n]) for row, n in zip(chosen, lengths)]
+
+
+def retyped(texts, count, seed=1):
+    """`count` of `texts` with one to three letters exchanged."""
+    rng, out = np.random.default_rng(seed), []
+    for text in rng.choice(texts, count):
+        letters = list(text)
+        for at in rng.integers(0, len(letters), rng.integers(1, 4)):
+            letters[at] = 'qjzwy'[rng.integers(5)]
+        out.append(''.join(letters))
+    return out
+
+
+def put(path, texts):
+    """Writes `texts` as the kind of file that `path` names."""
+    match path.suffix:
+        case '.txt':
+            path.write_text(''.join(f'{t}\n' for t in texts), 'utf-8')
+        case '.jsonl':
+            path.write_text(''.join(json.dumps({'n': 1, 'caption': t}) + '\n' for t in texts))
+        case '.csv' | '.tsv':
+            gap = ',' if path.suffix == '.csv' else '\t'
+            rows = [f'1{gap}"{t.replace(chr(34), chr(34) * 2)}"\n' for t in texts]
+            path.write_text(f'n{gap}caption\n' + ''.join(rows), 'utf-8')
+        case '.parquet':
+            pq.write_table(pa.table({'n': [1] * len(texts), 'caption': texts}), path)
+    return path
+
+
+def make(out, *inputs, **settings):
+    settings = {'near_threshold': 1.0, 'validation': 0.2, 'field': 'caption'} | settings
+    return prompts.prepare(prompts.Settings(tuple(map(str, inputs)), **settings), Path(out))[0]
+
+
+def both(path):
+    return [list(prompts.open_set(path, split)) for split in prompt_set.SPLITS]
+
+
+# --- One prompt ---
+
+
+@given(TEXT)
+def test_normalising_twice_changes_nothing_and_leaves_one_clean_line(text):
+    once = normalise(text)
+    assert normalise(once) == once == unicodedata.normalize('NFC', once)
+    assert not any(unicodedata.category(c) in ('Cc', 'Cs', 'Zl', 'Zp') for c in once)
+    assert once == ' '.join(once.split())
+    once.encode()  # halves of surrogate pairs are gone
+
+
+def test_normal_form():
+    assert normalise(' a\u0301  cat\r\n\ton\x00a\u00a0mat\u2028 \ufeff') == '\u00e1 cat on a mat'
+    family = '\U0001f468\u200d\U0001f469\u200d\U0001f467'  # joiners of zero width spell it
+    assert normalise(family) == family
+
+
+@given(TEXT, st.floats(0, 1), st.floats(0, 1))
+def test_a_larger_validation_share_moves_no_prompt_back(text, a, b):
+    low, high = sorted((a, b))
+    found = digest(normalise(text).encode())
+    assert in_validation(found, low) <= in_validation(found, high)
+    assert not in_validation(found, 0) and in_validation(found, 1)
+
+
+def test_the_split_is_the_share_asked_for_and_a_golden_one():
+    """Another hash would put prompts that a student was trained on into its validation."""
+    share = np.mean([in_validation(digest(t.encode()), 0.1) for t in words(5000)])
+    assert 0.085 < share < 0.115
+    asked = ['a red apple', 'a cat', 'a dog', 'the sea at night', '一只猫', 'two cups of tea']
+    assert [in_validation(digest(t.encode()), 0.3) for t in asked] == GOLDEN
+
+
+GOLDEN = [False, True, False, False, False, False]
+
+# --- Near-duplicates ---
+
+
+def exact(texts, threshold):
+    """What comparing every pair drops."""
+    sets, kept = [near.shingles(near.key(t)) for t in texts], []
+    for i, mine in enumerate(sets):
+        if all(near.jaccard(mine, sets[k]) < threshold for k in kept):
+            kept.append(i)
+    return set(range(len(texts))) - set(kept)
+
+
+@pytest.mark.parametrize('threshold', [0.6, 0.85, 0.9])
+def test_near_duplicates_are_those_that_comparing_every_pair_finds(threshold):
+    texts = words(700)
+    texts += retyped(texts, 400)
+    want, got = exact(texts, threshold), set(near.find(texts, threshold))
+    recall, precision = len(got & want) / len(want), len(got & want) / len(got)
+    print(f'at {threshold}: {len(want)} near-duplicates, recall {recall}, precision {precision}')
+    assert len(want) > 20 and recall >= 0.98 and precision >= 0.98
+
+
+def test_among_prompts_of_one_template_most_are_found():
+    bag = words(400, seed=3)
+    texts = [f'a detailed studio photograph of {t.split()[0]} and {t.split()[1]}, soft light, 85mm '
+             f'lens, award winning, by {t.split()[2]}' for t in bag]
+    texts += retyped(texts, 200)
+    want, got = exact(texts, 0.85), set(near.find(texts, 0.85))
+    recall, precision = len(got & want) / len(want), len(got & want) / len(got)
+    print(f'of one template: {len(want)} near-duplicates, {recall=:.3f} {precision=:.3f}')
+    assert len(want) > 50 and recall >= 0.9 and precision >= 0.9
+
+
+@given(st.lists(st.text('ab c,', min_size=1, max_size=14), max_size=12),
+       st.sampled_from([0.5, 0.85]))
+def test_what_is_dropped_repeats_what_stays_and_a_second_pass_drops_nothing(texts, threshold):
+    twins = near.find(texts, threshold)
+    for row, (kept, alike) in twins.items():
+        both = [near.shingles(near.key(texts[i])) for i in (row, kept)]
+        assert kept < row and kept not in twins and near.jaccard(*both) == alike >= threshold
+    assert not near.find([t for i, t in enumerate(texts) if i not in twins], threshold)
+
+
+def test_case_and_punctuation_are_put_aside_but_not_symbols():
+    assert set(near.find(['A cat, sleeping.', 'a cat sleeping'], 0.99)) == {1}
+    texts = ['\U0001f34e', '\U0001f34c', '?', '!', 'a', 'b', '一只猫', '一只狗']
+    assert near.find(texts, 0.5) == {}
+    assert near.find(['a cat'] * 3, 1.0) == {}  # off
+
+
+def test_banding_finds_nearly_all_pairs_at_every_threshold():
+    for threshold in np.linspace(0.3, 0.99, 24):
+        count, rows = near.bands(threshold)
+        assert count * rows <= near.PERMUTATIONS
+        assert 1 - (1 - threshold**rows) ** count >= near.RECALL
+
+
+@pytest.mark.slow
+def test_a_hundred_thousand_prompts_take_seconds(tmp_path):
+    """``pytest -m slow -s -k hundred`` shows the figures."""
+    texts = words(95_000)
+    put(tmp_path / 'a.txt', texts + retyped(texts, 5_000))
+    code = ('import runpy, sys\ntry:\n    runpy.run_module("ddmd_jax.prepare", None, "__main__")\n'
+            'finally:\n    print(open("/proc/self/status").read())')
+    args = ['prompts', f'--input={tmp_path}/a.txt', f'--out={tmp_path}/out']
+    start = time.monotonic()
+    done = subprocess.run([sys.executable, '-c', code, *args], cwd=tiny.ROOT, capture_output=True,
+                          text=True)
+    seconds = time.monotonic() - start
+    assert done.returncode == 0, done.stderr
+    peak = int(done.stdout.split('VmHWM:')[1].split()[0]) / 1e3
+    print(f'\n100,000 prompts: {seconds:.1f} s, at most {peak:.0f} MB')
+    assert seconds < 120 and peak < 600
+
+
+# --- Files of prompts ---
+
+
+@pytest.mark.parametrize('kind', FIELD)
+def test_every_kind_of_file_gives_the_same_prompts(tmp_path, kind):
+    texts = ['a "red" apple, alone', 'tab\there', '', 'l\u00e9mon \U0001f34b', "it's"]
+    if kind == '.txt':
+        texts[1] = 'tab here'
+    source = prompt_files.find(str(put(tmp_path / f'p{kind}', texts)))
+    done = []
+    assert [t.removesuffix('\n') for t in source.read('caption', done.append)] == texts
+    assert sum(done) == source.size
+
+
+def test_tfds_splits_are_read(tmp_path):
+    make(tmp_path / 'a', put(tmp_path / 'p.txt', words(50)))
+    train, _ = both(tmp_path / 'a')
+    find = lambda part: prompt_files.find(f'tfds:{tmp_path}/a{part}')
+    read = lambda part: list(find(part).read('prompt', abs))
+    assert read('') == read(':train') == train
+    assert read(':train[:3]') == train[:3]
+    assert find(':train[:3]').checksum() != find('').checksum() == find(':train').checksum()
+
+
+def test_what_editors_and_spreadsheets_write_is_read(tmp_path):
+    (tmp_path / 'a.csv').write_bytes(b'\xef\xbb\xbfcaption,n\r\n"2\r\nlines",1\r\n\r\na cat,2\r\n')
+    (tmp_path / 'b.jsonl').write_bytes(b'\xef\xbb\xbf{"caption": null}\n\n{"caption": "\\ud83d x"}')
+    (tmp_path / 'c.txt').write_bytes(b'\xef\xbb\xbfa dog\r\nno end')
+    card = make(tmp_path / 'out', *(tmp_path / n for n in ('a.csv', 'b.jsonl', 'c.txt')))
+    assert sorted(sum(both(tmp_path / 'out'), [])) == ['2 lines', 'a cat', 'a dog', 'no end', 'x']
+    assert card['counts']['read'] == 8 and card['counts']['empty'] == 3
+
+
+def latin(path):
+    (path / 'p.txt').write_bytes(b'a cat\ncaf\xe9\n')
+    return 'p.txt', r'p.txt line 2: not UTF-8 \(byte 9 of the file, 0xe9\)'
+
+
+def nothing(path):
+    (path / 'p.txt').touch()
+    return 'p.txt', 'p.txt holds no prompts'
+
+
+def blank_lines(path):
+    (path / 'p.txt').write_text('\n \n\t\n')
+    return 'p.txt', r'p.txt holds only empty prompts \(3\)'
+
+
+def no_json(path):
+    (path / 'p.jsonl').write_text('{"caption": "a"}\n{"caption": \n')
+    return 'p.jsonl', 'p.jsonl line 2: not JSON'
+
+
+def json_of_another_kind(path):
+    (path / 'p.jsonl').write_text('["a"]\n')
+    return 'p.jsonl', 'line 1: a JSON object must stand there, found a list'
+
+
+def too_deep_json(path):
+    (path / 'p.jsonl').write_text('[' * 100_000 + '\n')
+    return 'p.jsonl', 'line 1: not JSON'
+
+
+def lacking_field(path):
+    (path / 'p.jsonl').write_text('{"caption": "a"}\n{"text": "a", "url": ""}\n')
+    return 'p.jsonl', "line 2: no field 'caption'; there are 'text', 'url'; name one with --field"
+
+
+def number_for_text(path):
+    (path / 'p.jsonl').write_text('{"caption": 3}\n')
+    return 'p.jsonl', "line 1: 'caption' is a number, not a text"
+
+
+def lacking_column(path):
+    (path / 'p.csv').write_text('a,b\n1,2\n')
+    return 'p.csv', "p.csv line 1: no field 'caption'; there are 'a', 'b'"
+
+
+def unquoted_comma(path):
+    (path / 'p.csv').write_text('caption\na cat\na cat, asleep\n')
+    return 'p.csv', "line 3: 2 columns, 1 in the header; quote prompts that hold a ','"
+
+
+def open_quote(path):
+    (path / 'p.csv').write_text('caption\na cat\n"a dog\n' + 'x\n' * 9)
+    return 'p.csv', 'line 3: unexpected end of data; are its quotes closed'
+
+
+def header_alone(path):
+    (path / 'p.tsv').write_text('caption\tn\n')
+    return 'p.tsv', 'p.tsv holds no prompts'
+
+
+def cut_parquet(path):
+    put(path / 'p.parquet', words(50))
+    (path / 'p.parquet').write_bytes((path / 'p.parquet').read_bytes()[:-40])
+    return 'p.parquet', 'p.parquet cannot be read as parquet'
+
+
+def parquet_without_it(path):
+    pq.write_table(pa.table({'text': ['a']}), path / 'p.parquet')
+    return 'p.parquet', "p.parquet: no field 'caption'; there are 'text'"
+
+
+def parquet_of_numbers(path):
+    pq.write_table(pa.table({'caption': [1]}), path / 'p.parquet')
+    return 'p.parquet', "p.parquet: 'caption' holds int64, not texts"
+
+
+def unknown_kind(path):
+    (path / 'p.txt.gz').write_bytes(gzip.compress(b'a cat'))
+    return 'p.txt.gz', r"unknown kind '.gz'; known are .txt, .jsonl"
+
+
+def absent(path):
+    return 'nowhere.txt', 'no file .*nowhere.txt'
+
+
+def a_folder(path):
+    (path / 'p.txt').mkdir()
+    return 'p.txt', 'no file .*p.txt: it is a folder'
+
+
+def all_filtered(path):
+    put(path / 'p.txt', ['ab', 'x' * 3000, '', 'c'])
+    return 'p.txt', 'no prompt is left: 4 read, 1 empty, 2 shorter .*, 1 longer than --max_chars'
+
+
+@pytest.mark.parametrize('spoil', [
+    latin, nothing, blank_lines, no_json, json_of_another_kind, too_deep_json, lacking_field,
+    number_for_text, lacking_column, unquoted_comma, open_quote, header_alone, cut_parquet,
+    parquet_without_it, parquet_of_numbers, unknown_kind, absent, a_folder, all_filtered])
+def test_a_bad_file_is_refused_in_one_line_and_leaves_nothing(tmp_path, spoil):
+    name, message = spoil(tmp_path)
+    before = sorted(tmp_path.iterdir())
+    with pytest.raises(DataFileError, match=message) as e:
+        make(tmp_path / 'out', tmp_path / name, min_chars=3 if spoil is all_filtered else 1)
+    assert len(str(e.value).splitlines()) == 1
+    assert sorted(tmp_path.iterdir()) == before
+
+
+@pytest.mark.parametrize('name, message', [
+    ('tfds:no_such_set', 'no_such_set cannot be read .*prepared on this machine'),
+    ('tfds:', 'tfds: cannot be read'), ('tfds:A:test', "Unknown split 'test'"),
+    ('tfds:A:train[:x]', 'cannot be read'), ('tfds:G', "no field 'caption'; there are")])
+def test_a_bad_tfds_name_is_refused_in_one_line(tmp_path, name, message):
+    make(tmp_path / 'a', put(tmp_path / 'p.txt', words(9)))
+    glyphs = tiny.ROOT / 'ddmd_jax/data/files/emoji/glyphs'
+    with pytest.raises(DataFileError, match=message) as e:
+        make(tmp_path / 'out', name.replace('A', f'{tmp_path}/a').replace('G', str(glyphs)))
+    assert len(str(e.value).splitlines()) == 1
+    with pytest.raises(DataFileError, match='not texts'):
+        make(tmp_path / 'out', f'tfds:{glyphs}', field='glyph')
+
+
+# --- What is kept ---
+
+
+def test_every_stage_is_counted(tmp_path):
+    texts = ['a cat asleep on a wooden chair', ' A cat,  asleep on a wooden chair!', '', 'ab',
+             'x' * 100_000, 'a cat asleep on a wooden\u00a0chair', 'the sea']
+    card = make(tmp_path / 'out', put(tmp_path / 'p.jsonl', texts), min_chars=3,
+                near_threshold=0.85)
+    assert card['counts'] == {
+        'read': 7, 'empty': 1, 'too_short': 1, 'too_long': 1, 'too_many_tokens': 0,
+        'exact_duplicates': 1, 'near_duplicates': 1, 'written': 2}
+    (pair,) = card['near_examples']
+    assert {pair['dropped'], pair['kept']} == {normalise(t) for t in texts[:2]}
+    assert len(prompt_card.warnings(card)) >= 5
+    text = (tmp_path / 'out/README.md').read_text()
+    assert card['identity'] in text and pair['dropped'] in text
+    assert hashlib.sha256((tmp_path / 'p.jsonl').read_bytes()).hexdigest() in text
+
+
+def test_a_file_of_one_prompt_again_and_again_gives_one(tmp_path):
+    card = make(tmp_path / 'out', put(tmp_path / 'p.txt', ['a cat'] * 500))
+    assert sum(card['splits'].values()) == 1 and card['counts']['exact_duplicates'] == 499
+    assert '499 of 500 prompts dropped: equal' in ' '.join(prompt_card.warnings(card))
+
+
+@pytest.mark.parametrize('validation, empty', [(0.0, 'validation'), (1.0, 'train')])
+def test_a_split_without_prompts_can_be_opened_and_is_said(tmp_path, validation, empty):
+    card = make(tmp_path / 'out', put(tmp_path / 'p.txt', words(3)), validation=validation)
+    assert card['splits'][empty] == 0
+    assert len(prompts.open_set(tmp_path / 'out', empty)) == 0
+    assert both(tmp_path / 'out')[prompt_set.SPLITS.index(empty)] == []
+    assert f'**{empty} has no prompt.**' in (tmp_path / 'out/README.md').read_text()
+    with pytest.raises(IndexError, match=f'0 {empty} prompts'):
+        prompts.open_set(tmp_path / 'out', empty)[0]
+
+
+def test_the_set_depends_on_the_prompts_alone(tmp_path):
+    texts = words(300)
+    texts += retyped(texts, 60)
+    one = make(tmp_path / 'one', put(tmp_path / 'p.jsonl', texts), near_threshold=0.85)
+    parts = [put(tmp_path / f'q{i}{kind}', texts[::-1][i::3])
+             for i, kind in enumerate(['.csv', '.parquet', '.txt'])]
+    two = make(tmp_path / 'two', *parts, parts[0], near_threshold=0.85)
+    assert one['identity'] == two['identity'] and one['splits'] == two['splits']
+    assert one['counts']['near_duplicates'] > 20
+    for name in ('prompts-train.array_record-00000', 'dataset_info.json'):
+        assert (tmp_path / 'one' / name).read_bytes() == (tmp_path / 'two' / name).read_bytes()
+    assert set(both(tmp_path / 'one')[0]).isdisjoint(both(tmp_path / 'one')[1])
+
+
+def test_a_set_made_of_a_set_is_the_same(tmp_path):
+    texts = words(200)
+    one = make(tmp_path / 'one', put(tmp_path / 'p.txt', texts + retyped(texts, 50)),
+               near_threshold=0.85)
+    two = make(tmp_path / 'two', *(f'tfds:{tmp_path}/one:{s}' for s in prompt_set.SPLITS),
+               field='prompt', near_threshold=0.85)
+    assert two['identity'] == one['identity'] and two['counts']['near_duplicates'] == 0
+
+
+def test_prompts_that_are_added_move_none_to_another_split(tmp_path):
+    texts = words(400)
+    make(tmp_path / 'one', put(tmp_path / 'p.txt', texts[:150]))
+    make(tmp_path / 'two', put(tmp_path / 'q.txt', texts))
+    for few, many in zip(both(tmp_path / 'one'), both(tmp_path / 'two')):
+        assert few and set(few) <= set(many)
+
+
+def tokenizer_folder(path):
+    from transformers import PreTrainedTokenizerFast
+
+    from ddmd_jax.data import tokenizer
+
+    PreTrainedTokenizerFast(tokenizer_object=tokenizer.load(), model_max_length=4,
+                            pad_token='[PAD]').save_pretrained(path)
+    return str(path)
+
+
+@pytest.mark.parametrize('settings', [{'teacher': 'emoji'}, {}])
+def test_prompts_of_many_tokens_are_dropped(tmp_path, settings):
+    from ddmd_jax.data import tokenizer
+
+    texts = ['red apple', 'red apple on a teal background', 'watch']
+    if not settings:
+        settings = {'tokenizer': tokenizer_folder(tmp_path / 'tokenizer')}
+    card = make(tmp_path / 'out', put(tmp_path / 'p.txt', texts), max_tokens=4, **settings)
+    lengths = {t: len(e.ids) for t, e in zip(texts, tokenizer.load().encode_batch(texts))}
+    assert sorted(sum(both(tmp_path / 'out'), [])) == [t for t in texts if lengths[t] <= 4]
+    assert card['counts']['too_many_tokens'] == 1 and len(card['settings']['tokenizer']) == 64
+    assert sum(n for _, _, n in card['tokens']) == 2
+
+
+def test_tokens_need_a_tokenizer_that_can_be_read(tmp_path):
+    put(tmp_path / 'p.txt', ['a cat'])
+    with pytest.raises(DataFileError, match='--max_tokens needs --tokenizer: lumina has none'):
+        make(tmp_path / 'out', tmp_path / 'p.txt', max_tokens=4)
+    with pytest.raises(DataFileError, match='holds no tokenizer'):
+        make(tmp_path / 'out', tmp_path / 'p.txt', tokenizer=str(tmp_path))
+    folder = Path(tokenizer_folder(tmp_path / 'tokenizer'))
+    (folder / 'tokenizer.json').write_text('{')
+    with pytest.raises(DataFileError, match='--tokenizer .* cannot be read') as e:
+        make(tmp_path / 'out', tmp_path / 'p.txt', tokenizer=str(folder))
+    assert len(str(e.value).splitlines()) == 1
+
+
+def test_histograms_hold_every_length_once():
+    lengths = prompt_set.Counter({1: 2, 2: 3, 3: 4, 4: 5, 15: 6, 2000: 1})
+    rows = prompt_card.histogram(lengths)
+    assert sum(n for _, _, n in rows) == lengths.total()
+    assert [r[:2] for r in rows[:3]] == [[1, 1], [2, 3], [4, 7]]
+    assert all(a[1] + 1 == b[0] for a, b in zip(rows, rows[1:]))
+
+
+# --- The set ---
+
+
+@pytest.fixture(scope='module')
+def made(tmp_path_factory):
+    folder = tmp_path_factory.mktemp('made')
+    make(folder / 'set', put(folder / 'p.txt', words(120)))
+    return folder / 'set'
+
+
+@pytest.fixture
+def copy(made, tmp_path):
+    return Path(shutil.copytree(made, tmp_path / 'copy'))
+
+
+def test_the_set_is_read_by_tfds_in_the_order_of_its_ids(made):
+    for split in prompt_set.SPLITS:
+        rows = list(tfds.builder_from_directory(made).as_data_source(split))
+        found = prompts.open_set(made, split)
+        assert [r['prompt'].decode() for r in rows] == list(found)
+        assert [r['id'].decode() for r in rows] == list(found.ids) == sorted(found.ids)
+        assert found.ids == tuple(digest(p.encode()).hex()[:16] for p in found)
+        assert all(in_validation(digest(p.encode()), 0.2) == (split != 'train') for p in found)
+
+
+def test_prompts_are_read_by_index_and_survive_pickling(made):
+    train = prompts.open_set(str(made))
+    whole = list(train)
+    assert train[0] == whole[0] and train[-1] == whole[-1] and train[np.int64(5)] == whole[5]
+    assert train.__getitems__([7, 2, 7]) == [whole[7], whole[2], whole[7]]
+    assert train.__getitems__([]) == []
+    again = pickle.loads(pickle.dumps(train))
+    assert again == train and list(again) == whole
+    for index in (len(whole), -len(whole) - 1):
+        with pytest.raises(IndexError):
+            train[index]
+
+
+def test_grain_serves_the_prompts(made):
+    train = prompts.open_set(made)
+    served = grain.MapDataset.source(train).seed(0).shuffle().batch(len(train))[0]
+    assert sorted(served) == sorted(train) and list(served) != list(train)
+
+
+def not_there(path):
+    shutil.rmtree(path)
+    return 'no set of prompts at'
+
+
+def unfinished(path):
+    path.rename(path.with_name('copy.partial'))
+    return 'is an unfinished set of prompts'
+
+
+def without_card(path):
+    (path / 'card.json').unlink()
+    return 'is not a set of prompts'
+
+
+def another_set(path):
+    shutil.rmtree(path)
+    shutil.copytree(tiny.ROOT / 'ddmd_jax/data/files/emoji/glyphs', path)
+    return 'is not a set of prompts'
+
+
+def cut_card(path):
+    (path / 'card.json').write_text((path / 'card.json').read_text()[:200])
+    return 'set of prompts damaged'
+
+
+def card_of_another_kind(path):
+    (path / 'card.json').write_text('[]')
+    return 'set of prompts damaged'
+
+
+def card_of_the_future(path):
+    (path / 'card.json').write_text('{"format": "ddmd_jax prompts 9"}')
+    return "is 'ddmd_jax prompts 9', not 'ddmd_jax prompts 1'"
+
+
+def record(path):
+    return path / 'prompts-train.array_record-00000'
+
+
+def cut_record(path):
+    record(path).write_bytes(record(path).read_bytes()[:-5000])
+    return 'set of prompts damaged'
+
+
+def empty_record(path):
+    record(path).write_bytes(b'')
+    return 'set of prompts damaged'
+
+
+def without_record(path):
+    record(path).unlink()
+    return 'set of prompts damaged'
+
+
+def without_info(path):
+    (path / 'dataset_info.json').unlink()
+    return 'set of prompts damaged'
+
+
+def fewer_rows(path):
+    card = json.loads((path / 'card.json').read_text())
+    card['splits']['train'] -= 1
+    (path / 'card.json').write_text(json.dumps(card))
+    return 'set of prompts damaged: .* rows, .* in its card'
+
+
+@pytest.mark.parametrize('damage', [
+    not_there, unfinished, without_card, another_set, cut_card, card_of_another_kind,
+    card_of_the_future, cut_record, empty_record, without_record, without_info, fewer_rows])
+def test_what_is_no_whole_set_is_refused_in_one_line(copy, damage):
+    message = damage(copy)
+    with pytest.raises(DataFileError, match=message) as e:
+        prompts.open_set(copy if copy.exists() or damage is not unfinished
+                         else copy.with_name('copy.partial'))
+    assert len(str(e.value).splitlines()) == 1 and str(copy) in str(e.value)
+
+
+def test_damage_in_the_middle_is_noticed_when_it_is_read(copy):
+    raw = bytearray(record(copy).read_bytes())
+    raw[6000:6064] = bytes(64)
+    record(copy).write_bytes(raw)
+    with pytest.raises(DataFileError, match='set of prompts damaged'):
+        list(prompts.open_set(copy))
+
+
+def test_there_is_no_third_split(made):
+    with pytest.raises(DataFileError, match="no split 'test'; there are train, validation"):
+        prompts.open_set(made, 'test')
+
+
+# --- Again, and after a stop ---
+
+
+def test_the_same_command_again_finds_it_done_and_another_is_refused(tmp_path):
+    put(tmp_path / 'p.txt', words(40))
+    card = make(tmp_path / 'out', tmp_path / 'p.txt')
+    moved = Path(shutil.copy(tmp_path / 'p.txt', tmp_path / 'moved.txt'))
+    settings = prompts.Settings((str(moved),), near_threshold=1.0, validation=0.2, field='caption')
+    assert prompts.prepare(settings, tmp_path / 'out') == (card, True)
+    with pytest.raises(DataFileError, match=r'another set of prompts \(max_chars: 2000 -> 9\)'):
+        make(tmp_path / 'out', tmp_path / 'p.txt', max_chars=9)
+    moved.write_text('a cat\n')
+    with pytest.raises(DataFileError, match='other inputs'):
+        make(tmp_path / 'out', moved)
+    (tmp_path / 'other').mkdir()
+    (tmp_path / 'other/file').touch()
+    with pytest.raises(DataFileError, match='exists and is no set of prompts'):
+        make(tmp_path / 'other', moved)
+    assert sorted(p.name for p in tmp_path.iterdir()) == ['moved.txt', 'other', 'out', 'p.txt']
+
+
+def test_a_finished_input_is_not_read_again(tmp_path, monkeypatch):
+    first, second = put(tmp_path / 'a.txt', words(30)), put(tmp_path / 'b.jsonl', words(30, 5))
+    whole = make(tmp_path / 'whole', first, second)
+    good = second.read_text()
+    second.write_text(good + '{\n')
+    with pytest.raises(DataFileError, match='b.jsonl line 31'):
+        make(tmp_path / 'out', first, second)
+    assert not (tmp_path / 'out').exists() and (tmp_path / 'out.partial').is_dir()
+    second.write_text(good)
+    monkeypatch.setitem(prompt_files.KINDS, '.txt', lambda *a: pytest.fail('read again'))
+    assert make(tmp_path / 'out', first, second) == whole
+    assert not (tmp_path / 'out.partial').exists()
+
+
+@pytest.mark.parametrize('change', ['content', 'settings'])
+def test_a_stage_is_never_taken_for_anothers(tmp_path, monkeypatch, change):
+    path = put(tmp_path / 'a.txt', words(30))
+    stop = lambda *a: (_ for _ in ()).throw(KeyboardInterrupt)
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(prompt_set, 'write', stop)
+        make(tmp_path / 'out', path)
+    assert len(list((tmp_path / 'out.partial').glob('*.json'))) == 1
+    settings = {}
+    if change == 'content':
+        put(path, words(30, seed=9))
+    else:
+        settings = {'max_chars': 60}
+    assert make(tmp_path / 'out', path, **settings) == make(tmp_path / 'new', path, **settings)
+
+
+def test_two_processes_do_not_write_one_set(tmp_path):
+    path = put(tmp_path / 'a.txt', words(3))
+    with prompts._locked(tmp_path / 'out.partial'), \
+            pytest.raises(DataFileError, match='being written by another process'):
+        make(tmp_path / 'out', path)
+    assert sum(make(tmp_path / 'out', path)['splits'].values()) == 3
+
+
+def test_a_killed_run_goes_on_where_it_was(tmp_path):
+    """Killed for good once its first input is done; that one's words are then exchanged."""
+    first, second = put(tmp_path / 'a.txt', words(300)), put(tmp_path / 'b.txt', words(60_000, 7))
+    args = [f'--input={first},{second}', f'--out={tmp_path}/out', '--near_threshold=1']
+    process = subprocess.Popen([*COMMAND, *args], cwd=tiny.ROOT, stderr=subprocess.DEVNULL)
+    partial = tmp_path / 'out.partial'
+    while not list(partial.glob('*.json')) and process.poll() is None:
+        time.sleep(0.002)
+    process.send_signal(signal.SIGKILL)
+    assert process.wait() == -signal.SIGKILL and not (tmp_path / 'out').exists()
+    with pytest.raises(DataFileError, match='unfinished'):
+        prompts.open_set(partial)
+    whole, stamp = put(tmp_path / 'w.txt', words(300) + words(60_000, 7)), first.stat()
+    first.write_bytes(b'x' * stamp.st_size)
+    os.utime(first, ns=(stamp.st_atime_ns, stamp.st_mtime_ns))
+    done = subprocess.run([*COMMAND, *args], cwd=tiny.ROOT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    want = make(tmp_path / 'want', whole, validation=0.01)
+    assert prompts.open_set(tmp_path / 'out').identity == want['identity']
+    assert not partial.exists()
+
+
+@pytest.mark.slow
+def test_a_run_that_is_killed_at_any_time_ends_in_the_same_set(tmp_path):
+    inputs = [put(tmp_path / f'{i}.txt', words(20_000, i)) for i in range(4)]
+    want = make(tmp_path / 'want', *inputs, validation=0.01, near_threshold=0.85)
+    args = [f'--input={i}' for i in inputs] + [f'--out={tmp_path}/out']
+    for attempt in range(60):
+        process = subprocess.Popen([*COMMAND, *args], cwd=tiny.ROOT, stderr=subprocess.DEVNULL)
+        try:
+            assert process.wait(0.6 + 0.15 * attempt) == 0
+            break
+        except subprocess.TimeoutExpired:
+            process.kill()
+            process.wait()
+            if (tmp_path / 'out').exists():  # whole, if it is there at all
+                assert prompts.open_set(tmp_path / 'out').identity == want['identity']
+    assert attempt > 2 and prompts.open_set(tmp_path / 'out').identity == want['identity']
+
+
+# --- A full disk ---
+
+@pytest.mark.parametrize('share, stages_done', [(0.5, 0), (1.2, 1)])
+def test_a_full_disk_is_one_line_and_the_rest_is_kept(tmp_path, share, stages_done):
+    """A limit on the size of files stands for the disk: first for a stage, then for the set."""
+    path = put(tmp_path / 'a.txt', words(8000))
+    limit = int(path.stat().st_size * share)
+    args = [*COMMAND, f'--input={path}', f'--out={tmp_path}/out', '--near_threshold=1']
+    limited = lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limit))
+    done = subprocess.run(args, cwd=tiny.ROOT, capture_output=True, text=True, preexec_fn=limited)
+    lines = [x for x in done.stderr.splitlines() if x.startswith('prepare:')]
+    assert done.returncode == 1 and 'Traceback' not in done.stderr, done.stderr
+    assert len(lines) == 1 and 'disk full' in lines[0] and 'run the same command' in lines[0]
+    assert not (tmp_path / 'out').exists()
+    assert len(list((tmp_path / 'out.partial').glob('*.json'))) == stages_done
+    card = make(tmp_path / 'out', path, validation=0.01, field='prompt')
+    assert sum(card['splits'].values()) == 8000
+
+
+def test_a_disk_that_is_really_full(tmp_path):
+    """On a small file system of its own, where the machine lets one be mounted."""
+    path = put(tmp_path / 'a.txt', words(8000))
+    (tmp_path / 'disk').mkdir()
+    script = (f'mount -t tmpfs -o size=1500k tmpfs {tmp_path}/disk || exit 77\n'
+              f'{" ".join(COMMAND)} --input={path} --out={tmp_path}/disk/out; code=$?\n'
+              f'ls {tmp_path}/disk/; exit $code')
+    if not shutil.which('unshare'):
+        pytest.skip('no unshare')
+    done = subprocess.run(['unshare', '-m', 'sh', '-c', script], cwd=tiny.ROOT,
+                          capture_output=True, text=True)
+    if done.returncode == 77 or 'unshare' in done.stderr:
+        pytest.skip('no file system can be mounted here')
+    lines = [x for x in done.stderr.splitlines() if x.startswith('prepare:')]
+    assert done.returncode == 1 and 'Traceback' not in done.stderr, done.stderr
+    assert len(lines) == 1 and 'No space left on device' in lines[0]
+    assert done.stdout.split() == ['out.partial']
+
+
+def test_jax_is_not_needed(tmp_path):
+    """It takes seconds to start, and this command runs on machines without one."""
+    path = put(tmp_path / 'a.txt', words(5))
+    code = ('import sys; from pathlib import Path; from ddmd_jax.data import prompts\n'
+            f'prompts.prepare(prompts.Settings(({str(path)!r},), teacher="emoji"), '
+            f'Path({str(tmp_path / "out")!r}))\n'
+            f'prompts.open_set({str(tmp_path / "out")!r})[0]\n'
+            'assert not {"jax", "flax", "tensorflow", "torch"} & set(sys.modules)')
+    done = subprocess.run([sys.executable, '-c', code], cwd=tiny.ROOT, capture_output=True,
+                          text=True)
+    assert done.returncode == 0, done.stderr
