@@ -41,7 +41,8 @@ def plans() -> None:
         if file.exists():
             continue
         command = [sys.executable, '-m', 'ddmd_jax.plan', f'--config={CONFIG}', '--json',
-                   f'--topology={topology}', f'--config.data.global_batch={batch}']
+                   f'--topology={topology}', f'--config.data.global_batch={batch}',
+                   '--config.data.name=embeddings']
         done = subprocess.run(command + ([] if look else ['--nosearch']), cwd=ROOT, text=True,
                               capture_output=True, check=False)
         if done.returncode:
@@ -64,8 +65,7 @@ def levers() -> None:
         for field, value in changed.items():
             config = search.with_field(config, field, value)
         mesh = sharding.make_mesh(config.mesh, programs.topology(ROOMY))
-        teacher, tokens = plan.teacher_for(config, mesh)
-        built, resident = programs.programs(config, teacher, mesh, tokens)
+        built, resident = programs.programs(config, *plan.parts_for(config, mesh))
         step = measure.measure(built['generator_step'], chips.chip_for(ROOMY),
                                measure.LEAST_EFFORT)
         found.append({'changed': changed, 'resident_bytes': resident, **step})

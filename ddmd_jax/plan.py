@@ -27,21 +27,28 @@ def define_flags() -> None:
     flags.DEFINE_boolean('json', False, 'Print JSON rather than a table.')
     flags.DEFINE_boolean('search', True, 'Look for the largest batch that fits, and for levers '
                          'where something does not; --nosearch saves minutes.')
+    flags.DEFINE_list('only', [], 'Programs to compile, of generator_step, critic_step, sample, '
+                      'decode and encode; default: all that the run has.')
     flags.DEFINE_boolean('layout', False, 'Print where every parameter lies; compile nothing.')
 
 
-def teacher_for(config: Any, mesh: Any) -> tuple[Any, int]:
-    """(the config's teacher, the published one as shapes; tokens of a caption)."""
-    from ddmd_jax import teachers
-    from ddmd_jax.teachers import lumina
+def parts_for(config: Any, mesh: Any) -> tuple[Any, Any, int, Any]:
+    """(The config's teacher, `mesh`, tokens of a caption, the text encoder if it is to run).
 
-    t = config.teacher
+    A published teacher's parameters are shapes.
+    """
+    from ddmd_jax import teachers
+    from ddmd_jax.teachers import lumina, text
+
+    t, online = config.teacher, config.data.name == 'prompts'
     if t.name == 'lumina':
-        return lumina.abstract(mesh, t.dtype, _largest(config), t.remat, t.attention,
-                               t.param_dtype), lumina.TOKENS
+        teacher = lumina.abstract(mesh, t.dtype, _largest(config), t.remat, t.attention,
+                                  t.param_dtype)
+        return (teacher, mesh, max(config.data.lengths, default=lumina.TOKENS),
+                text.abstract('lumina', mesh, t.dtype) if online else None)
     teacher = teachers.load_family(t.name, t.path, None, t.dtype, None, t.remat,
                                    param_dtype=t.param_dtype)
-    return teacher, teacher.text.length
+    return teacher, mesh, teacher.text.length, teacher.text if online else None
 
 
 def _largest(config: Any) -> Any:
@@ -67,10 +74,9 @@ def main(argv: list[str]) -> None:
         c = FLAGS.config
         sharding.check_batch(c.data.global_batch, mesh, c.student.steps * c.train.accumulate)
         if FLAGS.layout:
-            teacher, tokens = teacher_for(c, mesh)
-            print(layout.layout(c, teacher, mesh, tokens))
+            print(layout.layout(c, *parts_for(c, mesh)))
             return
-        found = report.report(c, teacher_for, mesh, FLAGS.topology, FLAGS.search)
+        found = report.report(c, parts_for, mesh, FLAGS.topology, FLAGS.search, FLAGS.only)
     except config_lib.ConfigError as e:
         print(e, file=sys.stderr)
         sys.exit(2)

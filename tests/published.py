@@ -2,11 +2,6 @@
 
 from __future__ import annotations
 
-import json
-from pathlib import Path
-
-import numpy as np
-
 TRANSFORMER = {
     'patch_size': 2, 'in_channels': 4, 'hidden_size': 48, 'num_layers': 2,
     'num_refiner_layers': 2, 'num_attention_heads': 4, 'num_kv_heads': 2, 'multiple_of': 16,
@@ -35,17 +30,3 @@ def pipeline(seed: int = 0):
     return diffusers.Lumina2Pipeline(
         transformer=parts[0], vae=parts[1], scheduler=scheduler, text_encoder=None,
         tokenizer=None)
-
-
-def write_embeddings(path: Path, prompts: int, seed: int = 0) -> Path:
-    """Random encoded prompts of unequal lengths in the format of `data/conditioning.py`."""
-    import safetensors.numpy
-
-    rng = np.random.default_rng(seed)
-    width = TRANSFORMER['cap_feat_dim']
-    safetensors.numpy.save_file({
-        'embeds': rng.standard_normal((prompts, TOKENS, width)).astype(np.float32),
-        'lengths': rng.integers(2, TOKENS + 1, prompts).astype(np.int32),
-        'null': rng.standard_normal((1, width)).astype(np.float32)}, path,
-        metadata={'prompts': json.dumps([f'prompt number {i}' for i in range(prompts)])})
-    return path

@@ -16,7 +16,7 @@ import pytest
 import tiny
 
 from ddmd_jax import distributed, sharding
-from ddmd_jax.data import loader, tokenizer
+from ddmd_jax.data import loader, prompts, tokenizer
 from ddmd_jax.data.order import Order
 from ddmd_jax.teachers import emoji
 
@@ -46,9 +46,13 @@ def together(commands):
 
 
 def run(workdir, weights, processes, steps=5):
-    """`main` on eight devices, split over this many processes; their joined output."""
+    """`main` on eight devices, split over this many processes; their joined output.
+
+    Prompts are encoded on the mesh, and cut to their lengths.
+    """
     fields = {
-        'teacher.path': weights, 'train.steps': steps, 'data.global_batch': 16,
+        'teacher.path': weights, 'data.path': weights.with_name('prompts'),
+        'data.lengths': '(4, 10)', 'train.steps': steps, 'data.global_batch': 16,
         'student.steps': 2, 'critic.updates': 1, 'mesh.data': 2, 'mesh.fsdp': 2,
         'mesh.tensor': 2, 'checkpoint.every': 3, 'log.every': 1, 'log.images_every': 100,
         'log.probe': 3, 'eval.prompts': 3, 'eval.held_out': 3, 'eval.batch': 4,
@@ -58,7 +62,7 @@ def run(workdir, weights, processes, steps=5):
     for i in range(processes):
         join = [] if processes == 1 else [
             f'--coordinator=127.0.0.1:{port}', f'--num_processes={processes}', f'--process_id={i}']
-        commands.append(['-m', 'ddmd_jax.main', '--config=configs/emoji.py',
+        commands.append(['-m', 'ddmd_jax.main', '--config=configs/emoji_prompts.py',
                          f'--workdir={workdir}', *flags, *join])
     return together(commands)
 
@@ -67,6 +71,11 @@ def run(workdir, weights, processes, steps=5):
 def workdirs(tmp_path_factory):
     root = tmp_path_factory.mktemp('runs')
     emoji.save(root / 'toy.safetensors', MODEL, tiny.random_params(MODEL, 0), steps=0)
+    (root / 'p.txt').write_text(''.join(f'{word} heart{" on a blue background" * long}\n'
+                                        for word in ('red', 'green', 'blue', 'old', 'two', 'big')
+                                        for long in (0, 1)))
+    prompts.prepare(prompts.Settings((str(root / 'p.txt'),), near_threshold=1.0, validation=0.0),
+                    root / 'prompts')
     for processes in (1, 2):
         run(root / str(processes), root / 'toy.safetensors', processes)
     return root / '1', root / '2'

@@ -87,33 +87,6 @@ def test_a_run_reads_them_padded_or_cut(tmp_path, monkeypatch):
         conditioning.open_embeddings(str(tmp_path / 'e'), 9)
 
 
-@pytest.mark.parametrize('buckets, words', [
-    ((4, 6), 'end below the longest prompt, of 8 tokens; raise the last'),
-    ((2, 8), 'begin below the null prompt, of 3 tokens')])
-def test_buckets_hold_every_prompt_and_the_null_one(buckets, words):
-    mask = np.arange(8)[None] < 3
-    prompts = conditioning.encoded(np.arange(2), None, null={'mask': mask}, caption=str,
-                                   identity='', lengths=np.asarray([1, 8]))
-    with pytest.raises(DataFileError, match=words):
-        conditioning.check_buckets(buckets, prompts)
-    conditioning.check_buckets((3, 8), prompts)
-    conditioning.check_buckets((), prompts)
-
-
-@pytest.mark.parametrize('length', [3, 5])
-def test_the_null_prompt_is_cut_to_the_batch(length):
-    rng = np.random.default_rng(0)
-    null = {'embeds': rng.standard_normal((1, 5, 2)), 'mask': np.arange(5)[None] < 2,
-            'pooled': rng.standard_normal((1, 4))}
-    cond = {'embeds': np.zeros((6, length, 2)), 'mask': np.ones((6, length), bool),
-            'pooled': np.zeros((6, 4))}
-    found = conditioning.null_like(null, cond)
-    assert {k: x.shape for k, x in found.items()} == {k: x.shape for k, x in cond.items()}
-    for row in range(6):
-        np.testing.assert_array_equal(found['embeds'][row], null['embeds'][0, :length].astype('f'))
-        np.testing.assert_array_equal(found['pooled'][row], null['pooled'][0].astype('f'))
-
-
 # --- Whole or not at all ---
 
 

@@ -1,6 +1,7 @@
 """Lumina-Image-2.0 in and out: folders, sampler and a whole run, against diffusers itself."""
 
 import json
+import shutil
 import subprocess
 import sys
 
@@ -8,6 +9,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import published
+import published_text
 import pytest
 import tiny
 
@@ -133,12 +135,22 @@ def nnx_rngs():
 
 
 def test_a_run_on_eight_devices_resumes_and_exports(folder, tmp_path, monkeypatch):
-    """The commands a user gives, from a folder that diffusers wrote to one that it loads."""
-    embeddings = published.write_embeddings(tmp_path / 'e.safetensors', 40)
+    """The commands a user gives, from prompts and a pipeline's folder to one diffusers loads.
+
+    Prompts are encoded on the mesh by its Gemma-2; batches come in two sizes.
+    """
+    published_text.write('lumina', tmp_path / 'text')
+    pipe = tmp_path / 'pipe'
+    shutil.copytree(folder, pipe)
+    for part in ('text_encoder', 'tokenizer'):
+        shutil.copytree(tmp_path / 'text' / part, pipe / part, dirs_exist_ok=True)
+    (tmp_path / 'p.txt').write_text(''.join(f'prompt number {i}\n' for i in range(40)))
+    tiny.run_on_devices('-m', 1, 'ddmd_jax.prepare', 'prompts', f'--input={tmp_path / "p.txt"}',
+                        f'--out={tmp_path / "prompts"}', '--near_threshold=1')
     monkeypatch.setenv('JAX_COMPILATION_CACHE_DIR', str(tmp_path / 'cache'))
     fields = {
-        'teacher.path': folder, 'teacher.dtype': 'float32', 'data.path': embeddings,
-        'data.size': '(16, 24)', 'data.global_batch': 8, 'student.steps': 2,
+        'teacher.path': pipe, 'teacher.dtype': 'float32', 'data.path': tmp_path / 'prompts',
+        'data.sizes': '((16, 24), (24, 16))', 'data.global_batch': 8, 'student.steps': 2,
         'critic.updates': 1, 'mesh.data': 2, 'mesh.fsdp': 2, 'mesh.tensor': 2,
         'checkpoint.every': 1, 'log.every': 1, 'log.images_every': 1, 'eval.prompts': 3,
         'eval.teacher_steps': 2}
@@ -161,36 +173,3 @@ def test_a_run_on_eight_devices_resumes_and_exports(folder, tmp_path, monkeypatc
     moved = [not torch.equal(a, b) for a, b in zip(
         student.state_dict().values(), teacher.state_dict().values(), strict=True)]
     assert sum(moved) > 0.9 * len(moved)
-
-
-def test_the_documented_way_to_encode_prompts(theirs, tmp_path):
-    """Runs the snippet of docs/teachers.md on a tiny Gemma-2 and reads what it wrote."""
-    import re
-
-    from transformers import Gemma2Config, Gemma2Model, PreTrainedTokenizerFast
-
-    from ddmd_jax.data import conditioning, emoji
-
-    tokenizer = PreTrainedTokenizerFast(tokenizer_file=str(emoji.TOKENIZER), pad_token='[PAD]')
-    torch.manual_seed(0)
-    encoder = Gemma2Model(Gemma2Config(
-        vocab_size=1600, hidden_size=24, intermediate_size=32, num_hidden_layers=2,
-        num_attention_heads=2, num_key_value_heads=1, head_dim=12)).eval()
-    full = diffusers.Lumina2Pipeline(
-        transformer=theirs.transformer, vae=theirs.vae, scheduler=theirs.scheduler,
-        text_encoder=encoder, tokenizer=tokenizer)
-    full.save_pretrained(tmp_path / 'full')
-    (tmp_path / 'prompts.txt').write_text('red apple\n\ntaco on an orange background\n')
-    docs = (tiny.ROOT / 'docs/teachers.md').read_text()
-    snippet, = re.findall(r'```python\n(import json\n.*?)```', docs, re.DOTALL)
-    exec(snippet, {'FOLDER': tmp_path / 'full', 'PROMPTS': tmp_path / 'prompts.txt',
-                   'OUT': tmp_path / 'out.safetensors'})
-    prompts = conditioning.from_file(str(tmp_path / 'out.safetensors'), 24)
-    cond = prompts.lookup(np.arange(2))
-    assert cond['embeds'].shape == (2, 256, 24) and prompts.caption(0) == 'red apple'
-    assert (cond['mask'].sum(1) > 5).all() and prompts.null['mask'].sum() >= 1
-    ids = tokenizer([lumina.full_prompt(prompts.caption(1))], return_tensors='pt')
-    with torch.no_grad():
-        want = encoder(ids.input_ids, output_hidden_states=True).hidden_states[-2][0].numpy()
-    got = cond['embeds'][1][cond['mask'][1]].astype(np.float32)
-    assert np.abs(got - want).max() <= 0.05 * np.sqrt(np.mean(want**2))  # bf16 encoder

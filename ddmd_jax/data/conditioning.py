@@ -1,21 +1,8 @@
-"""What a distillation run asks of its prompts, and prompts that were encoded beforehand.
-
-Encoded by `prepare embed` they are a folder (`embeddings.py`). Encoded elsewhere they are one
-safetensors file:
-
-    embeds    [N, L, D]  token states, padded to L (float32, float16 or bfloat16)
-    lengths   [N]        int32, true number of tokens of each
-    null      [L0, D]    token states of the null prompt, L0 <= L
-    metadata  {"prompts": JSON list of the N prompts} (may be absent)
-
-Rows are read when a batch asks for them; the file may be far larger than memory.
-"""
+"""What a distillation run asks of its prompts, and prompts that were encoded beforehand."""
 
 from __future__ import annotations
 
 import dataclasses
-import hashlib
-import json
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -25,8 +12,6 @@ import numpy as np
 
 from ddmd_jax.data import DataFileError, embeddings
 
-FLOATS = ('F32', 'F16', 'BF16')
-CURE = 'see docs/teachers.md for how to write one'
 Cond = dict[str, np.ndarray]
 
 
@@ -83,17 +68,6 @@ def check_buckets(buckets: Sequence[int], prompts: Prompts) -> None:
 
 
 def open_embeddings(path: str, width: int) -> Prompts:
-    """Prompts encoded beforehand: a folder of `prepare embed`, or a file of the format above.
-
-    Raises:
-      DataFileError: missing, damaged, or of another width.
-    """
-    if not Path(path).is_file() and Path(path).suffix != '.safetensors':
-        return from_folder(path, width)
-    return from_file(path, width)
-
-
-def from_folder(path: str, width: int) -> Prompts:
     """Prompts of the folder of embeddings at `path`, whose D must be `width`.
 
     Raises:
@@ -109,74 +83,3 @@ def from_folder(path: str, width: int) -> Prompts:
     return encoded(np.arange(len(stored)), lookup, null=embeddings.padded([stored.null], full),
                    caption=stored.prompt, identity=stored.card['identity'],
                    lengths=stored.lengths)
-
-
-def from_file(path: str, width: int) -> Prompts:
-    """Prompts of the file of embeddings at `path`, whose D must be `width`.
-
-    Raises:
-      DataFileError: missing, damaged, or not in the format above.
-    """
-    import safetensors
-
-    if not Path(path).is_file():
-        raise DataFileError(f'no file of embeddings at {path}; set config.data.path, {CURE}')
-    try:
-        file = safetensors.safe_open(path, framework='numpy')
-        count, length = _check(path, file, width)
-        lengths, null = file.get_tensor('lengths'), file.get_tensor('null')
-        captions = json.loads((file.metadata() or {}).get('prompts', '[]'))
-        if not isinstance(captions, list):
-            raise ValueError('its prompts are not a list')
-    except (safetensors.SafetensorError, ValueError, OSError) as e:
-        raise DataFileError(f'embeddings damaged: {path} ({e}); write the file again') from e
-    embeds, places = file.get_slice('embeds'), np.arange(length)
-
-    def lookup(rows: np.ndarray, cut: int | None = None) -> Cond:
-        return {'embeds': np.concatenate([embeds[int(i):int(i) + 1, :cut] for i in rows]),
-                'mask': places[None, :cut] < lengths[rows][:, None]}
-
-    padded = np.pad(null, ((0, length - len(null)), (0, 0)))[None]
-    return encoded(
-        np.arange(count), lookup, null={'embeds': padded, 'mask': places[None] < len(null)},
-        caption=lambda row: captions[row] if row < len(captions) else f'prompt {row}',
-        identity=_identity(file, lengths), lengths=lengths)
-
-
-def _identity(file: Any, lengths: np.ndarray) -> str:
-    """Of the lengths and a few rows: the whole of a large file is not read for a name."""
-    digest = hashlib.sha256(lengths.tobytes() + file.get_tensor('null').tobytes())
-    embeds = file.get_slice('embeds')
-    for row in np.linspace(0, len(lengths) - 1, 8, dtype=int):
-        digest.update(embeds[int(row):int(row) + 1].tobytes())
-    return digest.hexdigest()[:16]
-
-
-def _check(path: str, file: Any, width: int) -> tuple[int, int]:
-    """(N, L) of a file that is as it should be."""
-    missing = {'embeds', 'lengths', 'null'} - set(file.keys())
-    if missing:
-        raise DataFileError(f'{path} lacks {", ".join(sorted(missing))}: not a file of embeddings; '
-                            f'{CURE}')
-    parts = {name: file.get_slice(name) for name in ('embeds', 'lengths', 'null')}
-    shapes = {name: tuple(part.get_shape()) for name, part in parts.items()}
-    embeds, null = shapes['embeds'], shapes['null']
-    kinds = [parts[name].get_dtype() for name in ('embeds', 'null')]
-    if len(embeds) != 3 or len(null) != 2 or not set(kinds) <= set(FLOATS):
-        raise DataFileError(f'{path}: embeds must be floats [N, L, D] and null [L0, D], found '
-                            f'{embeds} {kinds[0]} and {null} {kinds[1]}; {CURE}')
-    count, length, found = embeds
-    if shapes['lengths'] != (count,) or not 0 < null[0] <= length:
-        raise DataFileError(f'{path}: {count} prompts of {length} tokens do not go with lengths '
-                            f'{shapes["lengths"]} and null {null}; {CURE}')
-    if found != width or null[1] != width:
-        raise DataFileError(f'{path} holds embeddings {found} wide (null: {null[1]}), the teacher '
-                            f'takes {width}; encode the prompts with its own text encoder')
-    lengths = file.get_tensor('lengths')
-    if not count or not np.issubdtype(lengths.dtype, np.integer):
-        raise DataFileError(f'{path} must hold at least one prompt and whole lengths, found '
-                            f'{count} and {lengths.dtype}; {CURE}')
-    if lengths.min() < 1 or lengths.max() > length:
-        raise DataFileError(f'{path}: lengths must lie in 1..{length}, found {lengths.min()}..'
-                            f'{lengths.max()}; write the file again')
-    return count, length

@@ -115,6 +115,7 @@ def find(texts: Sequence[str], threshold: float,
     `advance` is told how many texts were done, half of each when it is hashed.
     """
     if threshold >= 1 or len(texts) < 2:
+        advance(len(texts))
         return {}
     table = np.concatenate(list(_tables(texts, bands(threshold)[1], advance)))
     sets = functools.lru_cache(maxsize=8192)(lambda row: shingles(key(texts[row])))

@@ -8,7 +8,7 @@ from collections import Counter
 from collections.abc import Sequence
 from typing import Any
 
-from ddmd_jax import __version__
+import ddmd_jax
 from ddmd_jax.data.prompt_set import FORMAT, SPLITS, Written
 from ddmd_jax.data.prompt_stages import DROPPED, Settings
 
@@ -44,7 +44,7 @@ def make(settings: dict[str, Any], inputs: Sequence[dict[str, Any]], unique: int
     counts = {name: sum(i[name] for i in inputs) for name in ('read', *DROPPED, 'kept')}
     exact = counts.pop('kept') - unique
     return {
-        'format': FORMAT, 'version': __version__, 'teacher': settings['teacher'],
+        'format': FORMAT, 'version': ddmd_jax.__version__, 'teacher': settings['teacher'],
         'identity': written.identity,
         'fingerprint': fingerprint(settings, [i['sha256'] for i in inputs]),
         'splits': written.splits, 'settings': settings, 'inputs': list(inputs),

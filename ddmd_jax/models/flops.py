@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from ddmd_jax.models.autoencoder_kl import AutoencoderKLConfig
 from ddmd_jax.models.nextdit import NextDiTConfig
+from ddmd_jax.models.text.causal import CausalConfig
 
 _TIME_FEATURES = 256  # of the sinusoidal embedding that NextDiT's `time_1` takes
 
@@ -58,6 +59,22 @@ def _block(cfg: NextDiTConfig, tokens: int, *, modulation: bool) -> int:
     ffn = 3 * _linear(tokens, dim, cfg.ffn_dim)
     gates = _linear(1, cfg.time_dim, 4 * dim) if modulation else 0
     return qkv_out + _attention(tokens, dim) + ffn + gates
+
+
+# --- Causal text encoders ---
+
+
+def causal_forward(cfg: CausalConfig, tokens: int) -> int:
+    """FLOPs of one row's pass through Gemma-2 or Qwen3, of the layers that are run.
+
+    All keys of a query count, also those that the causal mask or a window hides: the scores are
+    computed. Looking tokens up is no product.
+    """
+    dim, q_dim = cfg.hidden_size, cfg.num_attention_heads * cfg.head_dim
+    kv_dim = cfg.num_key_value_heads * cfg.head_dim
+    qkv_out = 2 * _linear(tokens, dim, q_dim) + 2 * _linear(tokens, dim, kv_dim)
+    ffn = 3 * _linear(tokens, dim, cfg.intermediate_size)
+    return cfg.depth * (qkv_out + _attention(tokens, q_dim) + ffn)
 
 
 # --- AutoencoderKL ---

@@ -17,7 +17,8 @@ from ddmd_jax.train import distill
 REST = 'counters, null prompt'
 
 
-def layout(config: Any, teacher: teachers.Teacher, mesh: Mesh, tokens: int) -> str:
+def layout(config: Any, teacher: teachers.Teacher, mesh: Mesh, tokens: int,
+           text: teachers.TextEncoder | None = None) -> str:
     """The student's parameters one by one, then a line for every tree of their shape.
 
     Args:
@@ -25,6 +26,7 @@ def layout(config: Any, teacher: teachers.Teacher, mesh: Mesh, tokens: int) -> s
       teacher: with shapes or arrays as parameters.
       mesh: what they are laid out over.
       tokens: length of a caption.
+      text: the text encoder, if prompts are encoded on the mesh, likewise.
 
     Raises:
       ShardingError: a parameter that no rule fits, or that does not divide.
@@ -37,6 +39,9 @@ def layout(config: Any, teacher: teachers.Teacher, mesh: Mesh, tokens: int) -> s
     rows = sharding.layout(shapes, fields(p.state_shardings) | p.frozen_shardings)
     params = sharding.layout(p.state.student, p.state_shardings.student)
     trees = by_tree(rows, {row.path for row in params})
+    if text:
+        trees['text encoder'] = sharding.layout(
+            text.params, sharding.shard_tree(text.params, text.rules, mesh))
     sizes = ' '.join(f'{axis}={size}' for axis, size in mesh.shape.items())
     return '\n'.join([
         f'{mesh.size} devices ({sizes}). The student:', '', sharding.layout_table(params), '',

@@ -14,7 +14,7 @@ from jax.sharding import Mesh
 
 from ddmd_jax import schedules, sharding, teachers
 from ddmd_jax.planner import chips
-from ddmd_jax.train import distill
+from ddmd_jax.train import distill, prompts
 
 
 class PlanError(RuntimeError):
@@ -88,19 +88,21 @@ def passes(config: Any) -> dict[str, float]:
     return {'generator_step': simulated + 3 + teacher + 1, 'critic_step': simulated + 1 + 3}
 
 
-def programs(config: Any, teacher: teachers.Teacher, mesh: Mesh,
-             tokens: int) -> tuple[dict[str, Program], int]:
+def programs(config: Any, teacher: teachers.Teacher, mesh: Mesh, tokens: int,
+             text: teachers.TextEncoder | None = None) -> tuple[dict[str, Program], int]:
     """(A distillation's programs, bytes that stay on a chip between them).
 
-    These are the generator's step, the critic's, the sampling of pictures during the run and, where
-    the teacher has a decoder, the decoding of one. What stays are student, critic, EMA, both
-    optimisers' moments, teacher and decoder, but for what `train.offload` keeps in host memory.
+    These are the generator's step, the critic's, the sampling of pictures during the run; where
+    the teacher has a decoder, the decoding of one; and where prompts are encoded on the mesh,
+    the encoding of a batch. What stays are student, critic, EMA, both optimisers' moments,
+    teacher, decoder and text encoder, but for what `train.offload` keeps in host memory.
 
     Args:
       config: of a distillation.
       teacher: with shapes or arrays as parameters.
       mesh: over the topology's devices.
       tokens: length of a caption.
+      text: the text encoder, if there is to be one, likewise.
     """
     cond = lambda rows: {
         'embeds': jax.ShapeDtypeStruct((rows, tokens, teacher.cond_width), jnp.bfloat16),
@@ -112,30 +114,40 @@ def programs(config: Any, teacher: teachers.Teacher, mesh: Mesh,
     resident = (in_device_memory(p.state, p.state_shardings)
                 + in_device_memory(frozen, p.frozen_shardings)
                 + (in_device_memory(decoder.params, decoder.shardings) if decoder else 0))
+    if text:
+        encode, text_layout = prompts.encoder_program(text, mesh)
+        resident += in_device_memory(text.params, text_layout)
     batch, drawn = config.data.global_batch, distill.drawn_rows(distill.GRID, mesh)
     split = jax.tree.map(lambda _: sharding.batch_sharding(mesh), cond(1))
     whole = jax.tree.map(lambda _: sharding.replicated(mesh), cond(1))
     with_batch = resident + bytes_per_device(cond(batch), split)
-    share = lambda rows, count: int(rows * count * teacher.flops(tokens)) // mesh.size
-    count = passes(config)
+    share = lambda rows, cost: int(rows * cost) // mesh.size
+    once, count = teacher.flops(tokens), passes(config)
     sampler = distill.make_sampler(config, teacher, p.method, mesh, distill.GRID,
                                    jax.random.key(config.seed))
     found = {
         'generator_step': Program(
             lambda: steps.generator.lower(p.state, frozen, cond(batch)), with_batch,
-            share(batch, count['generator_step']), batch),
+            share(batch, once * count['generator_step']), batch),
         'critic_step': Program(lambda: steps.critic.lower(p.state, cond(batch)), with_batch,
-                               share(batch, count['critic_step']), batch),
+                               share(batch, once * count['critic_step']), batch),
         'sample': Program(
             lambda: sampler.lower(placed(p.state.ema, p.state_shardings.ema),
                                   placed(cond(drawn), whole)),
             resident + bytes_per_device(cond(drawn), whole),
-            share(drawn, config.student.steps), drawn)}
+            share(drawn, once * config.student.steps), drawn)}
     if decoder:
         latents = placed(decoder.latents, sharding.replicated(mesh))
         found['decode'] = Program(
             lambda: decoder.run.lower(placed(decoder.params, decoder.shardings), latents),
             resident + bytes_per_device(latents, latents.sharding), decoder.flops, 1)
+    if text:
+        ids = placed({'ids': jax.ShapeDtypeStruct((batch, tokens), jnp.int32),
+                      'mask': jax.ShapeDtypeStruct((batch, tokens), bool)},
+                     sharding.batch_sharding(mesh))
+        found['encode'] = Program(
+            lambda: encode.lower(placed(text.params, text_layout), ids), with_batch,
+            share(batch, text.flops(tokens)), batch)
     return found, resident
 
 

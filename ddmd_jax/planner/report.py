@@ -2,41 +2,49 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 from jax.sharding import Mesh
 
-from ddmd_jax import sharding, teachers
+from ddmd_jax import sharding
 from ddmd_jax.planner import chips, search
 from ddmd_jax.planner.measure import measure, quick_peak
-from ddmd_jax.planner.programs import Program, programs
+from ddmd_jax.planner.programs import PlanError, Program, programs
 
 STEPS = ('generator_step', 'critic_step')
 
 
-def report(config: Any, teacher_of: Any, mesh: Mesh, name: str,
-           look: bool = True) -> dict[str, Any]:
+def report(config: Any, parts_of: Any, mesh: Mesh, name: str, look: bool = True,
+           only: Sequence[str] = ()) -> dict[str, Any]:
     """All that is known of a distillation on the topology `name`, per chip; see docs/scaling.md.
 
     Args:
       config: of a distillation.
-      teacher_of: ``config -> (teacher with shapes or arrays as parameters, tokens a caption)``.
+      parts_of: ``(config, mesh) -> `` what `programs` takes beside the config.
       mesh: over the topology's devices.
       name: of the topology, for the chip's figures.
       look: whether to search for the largest batch, and for levers where something does not fit.
+      only: programs to compile; none: all. What is said of a whole run needs all of them, the
+        search both steps.
+
+    Raises:
+      PlanError: `only` names a program that the run does not have.
     """
     chip = chips.chip_for(name)
-    build = lambda c: programs(c, *_teacher(teacher_of, c, mesh))
+    build = lambda c: programs(c, *parts_of(c, mesh))
     found, resident = build(config)
-    measured = measured_together(found, chip)
+    if set(only) - set(found):
+        raise PlanError(f'--only {",".join(only)}: the programs are {", ".join(found)}')
+    measured = measured_together({k: p for k, p in found.items() if not only or k in only}, chip)
     result = {
         'topology': name, 'chips': mesh.size, 'hbm_bytes_per_chip': chip.hbm_bytes,
         'usable_bytes_per_chip': chip.usable_bytes, 'global_batch': config.data.global_batch,
         'resident_bytes': resident, 'programs': measured}
-    if all('roofline_seconds' in p for p in measured.values()):
+    if all('roofline_seconds' in measured.get(k, ()) for k in found):
         result['run'] = whole_run(config, measured, mesh.size)
-    if look:
+    if look and set(STEPS) <= set(measured):
         result |= _looked_for(config, build, measured, resident, mesh, chip)
     return result
 
@@ -51,11 +59,6 @@ def measured_together(found: dict[str, Program], chip: chips.Chip) -> dict[str, 
     with ThreadPoolExecutor(2) as pool:
         done = {name: pool.submit(measure, found[name], chip) for name in order}
         return {name: done[name].result() for name in found}
-
-
-def _teacher(teacher_of: Any, config: Any, mesh: Mesh) -> tuple[teachers.Teacher, Mesh, int]:
-    teacher, tokens = teacher_of(config, mesh)
-    return teacher, mesh, tokens
 
 
 def _looked_for(config: Any, build: Any, measured: dict[str, Any], resident: int, mesh: Mesh,
@@ -95,8 +98,10 @@ def whole_run(config: Any, measured: dict[str, Any], count: int) -> dict[str, fl
     """The config's run if every program took its least time; evaluation is left out."""
     seconds = {k: p['roofline_seconds'] for k, p in measured.items()}
     updates = config.critic.updates
-    step = seconds['generator_step'] + updates * seconds['critic_step']
-    total = config.train.steps * step + config.critic.warmup * seconds['critic_step']
+    encode = seconds.get('encode', 0.0)
+    critic = seconds['critic_step'] + encode
+    step = seconds['generator_step'] + encode + updates * critic
+    total = config.train.steps * step + config.critic.warmup * critic
     drawn = measured['sample']['rows']
     drawing = seconds['sample'] + drawn * seconds.get('decode', 0.0)
     return {'seconds_per_step': step, 'hours': total / 3600, 'chip_hours': total * count / 3600,

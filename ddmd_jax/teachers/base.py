@@ -41,6 +41,7 @@ class TextEncoder:
     is pure and can be jitted; the `Cond` it gives has as many places as the tokens. It is fit to
     be cut to the longest prompt of a batch where `cuts` is True: no token sees padding behind it.
     `width` is D of the embeds, `rules` lay `params` out over a mesh, `identity` names the weights.
+    `flops(tokens)` is what a row of so many costs; it is the planner's.
     """
 
     name: str
@@ -52,6 +53,7 @@ class TextEncoder:
     rules: Rules
     identity: str
     cuts: bool = True
+    flops: Callable[[int], int] | None = None
 
 
 @dataclasses.dataclass(frozen=True)

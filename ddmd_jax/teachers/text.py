@@ -36,6 +36,7 @@ from flax import nnx
 from jax.sharding import Mesh
 
 from ddmd_jax import sharding
+from ddmd_jax.models import flops
 from ddmd_jax.models.layers import abstract_params, functional
 from ddmd_jax.models.text import clip, gemma2, qwen3
 from ddmd_jax.models.text.clip import ClipConfig, ClipText
@@ -62,6 +63,7 @@ FIXED = {
     Qwen3Config: {'hidden_act': 'silu', 'attention_bias': False, 'use_sliding_window': False},
     ClipConfig: {},
 }
+DEFAULTS = {Gemma2: Gemma2Config, Qwen3: Qwen3Config}
 OPTIONAL = {'layer_types', 'projection_dim', 'rope_theta'}
 
 
@@ -215,6 +217,29 @@ def sdxl(folder: str | Path, mesh: Mesh, dtype: str = 'float32') -> TextEncoder:
 def zimage(folder: str | Path, mesh: Mesh, dtype: str = 'float32') -> TextEncoder:
     """Qwen3 of Z-Image's folder: embeds ``[B, L, 2560]``, L <= 512; see `load`."""
     return _encoder('zimage', Path(folder), mesh, dtype)
+
+
+def abstract(family: str, mesh: Mesh, dtype: str = 'float32') -> TextEncoder:
+    """The published text side with shapes in place of weights: to compile for, not to run.
+
+    Raises:
+      ValueError: a family of several encoders, or unknown.
+    """
+    how = _family(family)
+    if len(how.components) > 1:
+        raise ValueError(f'{family} has {len(how.components)} text encoders')
+    (component,) = how.components
+    cfg = DEFAULTS[component.module](dtype=dtype)
+    shapes = _abstract(component, cfg, dtype)
+    opened = [_Opened(component, None, cfg, shapes, sharding.shard_tree(shapes, how.rules, mesh))]
+    return TextEncoder(
+        family, {component.folder: shapes}, _no_tokenizer, _apply(how, opened, mesh), how.length,
+        cfg.hidden_size, how.rules, 'abstract', how.cuts,
+        flops=functools.partial(flops.causal_forward, cfg))
+
+
+def _no_tokenizer(prompts: Sequence[str]) -> dict[str, np.ndarray]:
+    raise ValueError('shapes alone tokenise nothing')
 
 
 def tokenizer(family: str, path: str) -> Callable[[Sequence[str]], list[int]]:

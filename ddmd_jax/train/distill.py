@@ -237,11 +237,12 @@ def batch_kinds(order: Order, prompts: conditioning.Prompts, rows: int, mesh: Me
     Those of the first `soon` batches come first, in their order.
     """
     split = sharding.batch_sharding(mesh)
+    some = np.resize(prompts.rows, sharding.batch_ways(mesh))  # what an encoder can split
     one = lambda x: jax.ShapeDtypeStruct(
         (rows, *x.shape[1:]), jax.dtypes.canonicalize_dtype(x.dtype), sharding=split)
 
     def batch(length: int | None, shape: Shape) -> loader.Batch:
-        found = prompts.lookup(prompts.rows[:1], length)
+        found = prompts.lookup(some, length)
         if prompts.encode:
             found = jax.eval_shape(prompts.encode, found)
         return loader.Batch(jax.tree.map(one, found), shape)

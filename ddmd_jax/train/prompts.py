@@ -84,15 +84,21 @@ def token_counts(text: TextEncoder, stored: Any) -> np.ndarray:
 
 
 def make_encoder(text: TextEncoder, mesh: Mesh, whole: bool = False) -> Callable[[Any], Cond]:
-    """``tokens [B, L] -> Cond``, jitted; its batch stays split over `mesh`, or is whole.
-
-    Rows that do not split over the mesh are done by every device alike.
-    """
-    layout = sharding.shard_tree(text.params, text.rules, mesh)
+    """``tokens [B, L] -> Cond`` by `encoder_program`, its parameters put where they belong."""
+    run, layout = encoder_program(text, mesh, whole)
     params = jax.device_put(text.params, layout)
+    return lambda tokens: run(params, tokens)
+
+
+def encoder_program(text: TextEncoder, mesh: Mesh, whole: bool = False) -> tuple[Any, Any]:
+    """(jitted ``(params, tokens [B, L]) -> Cond``, layout of the parameters).
+
+    The batch stays split over `mesh`; with `whole`, every device has all of the result, and any
+    number of rows will do.
+    """
     out = sharding.replicated(mesh) if whole else sharding.batch_sharding(mesh)
     run = jax.jit(lambda params, tokens: in_bf16(text.apply(params, tokens)), out_shardings=out)
-    return lambda tokens: run(params, tokens)
+    return run, sharding.shard_tree(text.params, text.rules, mesh)
 
 
 def in_bf16(cond: Cond) -> Cond:
