@@ -1,15 +1,18 @@
 """Decoupled DMD on Lumina-Image-2.0 (2.6 B): 50 guided steps into 4 unguided ones, 1024 x 1024.
 
-    python -m ddmd_jax.main --config=configs/lumina.py --workdir=DIR \\
-        --config.data.path=EMBEDDINGS.safetensors
+    python -m ddmd_jax.prepare prompts --input=FILE.txt --teacher=lumina --out=PROMPTS
+    python -m ddmd_jax.main --config=configs/lumina.py --workdir=DIR --config.data.path=PROMPTS
     python -m ddmd_jax.main --config=configs/lumina.py:coupled_shared ...
 
 The argument after the colon is one of Table 1's four schedules. `teacher.path` is a hub id, a
-folder or a gs:// URL; EMBEDDINGS are prompts encoded beforehand (docs/teachers.md says how).
+folder or a gs:// URL. Prompts are encoded on the pod as they are needed; docs/prompts.md says how
+to encode them once instead.
 
-Pod: 16 chips of v5e (16 GiB) and more. By the TPU's own compiler (`python -m ddmd_jax.plan`,
-docs/scaling.md) 4.9 GiB of each chip are resident (student, critic, EMA, AdamW's moments of
-both, teacher: eight fp32 copies of 2.6 B parameters) and the generator's step peaks at 14.5.
+Pod: 16 chips of v5e (16 GiB) and more, in multiples of 16: parameters are split over 16 chips,
+and larger pods repeat them (`mesh.data`), so that what a chip sends does not grow with the pod.
+By the TPU's own compiler (`python -m ddmd_jax.plan`, docs/scaling.md) 5.5 GiB of each chip are
+resident (student, critic, EMA, AdamW's moments of both, teacher: eight fp32 copies of 2.6 B
+parameters; text encoder and autoencoder) and the generator's step peaks at 14.3.
 
 From the paper: 4 steps, the schedules, Algorithm 1, full fine-tuning. From its authors' answers:
 shift 3 for generator and scores alike, per-term normalisation. From peers' practice: tau <= .98,
@@ -44,7 +47,7 @@ def get_config(schedule: str = 'decoupled_hybrid') -> ConfigDict:
         'optim': {'student': {**adamw}, 'critic': {**adamw}},
         'train': {'steps': 2000, 'accumulate': 1, 'teacher_passes': 'together',
                   'offload': 'none'},
-        'mesh': {'data': 1, 'fsdp': -1, 'tensor': 1},
+        'mesh': {'data': -1, 'fsdp': 16, 'tensor': 1},
         'checkpoint': {'every': 100, 'keep': 3},
         'log': {'every': 10, 'images_every': 100, 'probe': 8},
         'eval': {'prompts': 8, 'held_out': 1, 'batch': 4, 'teacher_steps': 50,
