@@ -5,11 +5,12 @@ import json
 import jax
 import ml_dtypes
 import numpy as np
+import optax
 import pytest
 import tiny
 
 from ddmd_jax import embedding, sharding
-from ddmd_jax.data import DataFileError, conditioning, embeddings, tokenizer
+from ddmd_jax.data import DataFileError, conditioning, embeddings, loader, tokenizer
 from ddmd_jax.teachers import emoji
 from ddmd_jax.train import prompts as sources
 
@@ -202,6 +203,23 @@ def test_cached_is_online(tmp_path, text, mesh, stored):
         real = np.asarray(x['mask'])[..., None]
         np.testing.assert_allclose(np.asarray(x['embeds'] * real, 'f'),
                                    np.asarray(y['embeds'] * real, 'f'), rtol=2**-7, atol=1e-4)
+
+
+def test_cached_and_online_give_the_same_step(tmp_path, text, mesh, stored, predict, params,
+                                              quick_compile):
+    embedding.embed('prompts', 'train', text, mesh, tmp_path / 'e', 3, lambda words: True)
+    cached = conditioning.open_embeddings(str(tmp_path / 'e'), text.width)
+    online = sources.online('prompts', text, mesh)
+    make, steps, frozen = tiny.build_run(predict, params, optax.sgd(1.0), mesh)
+    rows, moved = np.asarray([6, 2, 5, 0]), []
+    for prompts in (cached, online):
+        batch = sources.placer(prompts, mesh)(loader.Batch(prompts.lookup(rows, 10)))
+        before = make()
+        start = jax.tree.map(np.asarray, before.student)
+        state, _ = steps.generator(before, frozen | {'null': prompts.null}, batch.rows)
+        moved.append(jax.tree.map(lambda a, b: np.asarray(a) - b, state.student, start))
+    apart = jax.tree.map(np.subtract, *moved)
+    assert optax.global_norm(apart) <= 2**-7 * optax.global_norm(moved[0]) > 0
 
 
 @pytest.mark.parametrize('agrees', [True, False])
