@@ -10,6 +10,9 @@ from flax import nnx
 
 from ddmd_jax.models import autoencoder_kl as vae, flops, layers
 from ddmd_jax.models.nextdit import NextDiT, NextDiTConfig
+from ddmd_jax.models.text.caption import CaptionEncoder, CaptionEncoderConfig
+from ddmd_jax.models.text.gemma2 import Gemma2, Gemma2Config
+from ddmd_jax.models.text.qwen3 import Qwen3, Qwen3Config
 from ddmd_jax.planner import costs
 
 pytestmark = pytest.mark.usefixtures('quick_compile')
@@ -19,6 +22,9 @@ BATCH = 2
 TOY = NextDiTConfig(**tiny.MODEL['denoiser'])
 VAE = vae.AutoencoderKLConfig(latent_channels=4, block_out_channels=(8, 16, 16),
                               layers_per_block=1, norm_num_groups=4, use_post_quant_conv=True)
+
+SMALL = {'vocab_size': 30, 'hidden_size': 24, 'intermediate_size': 40, 'num_hidden_layers': 4,
+         'num_attention_heads': 4, 'num_key_value_heads': 2, 'head_dim': 8}
 
 
 def arg(*shape, dtype=jnp.float32):
@@ -45,6 +51,24 @@ def test_nextdit_forward(changes, size, tokens):
                   arg(BATCH, *size, cfg.in_channels), arg(BATCH),
                   arg(BATCH, tokens, cfg.cap_feat_dim), arg(BATCH, tokens, dtype=bool))
     assert got == BATCH * flops.nextdit_forward(cfg, size, tokens)
+
+
+@pytest.mark.parametrize('module, cfg', [
+    (Gemma2, Gemma2Config(**SMALL)), (Qwen3, Qwen3Config(**SMALL)),
+    (Gemma2, Gemma2Config(**SMALL, penultimate=False))], ids=['gemma2', 'qwen3', 'all layers'])
+def test_causal_forward(module, cfg):
+    make = lambda: module(cfg, nnx.Rngs(0))
+    got = counted(layers.functional(make), layers.abstract_params(make),
+                  arg(BATCH, 7, dtype=jnp.int32), arg(BATCH, 7, dtype=bool))
+    assert got == BATCH * flops.causal_forward(cfg, 7)
+
+
+def test_caption_forward():
+    cfg = CaptionEncoderConfig(vocab_size=20, max_length=9, dim=16, num_layers=3)
+    make = lambda: CaptionEncoder(cfg, nnx.Rngs(0))
+    got = counted(layers.functional(make), layers.abstract_params(make),
+                  arg(BATCH, 9, dtype=jnp.int32), arg(BATCH, 9, dtype=bool))
+    assert got == BATCH * flops.caption_forward(cfg, 9)
 
 
 def test_autoencoder_decode():

@@ -70,12 +70,31 @@ def test_both_steps_are_compiled_for_a_topology(weights):
 
 @pytest.mark.tpu_compiler
 @needs_libtpu
+def test_the_text_encoder_counts_where_prompts_are_encoded_on_the_mesh(weights):
+    flags = ['--topology=v5e:2x2', '--json', f'--config.teacher.path={weights}', '--only=encode']
+    done = plan('--config=configs/emoji_prompts.py', *flags)
+    assert done.returncode == 0, done.stderr
+    found = json.loads(done.stdout)
+    encode = found['programs'].pop('encode')
+    assert not found['programs'] and 'run' not in found and 'largest_batch' not in found
+    assert encode['fits'] and encode['rows'] == 64
+    assert 0.8 < encode['flops'] / encode['analytic_flops'] < 1.25
+    params = tiny.random_params(MODEL, 0)
+    held = lambda name: sum(x.nbytes for x in jax.tree.leaves(params[name]))
+    # Batch is split four ways, nothing else is.
+    assert found['resident_bytes'] > 8 * held('denoiser') + held('text')
+
+
+@pytest.mark.tpu_compiler
+@needs_libtpu
 @pytest.mark.parametrize('flags, words', [
     (['--topology=v5e:three'], "plan: no topology 'v5e:three'"),
     (['--topology=v5e:2x2', '--config.mesh.data=3'], 'plan: mesh'),
     (['--topology=2xv5e:2x2', '--config.mesh.data=1', '--config.mesh.fsdp=8'],
      'set mesh.data to a multiple of 2'),
     (['--topology=v5e:2x2', '--config.data.global_batch=4'], 'does not divide by 16'),
+    (['--topology=v5e:2x2', '--only=encode'],
+     '--only encode: the programs are generator_step, critic_step, sample'),
 ])
 def test_what_cannot_be_planned_is_said_in_one_line(flags, words):
     done = plan('--config=configs/emoji.py', *flags)

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from ddmd_jax.models.autoencoder_kl import AutoencoderKLConfig
 from ddmd_jax.models.nextdit import NextDiTConfig
+from ddmd_jax.models.text.caption import CaptionEncoderConfig
 from ddmd_jax.models.text.causal import CausalConfig
 
 _TIME_FEATURES = 256  # of the sinusoidal embedding that NextDiT's `time_1` takes
@@ -61,7 +62,14 @@ def _block(cfg: NextDiTConfig, tokens: int, *, modulation: bool) -> int:
     return qkv_out + _attention(tokens, dim) + ffn + gates
 
 
-# --- Causal text encoders ---
+# --- Text encoders ---
+
+
+def caption_forward(cfg: CaptionEncoderConfig, tokens: int) -> int:
+    """FLOPs of one row's pass through the embedded default's `CaptionEncoder`."""
+    dim = cfg.dim
+    return cfg.num_layers * (_linear(tokens, dim, 4 * dim) + _attention(tokens, dim)
+                             + 2 * _linear(tokens, dim, 4 * dim))
 
 
 def causal_forward(cfg: CausalConfig, tokens: int) -> int:

@@ -89,7 +89,8 @@ def text_encoder(model: dict[str, Any], params: Any, identity: str) -> TextEncod
         return {'ids': ids, 'mask': mask}
 
     return TextEncoder('emoji', params, tokenize, lambda p, x: run(p, x['ids'], x['mask']),
-                       cfg.max_length, cfg.dim, RULES, identity)
+                       cfg.max_length, cfg.dim, RULES, identity,
+                       flops=functools.partial(flops.caption_forward, cfg))
 
 
 def teacher_from(model: dict[str, Any], params: dict[str, Any]) -> Teacher:

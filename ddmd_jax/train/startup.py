@@ -53,7 +53,7 @@ class Compiling:
             program = None
             try:
                 program = compile_one() if error is None else None
-            except BaseException as e:  # noqa: BLE001; raised where the program is asked for
+            except BaseException as e:  # raised where the program is asked for
                 error = e
             self.finished = time.monotonic()
             self.seconds = self.finished - start
