@@ -30,7 +30,7 @@ LEVERS = (
     {'optim.student.mu_dtype': 'bfloat16', 'optim.critic.mu_dtype': 'bfloat16'},
     {'train.offload': 'ema'}, {'train.offload': 'teacher'},
     {'data.global_batch': 128}, {'data.global_batch': 128, 'train.accumulate': 2},
-    {'mesh.tensor': 2},
+    {'mesh.fsdp': 8, 'mesh.tensor': 2},
 )
 
 
