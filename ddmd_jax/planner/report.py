@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+import functools
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
@@ -37,61 +39,90 @@ def report(config: Any, parts_of: Any, mesh: Mesh, name: str, look: bool = True,
     found, resident = build(config)
     if set(only) - set(found):
         raise PlanError(f'--only {",".join(only)}: the programs are {", ".join(found)}')
-    measured = measured_together({k: p for k, p in found.items() if not only or k in only}, chip)
+    wanted = {k: p for k, p in found.items() if not only or k in only}
+    look = look and set(STEPS) <= set(wanted)
+    measured, quick = compiled_together(wanted, chip, look)
     result = {
         'topology': name, 'chips': mesh.size, 'hbm_bytes_per_chip': chip.hbm_bytes,
         'usable_bytes_per_chip': chip.usable_bytes, 'global_batch': config.data.global_batch,
         'resident_bytes': resident, 'programs': measured}
     if all('roofline_seconds' in measured.get(k, ()) for k in found):
         result['run'] = whole_run(config, measured, mesh.size)
-    if look and set(STEPS) <= set(measured):
-        result |= _looked_for(config, build, measured, resident, mesh, chip)
+    if look:
+        search_ = _Search(config, build, measured, chip.usable_bytes, {STEPS[0]: quick})
+        result |= search_.largest(resident, mesh) | search_.advice()
     return result
 
 
-def measured_together(found: dict[str, Program], chip: chips.Chip) -> dict[str, Any]:
-    """`measure` of every program, two at a time: one alone leaves a core idle for a third of it.
+def compiled_together(found: dict[str, Program], chip: chips.Chip,
+                      look: bool) -> tuple[dict[str, Any], float | None]:
+    """(`measure` of every program, with `look` also `quick_peak` of the generator's step).
 
-    The largest goes first, beside the small ones: two large ones at once take the most memory.
+    Two at a time: one alone leaves a core idle. The largest goes first, beside the small ones,
+    as two large ones at once take the most memory.
     """
     first, *rest = found
-    order = [first, *reversed(rest)]
     with ThreadPoolExecutor(2) as pool:
-        done = {name: pool.submit(measure, found[name], chip) for name in order}
-        return {name: done[name].result() for name in found}
+        done = {name: pool.submit(measure, found[name], chip) for name in (first, *rest[::-1])}
+        quick = pool.submit(quick_peak, found[STEPS[0]]) if look else None
+        return {name: done[name].result() for name in found}, quick and quick.result()
 
 
-def _looked_for(config: Any, build: Any, measured: dict[str, Any], resident: int, mesh: Mesh,
-                chip: chips.Chip) -> dict[str, Any]:
-    """`largest_batch`, and `advice` on each step that does not fit."""
-    # The step that needs most decides; one that was refused needs more than any.
-    which = max(STEPS, key=lambda k: measured[k].get('peak_bytes', float('inf')))
-    step = lambda c: build(c)[0][which]
-    scale = _scaled(step(config), measured[which])
-    unit = sharding.batch_ways(mesh) * config.student.steps * config.train.accumulate
-    at = lambda batch: step(search.with_field(config, 'data.global_batch', batch))
-    largest = search.largest_batch(lambda batch: scale(at(batch)), config.data.global_batch, unit,
-                                   resident, chip.usable_bytes)
-    found: dict[str, Any] = {'largest_batch': largest}
-    short = [k for k in STEPS if not measured[k]['fits']]
-    if short:
-        found['advice'] = {k: search.advice(
-            config, lambda c, k=k: _scaled(None, measured[k])(build(c)[0][k]), chip.usable_bytes)
-            for k in short}
-    return found
+@dataclasses.dataclass(frozen=True)
+class _Search:
+    """What else would fit, of a config whose programs were measured.
 
+    Attributes:
+      config, build: the config, and ``config -> (programs, resident bytes)``.
+      measured: of its programs.
+      limit: bytes of a chip.
+      quick: peaks by the least effort, as far as they are known.
+    """
 
-def _scaled(program: Program | None, real: dict[str, Any]) -> Any:
-    """``program -> peak bytes`` by the least effort, set right by a program that is known."""
-    ratio = 1.0
-    if program is not None and 'peak_bytes' in real:
-        quick = quick_peak(program) - program.beside
-        ratio = (real['peak_bytes'] - program.beside) / quick if quick > 0 else 1.0
+    config: Any
+    build: Any
+    measured: dict[str, Any]
+    limit: float
+    quick: dict[str, float]
 
-    def peak(other: Program) -> float:
-        return other.beside + ratio * (quick_peak(other) - other.beside)
+    def largest(self, resident: int, mesh: Mesh) -> dict[str, int]:
+        """`largest_batch` of both steps."""
+        # The step that needs most decides; one that was refused needs more than any.
+        which = max(STEPS, key=lambda k: self.measured[k].get('peak_bytes', float('inf')))
+        known = self.measured[which].get('peak_bytes')
+        config = self.config
+        unit = sharding.batch_ways(mesh) * config.student.steps * config.train.accumulate
 
-    return peak
+        def peak(batch: int) -> float:
+            if known is not None and batch == config.data.global_batch:
+                return known
+            return self.peak(which, search.with_field(config, 'data.global_batch', batch))
+
+        return {'largest_batch': search.largest_batch(
+            peak, config.data.global_batch, unit, resident, self.limit)}
+
+    def advice(self) -> dict[str, Any]:
+        """`advice` on each step that does not fit; nothing where all do."""
+        short = [k for k in STEPS if not self.measured[k]['fits']]
+        found = {k: search.advice(self.config, functools.partial(self.peak, k), self.limit)
+                 for k in short}
+        return {'advice': found} if found else {}
+
+    def peak(self, which: str, config: Any) -> float:
+        """Peak bytes by the least effort, set right by what is known of this config's own."""
+        program = self.build(config)[0][which]
+        return program.beside + self.ratio(which) * (quick_peak(program) - program.beside)
+
+    def ratio(self, which: str) -> float:
+        """Temporaries of the usual effort to those of the least, of one program; 1 if unknown."""
+        real = self.measured[which]
+        if 'peak_bytes' not in real:
+            return 1.0
+        program = self.build(self.config)[0][which]
+        if which not in self.quick:
+            self.quick[which] = quick_peak(program)
+        quick = self.quick[which] - program.beside
+        return (real['peak_bytes'] - program.beside) / quick if quick > 0 else 1.0
 
 
 def whole_run(config: Any, measured: dict[str, Any], count: int) -> dict[str, float]:

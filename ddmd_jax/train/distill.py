@@ -90,6 +90,7 @@ def make_sampler(config: Any, teacher: teachers.Teacher, m: Method, mesh: Mesh, 
 
     @functools.partial(jax.jit, out_shardings=sharding.replicated(mesh))
     def draw(params: Any, cond: Any) -> jax.Array:
+        cond = jax.lax.with_sharding_constraint(cond, sharding.batch_sharding(mesh))
         x = sampling.sample_student(
             teacher.predict_clean, sharding.on_device(params), cond, m.times, key,
             (rows, *teacher.sample_shape), config.student.sampler)
