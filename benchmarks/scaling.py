@@ -2,7 +2,8 @@
 
     python benchmarks/scaling.py plans     # benchmarks/plans/*.json: ddmd_jax.plan on each topology
     python benchmarks/scaling.py levers    # benchmarks/levers.json: one field changed at a time
-    python benchmarks/scaling.py tables    # writes both as tables into docs/scaling.md
+    python benchmarks/scaling.py growth    # benchmarks/growth.json: more chips, equal rows a chip
+    python benchmarks/scaling.py tables    # writes all three as tables into docs/scaling.md
 """
 
 from __future__ import annotations
@@ -20,9 +21,9 @@ DOCS = ROOT / 'docs' / 'scaling.md'
 CONFIG = 'configs/lumina.py'
 # (topology, global batch, further flags); four rows a chip but for the last, which has eight.
 STEPS = '--only=generator_step,critic_step'
-PLANS = (('v5e:4x4', 64, ()), ('v5e:16x16', 1024, ('--nosearch',)),
-         ('v5p:2x2x4', 64, ('--nosearch',)), ('v6e:4x4', 64, ('--nosearch',)),
-         ('v6e:4x4', 128, ('--nosearch', STEPS)))
+PLANS = (('v5e:4x4', 64, ()), ('v5e:16x16', 1024, ('--nosearch', STEPS)),
+         ('v5p:2x2x4', 64, ('--nosearch',)), ('v6e:4x4', 64, ('--nosearch',)))
+GROWTH = (('v5e:4x4', 64), ('v5e:16x16', 1024))
 ROOMY = 'v5p:2x2x4'  # where every lever's program fits
 LEVERS = (
     {}, {'teacher.remat': 'dots'}, {'teacher.remat': 'none'}, {'teacher.attention': 'xla'},
@@ -55,25 +56,37 @@ def plans() -> None:
 
 def levers() -> None:
     """The generator's step on `ROOMY` with each of `LEVERS`, compiled with the least effort."""
+    found = []
+    for changed in LEVERS:
+        step, resident = _quick(changed, ROOMY, 'generator_step')
+        found.append({'changed': changed, 'resident_bytes': resident, **step})
+        print(changed, {k: step.get(k) for k in ('fits', 'temp_bytes', 'compile_seconds')})
+    (HERE / 'levers.json').write_text(json.dumps(
+        {'topology': ROOMY, 'config': CONFIG, 'effort': -1, 'levers': found}, indent=1) + '\n')
+
+
+def growth() -> None:
+    """Both steps on `GROWTH`, compiled with the least effort: what a chip of a larger pod sends."""
+    found = [{'topology': topology, 'global_batch': batch, 'program': which, **_quick(
+        {'data.global_batch': batch}, topology, which)[0]}
+        for which in ('generator_step', 'critic_step') for topology, batch in GROWTH]
+    (HERE / 'growth.json').write_text(json.dumps(found, indent=1) + '\n')
+
+
+def _quick(changed: dict[str, Any], topology: str, which: str) -> tuple[dict[str, Any], int]:
+    """(One program of the config with fields changed, by the least effort; resident bytes)."""
     os.environ['JAX_PLATFORMS'] = 'cpu'
     sys.path[:0] = [str(ROOT)]
     from configs import lumina
     from ddmd_jax import plan, sharding
     from ddmd_jax.planner import chips, measure, programs, search
 
-    found = []
-    for changed in LEVERS:
-        config = lumina.get_config()
-        for field, value in changed.items():
-            config = search.with_field(config, field, value)
-        mesh = sharding.make_mesh(config.mesh, programs.topology(ROOMY))
-        built, resident = programs.programs(config, *plan.parts_for(config, mesh))
-        step = measure.measure(built['generator_step'], chips.chip_for(ROOMY),
-                               measure.LEAST_EFFORT)
-        found.append({'changed': changed, 'resident_bytes': resident, **step})
-        print(changed, {k: step.get(k) for k in ('fits', 'temp_bytes', 'compile_seconds')})
-    (HERE / 'levers.json').write_text(json.dumps(
-        {'topology': ROOMY, 'config': CONFIG, 'effort': -1, 'levers': found}, indent=1) + '\n')
+    config = lumina.get_config()
+    for field, value in {'data.name': 'embeddings', **changed}.items():
+        config = search.with_field(config, field, value)
+    mesh = sharding.make_mesh(config.mesh, programs.topology(topology))
+    built, resident = programs.programs(config, *plan.parts_for(config, mesh))
+    return measure.measure(built[which], chips.chip_for(topology), measure.LEAST_EFFORT), resident
 
 
 def _gib(size: float) -> str:
@@ -119,10 +132,24 @@ def levers_table() -> str:
     return '\n'.join(lines)
 
 
+def growth_table() -> str:
+    """One line for each program: what a chip sends on the smaller and on the larger topology."""
+    found = json.loads((HERE / 'growth.json').read_text())
+    heads = [f'{topology}, {batch}' for topology, batch in GROWTH]
+    lines = [f'| program | {" | ".join(f"sent GiB, {head}" for head in heads)} | ratio |',
+             '|' + '---|' * 4]
+    sent = lambda p: sum(p['collective_bytes'].values())
+    for which in dict.fromkeys(p['program'] for p in found):
+        small, large = (sent(p) for p in found if p['program'] == which)
+        lines.append(f'| `{which}` | {_gib(small)} | {_gib(large)} | {large / small:.3f} |')
+    return '\n'.join(lines)
+
+
 def tables() -> None:
-    """Puts both tables between their marks in docs/scaling.md."""
+    """Puts all tables between their marks in docs/scaling.md."""
     text = DOCS.read_text()
-    for name, made in (('plans', plans_table()), ('levers', levers_table())):
+    made_by = {'plans': plans_table, 'levers': levers_table, 'growth': growth_table}
+    for name, made in ((name, make()) for name, make in made_by.items()):
         start, end = f'<!-- {name}: benchmarks/scaling.py -->', f'<!-- end of {name} -->'
         before, rest = text.split(start)
         text = before + start + '\n' + made + '\n' + end + rest.split(end, 1)[1]
@@ -130,7 +157,7 @@ def tables() -> None:
 
 
 def main(argv: list[str]) -> Any:
-    known = {'plans': plans, 'levers': levers, 'tables': tables}
+    known = {'plans': plans, 'levers': levers, 'growth': growth, 'tables': tables}
     if len(argv) != 1 or argv[0] not in known:
         sys.exit(f'scaling: say one of {", ".join(known)}')
     known[argv[0]]()

@@ -14,6 +14,7 @@ def get_config() -> ConfigDict:
     return ConfigDict({
         'task': 'pretrain',
         'seed': 0,
+        'resume': '', 'init_from': '',
         'teacher': {
             'name': 'emoji',
             'model': {
@@ -35,8 +36,9 @@ def get_config() -> ConfigDict:
             'name': 'adamw', 'lr': 1e-3, 'b1': 0.9, 'b2': 0.99, 'eps': 1e-8,
             'weight_decay': 0.01, 'clip': 1.0, 'warmup': 200, 'decay': 0.3,
             'mu_dtype': 'float32', 'chain': ()}},
-        'train': {'steps': 5500},
+        'train': {'steps': 5500, 'on_nan': 'abort', 'spike': 0.0},
         'mesh': {'data': -1, 'fsdp': 1, 'tensor': 1},
-        'checkpoint': {'every': 500, 'keep': 2},
+        'checkpoint': {'every': 500, 'keep': 2, 'keep_every': 0, 'best': '',
+                       'best_mode': 'min'},
         'log': {'every': 50, 'images_every': 1000},
     })

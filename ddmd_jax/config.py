@@ -158,11 +158,14 @@ def _optimiser(section: str) -> dict[str, Rule]:
 
 def _common() -> dict[str, Rule]:
     """What the schemas of both tasks hold."""
+    from ddmd_jax.train.guards import ON_NAN
+
     axis = Rule('a whole number at least 1, or -1 for whatever is left',
                 lambda value: whole(at_least=-1).ok(value) and value != 0)
     return {
         'task': choice(TASKS),
         'seed': whole(at_least=0),
+        'resume': TEXT, 'init_from': TEXT,
         'student.ema': number(at_least=0, below=1),
         'student.ema_ramp': FLAG,
         'data.name': choice(DATASETS),
@@ -170,6 +173,11 @@ def _common() -> dict[str, Rule]:
         **dict.fromkeys(('data.global_batch', 'train.steps',
                          'checkpoint.every', 'checkpoint.keep', 'log.every',
                          'log.images_every'), COUNT),
+        'checkpoint.keep_every': whole('0 is off', at_least=0),
+        'checkpoint.best': TEXT,
+        'checkpoint.best_mode': choice(('min', 'max')),
+        'train.on_nan': choice(ON_NAN),
+        'train.spike': number('0 is off', at_least=0),
         **_optimiser('optim.student'),
     }
 
@@ -215,6 +223,7 @@ def distill_schema(dataset: str = 'emoji') -> dict[str, Rule]:
     from ddmd_jax.models.layers import REMAT_POLICIES
     from ddmd_jax.teachers import FAMILIES
     from ddmd_jax.train.distill import OFFLOAD
+    from ddmd_jax.train.guards import ON_HEALTH
     from ddmd_jax.train.step import TEACHER_PASSES
 
     each = 'the critic must be updated at least once per generator update'
@@ -245,6 +254,7 @@ def distill_schema(dataset: str = 'emoji') -> dict[str, Rule]:
                          'eval.teacher_steps'), COUNT),
         'train.teacher_passes': choice(TEACHER_PASSES),
         'train.offload': choice(tuple(OFFLOAD)),
+        'train.on_health': choice(ON_HEALTH),
         'log.probe': whole('0 is off', at_least=0),
         'eval.guidance': number('1 is no guidance', at_least=1),
         'eval.solver': choice(SOLVERS),
@@ -368,6 +378,12 @@ def teacher_given(path: str, teacher: str) -> str | None:
         return f'must name a diffusers folder, gs:// URL or hub id: {teacher} does not ship'
 
 
+def one_start(init_from: str, resume: str) -> str | None:
+    if init_from and resume:
+        return (f"must be '' while config.resume is {resume!r}: a run starts from another's whole "
+                'state or from its weights alone')
+
+
 def one_axis_left(*sizes: int) -> str | None:
     if sizes.count(-1) > 1:
         return f'only one of {", ".join(AXES)} may be -1 (whatever is left), not {sizes}'
@@ -419,6 +435,7 @@ def text_fits(dim: int, heads: int, cap_feat_dim: int) -> str | None:
 # (rule, the field it is about, the others it reads); asked where each alone is right.
 COMMON_TOGETHER = (
     (optimiser_known, 'optim.student.name', 'optim.student.chain'),
+    (one_start, 'init_from', 'resume'),
     (one_axis_left, *(f'mesh.{axis}' for axis in AXES)),
 )
 DISTILL_TOGETHER = COMMON_TOGETHER + (

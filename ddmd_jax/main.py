@@ -1,11 +1,14 @@
 """``python -m ddmd_jax.main --config=configs/emoji.py --workdir=DIR``: trains, then evaluates.
 
-Exit codes: 0 done; 1 the run could not go on (one line on stderr says what, where and how to
-mend it); 2 the config is wrong (every wrong field is named).
+Exit codes: 0 done, or stopped by a signal with everything saved; 1 the run could not go on (one
+line on stderr says what, where and how to mend it); 2 the config is wrong (every wrong field is
+named).
 """
 
 from __future__ import annotations
 
+import errno
+import math
 import os
 import sys
 from collections.abc import Mapping
@@ -24,6 +27,12 @@ _COMPILE_CACHE = flags.DEFINE_string(
     'compile_cache', None, 'Folder or gs:// URL of compiled programs, shared by all processes; '
     'default: JAX_COMPILATION_CACHE_DIR, else WORKDIR/compile_cache. Empty: none is kept.')
 _WORKDIR = flags.DEFINE_string('workdir', None, 'Folder of the run; resumed if it holds one.')
+_PEER_TIMEOUT = flags.DEFINE_integer(
+    'peer_timeout', 100, 'Seconds after which a process that is not heard of counts as dead, and '
+    'the others end.', lower_bound=1)
+_REPLAY = flags.DEFINE_boolean(
+    'replay', False, 'Run the step that WORKDIR/bad_batches.jsonl has last, print its figures, '
+    'and do nothing else.')
 
 
 def _writable(flag: str, folder: str) -> Path:
@@ -57,14 +66,16 @@ def use_compile_cache(flag: str | None, workdir: Path, environ: Mapping[str, str
     jax.config.update('jax_compilation_cache_dir', folder or None)
 
 
-def run(config, workdir: Path) -> None:
+def run(config, workdir: Path, replay: bool = False) -> None:
     """One run of either task, to its end; raises the errors that `main` puts in one line."""
     from ddmd_jax import sharding
 
     mesh = sharding.make_mesh(config.mesh)
     parts = config.student.steps * config.train.accumulate if config.task == 'distill' else 1
     sharding.check_batch(config.data.global_batch, mesh, parts)
-    if config.task == 'pretrain':
+    if replay:
+        _replay(config, workdir, mesh)
+    elif config.task == 'pretrain':
         from ddmd_jax.train import pretrain
 
         pretrain.run(config, workdir, mesh)
@@ -72,6 +83,22 @@ def run(config, workdir: Path) -> None:
         from ddmd_jax.train import distill
 
         distill.run(config, workdir, mesh)
+
+
+def _replay(config, workdir: Path, mesh) -> None:
+    """Prints the step that went wrong last: a line of what it was, then one for each figure."""
+    from ddmd_jax.train import distill, loop, pretrain
+
+    if config.task == 'pretrain':
+        task, identity = pretrain.make_task(config, mesh), 'none'
+    else:
+        teacher, task = distill.prepare(config, mesh)
+        identity = teacher.identity
+    entry = loop.replay(task, config, workdir, mesh, identity)
+    print(f'step {entry["step"]}, from checkpoint {entry["checkpoint"]}: batches '
+          f'{entry["batches"]}, rows {entry["rows"]}')
+    for name, value in sorted(entry['metrics'].items()):
+        print(f'{name} {value!r}{"" if math.isfinite(value) else "  <- not finite"}')
 
 
 def main(argv: list[str]) -> None:
@@ -96,20 +123,33 @@ def main(argv: list[str]) -> None:
     from ddmd_jax import distributed
 
     try:
-        distributed.start(_COORDINATOR.value, _NUM_PROCESSES.value, _PROCESS_ID.value, os.environ)
+        distributed.start(_COORDINATOR.value, _NUM_PROCESSES.value, _PROCESS_ID.value, os.environ,
+                          _PEER_TIMEOUT.value)
     except distributed.DistributedError as e:
         sys.exit(f'main: {e}')
 
     from ddmd_jax.data import DataFileError
     from ddmd_jax.sharding import ShardingError
+    from ddmd_jax.train import lock, signals
     from ddmd_jax.train.checkpoint import CheckpointError
+    from ddmd_jax.train.guards import GuardError
     from ddmd_jax.train.loop import DivergedError
     from ddmd_jax.weights.flat import WeightsError
 
     try:
-        run(_CONFIG.value, workdir)
-    except (CheckpointError, DataFileError, DivergedError, ShardingError, WeightsError) as e:
-        sys.exit(f'main: {e}')
+        with signals.watched(), lock.held(workdir):
+            run(_CONFIG.value, workdir, _REPLAY.value)
+    except signals.Stopped as e:
+        print(f'main: {e}', file=sys.stderr)
+    except (CheckpointError, DataFileError, DivergedError, GuardError, ShardingError, WeightsError,
+            lock.LockError) as e:
+        distributed.fail(str(e))
+    except Exception as e:
+        if isinstance(e, OSError) and e.errno in (errno.ENOSPC, errno.EDQUOT):
+            distributed.fail(f'{workdir} cannot be written ({e.strerror}); make room, then run the '
+                             'same command to go on from the last checkpoint')
+        distributed.end_if_several(e)
+        raise
 
 
 def _named_config(argv: list[str]) -> str:

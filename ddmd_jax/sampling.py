@@ -87,20 +87,31 @@ def student_inputs(predict: Predict, params: Any, cond: Any, times: Array, key: 
     return jax.lax.stop_gradient(merge(z)), k
 
 
+def step_noise(key: Array, steps: int, shape: tuple[int, ...]) -> Array:
+    """Fresh noise of each step, ``[steps, *shape]``; the first is what sampling starts from.
+
+    `key` is one for the whole batch, or a key for each of its rows: then a row's noise does not
+    depend on the others, nor on how many there are.
+    """
+    if key.ndim:
+        return jax.vmap(lambda row: step_noise(row, steps, shape[1:]), out_axes=1)(key)
+    keys = jax.random.split(key, steps)
+    return jax.vmap(lambda one: jax.random.normal(one, shape))(keys)
+
+
 def sample_student(predict: Predict, params: Any, cond: Any, times: Array, key: Array,
                    shape: tuple[int, ...], mode: str = 'renoise') -> Array:
     """Few-step generation without guidance: one network evaluation a step.
 
     'renoise' draws fresh noise between steps, as in training; 'deterministic' follows the
-    predicted velocity from the first noise.
+    predicted velocity from the first noise. `key` is as in `step_noise`.
 
     Raises:
       ValueError: unknown mode.
     """
     if mode not in STUDENT_MODES:
         raise ValueError(f'unknown mode {mode!r}; known: {", ".join(STUDENT_MODES)}')
-    keys = jax.random.split(key, times.shape[0])
-    noise = jax.vmap(lambda one: jax.random.normal(one, shape))(keys)
+    noise = step_noise(key, times.shape[0], shape)
     following = jnp.append(times[1:], 1.0)
 
     def body(z: Array, inputs: tuple[Array, ...]) -> tuple[Array, None]:
@@ -160,6 +171,12 @@ def sample_teacher(predict: Predict, params: Any, cond: Any, null: Any, noise: A
         return ahead, None
 
     return jax.lax.scan(body, noise, (times[:-1], times[1:]))[0]
+
+
+def evaluations(steps: int, guidance: float = 1.0, solver: str = 'euler') -> int:
+    """Network evaluations of one image by `sample_teacher`."""
+    at_once = 1 if guidance == 1 else 2
+    return at_once * (2 * steps - 1 if solver == 'heun' else steps)
 
 
 def teacher_times(steps: int, shift: float) -> Array:

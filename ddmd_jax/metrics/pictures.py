@@ -1,23 +1,42 @@
-"""Grids and captioned sheets as uint8 arrays and PNG files."""
+"""Grids and captioned sheets as uint8 arrays; files that say what is in them."""
 
 from __future__ import annotations
 
+import json
 import textwrap
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
-from PIL import Image, ImageDraw, ImageFont
+from PIL import ExifTags, Image, ImageDraw, ImageFont, PngImagePlugin
 
 ZOOM = 4  # of images no larger than SMALL
 SMALL = 64
 COLUMN, LINE = 44, 24  # characters of a caption's line, and its height in pixels
 TILE = 256  # longest side of a larger image in a sheet
+SUFFIXES = ('.png', '.webp')  # of the files that `save` writes
 
 
 def to_uint8(images: np.ndarray) -> np.ndarray:
     """[-1, 1] -> 0..255, clipped."""
     return np.round(np.clip(np.asarray(images) * 127.5 + 127.5, 0, 255)).astype(np.uint8)
+
+
+def save(image: Image.Image, path: Path, metadata: Mapping[str, str]) -> None:
+    """Writes a PNG or a WebP (lossless), by the suffix of `path`, with `metadata` inside.
+
+    In a PNG every entry is a text chunk; in a WebP all of them are the EXIF field
+    ImageDescription, as JSON: that field is ASCII, which JSON's escapes make of any text.
+    """
+    if path.suffix.lower() == '.webp':
+        exif = Image.Exif()
+        exif[ExifTags.Base.ImageDescription] = json.dumps(dict(metadata))
+        image.save(path, lossless=True, exif=exif)
+        return
+    chunks = PngImagePlugin.PngInfo()
+    for name, text in metadata.items():
+        chunks.add_text(name, text)
+    image.save(path, pnginfo=chunks)
 
 
 def rows_of_images(rows: Sequence[np.ndarray], gap: int = 1) -> np.ndarray:
@@ -42,14 +61,16 @@ def wrapped(caption: str, lines: int) -> str:
 
 
 def captioned_sheet(captions: Sequence[str], titles: Sequence[str],
-                    columns: Sequence[np.ndarray], path: Path) -> None:
-    """One prompt a row, one model a column, prompt written beside it; saved as PNG.
+                    columns: Sequence[np.ndarray], path: Path,
+                    metadata: Mapping[str, str] | None = None) -> None:
+    """One prompt a row, one model a column, prompt written beside it; see `save`.
 
     Args:
       captions: R prompts.
       titles: C column heads; '\\n' breaks a line.
       columns: C arrays ``[R, H, W, 3]``.
       path: file to write.
+      metadata: what it says of itself.
     """
     font, head = ImageFont.load_default(17), ImageFont.load_default(15)
     (wide, high), gap, left, top = _tile_size(columns[0].shape[1:]), 10, 400, 56
@@ -70,4 +91,4 @@ def captioned_sheet(captions: Sequence[str], titles: Sequence[str],
         draw.multiline_text((left - 16, top + r * (high + gap) + high / 2),
                             wrapped(caption, max(1, high // LINE)), 'black', font=font,
                             anchor='rm', align='right')
-    sheet.save(path)
+    save(sheet, path, metadata or {})

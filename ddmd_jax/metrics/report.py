@@ -13,14 +13,16 @@ import jax
 import numpy as np
 from jax.sharding import Mesh
 
-from ddmd_jax import sampling, sharding
+from ddmd_jax import drawing, sharding
 from ddmd_jax.data import conditioning, emoji
+from ddmd_jax.drawing import Sampler
 from ddmd_jax.metrics import classifier, measures, pictures
 from ddmd_jax.teachers import Teacher
 
 SHEET_ROWS = 10
-COLUMNS = ('steps', 'evaluations', 'guidance', 'glyph_match', 'glyph_match_held_out',
-           'background_match', 'frechet', 'colour_error', 'variance')
+SETTINGS = ('steps', 'evaluations', 'guidance')  # of a sampler
+COLUMNS = (*SETTINGS, 'glyph_match', 'glyph_match_held_out', 'background_match', 'frechet',
+           'colour_error', 'variance')
 
 
 class Stopwatch:
@@ -43,34 +45,14 @@ def evaluation_rows(pairs: emoji.Pairs, seen: int, held_out: int, seed: int) -> 
     return np.concatenate([draw(~pairs.held_out, seen), draw(pairs.held_out, held_out)])
 
 
-def samplers(config: Any, teacher: Teacher) -> dict[str, tuple[dict[str, Any], Any]]:
-    """Rows of the table to generate: name -> (its settings, ``draw(params, cond, null, key)``)."""
-    predict, shift = teacher.predict_clean, teacher.shift
-    e, shape = config.eval, (config.eval.batch, *teacher.sample_shape)
-    n = config.student.steps
-    student_shift = shift if config.method.shift is None else config.method.shift
-    first = lambda key: jax.random.normal(jax.random.split(key, n)[0], shape)
-
-    def guided(params, cond, null, key):
-        return sampling.sample_teacher(
-            predict, params, cond, null, first(key),
-            sampling.teacher_times(e.teacher_steps, shift), e.guidance, e.solver, teacher.rescale)
-
-    def few(params, cond, null, key):
-        return sampling.sample_teacher(predict, params, cond, null, first(key),
-                                       sampling.teacher_times(n, shift), 1.0)
-
-    def student(params, cond, null, key):
-        return sampling.sample_student(predict, params, cond, sampling.student_times(
-            n, student_shift), key, shape, config.student.sampler)
-
-    calls = e.teacher_steps * (1 if e.guidance == 1 else 2)
-    calls = 2 * calls - calls // e.teacher_steps if e.solver == 'heun' else calls
-    row = lambda steps, evaluations, guidance: {
-        'steps': steps, 'evaluations': evaluations, 'guidance': guidance}
-    return {'teacher_guided': (row(e.teacher_steps, calls, e.guidance), guided),
-            'teacher_few_step': (row(n, n, 1.0), few),
-            'student': (row(n, n, 1.0), student)}
+def samplers(config: Any, teacher: Teacher) -> dict[str, Sampler]:
+    """Rows of the table to generate, by name."""
+    e, n = config.eval, config.student.steps
+    return {'teacher_guided': drawing.of_teacher(teacher, e.teacher_steps, e.guidance, e.solver,
+                                                 noises=n),
+            'teacher_few_step': drawing.of_teacher(teacher, n, noises=n),
+            'student': drawing.of_student(teacher, n, config.method.shift,
+                                          config.student.sampler)}
 
 
 def generate(draw: Any, params: Any, cond: Any, null: Any, total: int, batch: int,
@@ -138,12 +120,13 @@ def evaluate(config: Any, teacher: Teacher, student: Any,
     cond, null = teacher.encode([pairs.caption(i) for i in rows]), teacher.encode([''])
     images = {'real': pairs.images(rows)}
     _, _, reference = classifier.judge_all(judge, images['real'])
-    settings = {'real': {'steps': None, 'evaluations': None, 'guidance': None}}
-    for name, (setting, draw) in samplers(config, teacher).items():
+    settings = {'real': dict.fromkeys(SETTINGS)}
+    for name, sampler in samplers(config, teacher).items():
         params = student if name == 'student' else teacher.params
-        latents = generate(draw, params, cond, null, len(rows), e.batch, config.seed, mesh)
+        latents = generate(sampler.draw, params, cond, null, len(rows), e.batch, config.seed, mesh)
         # What is judged is what would be shown: clipped to the range of a screen.
-        settings[name], images[name] = setting, np.clip(teacher.decode(latents), -1, 1)
+        images[name] = np.clip(teacher.decode(latents), -1, 1)
+        settings[name] = {what: getattr(sampler, what) for what in SETTINGS}
     result = [{'name': name, **settings[name], **measure(x, pairs, rows, judge, reference)}
               for name, x in images.items()]
     return result, (images, pairs, rows)
@@ -179,9 +162,9 @@ def sheet(config: Any, teacher: Teacher, student: Any, prompts: conditioning.Pro
     titles = (f'teacher\n{config.eval.teacher_steps} steps, w={w:g}', f'teacher\n{n} steps',
               f'student\n{n} steps')
     images = []
-    for name, (_, draw) in samplers(config, teacher).items():
+    for name, sampler in samplers(config, teacher).items():
         params = student if name == 'student' else teacher.params
-        latents = generate(draw, params, prompts.cond(rows), prompts.null, len(rows),
+        latents = generate(sampler.draw, params, prompts.cond(rows), prompts.null, len(rows),
                            config.eval.batch, config.seed, mesh)
         images.append(np.clip(np.asarray(teacher.decode(latents)), -1, 1))
     if jax.process_index() == 0:

@@ -30,10 +30,14 @@ def load(path_or_name: str, mesh: Mesh | None = None, dtype: str = 'float32',
     Raises:
       WeightsError: the weights are missing, damaged or of another family.
     """
+    return load_family(*family_of(path_or_name), mesh, dtype, size, remat, attention, param_dtype)
+
+
+def family_of(path_or_name: str) -> tuple[str, str]:
+    """(family, path) of what `load` is given."""
     if path_or_name == 'emoji':
-        return load_family('emoji', '', mesh, dtype, size, remat, attention, param_dtype)
-    family = 'emoji' if path_or_name.endswith('.safetensors') else 'lumina'
-    return load_family(family, path_or_name, mesh, dtype, size, remat, attention, param_dtype)
+        return 'emoji', ''
+    return 'emoji' if path_or_name.endswith('.safetensors') else 'lumina', path_or_name
 
 
 def load_family(name: str, path: str, mesh: Mesh | None = None, dtype: str = 'float32',
@@ -73,4 +77,5 @@ def load_text(name: str, path: str, mesh: Mesh | None = None,
     return text.load(name, path, mesh, dtype)
 
 
-__all__ = ['Cond', 'FAMILIES', 'Teacher', 'TextEncoder', 'load', 'load_family', 'load_text']
+__all__ = ['Cond', 'FAMILIES', 'Teacher', 'TextEncoder', 'family_of', 'load', 'load_family',
+           'load_text']

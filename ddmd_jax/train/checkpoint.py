@@ -2,14 +2,25 @@
 
 from __future__ import annotations
 
+import contextlib
+import importlib.metadata
 import json
-from collections.abc import Mapping
+import logging
+import sys
+import threading
+import time
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import jax
+import numpy as np
 import orbax.checkpoint as ocp
+from jax.experimental import multihost_utils
+from orbax.checkpoint import checkpoint_managers as policies
+from tqdm import tqdm
 
+from ddmd_jax.train import checksums
 from ddmd_jax.train.feed import Feed
 from ddmd_jax.weights import flat
 
@@ -17,11 +28,20 @@ from ddmd_jax.weights import flat
 # how often, on which mesh, how it is sampled. Everything else would silently be another experiment.
 FREE_SECTIONS = ('log', 'checkpoint', 'eval', 'mesh')
 FREE_FIELDS = ('train.steps', 'student.sampler', 'teacher.remat', 'teacher.attention',
-               'train.teacher_passes', 'train.offload', 'data.path')  # its identity counts
+               'train.teacher_passes', 'train.offload', 'train.on_nan', 'train.spike',
+               'train.on_health', 'resume', 'init_from', 'data.path')  # its identity counts
+PACKAGES = ('ddmd_jax', 'jax', 'flax', 'optax', 'orbax-checkpoint')
+INTERVAL = 'interval'  # beside the data's state: metrics that had not been logged yet
+VERSION = 'version.'  # in front of a package's name in a manifest; these only warn
 
 
 class CheckpointError(RuntimeError):
     """A checkpoint that does not belong to this run, or cannot be read."""
+
+
+def versions() -> dict[str, str]:
+    """What a manifest says of the packages that wrote it."""
+    return {f'{VERSION}{name}': importlib.metadata.version(name) for name in PACKAGES}
 
 
 def comparable(config: Mapping[str, Any]) -> dict[str, Any]:
@@ -40,75 +60,333 @@ def differences(saved: Mapping[str, Any], current: Mapping[str, Any]) -> list[st
             if saved.get(n) != current.get(n) or (n in saved) != (n in current)]
 
 
-class Checkpoints:
-    """One run's checkpoints under ``workdir/checkpoints``; saving is asynchronous."""
+def split_versions(manifest: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
+    """(what says whose the checkpoint is, what says which packages wrote it)."""
+    is_version = lambda name: name.startswith(VERSION)
+    return ({k: v for k, v in manifest.items() if not is_version(k)},
+            {k: v for k, v in manifest.items() if is_version(k)})
 
-    def __init__(self, workdir: Path, *, keep: int, manifest: Mapping[str, Any]):
+
+def warn(text: str) -> None:
+    """One line on stderr, from process 0."""
+    if jax.process_index() == 0:
+        tqdm.write(f'warning: {text}', file=sys.stderr)
+
+
+def anywhere(flag: bool) -> bool:
+    """Whether `flag` is true in any process; all of them must ask."""
+    if jax.process_count() == 1:
+        return flag
+    return bool(np.any(multihost_utils.process_allgather(np.asarray(flag))))
+
+
+def _reason(error: BaseException) -> str:
+    return (str(error).splitlines() or [type(error).__name__])[0]
+
+
+def _once(record: logging.LogRecord) -> bool:
+    """Drops what Orbax logs of a save that fails: pages for each array, and we say it in a line."""
+    text = str(record.msg) + (str(record.exc_info[1]) if record.exc_info else '')
+    return 'orbax' not in record.pathname and 'never retrieved' not in text and (
+        'Event loop is closed' not in text)
+
+
+class Pinned(policies.PreservationPolicy):
+    """Keeps the checkpoints of a set that grows, which Orbax's own `CustomSteps` copies."""
+
+    def __init__(self, steps: set[int]):
+        self._steps = steps
+
+    def should_preserve(self, checkpoints: Sequence[Any], *, context: Any) -> list[bool]:
+        return [c.step in self._steps for c in checkpoints]
+
+
+def retention(keep: int, every: int = 0, best: str = '', mode: str = 'min',
+              pinned: set[int] = frozenset()) -> policies.PreservationPolicy:
+    """Which checkpoints stay: the newest `keep`, multiples of `every`, the best, `pinned`.
+
+    The best is the one with the least or greatest (`mode`) metric `best`; '' is none.
+    """
+    kept = [policies.LatestN(keep), Pinned(pinned)]
+    if every:
+        kept.append(policies.EveryNSteps(every))
+    if best:
+        kept.append(policies.BestN(get_metric_fn=lambda m: m[best], reverse=mode == 'min', n=1,
+                                   keep_checkpoints_without_metrics=False))
+    return policies.AnyPreservationPolicy(kept)
+
+
+class Checkpoints:
+    """One run's checkpoints under ``workdir/checkpoints``; saving is asynchronous.
+
+    Checkpoints whose files are damaged are moved to ``workdir/damaged`` at first, with a warning
+    that names them, so that the newest of the others counts as the latest.
+
+    Args:
+      workdir: the run's folder.
+      keep, keep_every, best, best_mode, pinned: see `retention`.
+      manifest: what a checkpoint must say of itself to be this run's, and versions.
+
+    Raises:
+      CheckpointError: there are checkpoints, and every one of them is damaged.
+
+    Attributes:
+      stalls: seconds that each save has held up its caller.
+      pinned: steps that stay whatever else holds; more may be added.
+      interval: metrics of steps that had not been logged when the state restored was saved.
+    """
+
+    def __init__(self, workdir: Path, *, keep: int, manifest: Mapping[str, Any],
+                 keep_every: int = 0, best: str = '', best_mode: str = 'min',
+                 pinned: Sequence[int] = ()):
         self.manifest = dict(manifest)
         self.directory = workdir / 'checkpoints'
-        options = ocp.CheckpointManagerOptions(max_to_keep=keep, enable_async_checkpointing=True)
-        self.manager = ocp.CheckpointManager(self.directory, options=options)
+        self.best, self.stalls, self.interval, self.pinned = best, [], [], set(pinned)
+        self._judged: dict[str, float] | None = None
+        self._failed = ''  # why the last save failed
+        self._thread: threading.Thread | None = None
+        for name in ('absl', 'asyncio'):
+            logging.getLogger(name).addFilter(_once)  # again and again adds it once
+        set_aside(self.directory)
+        self.manager = ocp.CheckpointManager(self.directory, options=ocp.CheckpointManagerOptions(
+            enable_async_checkpointing=True, cleanup_tmp_directories=True,
+            # Only that there is such a function makes Orbax write metrics beside a checkpoint.
+            best_fn=(lambda m: m[best]) if best else None, best_mode=best_mode,
+            preservation_policy=retention(keep, keep_every, best, best_mode, self.pinned)))
 
     @property
     def latest(self) -> int | None:
         return self.manager.latest_step()
 
-    def save(self, step: int, state: Any, data: Feed) -> None:
-        """Starts saving; returns once the arrays are copied to the host."""
-        if step == self.latest:
+    def judge(self, values: Mapping[str, Any]) -> None:
+        """By these figures, a logged interval's, the next checkpoint saved may be the best.
+
+        Raises:
+          CheckpointError: they do not have the one that is asked for.
+        """
+        if not self.best:
             return
-        self.manager.save(step, args=ocp.args.Composite(
-            state=ocp.args.StandardSave(state),
-            # One counter of global batches, the same in every process: Grain's own handler
-            # writes a file a process, which another number of processes could not read.
-            data=ocp.args.JsonSave(data.get_state()),
-            manifest=ocp.args.JsonSave(self.manifest)))
+        if not isinstance(values.get(self.best), float):
+            numbers = [name for name, value in values.items() if isinstance(value, float)]
+            raise CheckpointError(f'checkpoint.best: {self.best!r} is no figure that is logged; '
+                                  f'there are {", ".join(numbers)}')
+        self._judged = {self.best: values[self.best]}
+
+    def save(self, step: int, state: Any, data: Feed,
+             interval: Sequence[Mapping[str, Any]] = ()) -> None:
+        """Starts saving; returns once the arrays are copied to the host.
+
+        Should the one before not be finished, it is waited for. What goes wrong is told by
+        `failure`: it does not end the run, and the checkpoints that stand are left alone.
+        """
+        if step == self.latest and not self._failed:
+            return
+        start = time.monotonic()
+        self._settle()
+        self._failed = ''
+        try:
+            self.manager.save(step, metrics=self._judged, args=ocp.args.Composite(
+                state=ocp.args.StandardSave(state),
+                # One counter of global batches, the same in every process: Grain's own handler
+                # writes a file a process, which another number of processes could not read.
+                data=ocp.args.JsonSave(data.get_state() | {INTERVAL: [
+                    {name: float(value) for name, value in x.items()} for x in interval]}),
+                manifest=ocp.args.JsonSave(self.manifest)))
+        except Exception as e:  # of the file system, by way of Orbax
+            self._failed = _reason(e)
+        self.stalls.append(time.monotonic() - start)
+        self._thread = threading.Thread(target=self._finish, args=(step,), name='checksums')
+        self._thread.start()
+
+    def _finish(self, step: int) -> None:
+        """In a thread: waits for a save and sums up its files, or says why it failed."""
+        try:
+            self.manager.wait_until_finished()
+            if jax.process_index() == 0 and not self._failed:
+                checksums.write(self.directory / str(step))
+        except FileNotFoundError:
+            pass  # deleted meanwhile: retention keeps fewer than are being written
+        except Exception as e:
+            self._failed = self._failed or _reason(e)
+        if self._failed:
+            tqdm.write(f'warning: checkpoint {self.directory / str(step)} could not be written '
+                       f'({self._failed}); those before it stand', file=sys.stderr)
+
+    def _settle(self) -> None:
+        """Waits for a save under way; if it failed, brings Orbax's list back to what is there."""
+        if self._thread is not None:
+            self._thread.join()
+            self._thread = None
+        if self._failed:
+            try:
+                self.manager.wait_until_finished()
+            except Exception as e:  # raised once in every thread that asks
+                self._failed = _reason(e)
+            self.manager.reload()
+
+    @property
+    def failure(self) -> str:
+        """Why the last save failed in this process, or ''; does not wait for one under way."""
+        return '' if self._thread is not None and self._thread.is_alive() else self._failed
+
+    def wait(self) -> str:
+        """Blocks until saves under way are on disk, in every process; why one is not, or ''."""
+        self._settle()
+        if anywhere(bool(self._failed)) and not self._failed:
+            self._failed = 'by another process'
+            self.manager.reload()
+        return self._failed
 
     def restore(self, abstract: Any, shardings: Any,
                 data: Feed | None = None) -> Any:
         """The newest state, read straight into `shardings`; `data` is moved to its place.
 
+        One that was never summed up, its run having been killed at that moment, and that turns
+        out not to be readable, is moved aside like those found damaged at first.
+
         Raises:
           CheckpointError: it was written by another config or teacher (each difference is
             named), or it cannot be read.
         """
-        step = self.latest
-        self._check_manifest(step)
-        target = jax.tree.map(
-            lambda a, s: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=s), abstract, shardings)
-        parts = {'state': ocp.args.StandardRestore(target)}
-        if data is not None:
-            parts['data'] = ocp.args.JsonRestore()
-        try:
-            restored = self.manager.restore(step, args=ocp.args.Composite(**parts))
-            if data is not None:
-                data.set_state(restored.data)
-            return restored.state
-        except Exception as e:  # Orbax raises many kinds; the user needs the folder and a cure
-            reason = (str(e).splitlines() or [type(e).__name__])[0]
-            raise CheckpointError(
-                f'checkpoint {self.directory / str(step)} cannot be read ({reason}); delete '
-                'that folder to fall back to the one before it') from e
-
-    def _check_manifest(self, step: int) -> None:
-        try:
-            args = ocp.args.Composite(manifest=ocp.args.JsonRestore())
-            saved = self.manager.restore(step, args=args).manifest
-        except Exception as e:
-            raise CheckpointError(f'checkpoint {self.directory / str(step)} has no readable '
-                                  'manifest; delete that folder or choose another --workdir') from e
-        found = differences(saved, self.manifest)
-        if found:
-            raise CheckpointError(
-                f'checkpoint {self.directory / str(step)} was written by another run; '
-                f'choose another --workdir, or set back: {"; ".join(found)}')
-
-    def wait(self) -> None:
-        """Blocks until saves under way are on disk."""
-        self.manager.wait_until_finished()
+        while True:
+            folder = self.directory / str(self.latest)
+            try:
+                state, self.interval = restore(folder, self.manifest, abstract, shardings, data)
+                return state
+            except UnreadableError as e:
+                older = [step for step in self.manager.all_steps() if step < self.latest]
+                if not older or checksums.known(folder):
+                    raise
+                _move(self.directory, {self.latest: e.reason}, older[-1])
+                self.manager.reload()
 
     def close(self) -> None:
-        self.manager.close()
+        self._settle()
+        # What a failed save has left behind in Orbax's threads has been told.
+        with contextlib.suppress(*[Exception] if self._failed else []):
+            self.manager.close()
+
+
+class UnreadableError(CheckpointError):
+    """A checkpoint that should be readable is not; `reason` is Orbax's."""
+
+    def __init__(self, folder: Path, reason: str):
+        super().__init__(f'checkpoint {folder} cannot be read ({reason}); delete that folder to '
+                         'fall back to the one before it')
+        self.reason = reason
+
+
+def restore(folder: Path, manifest: Mapping[str, Any], abstract: Any, shardings: Any,
+            data: Feed | None = None) -> tuple[Any, list[dict[str, Any]]]:
+    """(the state of the checkpoint in `folder`, read straight into `shardings`; its interval).
+
+    Raises:
+      CheckpointError: it is another run's, by `manifest`, or it cannot be read.
+    """
+    check_manifest(folder, manifest)
+    target = jax.tree.map(
+        lambda a, s: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=s), abstract, shardings)
+    parts = {'state': ocp.args.StandardRestore(target)}
+    if data is not None:
+        parts['data'] = ocp.args.JsonRestore()
+    restored, interval, reason = None, [], ''
+    try:
+        restored = _read(folder, parts)
+        if data is not None:
+            interval = [{k: np.float32(v) for k, v in x.items()}
+                        for x in restored.data.pop(INTERVAL, [])]
+            data.set_state(restored.data)
+    except Exception as e:  # Orbax raises many kinds; the user needs the folder and a cure
+        reason = _reason(e)
+    if anywhere(bool(reason)):
+        raise UnreadableError(folder, reason or 'by another process')
+    return restored.state, interval
+
+
+def _read(folder: Path, parts: Mapping[str, Any]) -> Any:
+    """Items of one checkpoint, by an Orbax that looks at no other."""
+    with ocp.Checkpointer(ocp.CompositeCheckpointHandler()) as reader:
+        return reader.restore(folder, args=ocp.args.Composite(**parts))
+
+
+def manifest_of(folder: Path) -> dict[str, Any]:
+    """The manifest of the checkpoint in `folder`.
+
+    Raises:
+      CheckpointError: it cannot be read.
+    """
+    try:
+        return _read(folder, {'manifest': ocp.args.JsonRestore()}).manifest
+    except Exception as e:
+        raise CheckpointError(f'checkpoint {folder} has no readable manifest; delete that folder '
+                              'or choose another --workdir') from e
+
+
+def check_manifest(folder: Path, manifest: Mapping[str, Any]) -> None:
+    """Refuses another run's checkpoint, naming each difference; other versions only warn.
+
+    Raises:
+      CheckpointError: it is another run's, or its manifest cannot be read.
+    """
+    (saved, wrote), (current, reads) = map(split_versions, (manifest_of(folder), manifest))
+    found = differences(saved, current)
+    if found:
+        raise CheckpointError(
+            f'checkpoint {folder} was written by another run; '
+            f'choose another --workdir, or set back: {"; ".join(found)}')
+    if wrote and reads and wrote != reads:
+        warn(f'checkpoint {folder} was written with other versions: '
+             f'{"; ".join(differences(wrote, reads)).replace(VERSION, "")}')
+
+
+def set_aside(directory: Path) -> None:
+    """Moves damaged checkpoints that are newer than the newest good one out of `directory`.
+
+    Raises:
+      CheckpointError: every checkpoint is damaged; then none is moved.
+    """
+    good, damaged = newest_good(directory)
+    if damaged:
+        _move(directory, damaged, good)
+
+
+def newest_good(directory: Path) -> tuple[int | None, dict[int, str]]:
+    """(newest checkpoint that is not damaged, what is wrong with those after it, by step).
+
+    Raises:
+      CheckpointError: there are checkpoints, and every one is damaged.
+    """
+    damaged: dict[int, str] = {}
+    for step in reversed(checksums.steps(directory)):
+        fault = checksums.fault(directory / str(step), jax.process_index(), jax.process_count())
+        if not anywhere(bool(fault)):
+            return step, damaged
+        damaged[step] = fault or 'found by another process'
+    if damaged:
+        raise CheckpointError(
+            f'every checkpoint in {directory} is damaged: '
+            f'{"; ".join(f"checkpoints/{s}: {why}" for s, why in damaged.items())}; copy one back, '
+            'or choose another --workdir')
+    return None, {}
+
+
+def _move(directory: Path, damaged: Mapping[int, str], good: int) -> None:
+    """Process 0 moves checkpoints to ``damaged/`` beside `directory`; everybody waits for it."""
+    if jax.process_index() == 0:
+        (directory.parent / 'damaged').mkdir(exist_ok=True)
+        for step, fault in damaged.items():
+            place = _free(directory.parent / 'damaged' / str(step))
+            (directory / str(step)).rename(place)
+            warn(f'checkpoint {directory / str(step)} is damaged ({fault}); moved to {place}, '
+                 f'going on from step {good}')
+    if jax.process_count() > 1:
+        multihost_utils.sync_global_devices('damaged checkpoints moved')
+
+
+def _free(place: Path) -> Path:
+    """`place`, or the first of place.1, place.2, ... that does not exist."""
+    names = (place.with_name(f'{place.name}.{i}') if i else place for i in range(10**6))
+    return next(name for name in names if not name.exists())
 
 
 def read_manifest(workdir: Path) -> tuple[int, dict[str, Any]]:
@@ -117,44 +395,51 @@ def read_manifest(workdir: Path) -> tuple[int, dict[str, Any]]:
     Raises:
       CheckpointError: there is none, or it cannot be read.
     """
+    directory = checkpoints_in(workdir)
+    steps = checksums.steps(directory)
+    if not steps:
+        raise CheckpointError(f'{directory} is empty: the run has saved nothing yet')
+    return steps[-1], manifest_of(directory / str(steps[-1]))
+
+
+def checkpoints_in(workdir: Path) -> Path:
+    """Raises `CheckpointError` if a run's folder has no folder of checkpoints."""
     directory = workdir / 'checkpoints'
     if not directory.is_dir():
         raise CheckpointError(f'{workdir} holds no checkpoints; give the --workdir of a run')
-    with ocp.CheckpointManager(directory) as manager:
-        step = manager.latest_step()
-        if step is None:
-            raise CheckpointError(f'{directory} is empty: the run has saved nothing yet')
-        try:
-            args = ocp.args.Composite(manifest=ocp.args.JsonRestore())
-            return step, manager.restore(step, args=args).manifest
-        except Exception as e:
-            raise CheckpointError(f'checkpoint {directory / str(step)} has no readable '
-                                  'manifest; delete that folder to fall back') from e
+    return directory
 
 
 def restore_ema(workdir: Path, step: int, abstract: Any, shardings: Any) -> Any:
-    """The averaged student alone, straight into `shardings`; nothing else is read.
+    """The averaged student alone, straight into `shardings`; see `restore_part`."""
+    return restore_part(workdir / 'checkpoints' / str(step), 'ema', abstract, shardings)
+
+
+def restore_part(folder: Path, name: str, abstract: Any, shardings: Any) -> Any:
+    """One field of the state of the checkpoint in `folder`; nothing else is read.
 
     Raises:
       CheckpointError: it cannot be read, or has other shapes than `abstract`.
     """
-    target = {'ema': jax.tree.map(
+    target = {name: jax.tree.map(
         lambda a, s: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=s), abstract, shardings)}
-    folder = workdir / 'checkpoints' / str(step) / 'state'
     handler = ocp.PyTreeCheckpointHandler()
     try:
         with ocp.Checkpointer(handler) as reader:
             # A partial restore takes what is missing for given: it hands back the request.
-            _must_match(handler.metadata(folder).tree['ema'], abstract)
-            return reader.restore(folder, args=ocp.args.PyTreeRestore(
+            must_match(handler.metadata(folder / 'state').tree[name], abstract)
+            return reader.restore(folder / 'state', args=ocp.args.PyTreeRestore(
                 target, restore_args=ocp.checkpoint_utils.construct_restore_args(target),
-                partial_restore=True))['ema']
+                partial_restore=True))[name]
     except Exception as e:
-        reason = (str(e).splitlines() or [type(e).__name__])[0]
-        raise CheckpointError(f'{folder} holds no student of this shape ({reason})') from e
+        raise CheckpointError(f'{folder / "state"} holds no {WORDS.get(name, name)} of this shape '
+                              f'({_reason(e)})') from e
 
 
-def _must_match(saved: Any, abstract: Any) -> None:
+WORDS = {'ema': 'student'}  # what a user calls a field of the state
+
+
+def must_match(saved: Any, abstract: Any) -> None:
     """Raises `ValueError` naming the first leaf that is not in both trees with one shape."""
     found, wanted = ({path: tuple(leaf.shape) for path, leaf in flat.flatten(tree).items()}
                      for tree in (saved, abstract))

@@ -271,20 +271,31 @@ def make_task(config: Any, teacher: teachers.Teacher, mesh: Mesh,
         words=words, probe=make_probe(config, teacher, prompts, frozen, m, mesh),
         annotate=make_annotate(teacher.data_std),
         pictures=make_pictures(config, teacher, prompts, frozen, m, mesh), startup=startup,
-        host=host_fields(config), data_identity=prompts.identity)
+        host=host_fields(config), data_identity=prompts.identity, order=order,
+        read_weights=lambda path: load_teacher(config, mesh, path).params)
+
+
+def load_teacher(config: Any, mesh: Mesh, path: str = '') -> teachers.Teacher:
+    """The teacher that `config` names; or, of its family, the network at `path`."""
+    t = config.teacher
+    return teachers.load_family(t.name, path or t.path, mesh, t.dtype, _first_size(config),
+                                t.remat, t.attention, t.param_dtype)
+
+
+def prepare(config: Any, mesh: Mesh) -> tuple[teachers.Teacher, loop.Task]:
+    """The teacher that `config` names, and what the loop needs to distil it."""
+    startup = Startup()
+    with startup.stage('weights'):
+        teacher = load_teacher(config, mesh)
+    return teacher, make_task(config, teacher, mesh, startup)
 
 
 def run(config: Any, workdir: Path, mesh: Mesh) -> None:
     """Distils, evaluates, and writes ``eval.json`` and ``samples.png``."""
     from ddmd_jax.metrics import report
 
-    total, startup = report.Stopwatch(), Startup()
-    with startup.stage('weights'):
-        teacher = teachers.load_family(config.teacher.name, config.teacher.path, mesh,
-                                       config.teacher.dtype, _first_size(config),
-                                       config.teacher.remat, config.teacher.attention,
-                                       config.teacher.param_dtype)
-    task = make_task(config, teacher, mesh, startup)
+    total = report.Stopwatch()
+    teacher, task = prepare(config, mesh)
     state, seconds = loop.run(task, config, workdir, mesh, teacher.identity)
     if teacher.name == 'emoji':  # whose prompts can be judged, whatever it was distilled on
         report.final(config, teacher, state.ema, mesh, workdir, seconds._asdict(), total)

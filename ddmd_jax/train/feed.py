@@ -17,13 +17,17 @@ class Feed:
     and does not wait for it: devices work on it behind the step that is running. Its state is
     that of `data` after the last batch handed out: what is ready but not taken does not count.
 
+    Batches whose number is in `skip` are read and dropped.
+
     Attributes:
+      skip: may be set anew before `set_state`.
       waited: seconds that `data` was not ready when a batch was wanted; the first batch, which
         nothing can precede, is left out.
     """
 
-    def __init__(self, data: grain.DatasetIterator, place: Callable[[Any], Any]):
-        self._data, self._place = data, place
+    def __init__(self, data: grain.DatasetIterator, place: Callable[[Any], Any],
+                 skip: frozenset[int] = frozenset()):
+        self._data, self._place, self.skip = data, place, skip
         self._ready: collections.deque[tuple[Any, Any]] = collections.deque()
         self._state = data.get_state()
         self._first = True
@@ -38,6 +42,8 @@ class Feed:
 
     def _fill(self) -> None:
         start = time.monotonic()
+        while self.skip and self._data.get_state()['next_index'] in self.skip:
+            next(self._data)
         batch = next(self._data)
         if not self._first:
             self.waited += time.monotonic() - start

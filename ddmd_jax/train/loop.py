@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -13,14 +14,23 @@ import jax
 from jax.sharding import Mesh
 
 from ddmd_jax import sharding
-from ddmd_jax.train import checkpoint as ckpt, state as st
+from ddmd_jax.data.order import Order
+from ddmd_jax.train import checkpoint as ckpt, guards, resume, signals, state as st
 from ddmd_jax.train.feed import Feed
 from ddmd_jax.train.logs import RunLog, means
 from ddmd_jax.train.startup import Startup
 
 
 class DivergedError(RuntimeError):
-    """NaN or Inf in a loss or gradient; the update was not written."""
+    """NaN or Inf in a loss or gradient; the update was not written.
+
+    `step` is the one that went wrong, `taken` the state of the data before and after it, `bad`
+    the metrics that were not finite.
+    """
+
+    step: int
+    taken: tuple[Any, Any]
+    bad: list[str]
 
 
 class Seconds(NamedTuple):
@@ -41,6 +51,8 @@ class Task:
     of each logged interval; `annotate(intervals logged before, this one)` may add words to it.
     `startup` compiles what `advance` calls, and counts the seconds until it can. `host` names
     fields of the state that stay in the hosts' memory, `data_identity` what is trained on.
+    `order` says which rows a batch holds; `read_weights(path)` reads weights that are no
+    checkpoint, for `config.init_from`.
     """
 
     name: str
@@ -57,91 +69,254 @@ class Task:
     startup: Startup = dataclasses.field(default_factory=Startup)
     host: tuple[str, ...] = ()
     data_identity: str = 'none'
+    order: Order | None = None
+    read_weights: Callable[[str], Any] | None = None
 
 
 def run(task: Task, config: Any, workdir: Path, mesh: Mesh,
         identity: str) -> tuple[st.TrainState, Seconds]:
-    """Trains to `config.train.steps`, resuming what `workdir` holds; (state, what it took).
+    """Trains to `config.train.steps` from where `resume` says; (state, what it took).
 
     Raises:
-      CheckpointError: `workdir` holds another run's checkpoints.
-      DivergedError: a loss or gradient stopped being finite.
+      CheckpointError: `workdir` holds another run's checkpoints, or the last one could not be
+        written.
+      DivergedError: a loss or gradient stopped being finite, and that is not to be, or cannot
+        be, gone back on.
+      Stopped: a signal asked for it; everything is saved.
     """
-    manifest = ckpt.comparable(config.to_dict()) | {
-        'teacher_identity': identity, 'data_identity': task.data_identity}
-    checkpoints = ckpt.Checkpoints(workdir, keep=config.checkpoint.keep, manifest=manifest)
+    bad = guards.read_bad(workdir)
+    checkpoints = open_checkpoints(task, config, workdir, identity, bad)
     try:
         if (checkpoints.latest or 0) < config.train.steps:
             task.startup.compiling.start()
-        feed = Feed(task.data, task.place)
+        feed = Feed(task.data, task.place, guards.skipped(bad))
+        source = resume.choose(config, checkpoints)
         with task.startup.stage('state'):
-            state = jax.block_until_ready(_start(task, checkpoints, feed, mesh))
-        start = time.monotonic()
-        state = _train(task, config, workdir, feed, checkpoints, state)
-        return state, Seconds(time.monotonic() - start, feed.waited)
+            state = jax.block_until_ready(_start(task, source, checkpoints, feed, mesh))
+        words, start = resume.words(source, workdir, int(state.step)), time.monotonic()
+        while True:
+            failed = None
+            try:
+                training = _Training(task, config, workdir, feed, checkpoints, state)
+                state = training.run(words)
+                return state, Seconds(time.monotonic() - start, feed.waited)
+            except DivergedError as e:
+                failed = e.with_traceback(None)  # its frames hold the state that is given up
+            state = training = None
+            bad = _left_out(failed, task, config, checkpoints, bad)
+            if jax.process_index() == 0:
+                guards.record_bad(workdir, bad[-1])
+            feed.skip = guards.skipped(bad)
+            checkpoints.pinned.add(bad[-1]['checkpoint'])
+            source = resume.choose(config, checkpoints)
+            state = _start(task, source, checkpoints, feed, mesh)
+            words = (f'{failed}; back at step {int(state.step)}, leaving out batches '
+                     f'{", ".join(map(str, bad[-1]["batches"]))}')
     finally:
         checkpoints.close()
 
 
-def _start(task: Task, checkpoints: ckpt.Checkpoints, feed: Feed, mesh: Mesh) -> st.TrainState:
-    if checkpoints.latest is None:
-        feed.start_prefetch()
-        return st.create(task.make_state, task.rules, mesh, *task.source, host=task.host)
+def open_checkpoints(task: Task, config: Any, workdir: Path, identity: str,
+                     bad: Sequence[Mapping[str, Any]] = ()) -> ckpt.Checkpoints:
+    """The run's checkpoints; see `Checkpoints`. Those gone back to from `bad` steps stay."""
+    c = config.checkpoint
+    return ckpt.Checkpoints(
+        workdir, keep=c.keep, keep_every=c.keep_every, best=c.best, best_mode=c.best_mode,
+        manifest=manifest_of(task, config, identity),
+        pinned=[entry['checkpoint'] for entry in bad])
+
+
+def manifest_of(task: Task, config: Any, identity: str) -> dict[str, Any]:
+    """What a checkpoint of this run says of itself; see `checkpoint.check_manifest`."""
+    return ckpt.comparable(config.to_dict()) | ckpt.versions() | {
+        'teacher_identity': identity, 'data_identity': task.data_identity}
+
+
+def _start(task: Task, source: resume.Source, checkpoints: ckpt.Checkpoints, feed: Feed,
+           mesh: Mesh) -> st.TrainState:
+    return resume.start(source, checkpoints, task.make_state, task.rules, mesh, task.source,
+                        task.host, feed, task.read_weights)
+
+
+def _left_out(failed: DivergedError, task: Task, config: Any, checkpoints: ckpt.Checkpoints,
+              bad: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """`bad` and what is recorded of the step that failed; raises `failed` if that is no help."""
+    if config.train.on_nan != 'rollback' or checkpoints.latest is None:
+        raise failed
+    first, last = (state['next_index'] for state in failed.taken)
+    numbers = [n for n in range(first, last) if n not in guards.skipped(bad)]
+    bad = [*bad, {
+        'step': failed.step, 'checkpoint': checkpoints.latest, 'bad': failed.bad,
+        'batches': numbers, 'time': round(time.time()),
+        'rows': [task.order[n].rows.tolist() for n in numbers] if task.order else []}]
+    if guards.exhausted(bad):
+        raise DivergedError(f'{failed}; went back to step {checkpoints.latest} {guards.MOST} times '
+                            'already: it is not the batches')
+    return bad
+
+
+class _Step(NamedTuple):
+    """One step's number, its metrics, and the state of the data before and after it."""
+
+    number: int
+    metrics: dict[str, Any]
+    taken: tuple[Any, Any]
+
+
+class _Training:
+    """One go at the steps: to the end, to a signal, or to a step that goes wrong.
+
+    `interval` holds the metrics since the last logged line, also of steps before a restart, so
+    that a line comes out the same wherever a run was interrupted.
+    """
+
+    def __init__(self, task: Task, config: Any, workdir: Path, feed: Feed,
+                 checkpoints: ckpt.Checkpoints, state: st.TrainState):
+        self.task, self.config, self.workdir = task, config, workdir
+        self.feed, self.checkpoints, self.state = feed, checkpoints, state
+        self.step, self.total = int(state.step), config.train.steps
+        self.log = RunLog(workdir, self.step, self.total, task.name)
+        self.interval = list(checkpoints.interval)
+        self.newest: _Step | None = None
+        self.retried = False
+
+    def run(self, words: str) -> st.TrainState:
+        """The state at the end; `words` are said at first.
+
+        Raises:
+          CheckpointError: the last state could not be written.
+          DivergedError, Stopped: see `run`.
+        """
+        with contextlib.closing(self.log):
+            if words:
+                self.log.say(words)
+            if self.step == 0:
+                self.task.pictures(self.state, 0, self.log)
+            first, ended = self.step + 1, self.step >= self.total
+            with contextlib.ExitStack() as held:
+                while not ended:
+                    self._advance()
+                    if self.step == first:
+                        # Programs are waited for before, and there is nothing to save: no
+                        # signal need wait for that.
+                        held.enter_context(signals.deferred())
+                        if self.task.startup.compiling.finished:
+                            self.log.say(self.task.startup.words())
+                    ended = self._after_step()
+                self._must_be_saved()
+        return self.state
+
+    def _next_batch(self) -> Any:
+        with self.task.startup.stage('first batch'):
+            return next(self.feed)
+
+    def _advance(self) -> None:
+        before = self.feed.get_state()
+        self.state, metrics = self.task.advance(self.state, self._next_batch)
+        # Looked at one step late, so that the host never waits for the device.
+        self._must_be_finite()
+        self.step += 1
+        self.newest = _Step(self.step, metrics, (before, self.feed.get_state()))
+        self.interval.append(metrics)
+        self.log.tick(self.step)
+
+    def _after_step(self) -> bool:
+        """Logs, shows and saves what is due; whether training ends here."""
+        c, step, last = self.config, self.step, self.step == self.total
+        signal, unwell = signals.asked_to_stop(step), ''
+        if last or step % c.log.every == 0:
+            unwell = self._log_interval()
+        if last or step % c.log.images_every == 0:
+            self.task.pictures(self.state, step, self.log)
+        if last or signal or unwell or step % c.checkpoint.every == 0:
+            self._save()
+            self.retried = False
+        elif self.checkpoints.failure and not self.retried and jax.process_count() == 1:
+            self._save()  # several processes would have to agree: theirs is the next one due
+            self.retried = True
+        if signal:
+            self._must_be_saved()
+            raise signals.Stopped(f'{signal}: stopped at step {step} of {self.total}, saved in '
+                                  f'{self.checkpoints.directory}; run the same command to go on')
+        if unwell:
+            self.log.say(f'step {step}: {unwell}')
+        return last or bool(unwell)
+
+    def _log_interval(self) -> str:
+        """One line of metrics; why training has to end with it, or ''."""
+        self._must_be_finite()
+        task, train = self.task, self.config.train
+        values = means(self.interval) | means([task.probe(self.state)])
+        values = task.annotate(self.log.history, values)
+        self.log.scalars(self.step, values, task.words(values))
+        self.interval = []
+        self.checkpoints.judge(values)
+        spike = guards.spike([v['loss'] for v in self.log.history], train.spike)
+        if spike:
+            self.log.say(f'warning: step {self.step}: {spike}')
+        unwell = guards.must_stop(self.log.history, train.get('on_health', 'nothing'))
+        # Only process 0 has the lines of a run that was resumed: what it says goes for all.
+        stop = train.get('on_health') == 'stop' and ckpt.anywhere(
+            bool(unwell) and jax.process_index() == 0)
+        return (unwell or 'stopped by process 0') if stop else ''
+
+    def _save(self) -> None:
+        self._must_be_finite()
+        self.checkpoints.save(self.step, self.state, self.feed, jax.device_get(self.interval))
+
+    def _must_be_saved(self) -> None:
+        """Waits for the last save; one that failed is tried once more.
+
+        Raises:
+          CheckpointError: in vain.
+        """
+        if not self.checkpoints.wait():
+            return
+        self._save()
+        reason = self.checkpoints.wait()
+        if reason:
+            kept = self.checkpoints.latest
+            raise ckpt.CheckpointError(
+                f'step {self.step} could not be saved, twice ({reason}); '
+                + ('nothing was saved before' if kept is None else f'step {kept} is the newest '
+                   f'checkpoint in {self.checkpoints.directory}')
+                + '; make room, then run the same command to go on from there')
+
+    def _must_be_finite(self) -> None:
+        if self.newest is None or bool(self.newest.metrics['finite']):
+            return
+        self.checkpoints.wait()
+        kept = 'no checkpoint had been written yet' if self.checkpoints.latest is None else (
+            f'the last good checkpoint, step {self.checkpoints.latest}, is kept')
+        metrics = jax.device_get(self.newest.metrics)
+        bad = [k for k, v in metrics.items() if v != v or abs(v) == float('inf')]
+        error = DivergedError(
+            f'step {self.newest.number}: NaN or Inf in {", ".join(bad) or "a gradient"}; that '
+            f'update was not written and {kept}; lower the learning rate or clip harder')
+        error.step, error.taken, error.bad = self.newest.number, self.newest.taken, bad
+        raise error
+
+
+def replay(task: Task, config: Any, workdir: Path, mesh: Mesh, identity: str) -> dict[str, Any]:
+    """Runs the newest step of ``bad_batches.jsonl`` again, from the checkpoint before it.
+
+    Returns its entry with `metrics`, a figure for each; writes nothing.
+
+    Raises:
+      GuardError: there is no such step, or its checkpoint is gone.
+    """
+    *earlier, entry = guards.read_bad(workdir) or [None]
+    if entry is None:
+        raise guards.GuardError(f'{workdir / guards.NAME} is not there: no batch has been left out '
+                                "(train.on_nan='rollback' leaves out)")
+    folder = workdir / 'checkpoints' / str(entry['checkpoint'])
+    if not folder.is_dir():
+        raise guards.GuardError(f'{folder} is gone, from which step {entry["step"]} went wrong; it '
+                                'cannot be replayed')
+    feed = Feed(task.data, task.place, guards.skipped(earlier))
     abstract, shardings = st.abstract_and_shardings(
         task.make_state, task.rules, mesh, *task.source, host=task.host)
-    return checkpoints.restore(abstract, shardings, feed)
-
-
-def _train(task: Task, config: Any, workdir: Path, feed: Feed, checkpoints: ckpt.Checkpoints,
-           state: st.TrainState) -> st.TrainState:
-    first = step = int(state.step)
-    total = config.train.steps
-    log = RunLog(workdir, step, total, task.name)
-    if step:
-        log.say(f'resumed {workdir} at step {step}')
-
-    def next_batch() -> Any:
-        with task.startup.stage('first batch'):
-            return next(feed)
-
-    pending: list[dict[str, Any]] = []
-    try:
-        if step == 0:
-            task.pictures(state, 0, log)
-        while step < total:
-            state, metrics = task.advance(state, next_batch)
-            if step == first and task.startup.compiling.finished:
-                log.say(task.startup.words())
-            # Looked at one step late, so that the host never waits for the device.
-            if pending:
-                _must_be_finite(pending[-1], step, checkpoints)
-            pending.append(metrics)
-            step += 1
-            log.tick(step)
-            last = step == total
-            if last or step % config.log.every == 0:
-                _must_be_finite(metrics, step, checkpoints)
-                values = means(pending) | means([task.probe(state)])
-                values = task.annotate(log.history, values)
-                log.scalars(step, values, task.words(values))
-                pending = []
-            if last or step % config.log.images_every == 0:
-                task.pictures(state, step, log)
-            if last or step % config.checkpoint.every == 0:
-                _must_be_finite(metrics, step, checkpoints)
-                checkpoints.save(step, state, feed)
-        checkpoints.wait()
-        return state
-    finally:
-        log.close()
-
-
-def _must_be_finite(metrics: dict[str, Any], step: int, checkpoints: ckpt.Checkpoints) -> None:
-    if bool(metrics['finite']):
-        return
-    checkpoints.wait()
-    kept = 'no checkpoint had been written yet' if checkpoints.latest is None else (
-        f'the last good checkpoint, step {checkpoints.latest}, is kept')
-    bad = [k for k, v in jax.device_get(metrics).items() if v != v or abs(v) == float('inf')]
-    raise DivergedError(f'step {step}: NaN or Inf in {", ".join(bad) or "a gradient"}; that update '
-                        f'was not written and {kept}; lower the learning rate or clip harder')
+    state, _ = ckpt.restore(folder, manifest_of(task, config, identity), abstract, shardings, feed)
+    for _ in range(entry['checkpoint'], entry['step']):
+        state, metrics = task.advance(state, lambda: next(feed))
+    return entry | {'metrics': {k: float(v) for k, v in jax.device_get(metrics).items()}}

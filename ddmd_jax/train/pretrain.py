@@ -107,15 +107,15 @@ def make_task(config: Any, mesh: Mesh) -> Task:
     ids, mask = tokenizer.encode(captions, length)
     images = pairs.images(np.arange(len(captions)))
     lookup = lambda rows, length: {'image': images[rows], 'ids': ids[rows], 'mask': mask[rows]}
-    rows = emoji.training_mixture(pairs, config.data.white_repeat)
+    order = Order(emoji.training_mixture(pairs, config.data.white_repeat),
+                  config.data.global_batch, config.seed)
     tx = optim.make_optimizer(config.optim.student, config.train.steps)
     step = make_step(config, tx)
     key = jax.random.key(config.seed)
     make = lambda: st.fresh(teacher.init_params(config.teacher.model.to_dict(), key), tx)
     return Task(
         name='pretrain', make_state=make, source=(), rules=teacher.RULES,
-        data=loader.batches(Order(rows, config.data.global_batch, config.seed), lookup,
-                            config.data.global_batch),
+        data=loader.batches(order, lookup, config.data.global_batch), order=order,
         place=lambda batch: sharding.put_batch(batch.rows, mesh),
         advance=lambda state, next_batch: step(state, next_batch()),
         words=lambda m: f'loss {m["loss"]:.4f} grad {m["grad_norm"]:.2f}',

@@ -1,0 +1,146 @@
+"""What saving and resuming cost: stall of a save, time to resume, growth of memory.
+
+    python benchmarks/resume.py            # writes benchmarks/resume.json; minutes on two cores
+
+The stall and the resumption are those of `configs/emoji.py` with its own teacher and batch, for a
+few steps; memory is watched over 2,000 steps of a toy network, with a save every 50.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+from typing import Any
+
+HERE = Path(__file__).resolve().parent
+ROOT = HERE.parent
+sys.path[:0] = [str(ROOT), str(ROOT / 'tests')]
+STEPS, EVERY, DOCUMENTED = 6, 2, 20  # of the emoji run; what configs/emoji.py has for EVERY
+TOY_STEPS, TOY_EVERY, SETTLED = 2000, 50, 500  # memory is compared from step SETTLED on
+
+
+def rss() -> int:
+    """Resident bytes of this process."""
+    return int(Path('/proc/self/statm').read_text().split()[1]) * os.sysconf('SC_PAGE_SIZE')
+
+
+def emoji_config() -> Any:
+    import tiny
+
+    config = tiny.load_config('emoji')
+    config.train.steps, config.checkpoint.every = STEPS, EVERY
+    config.log.update({'every': 1000, 'images_every': 1000, 'probe': 0})
+    return config
+
+
+def toy_config(weights: Path) -> Any:
+    config = emoji_config()
+    config.teacher.path, config.student.steps, config.critic.updates = str(weights), 2, 1
+    config.data.global_batch, config.train.steps = 4, TOY_STEPS
+    config.checkpoint.every, config.log.every = TOY_EVERY, 50
+    return config
+
+
+def trained(config: Any, workdir: Path) -> dict[str, Any]:
+    """Seconds of each step and save of one run, seconds until its first, and memory by step."""
+    import jax
+
+    from ddmd_jax import sharding
+    from ddmd_jax.train import checkpoint, distill, loop
+
+    begun, ends, memory, stalls = time.monotonic(), [], [], []
+    advance, save = loop._Training._advance, checkpoint.Checkpoints.save
+    first, restored = [], []
+
+    def timed_advance(training: Any) -> None:
+        first.append(time.monotonic())
+        advance(training)
+        jax.block_until_ready(training.state)
+        ends.append(time.monotonic() - first[-1])
+        memory.append(rss())
+
+    def timed_save(self: Any, *args: Any) -> None:
+        save(self, *args)
+        stalls.append(self.stalls[-1])
+
+    start = loop._start
+
+    def timed_start(*args: Any) -> Any:
+        at = time.monotonic()
+        state = jax.block_until_ready(start(*args))
+        restored.append(time.monotonic() - at)
+        return state
+
+    loop._Training._advance, checkpoint.Checkpoints.save = timed_advance, timed_save
+    loop._start = timed_start
+    mesh = sharding.make_mesh(config.mesh)
+    teacher, task = distill.prepare(config, mesh)
+    loop.run(task, config, workdir, mesh, teacher.identity)
+    return {'steps': ends[1:], 'saves': stalls, 'restore': restored[0],
+            'ready': first[0] - begun if first else None, 'memory': memory}
+
+
+def stall() -> dict[str, Any]:
+    """The emoji run, then the same one resumed in this process's successor."""
+    workdir = Path(sys.argv[2])
+    found = trained(emoji_config(), workdir)
+    step, save = statistics.median(found['steps']), max(found['saves'])
+    size = sum(p.stat().st_size for p in (workdir / 'checkpoints' / str(STEPS)).rglob('*')
+               if p.is_file())
+    return {'step_seconds': step, 'stall_seconds_max': save, 'saves': len(found['saves']),
+            'checkpoint_bytes': size, 'share_of_interval': save / (step * DOCUMENTED)}
+
+
+def resumed() -> dict[str, Any]:
+    config = emoji_config()
+    config.train.steps = STEPS + 1
+    found = trained(config, Path(sys.argv[2]))
+    return {'restore_seconds': found['restore'], 'first_step_begins_seconds': found['ready']}
+
+
+def memory() -> dict[str, Any]:
+    """Slope of resident memory by least squares, from when caches are filled."""
+    import numpy as np
+    sys.path.append(str(ROOT / 'tests' / 'faults'))
+    import runs
+
+    folder = Path(sys.argv[2])
+    found = trained(toy_config(runs.make_weights(folder)), folder / 'toy')
+    y = np.asarray(found['memory'][SETTLED:], float)
+    slope = np.polyfit(np.arange(len(y)), y, 1)[0]
+    return {'steps': TOY_STEPS, 'saves': len(found['saves']),
+            'stall_seconds_median': statistics.median(found['saves']),
+            'step_seconds': statistics.median(found['steps']),
+            'rss_bytes_at_500': int(np.median(y[:50])), 'rss_bytes_at_end': int(np.median(y[-50:])),
+            'bytes_per_step': float(slope)}
+
+
+PARTS = {'stall': stall, 'resumed': resumed, 'memory': memory}
+
+
+def main() -> None:
+    """Each part in a process of its own."""
+    results = {}
+    with tempfile.TemporaryDirectory() as folder:
+        for name in PARTS:
+            done = subprocess.run(
+                [sys.executable, __file__, name, folder], cwd=ROOT, check=True, text=True,
+                stdout=subprocess.PIPE, env=os.environ | {
+                    'JAX_PLATFORMS': 'cpu', 'JAX_COMPILATION_CACHE_DIR': f'{folder}/xla',
+                    'JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS': '0'})
+            results[name] = json.loads(done.stdout.splitlines()[-1])
+            print(name, results[name], flush=True)
+    (HERE / 'resume.json').write_text(json.dumps(results, indent=1) + '\n')
+
+
+if __name__ == '__main__':
+    if len(sys.argv) > 1:
+        print(json.dumps(PARTS[sys.argv[1]]()))
+    else:
+        main()

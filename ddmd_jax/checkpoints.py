@@ -1,0 +1,137 @@
+"""``python -m ddmd_jax.checkpoints WORKDIR [--verify] [--prune --keep=N --every=K]``
+
+Lists a run's checkpoints; with `--verify` reads every file and says which are damaged; with
+`--prune` deletes all but the newest `--keep` good ones and those at multiples of `--every`.
+Exit codes: 0; 1 if one is damaged or it could not be done (one line on stderr); 2 a wrong flag.
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+from absl import app, flags, logging
+
+FLAGS = flags.FLAGS
+# What of a manifest is shown: enough to tell runs apart.
+SHOWN = ('task', 'teacher.name', 'method.schedule', 'student.steps', 'data.global_batch', 'seed',
+         'version.ddmd_jax', 'version.jax')
+
+
+def define_flags() -> None:
+    flags.DEFINE_boolean('verify', False, 'Read every file and compare it with its checksum.')
+    flags.DEFINE_boolean('prune', False, 'Delete checkpoints that --keep and --every do not keep; '
+                         'verifies them first.')
+    flags.DEFINE_integer('keep', 2, 'Newest good checkpoints that --prune keeps.', lower_bound=1)
+    flags.DEFINE_integer('every', 0, 'Multiples of this are kept too; 0 is off.', lower_bound=0)
+
+
+def rows(directory: Path, verify: bool) -> list[tuple[int, str, str]]:
+    """(step, fault or '', line) of each checkpoint, ascending; faults only if asked for."""
+    from ddmd_jax.train import checksums
+
+    found = []
+    for step in checksums.steps(directory):
+        folder = directory / str(step)
+        fault = checksums.fault(folder) if verify else ''
+        found.append((step, fault, '  '.join(_cells(folder, verify, fault))))
+    return found
+
+
+def _cells(folder: Path, verify: bool, fault: str) -> list[str]:
+    from ddmd_jax.sharding import in_units
+    from ddmd_jax.train import checksums
+
+    size = sum(path.stat().st_size for path in checksums.files(folder).values())
+    state = f'damaged: {fault}' if fault else 'good' if checksums.known(folder) else 'readable'
+    cells = [f'{folder.name:>8}', f'{in_units(size):>10}', f'{_age(folder):>6}']
+    return cells + ([state] if verify else []) + [_summary(folder)]
+
+
+def _age(folder: Path) -> str:
+    """Time since a folder was finished, in its largest unit."""
+    seconds = max(time.time() - folder.stat().st_mtime, 0)
+    for unit, length in (('d', 86400), ('h', 3600), ('min', 60)):
+        if seconds >= length:
+            return f'{seconds // length:.0f} {unit}'
+    return f'{seconds:.0f} s'
+
+
+def _summary(folder: Path) -> str:
+    from ddmd_jax.train.checkpoint import CheckpointError, manifest_of
+
+    try:
+        manifest: dict[str, Any] = manifest_of(folder)
+    except CheckpointError:
+        return 'no readable manifest'
+    return ' '.join(f'{name.rpartition(".")[2]}={manifest[name]}' for name in SHOWN
+                    if name in manifest)
+
+
+def kept(good: list[int], keep: int, every: int) -> set[int]:
+    """Steps that stay of those that are good."""
+    return set(good[-keep:]) | {step for step in good if every and step % every == 0}
+
+
+def prune(directory: Path, keep: int, every: int) -> list[int]:
+    """Deletes good checkpoints that need not stay; returns their steps. Damaged ones are left.
+
+    Raises:
+      LockError: a run has the folder.
+    """
+    from ddmd_jax.train import checksums, lock
+
+    with lock.held(directory.parent):
+        for scratch in directory.glob('*.deleted'):  # of a command that was killed
+            shutil.rmtree(scratch)
+        good = [s for s in checksums.steps(directory) if not checksums.fault(directory / str(s))]
+        gone = [step for step in good if step not in kept(good, keep, every)]
+        for step in gone:
+            # Renamed first: one that is half deleted must not look like a checkpoint.
+            scratch = (directory / str(step)).rename(directory / f'{step}.deleted')
+            shutil.rmtree(scratch)
+        return gone
+
+
+def main(argv: list[str]) -> None:
+    if not FLAGS['verbosity'].present:
+        logging.set_verbosity(logging.WARNING)  # of libraries' chatter; as in `main`
+    os.environ['JAX_PLATFORMS'] = 'cpu'  # nothing is computed, and a run may have the devices
+    if len(argv) != 2:
+        sys.exit(f'checkpoints: expected one folder, the --workdir of a run, got {len(argv) - 1}')
+    from ddmd_jax.train.checkpoint import CheckpointError, checkpoints_in
+    from ddmd_jax.train.lock import LockError
+
+    try:
+        directory = checkpoints_in(Path(argv[1]).expanduser().absolute())
+        if FLAGS.prune:
+            gone = prune(directory, FLAGS.keep, FLAGS.every)
+            print(f'deleted: {", ".join(map(str, gone)) or "none"}')
+        found = rows(directory, FLAGS.verify)
+    except (CheckpointError, LockError) as e:
+        sys.exit(f'checkpoints: {e}')
+    except OSError as e:
+        sys.exit(f'checkpoints: {e.filename} cannot be changed ({e.strerror})')
+    for _, _, line in found:
+        print(line)
+    damaged = [str(step) for step, fault, _ in found if fault]
+    if damaged:
+        sys.exit(f'checkpoints: damaged: {", ".join(damaged)}; resuming moves them aside')
+
+
+def parse_flags(argv: list[str]) -> list[str]:
+    """absl's parser, with what is wrong said in one line."""
+    try:
+        return FLAGS(argv)
+    except flags.Error as e:
+        print(f'checkpoints: {" ".join(str(e).split())}', file=sys.stderr)
+        sys.exit(2)
+
+
+if __name__ == '__main__':
+    define_flags()
+    app.run(main, flags_parser=parse_flags)

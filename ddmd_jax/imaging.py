@@ -1,0 +1,215 @@
+"""What a request for images needs: prompts, places to write to, weights, and writing itself."""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import Mesh
+from PIL import Image
+
+from ddmd_jax import drawing, sharding, teachers
+from ddmd_jax.data import prompt_files, prompts as prompt_sets
+from ddmd_jax.data.prompt_text import normalise
+from ddmd_jax.metrics import pictures
+from ddmd_jax.teachers import Cond, Teacher
+from ddmd_jax.train import checkpoint as ckpt, prompts as sources
+
+DTYPES = {'emoji': 'float32', 'lumina': 'bfloat16'}  # of activations, where no run says it
+TEXT_ROWS = 8  # prompts encoded at a time: always as many, so that none depends on the others
+
+
+class RequestError(ValueError):
+    """What is asked for cannot be made."""
+
+
+# --- What is asked for ---
+
+
+def read_prompts(given: Sequence[str], name: str, split: str) -> list[str]:
+    """`given`, then those of the file or set `name` ('' is none), normalised.
+
+    Empty ones of `given` are the null prompt; those of a file are left out.
+
+    Raises:
+      DataFileError: no such file or set, or it cannot be read.
+      RequestError: it holds no prompt.
+    """
+    found = [normalise(text) for text in given]
+    if name:
+        if Path(name).expanduser().is_dir():
+            texts = prompt_sets.open_set(name, split)
+        else:
+            texts = prompt_files.find(name).read('prompt', lambda size: None)
+        more = list(filter(None, map(normalise, texts)))
+        if not more:
+            raise RequestError(f'{name} holds no prompt')
+        found += more
+    return found
+
+
+def places(out: Path, named: Sequence[drawing.Name], sheet: bool, suffix: str,
+           overwrite: bool) -> tuple[list[Path], Path | None]:
+    """(a file for each image, the sheet's or None); their folder is made.
+
+    If `out` is a file, the sheet is that file, and images are not written one by one.
+
+    Raises:
+      RequestError: one of them is there already, or the folder cannot be made.
+    """
+    if out.suffix.lower() not in pictures.SUFFIXES:
+        folder = out
+        files = [out / name for name in drawing.file_names(named, suffix)]
+        grid = out / f'grid{suffix}' if sheet else None
+    elif sheet:
+        folder, files, grid = out.parent, [], out
+    elif len(named) == 1:
+        folder, files, grid = out.parent, [out], None
+    else:
+        raise RequestError(f'--out {out} is one file for {len(named)} images; name a folder, or '
+                           'give --grid for a sheet of them')
+    there = [file for file in (*files, grid) if file and file.exists()]
+    if there and not overwrite:
+        more = f' and {len(there) - 1} more' if there[1:] else ''
+        raise RequestError(f'{there[0]} exists already{more}; choose another --out, or replace '
+                           'with --overwrite')
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as e:
+        raise RequestError(f'--out {folder} cannot be made ({e.strerror}); choose another') from e
+    if not os.access(folder, os.W_OK):
+        raise RequestError(f'--out {folder} cannot be written; choose another')
+    return files, grid
+
+
+@dataclasses.dataclass(frozen=True)
+class Model:
+    """Where the weights are: the teacher's, and those of a run's student if `workdir` is one.
+
+    `steps` and `shift` are what the student was trained for, `identity` the teacher's then.
+    """
+
+    family: str
+    path: str
+    dtype: str
+    size: tuple[int, ...] | None
+    workdir: Path | None = None
+    step: int = 0
+    steps: int = 1
+    shift: float | None = None
+    identity: str | None = None
+
+
+def find_model(workdir: Path | None, path: str, size: tuple[int, ...] | None) -> Model:
+    """What a run's newest checkpoint says of its teacher and student; reads no weights.
+
+    `path` is the teacher's if it has moved, or if there is no `workdir`; `size` that of the
+    images, None the run's own.
+
+    Raises:
+      CheckpointError: there is no checkpoint, or its manifest cannot be read.
+      RequestError: it is of a pre-training or an unknown family, or has no such size.
+    """
+    if workdir is None:
+        family, path = teachers.family_of(path)
+        model = Model(family, path, DTYPES[family], size)
+    else:
+        model = _of_run(workdir, *ckpt.read_manifest(workdir), path, size)
+    if size and model.family == 'emoji':
+        raise RequestError('--size: emoji have but one, 24,24; leave it out')
+    return model
+
+
+def _of_run(workdir: Path, step: int, manifest: Mapping[str, Any], path: str,
+            size: tuple[int, ...] | None) -> Model:
+    family = manifest.get('teacher.name')
+    if manifest.get('task', 'distill') != 'distill':
+        raise RequestError(f'{workdir} trains a teacher, there is no student in it; draw with '
+                           '--teacher --teacher_path=TEACHER.safetensors')
+    if family not in teachers.FAMILIES:
+        raise RequestError(f'{workdir} distils the teacher {family!r}, which is unknown here; '
+                           f'known: {", ".join(teachers.FAMILIES)}')
+    first = tuple(manifest[name] for name in ('data.sizes.0.0', 'data.sizes.0.1')
+                  if name in manifest)
+    path = teachers.family_of(path)[1] if path else manifest.get('teacher.path', '')
+    return Model(family, path, manifest.get('teacher.dtype', DTYPES[family]),
+                 size or first or None, workdir, step, manifest.get('student.steps', 1),
+                 manifest.get('method.shift'), manifest.get('teacher_identity'))
+
+
+# --- With whose weights ---
+
+
+def encode(prompts: Sequence[str], model: Model, mesh: Mesh) -> tuple[Cond, Cond]:
+    """Conditioning ``[n, ...]`` of prompts, and the null prompt's ``[1, ...]``, on the host.
+
+    As a run has them that encodes online (`train/prompts.py`). The text encoder is let go.
+
+    Raises:
+      WeightsError: the text encoder cannot be read.
+    """
+    text = teachers.load_text(model.family, model.path, mesh, model.dtype)
+    run = sources.make_encoder(text, mesh, whole=True)
+    texts = [*prompts, '']
+    texts += [''] * (-len(texts) % TEXT_ROWS)
+    parts = [jax.tree.map(np.asarray, run(text.tokenize(texts[i:i + TEXT_ROWS])))
+             for i in range(0, len(texts), TEXT_ROWS)]
+    whole = jax.tree.map(lambda *xs: np.concatenate(xs), *parts)
+    n = len(prompts)
+    return jax.tree.map(lambda x: x[:n], whole), jax.tree.map(lambda x: x[n:n + 1], whole)
+
+
+def load(model: Model, whose: Sequence[str], mesh: Mesh) -> tuple[Teacher, dict[str, Any]]:
+    """(the teacher without its weights, parameters of those of `whose` on `mesh`).
+
+    `whose` holds 'student', 'teacher' or both.
+
+    Raises:
+      CheckpointError: the student cannot be read, or has another shape.
+      RequestError: the teacher's folder has no decoder.
+      WeightsError: the teacher cannot be read.
+    """
+    # Kernels in the type of the products: predictions are the same, and half is read.
+    teacher = teachers.load_family(model.family, model.path, mesh, model.dtype, model.size,
+                                   param_dtype=model.dtype)
+    if teacher.decode is None:
+        raise RequestError(f'{model.path} has no autoencoder beside its transformer; give the '
+                           "pipeline's folder with --teacher_path")
+    if model.identity not in (None, teacher.identity) and 'student' in whose:
+        ckpt.warn(f'{model.workdir} distils another teacher than the one at {model.path}')
+    abstract = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, jnp.float32), teacher.params)
+    layout = sharding.shard_tree(abstract, teacher.rules, mesh)
+    params = {}
+    if 'teacher' in whose:
+        params['teacher'] = jax.device_put(teacher.params, layout)
+    teacher = dataclasses.replace(teacher, params=None)  # no longer held on to
+    if 'student' in whose:
+        params['student'] = ckpt.restore_ema(model.workdir, model.step, abstract, layout)
+    return teacher, params
+
+
+# --- Writing ---
+
+
+def write(batches: Iterable[np.ndarray], named: Sequence[drawing.Name], files: Sequence[Path],
+          about: Mapping[str, str], keep: int) -> np.ndarray:
+    """Writes every image to its file as it comes, if there are files; returns the first `keep`.
+
+    Args:
+      batches: images ``[<= B, H, W, 3]`` in [-1, 1], in the order of `named` and of `files`.
+      about: what each says of itself beside its prompt and number.
+    """
+    kept, start = [], 0
+    for images in batches:
+        for image, name, file in zip(images, named[start:], files[start:]):
+            pictures.save(Image.fromarray(pictures.to_uint8(image)), file, {
+                'prompt': name.prompt, 'image': str(name.number), **about})
+        kept.append(images[:max(0, keep - start)])
+        start += len(images)
+    return np.concatenate(kept)

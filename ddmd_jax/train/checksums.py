@@ -1,0 +1,96 @@
+"""What every file of a checkpoint must be: sha256 and size, in a ``checksums.json`` beside it.
+
+Plain files and hashes: nothing here needs JAX or a device.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+NAME = 'checksums.json'
+ITEMS = ('state', 'data', 'manifest')
+
+
+def steps(directory: Path) -> list[int]:
+    """Steps of the finished checkpoints in `directory`, ascending, damaged or not."""
+    if not directory.is_dir():
+        return []
+    return sorted(int(p.name) for p in directory.iterdir() if p.name.isdigit() and p.is_dir())
+
+
+def files(folder: Path) -> dict[str, Path]:
+    """Every file of a checkpoint by its name relative to `folder`, this module's own left out."""
+    found = {p.relative_to(folder).as_posix(): p for p in sorted(folder.rglob('*')) if p.is_file()}
+    return {name: path for name, path in found.items() if not name.startswith(NAME)}
+
+
+def digest(path: Path) -> str:
+    """sha256 of a file in hex digits."""
+    with path.open('rb') as f:
+        return hashlib.file_digest(f, 'sha256').hexdigest()
+
+
+def write(folder: Path) -> None:
+    """Sums up a finished checkpoint; through a temporary file and a rename.
+
+    Raises:
+      FileNotFoundError: the checkpoint is being deleted.
+    """
+    found = {name: {'sha256': digest(path), 'size': path.stat().st_size}
+             for name, path in files(folder).items()}
+    scratch = folder / f'{NAME}.tmp'
+    with scratch.open('w') as f:
+        json.dump(found, f, indent=1)
+        f.flush()
+        os.fsync(f.fileno())
+    os.replace(scratch, folder / NAME)
+
+
+def known(folder: Path) -> bool:
+    """Whether a checkpoint has been summed up."""
+    return (folder / NAME).is_file()
+
+
+def fault(folder: Path, part: int = 0, parts: int = 1) -> str:
+    """What is wrong with a checkpoint's files, or ''; the first thing that is.
+
+    One that was never summed up is only looked at for its items. `part` of `parts` processes
+    reads every so many-th file, so that together they have read them all.
+    """
+    missing = [name for name in ITEMS if not (folder / name).is_dir()]
+    if not known(folder):
+        return f'{missing[0]} is missing' if missing else _manifest_fault(folder)
+    try:
+        wanted: dict[str, Any] = json.loads((folder / NAME).read_text())
+        for name in sorted(wanted)[part::parts]:
+            words = _file_fault(folder / name, wanted[name]['size'], wanted[name]['sha256'])
+            # A checkpoint may come from elsewhere: what it names must lie in it.
+            if not (folder / name).resolve().is_relative_to(folder.resolve()):
+                words = 'leads out of the checkpoint'
+            if words:
+                return f'{name} {words}'
+    except (ValueError, KeyError, TypeError, OSError) as e:
+        return f'{NAME} cannot be read: {(str(e).splitlines() or [type(e).__name__])[0]}'
+    return ''
+
+
+def _file_fault(path: Path, size: int, sha256: str) -> str:
+    if not path.is_file():
+        return 'is missing'
+    found = path.stat().st_size
+    if found != size:
+        return f'has {found} bytes, not {size}'
+    return '' if digest(path) == sha256 else 'is not what was written'
+
+
+def _manifest_fault(folder: Path) -> str:
+    """What is wrong with the manifest of a checkpoint that says nothing else of itself."""
+    try:
+        json.loads((folder / 'manifest' / 'metadata').read_text())
+    except (OSError, ValueError):
+        return 'it has no readable manifest'
+    return ''

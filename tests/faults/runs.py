@@ -1,0 +1,119 @@
+"""Toy runs in processes of their own, and what is left of them."""
+
+from __future__ import annotations
+
+import json
+import os
+import socket
+import subprocess
+import sys
+from pathlib import Path
+
+import jax
+import numpy as np
+import orbax.checkpoint as ocp
+import tiny
+
+from ddmd_jax.data import tokenizer
+from ddmd_jax.teachers import emoji
+
+DRIVER = Path(__file__).with_name('driver.py')
+MODEL = {'denoiser': tiny.MODEL['denoiser'],
+         'text': tiny.MODEL['text'] | {'vocab_size': tokenizer.load().get_vocab_size(),
+                                       'max_length': 10}}
+# Lines and checkpoints do not coincide: an interval has to survive what comes between.
+FIELDS = {
+    'train.steps': 6, 'data.global_batch': 4, 'student.steps': 2, 'critic.updates': 1,
+    'checkpoint.every': 2, 'log.every': 3, 'log.images_every': 1000, 'log.probe': 0,
+    'optim.student.lr': 1e-3, 'optim.critic.lr': 1e-3, 'optim.student.decay': 0.0,
+    'optim.critic.decay': 0.0, 'eval.prompts': 3, 'eval.held_out': 3, 'eval.batch': 4,
+    'eval.teacher_steps': 2}
+
+
+def make_weights(folder):
+    """The toy teacher's file."""
+    path = folder / 'toy.safetensors'
+    emoji.save(path, MODEL, tiny.random_params(MODEL, 0), steps=0)
+    return path
+
+
+def free_port():
+    with socket.socket() as s:
+        s.bind(('127.0.0.1', 0))
+        return s.getsockname()[1]
+
+
+class Runs:
+    """Starts runs that share one teacher and one folder of compiled programs."""
+
+    def __init__(self, root):
+        self.root, self.weights = root, make_weights(root)
+
+    def command(self, workdir, fields=None, flags=()):
+        named = FIELDS | {'teacher.path': self.weights} | (fields or {})
+        return [sys.executable, str(DRIVER), '--config=configs/emoji.py', f'--workdir={workdir}',
+                *(f'--config.{name}={value}' for name, value in named.items()), *flags]
+
+    def start(self, workdir, fields=None, flags=(), devices=1, **environ):
+        """A process, its output as text; names in capitals go into its environment."""
+        env = os.environ | {
+            'XLA_FLAGS': f'--xla_force_host_platform_device_count={devices}',
+            'JAX_PLATFORMS': 'cpu', 'JAX_DISABLE_MOST_OPTIMIZATIONS': '1',
+            'JAX_COMPILATION_CACHE_DIR': str(self.root / 'xla')} | environ
+        return subprocess.Popen(
+            self.command(workdir, fields, flags), cwd=tiny.ROOT, env=env, text=True,
+            stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+
+    def start_together(self, count, workdir, fields=None, flags=(), devices=2, **environ):
+        """So many processes of one run."""
+        port = free_port()
+        return [self.start(workdir, fields, [
+            *flags, f'--coordinator=127.0.0.1:{port}', f'--num_processes={count}',
+            f'--process_id={i}'], devices, **environ) for i in range(count)]
+
+    def finish(self, *args, code=0, **kwargs):
+        """(stdout, stderr) of a run from its start to its end, which has this code."""
+        return ended(self.start(*args, **kwargs), code)
+
+
+def ended(process, code=0, timeout=300):
+    """(stdout, stderr) of a process that ends with this code."""
+    out, err = process.communicate(timeout=timeout)
+    assert process.returncode == code, f'{process.returncode}\n{out}\n{err}'
+    return out, err
+
+
+def said(err, *starts):
+    """Lines of stderr that begin with one of `starts`; a bar's own are between carriage returns."""
+    lines = [x.strip() for x in err.replace('\r', '\n').splitlines()]
+    return [x for x in lines if x.startswith(starts or ('main: ', 'warning: ', 'config: '))]
+
+
+def lines(workdir):
+    return [json.loads(x) for x in (workdir / 'metrics.jsonl').read_text().splitlines()]
+
+
+def digests(out):
+    """``{what: hex}`` of what a driver with DIGEST printed."""
+    found = [x.split() for x in out.splitlines() if x.startswith('digest ')]
+    return {what: (int(step), hexes) for _, what, step, hexes in found}
+
+
+def state_of(workdir, step):
+    """A saved state as numpy arrays: this process has not the devices that wrote it."""
+    reader, folder = ocp.PyTreeCheckpointer(), workdir / 'checkpoints' / str(step) / 'state'
+    tree = reader.metadata(folder).item_metadata.tree
+    kinds = jax.tree.map(lambda _: ocp.RestoreArgs(restore_type=np.ndarray), tree)
+    return reader.restore(folder, args=ocp.args.PyTreeRestore(restore_args=kinds))
+
+
+def assert_same(one, two, step):
+    """Weights, EMA, optimisers, counters, place in the data and metrics are equal, bit for bit."""
+    a, b = state_of(one, step), state_of(two, step)
+    assert {'student', 'critic', 'ema', 'student_opt', 'critic_opt', 'step'} <= set(a)
+    assert jax.tree.structure(a) == jax.tree.structure(b)
+    for x, y in zip(jax.tree.leaves(a), jax.tree.leaves(b), strict=True):
+        np.testing.assert_array_equal(x, y)
+    data = lambda w: (w / 'checkpoints' / str(step) / 'data' / 'metadata').read_text()
+    assert data(one) == data(two)
+    assert lines(one) == lines(two)

@@ -1,0 +1,91 @@
+"""kill -9 at random points: what a run ends with is, bit for bit, what it would have ended with.
+
+Each killed run is started again with the same command, and killed again, until it is through;
+then it is compared with one that nobody touched.
+"""
+
+import random
+import shutil
+import signal
+
+import pytest
+import runs
+
+STEPS = 12
+# What is being done when the kill comes, and the longest it may take to come, in seconds: a step,
+# the copy to the host, the writing of arrays and of the data's place, the checksums, the retention.
+SITES = {'step': 0.05, 'saving': 0.05, 'saved': 0.3, 'summing': 0.02, 'evaluation': 0.5}
+
+
+@pytest.fixture(scope='module')
+def toy(tmp_path_factory):
+    return runs.Runs(tmp_path_factory.mktemp('kill'))
+
+
+@pytest.fixture(scope='module')
+def untouched(toy):
+    toy.finish(toy.root / 'untouched', {'train.steps': STEPS})
+    return toy.root / 'untouched'
+
+
+def point(rng, site):
+    """Words for the driver: a site, the visit, the delay."""
+    visit = 1 if site == 'evaluation' else rng.randint(1, 3)
+    return f'{site}:{visit}:{rng.choice([0, rng.uniform(0, SITES[site])]):.3f}'
+
+
+def killed_until(toy, kills, seed):
+    """(folders of runs that came through, points at which they were killed on the way)."""
+    rng, done, points, i = random.Random(seed), [], [], 0
+    sites = [site for site in SITES for _ in range(-(-kills // len(SITES)))][:kills]
+    rng.shuffle(sites)
+    while sites:
+        workdir = toy.root / f'killed{seed}-{i}'
+        i += 1
+        while True:
+            words = point(rng, sites[-1]) if sites else ''
+            process = toy.start(workdir, {'train.steps': STEPS}, KILL=words,
+                                **({'EVALUATE': '1'} if 'evaluation' in words else {}))
+            out, err = process.communicate(timeout=300)
+            if process.returncode == 0:  # the site was not come to as often
+                done.append(workdir)
+                break
+            assert process.returncode == -signal.SIGKILL, f'{words}\n{out}\n{err}'
+            points.append(words)
+            sites.pop()
+    return done, points
+
+
+def compare(toy, untouched, kills, seed):
+    done, points = killed_until(toy, kills, seed)
+    print(f'killed at {", ".join(points)}; {len(done)} runs came through')
+    assert len(points) == kills and done
+    for workdir in done:
+        runs.assert_same(untouched, workdir, STEPS)
+
+
+@pytest.mark.slow
+def test_a_run_that_is_killed_three_times_ends_as_if_it_had_not_been(toy, untouched):
+    compare(toy, untouched, 3, seed=0)
+
+
+@pytest.mark.faults
+def test_a_run_that_is_killed_twenty_times_ends_as_if_it_had_not_been(toy, untouched):
+    compare(toy, untouched, 20, seed=1)
+
+
+@pytest.mark.slow
+@pytest.mark.faults
+def test_damage_is_told_and_left_behind_and_the_end_is_the_same(toy, untouched):
+    """The newest checkpoint of a finished run, one bit changed: two steps are done again."""
+    shutil.copytree(untouched, toy.root / 'damaged')
+    folder = toy.root / 'damaged' / 'checkpoints' / str(STEPS)
+    path = max(folder.rglob('*'), key=lambda p: p.stat().st_size if p.is_file() else 0)
+    data = bytearray(path.read_bytes())
+    data[len(data) // 2] ^= 1
+    path.write_bytes(data)
+    _, err = toy.finish(toy.root / 'damaged', {'train.steps': STEPS})
+    (warning,) = runs.said(err, 'warning: ')
+    assert f'checkpoints/{STEPS} is damaged (' in warning and 'is not what was written' in warning
+    assert warning.endswith(f'going on from step {STEPS - 2}')
+    runs.assert_same(untouched, toy.root / 'damaged', STEPS)

@@ -1,0 +1,121 @@
+"""SIGTERM and SIGINT, the lock, a full disk, a NaN: real processes, through `main`."""
+
+import json
+import signal
+import subprocess
+import time
+
+import pytest
+import runs
+
+pytestmark = [pytest.mark.slow, pytest.mark.faults]
+LONG = {'train.steps': 100_000, 'checkpoint.every': 100_000}
+
+
+@pytest.fixture(scope='module')
+def toy(tmp_path_factory):
+    return runs.Runs(tmp_path_factory.mktemp('signals'))
+
+
+def wait_for_line(process, workdir, count=1):
+    """Until so many lines of metrics are there."""
+    path = workdir / 'metrics.jsonl'
+    while not path.exists() or len(path.read_text().splitlines()) < count:
+        assert process.poll() is None, process.communicate()
+        time.sleep(0.05)
+
+
+@pytest.mark.parametrize('number', [signal.SIGTERM, signal.SIGINT])
+def test_a_signal_saves_and_ends_well(toy, number):
+    workdir = toy.root / signal.Signals(number).name
+    process = toy.start(workdir, LONG)
+    wait_for_line(process, workdir, 2)
+    before = runs.lines(workdir)[-1]['step']
+    process.send_signal(number)
+    process.send_signal(signal.SIGTERM)  # in a hurry: changes nothing
+    _, err = runs.ended(process)
+    (line,) = runs.said(err)
+    name = signal.Signals(number).name
+    (saved,) = [int(p.name) for p in (workdir / 'checkpoints').iterdir() if p.name.isdigit()]
+    assert line == (f'main: {name}: stopped at step {saved} of 100000, saved in {workdir}/'
+                    'checkpoints; run the same command to go on')
+    assert before <= saved and 'Traceback' not in err
+    # Going on from there is as if nothing had been: the half logged interval as well.
+    end = {'train.steps': saved + 4, 'checkpoint.every': 100_000}
+    toy.finish(workdir, end)
+    toy.finish(toy.root / f'{name}-whole', end)
+    runs.assert_same(workdir, toy.root / f'{name}-whole', saved + 4)
+
+
+def test_a_signal_before_the_first_step_ends_a_run_with_nothing_to_save(toy):
+    process = toy.start(toy.root / 'early', LONG)
+    while not (toy.root / 'early' / 'lock').exists():
+        time.sleep(0.05)
+    process.send_signal(signal.SIGTERM)
+    _, err = runs.ended(process)
+    assert 'SIGTERM: stopped' in runs.said(err)[0]
+
+
+def test_two_runs_of_one_folder(toy):
+    workdir = toy.root / 'locked'
+    first = toy.start(workdir, LONG)
+    wait_for_line(first, workdir)
+    _, err = toy.finish(workdir, LONG, code=1)
+    (line,) = runs.said(err)
+    assert f'main: {workdir} is in use by process {first.pid} on ' in line
+    first.kill()
+    first.wait()
+    toy.finish(workdir, {'train.steps': 2})  # nobody holds it any more
+
+
+@pytest.fixture
+def small_disk(tmp_path):
+    """A folder on a disk of 8 MiB, room for three checkpoints."""
+    done = subprocess.run(['mount', '-t', 'tmpfs', '-o', 'size=8m', 'tmpfs', str(tmp_path)],
+                          capture_output=True, check=False)
+    if done.returncode:
+        pytest.skip('a disk cannot be mounted here')
+    yield tmp_path
+    subprocess.run(['umount', '--lazy', str(tmp_path)], check=True)
+
+
+def test_a_full_disk_keeps_the_checkpoint_before(toy, small_disk):
+    workdir, filler = small_disk / 'run', small_disk / 'filler'
+    _, err = toy.finish(workdir, {'train.steps': 5}, code=1, FILL=str(filler))
+    told = runs.said(err)
+    assert told[0].startswith(f'warning: checkpoint {workdir}/checkpoints/4 could not be written (')
+    assert told[-1].startswith('main: step 5 could not be saved, twice (')
+    assert f'step 2 is the newest checkpoint in {workdir}/checkpoints' in told[-1]
+    filler.unlink()
+    toy.finish(workdir, {'train.steps': 5})
+    toy.finish(toy.root / 'roomy', {'train.steps': 5})
+    runs.assert_same(workdir, toy.root / 'roomy', 5)
+
+
+def test_a_nan_is_gone_back_on_left_out_and_replayed(toy):
+    workdir, fields = toy.root / 'nan', {'train.steps': 8, 'train.on_nan': 'rollback'}
+    toy.finish(workdir, fields, NAN='9')  # two batches a step: the fifth's, after a checkpoint
+    (entry,) = [json.loads(x) for x in (workdir / 'bad_batches.jsonl').read_text().splitlines()]
+    assert entry['step'] == 5 and entry['checkpoint'] == 4 and entry['batches'] == [8, 9]
+    assert [len(rows) for rows in entry['rows']] == [4, 4]
+    assert [x['step'] for x in runs.lines(workdir)] == [3, 6, 8]
+    data = json.loads((workdir / 'checkpoints' / '8' / 'data' / 'metadata').read_text())
+    assert data['next_index'] == 8 * 2 + 2
+    out, _ = toy.finish(workdir, fields, ['--replay'], NAN='9')
+    first, *figures = out.splitlines()
+    assert first.startswith('step 5, from checkpoint 4: batches [8, 9], rows [[')
+    assert any(x.startswith('loss nan') and x.endswith('<- not finite') for x in figures)
+    assert any(x.startswith('finite 0.0') for x in figures)
+    # What stays bad is not gone back on for ever, and not at all if that is not asked for.
+    _, err = toy.finish(toy.root / 'abort', {'train.steps': 8}, code=1, NAN='9')
+    assert runs.said(err)[-1].startswith('main: step 5: NaN or Inf in ')
+
+
+def test_a_bad_verdict_that_lasts_ends_training_and_is_saved(toy):
+    fields = {'train.steps': 20, 'train.on_health': 'stop', 'log.every': 1,
+              'optim.student.lr': 6e-6, 'optim.critic.lr': 6e-6}
+    _, err = toy.finish(toy.root / 'unwell', fields)
+    last = runs.lines(toy.root / 'unwell')[-1]
+    assert 3 <= last['step'] < 20 and last['health'] != 'healthy'
+    assert f"step {last['step']}: {last['health']} for 3 logged intervals (" in err
+    assert (toy.root / 'unwell' / 'checkpoints' / str(last['step'])).is_dir()

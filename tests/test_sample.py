@@ -1,0 +1,418 @@
+"""Images for prompts: what is drawn, what the files say of themselves, what is refused."""
+
+import json
+import os
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import published
+import published_text
+import pytest
+import tiny
+from absl import flags
+from flax import nnx
+from PIL import Image
+from test_distributed import together
+from test_export import save
+
+from ddmd_jax import drawing, imaging, sample, sampling, sharding, teachers
+from ddmd_jax.data import prompts, tokenizer
+from ddmd_jax.metrics import pictures
+from ddmd_jax.models import autoencoder_kl
+from ddmd_jax.models.layers import abstract_params
+from ddmd_jax.models.nextdit import NextDiT
+from ddmd_jax.teachers import emoji, lumina
+from ddmd_jax.weights import autoencoder_kl as vae_names, diffusers
+
+pytestmark = pytest.mark.usefixtures('quick_compile')
+
+TOY = {'denoiser': tiny.MODEL['denoiser'],
+       'text': tiny.MODEL['text'] | {'vocab_size': tokenizer.load().get_vocab_size(),
+                                     'max_length': 10}}
+PROMPTS = ['a red heart', 'a dog on a blue background', '']
+
+
+@pytest.fixture(scope='module')
+def weights(tmp_path_factory):
+    """File of an emoji teacher."""
+    path = tmp_path_factory.mktemp('teacher') / 'toy.safetensors'
+    emoji.save(path, TOY, tiny.random_params(TOY, 0), steps=0)
+    return path
+
+
+@pytest.fixture(scope='module')
+def run(weights, tmp_path_factory):
+    """Folder of a run whose student, of two steps, is near its teacher."""
+    teacher = teachers.load(str(weights))
+    manifest = {'task': 'distill', 'teacher.name': 'emoji', 'teacher.path': str(weights),
+                'teacher.dtype': 'float32', 'student.steps': 2,
+                'teacher_identity': teacher.identity}
+    other = tiny.random_params(TOY, 1)['denoiser']
+    ema = jax.tree.map(lambda a, b: np.asarray(a + 0.1 * (b - a)), teacher.params, other)
+    return save(tmp_path_factory.mktemp('run'), manifest, ema, step=7)
+
+
+@pytest.fixture(scope='module')
+def command():
+    """``command(*args)``: the command in this process, one device, its flags as if at start."""
+    before = set(flags.FLAGS)
+    sample.define_flags()
+    mine = {name: flags.FLAGS[name] for name in set(flags.FLAGS) - before}
+
+    def call(*args):
+        for flag in mine.values():
+            flag.unparse()
+        flags.FLAGS.unparse_flags()
+        sample.main(sample.parse_flags(['sample', *map(str, args)]))
+
+    yield call
+    for name in mine:
+        delattr(flags.FLAGS, name)
+
+
+def asking(*prompts):
+    return [f'--prompt={p}' for p in prompts]
+
+
+def pixels(file):
+    return np.asarray(Image.open(file)).astype(int)
+
+
+def text_of(file):
+    """What a file says of itself."""
+    image = Image.open(file)
+    return json.loads(image.getexif()[0x010e]) if file.suffix == '.webp' else image.text
+
+
+# --- What is drawn ---
+
+
+@pytest.fixture(scope='module')
+def three(run, command, tmp_path_factory):
+    """Folder of two images each of `PROMPTS`, and their sheet."""
+    out = tmp_path_factory.mktemp('out')
+    command(f'--checkpoint={run}', *asking(*PROMPTS), '--count=2', '--grid', f'--out={out}')
+    return out
+
+
+def test_a_file_for_each_image_named_by_place_and_prompt(three):
+    assert sorted(f.name for f in three.iterdir()) == [
+        '0000-a-red-heart.png', '0001-a-red-heart.png', '0002-a-dog-on-a-blue-background.png',
+        '0003-a-dog-on-a-blue-background.png', '0004.png', '0005.png', 'grid.png']
+    found = [pixels(f) for f in sorted(three.glob('0*'))]
+    assert {x.shape for x in found} == {(24, 24, 3)}
+    for i, a in enumerate(found):  # every image has its own noise
+        assert all(np.abs(a - b).max() > 20 for b in found[:i])
+
+
+def close(a, b):
+    """Equal up to how a batch of another size rounds."""
+    assert np.abs(pixels(a) - pixels(b)).max() <= 1
+
+
+def test_an_image_is_the_same_alone_in_another_batch_and_among_others(run, command, three,
+                                                                      tmp_path):
+    command(f'--checkpoint={run}', *asking(PROMPTS[1]), '--count=2', '--batch=1',
+            f'--out={tmp_path}')
+    command(f'--checkpoint={run}', *asking('a cat', PROMPTS[1]), '--count=1', '--batch=2',
+            f'--out={tmp_path / "among"}')
+    dog = three / '0002-a-dog-on-a-blue-background.png'
+    close(tmp_path / '0000-a-dog-on-a-blue-background.png', dog)
+    close(tmp_path / '0001-a-dog-on-a-blue-background.png', three / dog.name.replace('2', '3'))
+    close(tmp_path / 'among' / '0001-a-dog-on-a-blue-background.png', dog)
+
+
+def test_the_command_draws_the_same_images_on_eight_devices(run, three, tmp_path, monkeypatch):
+    """The one test that starts the command itself; parameters and batch are split."""
+    monkeypatch.setenv('JAX_COMPILATION_CACHE_DIR', '')
+    out = tiny.run_on_devices('-m', 8, 'ddmd_jax.sample', f'--checkpoint={run}',
+                              *asking(*PROMPTS), '--count=2', f'--out={tmp_path}')
+    assert ': 6 images, in batches of 8\nstudent, 2 steps: 2 network evaluations and 0.' in out
+    assert ' s an image, 0.' in out and 's more to decode it; compiled before in' in out
+    for file in three.glob('0*'):
+        close(tmp_path / file.name, file)
+
+
+@pytest.mark.slow
+def test_two_processes_draw_the_same_images_and_one_writes_them(run, three, tmp_path):
+    """As under Slurm, whose variables are set by hand."""
+    port_from = os.getpid() % 4096  # JAX makes the coordinator's port of the job's number
+    program = ('import os, runpy, sys; os.environ |= {{"SLURM_JOB_ID": "{0}", "SLURM_NTASKS": "2", '
+               '"SLURM_STEP_NODELIST": "localhost", "SLURM_PROCID": "{1}", "SLURM_LOCALID": "{1}"}}'
+               '; runpy.run_module("ddmd_jax.sample", run_name="__main__", alter_sys=True)')
+    args = [f'--checkpoint={run}', *asking(*PROMPTS), '--count=2', f'--out={tmp_path}']
+    outputs = together([['-c', program.format(port_from, i), *args] for i in range(2)])
+    assert [output.count('student, 2 steps: 2 network') for output in outputs] == [1, 0]
+    for file in three.glob('0*'):
+        close(tmp_path / file.name, file)
+
+
+def test_another_seed_is_another_image(run, command, three, tmp_path):
+    command(f'--checkpoint={run}', *asking(PROMPTS[0]), '--seed=1', f'--out={tmp_path}')
+    name = '0000-a-red-heart.png'
+    assert np.abs(pixels(tmp_path / name) - pixels(three / name)).max() > 20
+
+
+def test_the_prompt_matters_and_the_student_is_not_its_teacher(run, command, weights, three,
+                                                               tmp_path):
+    teacher = teachers.load(str(weights))
+    mesh = sharding.make_mesh({}, jax.devices()[:1])
+    model = imaging.find_model(run, '', None)
+    assert (model.steps, model.step, model.shift, model.dtype) == (2, 7, None, 'float32')
+    cond, null = imaging.encode(PROMPTS[:2], model, mesh)
+    assert cond['embeds'].shape == (2, 10, 16) and null['mask'].sum() == 1
+    swapped = jax.tree.map(lambda x: x[::-1], cond)
+    rows = drawing.words(drawing.names(PROMPTS[:2], 1, 0))
+
+    def draw(params, cond):
+        images = next(drawing.generate(drawing.of_student(teacher, 2), teacher, params, cond, null,
+                                       rows, 2, mesh, drawing.Times()))
+        return pictures.to_uint8(images).astype(int)
+
+    _, params = imaging.load(model, ['student', 'teacher'], mesh)
+    got = draw(params['student'], cond)
+    want = pixels(three / '0000-a-red-heart.png')
+    assert np.abs(got[0] - want).max() <= 1
+    assert np.abs(draw(params['student'], swapped)[0] - want).max() > 2
+    assert np.abs(draw(params['teacher'], cond)[0] - want).max() > 2
+
+
+def test_names_tell_images_apart_and_nothing_else_matters():
+    assert drawing.names(['a', 'b', 'a'], 2, 3) == [
+        drawing.Name(3, *rest) for rest in [('a', 0), ('a', 1), ('b', 0), ('b', 1), ('a', 2),
+                                            ('a', 3)]]
+    rows = drawing.words(drawing.names(['a', 'b'], 2, 2**32 - 1))
+    assert rows.dtype == np.uint32 and rows[0, 0] == 2**32 - 1
+    data = jax.random.key_data(drawing.keys(jnp.asarray(rows)))
+    assert len({tuple(row) for row in data.tolist()}) == 4
+    again = drawing.keys(jnp.asarray(rows[::-1]))
+    np.testing.assert_array_equal(data[::-1], jax.random.key_data(again))
+
+
+def test_noise_of_a_key_for_each_row_is_each_rows_own():
+    keys = jax.random.split(jax.random.key(0), 3)
+    got = sampling.step_noise(keys, 2, (3, 4, 5))
+    for row in range(3):
+        np.testing.assert_array_equal(got[:, row], sampling.step_noise(keys[row], 2, (4, 5)))
+    assert got.shape == (2, 3, 4, 5) and float(jnp.abs(got[0] - got[1]).min()) > 0
+
+
+@pytest.mark.parametrize('guidance', [1.0, 3.0])
+@pytest.mark.parametrize('solver', sampling.SOLVERS)
+def test_evaluations_are_counted_right(guidance, solver):
+    rows = []
+
+    def predict(params, x, t, cond):
+        jax.debug.callback(lambda _: rows.append(x.shape[0]), x[0, 0])
+        return x * 0.5
+
+    sampling.sample_teacher(predict, None, {'c': jnp.ones(2)}, {'c': jnp.zeros(2)},
+                            jnp.ones((2, 3)), sampling.teacher_times(3, 1.0), guidance, solver)
+    jax.effects_barrier()
+    assert sum(rows) == 2 * sampling.evaluations(3, guidance, solver)
+
+
+# --- The teacher, beside the student or alone ---
+
+
+def test_the_sheet_compares_on_the_same_noise(run, command, tmp_path, monkeypatch):
+    """A student that is its teacher would be its teacher's few steps if it re-noised nothing."""
+    monkeypatch.setattr(sample, 'TEACHER_STEPS', 3)
+    columns = []
+    monkeypatch.setattr(pictures, 'captioned_sheet', lambda captions, titles, images, *rest:
+                        columns.append((captions, titles, images, *rest)))
+    load = imaging.load
+    monkeypatch.setattr(imaging, 'load', lambda model, whose, mesh: (
+        lambda found: (found[0], found[1] | {'student': found[1]['teacher']}))(
+            load(model, whose, mesh)))
+    command(f'--checkpoint={run}', *asking(*PROMPTS[1:]), '--compare_teacher', '--guidance=2',
+            '--sampler=deterministic', f'--out={tmp_path / "sheet.webp"}')
+    (captions, titles, (guided, few, student), file, about), = columns
+    assert captions == [PROMPTS[1], '(empty)'] and file == tmp_path / 'sheet.webp'
+    assert titles == ['teacher\n3 steps, w=2', 'teacher\n2 steps', 'student\n2 steps']
+    np.testing.assert_allclose(few, student, atol=1e-4)
+    assert np.abs(guided - few)[0].max() > 1e-2
+    np.testing.assert_array_equal([about[k] for k in ('model', 'sampler', 'prompt')], [
+        'student', 'deterministic', json.dumps(PROMPTS[1:])])
+
+
+def test_a_teacher_alone_needs_no_run(command, weights, tmp_path, capfd):
+    command('--teacher', f'--teacher_path={weights}', '--prompt=a cat', '--steps=3', '--guidance=2',
+            '--solver=heun', '--format=webp', f'--out={tmp_path}')
+    said = capfd.readouterr().out
+    assert f'{tmp_path}: 1 image, in batches of 1\nteacher, 3 steps: 10 network' in said
+    about = text_of(tmp_path / '0000-a-cat.webp')
+    assert about['teacher'] == str(weights) and about['guidance'] == '2'
+    assert about['sampler'] == 'heun' and 'checkpoint' not in about
+
+
+# --- What the files say ---
+
+
+def test_an_image_says_how_it_was_made(run, three, weights):
+    about = text_of(three / '0003-a-dog-on-a-blue-background.png')
+    assert about == about | {
+        'prompt': PROMPTS[1], 'image': '1', 'seed': '0', 'steps': '2', 'evaluations': '2',
+        'guidance': '1', 'model': 'student', 'sampler': 'renoise', 'checkpoint': str(run),
+        'step': '7', 'teacher': str(weights)}
+    assert about['Software'].startswith('ddmd_jax ')
+    assert json.loads(text_of(three / 'grid.png')['prompt']) == PROMPTS
+
+
+@pytest.mark.parametrize('suffix', pictures.SUFFIXES)
+def test_any_text_survives_in_the_file_and_so_do_the_pixels(tmp_path, suffix):
+    file, text = tmp_path / f'a{suffix}', 'ein Käfer, 甲虫 🐞 "quoted" <b> \\n'
+    image = np.random.default_rng(0).integers(0, 256, (9, 7, 3)).astype(np.uint8)
+    pictures.save(Image.fromarray(image), file, {'prompt': text, 'seed': '3'})
+    assert text_of(file) == {'prompt': text, 'seed': '3'}
+    np.testing.assert_array_equal(pixels(file), image)
+
+
+@pytest.mark.parametrize('prompt, slug', [
+    ('A Red, red  heart!', 'a-red-red-heart'), ('../../etc/passwd', 'etc-passwd'), ('', ''),
+    ('甲虫', ''), ('Käfer & Öl', 'kafer-ol'), ('x' * 60, 'x' * 48), ('-' * 9 + '.png', 'png'),
+    ('word ' * 20, ('word-' * 10)[:48].strip('-'))])
+def test_names_of_files_are_safe(prompt, slug):
+    assert drawing.slug(prompt) == slug
+    assert drawing.file_names([drawing.Name(0, prompt, 0)], '.png') == [
+        f'0000-{slug}.png' if slug else '0000.png']
+
+
+def test_prompts_come_from_flags_and_files(tmp_path):
+    (tmp_path / 'p.txt').write_text('a  cat\n\n a dog \n')
+    (tmp_path / 'p.jsonl').write_text('{"prompt": "a bird"}\n')
+    read = lambda *given, name='': imaging.read_prompts(
+        given, name and str(tmp_path / name), 'train')
+    assert read('', ' a\tb ') == ['', 'a b']
+    assert read('one', name='p.txt') == ['one', 'a cat', 'a dog']
+    assert read(name='p.jsonl') == ['a bird']
+    prompts.prepare(prompts.Settings((str(tmp_path / 'p.txt'),), near_threshold=1.0,
+                                     validation=0.0), tmp_path / 'set')
+    assert sorted(read(name='set')) == ['a cat', 'a dog']
+
+
+# --- Lumina ---
+
+
+@pytest.fixture(scope='module')
+def pipeline(tmp_path_factory):
+    """A pipeline's folder, with random weights and everything that is read."""
+    folder = tmp_path_factory.mktemp('lumina') / 'pipe'
+    published_text.write('lumina', folder)
+    config = {'_class_name': lumina.TRANSFORMER, **published.TRANSFORMER}
+    cfg = lumina.model_config(config)
+    abstract = abstract_params(lambda: NextDiT(cfg, nnx.Rngs(0)))
+    lumina.export(published_text.random_params(abstract, 1), config, folder / 'transformer',
+                  np.float32)
+    config = {'_class_name': lumina.AUTOENCODER, **published.VAE}
+    abstract = autoencoder_kl.abstract_params(lumina._vae_config(config, 'float32'))
+    diffusers.export_tree(published_text.random_params(abstract, 2), vae_names.entry,
+                          folder / 'vae', config, np.float32)
+    (folder / 'scheduler').mkdir()
+    (folder / 'scheduler/scheduler_config.json').write_text('{"shift": 6.0}')
+    return folder
+
+
+def test_lumina_is_encoded_drawn_and_decoded(command, pipeline, tmp_path, capfd):
+    teacher = lumina.load(str(pipeline), sharding.make_mesh({}, jax.devices()[:1]), size=(16, 16))
+    manifest = {'task': 'distill', 'teacher.name': 'lumina', 'teacher.path': '/gone',
+                'teacher.dtype': 'float32', 'student.steps': 1, 'method.shift': 3.0,
+                'data.sizes.0.0': 16, 'data.sizes.0.1': 24, 'teacher_identity': 'another'}
+    run = save(tmp_path / 'run', manifest, jax.tree.map(np.asarray, teacher.params))
+    common = [f'--checkpoint={run}', f'--teacher_path={pipeline}', '--prompt=a red apple']
+    command(*common, f'--out={tmp_path / "a.png"}')
+    assert 'distils another teacher than the one at' in capfd.readouterr().err
+    image = pixels(tmp_path / 'a.png')
+    assert image.shape == (16, 24, 3) and image.std() > 1
+    command('--teacher', f'--teacher_path={pipeline}', '--prompt=', '--steps=1', '--size=16,16',
+            f'--out={tmp_path / "t.png"}')  # in bf16, guided away from the null prompt
+    assert pixels(tmp_path / 't.png').shape == (16, 16, 3)
+    with pytest.raises(SystemExit, match=r'size \(16, 25\) must be positive multiples of 4') as e:
+        command(*common, '--size=16,25', f'--out={tmp_path / "b.png"}')
+    assert len(str(e.value).splitlines()) == 1
+
+
+# --- What is refused, in one line ---
+
+
+def files(folder):
+    (folder / 'empty.txt').write_text('\n \n')
+    (folder / 'bytes.txt').write_bytes(b'\xff\xfe')
+    (folder / 'file').write_text('')
+    (folder / 'out').mkdir()
+    (folder / 'out' / '0001-a-cat.png').write_text('mine')
+    return {'DIR': str(folder), 'OUT': str(folder / 'new')}
+
+
+REFUSED = [
+    (['--prompt=a'], 'no --checkpoint given'),
+    (['--teacher', '--prompt=a'], 'no --checkpoint given'),
+    (['--checkpoint=RUN'], 'no --prompt given'),
+    (['--checkpoint=RUN', '--prompt=a', '--out='], 'no --out given'),
+    (['--checkpoint=RUN', '--prompt=a', 'heart'], "unexpected argument 'heart'"),
+    (['--checkpoint=RUN', '--prompt=a', '--out=x.jpg'], 'only .png and .webp are written'),
+    (['--checkpoint=RUN', '--prompt=a', '--guidance=3'], "--guidance is the teacher's"),
+    (['--checkpoint=RUN', '--prompt=a', '--teacher', '--compare_teacher'], 'leave out --teacher'),
+    (['--checkpoint=RUN', '--prompt=a', '--grid', '--count=61'], 'a sheet has 60 columns'),
+    (['--checkpoint=DIR/nowhere', '--prompt=a'], 'nowhere holds no checkpoints'),
+    (['--checkpoint=RUN', '--prompts=DIR/none.txt'], 'no file DIR/none.txt'),
+    (['--checkpoint=RUN', '--prompts=DIR'], 'DIR is not a set of prompts'),
+    (['--checkpoint=RUN', '--prompts=DIR/empty.txt'], 'holds no prompt'),
+    (['--checkpoint=RUN', '--prompts=DIR/bytes.txt'], 'bytes.txt line 1: not UTF-8'),
+    (['--checkpoint=RUN', '--prompt=a', '--size=32,32'], 'emoji have but one, 24,24'),
+    (['--checkpoint=RUN', '--prompt=a', '--prompt=b', '--out=DIR/x.png'], 'is one file for 2'),
+    (['--checkpoint=RUN', '--prompt=a', '--prompt=a cat', '--out=DIR/out'],
+     'out/0001-a-cat.png exists already; choose another --out, or replace with --overwrite'),
+    (['--checkpoint=RUN', '--prompt=a', '--out=DIR/file'], 'file cannot be made'),
+    (['--checkpoint=RUN', '--prompt=a', '--out=/proc/nowhere'], 'cannot be made'),
+    (['--checkpoint=RUN', '--prompt=a', '--teacher_path=/nowhere.safetensors'],
+     'weights missing: /nowhere.safetensors'),
+]
+
+
+@pytest.mark.parametrize('args, words', REFUSED)
+def test_bad_input(run, command, tmp_path, args, words):
+    names = files(tmp_path) | {'RUN': str(run)}
+    if not any(a.startswith('--out') for a in args):
+        args = [*args, '--out=OUT']
+    for name, path in names.items():
+        args, words = [a.replace(name, path) for a in args], words.replace(name, path)
+    with pytest.raises(SystemExit) as e:
+        command(*args)
+    said = str(e.value.code)
+    assert said.startswith('sample: ') and words in said and len(said.splitlines()) == 1
+    assert (tmp_path / 'out' / '0001-a-cat.png').read_text() == 'mine'
+
+
+@pytest.mark.parametrize('args, words', [
+    (['--step=3'], "Unknown command line flag 'step'"), (['--steps=few'], '--steps=few'),
+    (['--steps=0'], 'steps'), (['--sampler=ddim'], 'renoise|deterministic'),
+    (['--size=32'], 'must be HEIGHT,WIDTH'), (['--size=a,b'], 'must be HEIGHT,WIDTH'),
+    (['--seed=-1'], 'seed'), (['--count=0'], 'count'), (['--format=jpg'], 'png|webp')])
+def test_wrong_flags(command, capfd, args, words):
+    with pytest.raises(SystemExit) as e:
+        command('--checkpoint=c', '--prompt=a', '--out=o', *args)
+    said = capfd.readouterr().err
+    assert e.value.code == 2 and said.startswith('sample: ') and words in said
+    assert len(said.splitlines()) == 1
+
+
+@pytest.mark.parametrize('changes, words', [
+    ({'task': 'pretrain'}, 'trains a teacher, there is no student in it'),
+    ({'teacher.name': 'flux'}, "distils the teacher 'flux', which is unknown here; known: emoji"),
+])
+def test_runs_that_have_no_student_to_draw_with(tmp_path, changes, words):
+    with pytest.raises(imaging.RequestError, match=words):
+        imaging._of_run(tmp_path, 1, {'teacher.name': 'emoji'} | changes, '', None)
+
+
+def test_files_are_replaced_only_when_told_and_other_steps_warn(run, command, tmp_path, capfd):
+    mine = tmp_path / 'mine.png'
+    mine.write_text('mine')
+    command(f'--checkpoint={run}', '--prompt=a cat', '--steps=1', f'--out={mine}', '--overwrite')
+    assert 'warning: the student was trained for 2 steps, not for 1' in capfd.readouterr().err
+    assert pixels(mine).shape == (24, 24, 3) and text_of(mine)['steps'] == '1'
+    assert [f.name for f in tmp_path.iterdir()] == ['mine.png']
+
+
