@@ -311,6 +311,7 @@ def test_computations_that_are_called():
     ("mesh['axis_0'=4,'axis_1'=2] {'axis_1'}", 2),
     ("mesh['axis_0'=4,'axis_1'=2] {'axis_0','axis_1'}", 8),
     ("mesh['axis_0'=4,'axis_1'=2] {'axis_0':(2)2}", 2),
+    ("mesh['axis_0'=1,'axis_1'=4,'axis_2'=2], device_ids=([4,2]T(1,0)) {'axis_1'}", 4),
 ])
 def test_replica_groups(groups, size):
     module = module_of(f'''\

@@ -224,13 +224,15 @@ def _group_size(module: Module, i: Instruction) -> int:
     """Chips in a replica group, from any of the four spellings.
 
     ``{{0,1},{2,3}}``; ``[2,8]<=[16]``, two groups of eight; ``mesh['x'=2,'y'=4] {'y'}``, groups
-    along y, or along a factor of it in ``{'y':(2)2}``; ``{}``, all.
+    along y, or along a factor of it in ``{'y':(2)2}``; ``{}``, all. Where the mesh's devices are
+    in another order, ``mesh['x'=2,'y'=4], device_ids=(...) {'y'}``, it stands in between.
     """
     text = i.attributes.get('replica_groups', '{}')
     if text.startswith('['):
         return int(re.match(r'\[([\d,]+)\]', text)[1].split(',')[-1])
     if text.startswith('mesh'):
-        mesh, axes = text.split(']', 1)
+        mesh, _, axes = text.partition(']')
+        axes = axes or i.attributes['device_ids']
         sizes = dict(re.findall(r"'([^']+)'=(\d+)", mesh))
         used = re.findall(r"'([^']+)'(?::\(\d+\)(\d+))?", axes[axes.rfind('{'):])
         return math.prod(int(factor or sizes[axis]) for axis, factor in used)
