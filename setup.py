@@ -28,6 +28,7 @@ setup(
         'transformers>=5.0,<6', 'tokenizers>=0.22', 'safetensors>=0.6', 'absl-py', 'numpy',
         'pillow>=10.1', 'scikit-image>=0.24', 'tensorboardX>=2.6', 'tqdm', 'fsspec',
         'huggingface_hub', 'pyarrow>=17',
+        'jinja2>=3.1',  # of transformers' chat templates, which does not ask for it
     ],
     extras_require={
         'tpu': ['jax[tpu]>=0.10,<0.11'],

@@ -351,6 +351,7 @@ def test_a_lock_is_refused_while_held_and_free_when_its_holder_dies(tmp_path):
 
 @pytest.mark.parametrize('number', [signal.SIGTERM, signal.SIGINT])
 def test_a_signal_ends_what_has_nothing_to_save_and_waits_for_what_has(number):
+    before = signal.getsignal(number)  # a background job's SIGINT is ignored
     with pytest.raises(signals.Stopped, match=signal.Signals(number).name), signals.watched():
         os.kill(os.getpid(), number)
         threading.Event().wait(5)
@@ -358,7 +359,7 @@ def test_a_signal_ends_what_has_nothing_to_save_and_waits_for_what_has(number):
         os.kill(os.getpid(), number)
         assert signals.asked_to_stop(1) == signal.Signals(number).name
         os.kill(os.getpid(), number)  # the second one changes nothing
-    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+    assert signal.getsignal(number) is before and not signals.asked_to_stop(2)
 
 
 # --- Guards ---

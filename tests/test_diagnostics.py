@@ -7,7 +7,7 @@ import pytest
 import tiny
 
 from ddmd_jax import sharding
-from ddmd_jax.data.conditioning import Prompts
+from ddmd_jax.data.conditioning import encoded
 from ddmd_jax.losses.decoupled import Predictions, Update, decoupled_update
 from ddmd_jax.teachers import Teacher
 from ddmd_jax.train import distill, state as st
@@ -147,7 +147,8 @@ def probe_of(count):
     config.log.probe, config.student.steps = count, 1
     brighten = lambda gain, x_t, t, cond: gain * jnp.tanh(x_t + cond['c'][:, None, None, None])
     teacher = Teacher('toy', jnp.float32(0.5), brighten, None, None, (4, 4, 3), 1.0, 'none', ())
-    prompts = Prompts(np.arange(9), lambda rows: {'c': rows / 9}, {'c': np.zeros(1)}, str)
+    prompts = encoded(np.arange(9), lambda rows, length: {'c': rows / 9}, null={'c': np.zeros(1)},
+                      caption=str, identity='')
     method = distill.method_from(config, teacher.shift)
     made = distill.make_probe(config, teacher, prompts, {'teacher': teacher.params}, method,
                               sharding.make_mesh({}, jax.devices()[:1]))

@@ -34,7 +34,7 @@ class DivergedError(RuntimeError):
 
 
 class Seconds(NamedTuple):
-    """Of a run in this process: in all, and of those in which no batch was ready."""
+    """Of a run in this process: in all, and after its first step without a batch being ready."""
 
     train: float
     input_wait: float
@@ -197,6 +197,7 @@ class _Training:
                 while not ended:
                     self._advance()
                     if self.step == first:
+                        self.feed.waited = 0.0  # until here programs were waited for
                         # Programs are waited for before, and there is nothing to save: no
                         # signal need wait for that.
                         held.enter_context(signals.deferred())

@@ -52,6 +52,7 @@ def watched() -> Iterator[None]:
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)
+        _watch.received = ''  # whoever trains next in this process is not meant
 
 
 def _handle(number: int, frame: object) -> None:
