@@ -1,5 +1,6 @@
 """AutoencoderKL against diffusers' own, random weights, fp32; needs the `parity` extra."""
 
+import copy
 import dataclasses
 import functools
 from collections.abc import Callable
@@ -206,15 +207,24 @@ def test_names_and_shapes(cfg):
 
 
 def test_bf16_activations():
+    """As far from fp32 as diffusers' own bf16 is: how far that is, depends on the machine."""
+    torch = pytest.importorskip('torch')
     pair = load('flux')
     half = dataclasses.replace(pair.cfg, dtype='bfloat16')
+    theirs = copy.deepcopy(pair.theirs).to(torch.bfloat16)
     images, z = np.tanh(draw(2, 16, 16, 3)), draw(2, 4, 4, 4)
     mean, _ = jax.jit(lambda p, x: our_model(half, p).encode_moments(x))(pair.params, images)
     decoded = jax.jit(lambda p, z: our_model(half, p).decode(z))(pair.params, z)
-    for got, want in ((mean, pair.moments(pair.params, images)[0]),
-                      (decoded, pair.decode(pair.params, z))):
-        assert np.all(np.isfinite(got))
-        assert_near(got, want, share=0.05)
+    halved = lambda x: to_torch(x, dtype=torch.bfloat16)
+    with torch.no_grad():
+        their_mean = from_torch(theirs.encode(halved(images)).latent_dist.mean.float())
+        their_decoded = from_torch(theirs.decode(halved(z)).sample.float())
+    rms = lambda x: np.sqrt(np.mean(np.square(x)))
+    for got, published, want in (
+            (mean, their_mean, pair.moments(pair.params, images)[0]),
+            (decoded, their_decoded, pair.decode(pair.params, z))):
+        assert rms(published - want) <= 0.03 * rms(want)  # it is the same thing that they computed
+        assert np.all(np.isfinite(got)) and rms(got - want) <= 1.2 * rms(published - want)
         assert not np.allclose(got, want, atol=1e-5)  # the option does something
 
 
