@@ -42,10 +42,11 @@ def weights(tmp_path_factory):
 def test_both_steps_are_compiled_for_a_topology(weights):
     done = plan('--config=configs/emoji.py', '--topology=v5e:2x2', '--json',
                 f'--config.teacher.path={weights}', '--config.student.steps=2',
-                '--config.data.global_batch=4096', '--config.mesh.data=1', '--config.mesh.fsdp=4')
+                '--config.data.global_batch=8', '--config.mesh.data=1', '--config.mesh.fsdp=4',
+                '--nosearch')  # toys are so small that the search would end in millions of rows
     assert done.returncode == 0, done.stderr
     found = json.loads(done.stdout)
-    assert (found['chips'], found['global_batch']) == (4, 4096)
+    assert (found['chips'], found['global_batch']) == (4, 8)
     assert found['hbm_bytes_per_chip'] == 16 * 2**30
     # Seven trees of the student's size and a teacher, most of them a quarter on each chip.
     whole = 8 * sum(x.nbytes for x in jax.tree.leaves(tiny.random_params(MODEL, 0)['denoiser']))
@@ -62,7 +63,6 @@ def test_both_steps_are_compiled_for_a_topology(weights):
         assert 0.8 < p['flops'] / p['analytic_flops'] < 1.25
     for p in (generator, critic):
         assert sum(p['collective_bytes'].values()) > 0
-    assert found['largest_batch'] % 8 == 0 and found['largest_batch'] >= 4096
     assert found['run']['chip_hours'] > 0 and 'advice' not in found
     # The generator's has the teacher's three passes and the critic's one more than the critic's.
     assert 1.3 * critic['flops'] < generator['flops'] < 4 * critic['flops']
