@@ -15,6 +15,11 @@ from ddmd_jax.data.order import Order, Planned, Shape
 from ddmd_jax.sharding import ShardingError
 
 
+# Batches read before they are asked for: a step of several critic updates wants all of its own at
+# once, as none of them waits for the devices.
+AHEAD = 8
+
+
 @functools.partial(jax.tree_util.register_dataclass, data_fields=['rows'], meta_fields=['shape'])
 @dataclasses.dataclass(frozen=True)
 class Batch:
@@ -48,4 +53,4 @@ def batches(order: Order, lookup: Callable[[np.ndarray, int | None], Any], globa
         return Batch(lookup(planned.rows[mine], planned.length), planned.shape)
 
     return iter(grain.MapDataset.source(order).map(read).to_iter_dataset(
-        grain.ReadOptions(num_threads=1, prefetch_buffer_size=2)))
+        grain.ReadOptions(num_threads=1, prefetch_buffer_size=AHEAD)))
