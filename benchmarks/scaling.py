@@ -21,7 +21,8 @@ DOCS = ROOT / 'docs' / 'scaling.md'
 CONFIG = 'configs/lumina.py'
 # (topology, global batch, further flags); four rows a chip.
 PLANS = (('v5e:4x4', 64, ()), ('v5p:2x2x4', 64, ('--nosearch',)),
-         ('v6e:4x4', 64, ('--nosearch',)))
+         ('v6e:4x4', 64, ('--nosearch',)),
+         ('v5e:16x16', 1024, ('--nosearch', '--only=generator_step,critic_step')))
 GROWTH = (('v5e:4x4', 64), ('v5e:16x16', 1024))
 ROOMY = 'v5p:2x2x4'  # where every lever's program fits
 LEVERS = (
