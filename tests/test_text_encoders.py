@@ -392,6 +392,23 @@ def test_prefixes_and_known_extras_change_nothing(written, encoders, family, pre
     assert got.identity == encoders[family].identity
 
 
+def test_code_that_comes_with_a_tokenizer_is_not_run(written, tmp_path):
+    """An `auto_map` names a class in a file of the folder: `trust_remote_code` would import it."""
+    folder = tmp_path / 'folder'
+    shutil.copytree(written['lumina'][0], folder)
+    file = folder / 'tokenizer/tokenizer_config.json'
+    config = json.loads(file.read_text())
+    file.write_text(json.dumps(config | {
+        'tokenizer_class': 'Trap', 'auto_map': {'AutoTokenizer': ['trap.Trap', 'trap.Trap']}}))
+    (folder / 'tokenizer/trap.py').write_text(
+        f'open({str(tmp_path / "sprung")!r}, "w").close()\nclass Trap: pass\n')
+    try:
+        text.tokenizer('lumina', str(folder))
+    except WeightsError as e:  # refused or read without it: either will do
+        assert len(str(e).splitlines()) == 1
+    assert not (tmp_path / 'sprung').exists()
+
+
 def test_rotary_bases_of_old_and_new_configs(written):
     old = json.loads((written['lumina'][0] / 'text_encoder/config.json').read_text())
     assert old['rope_theta'] == text.gemma2_config(old).rope_theta == 10000.0

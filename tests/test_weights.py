@@ -137,6 +137,15 @@ def drop_file(folder):
     return 'lacks diffusion_pytorch_model-00001'
 
 
+def reach_outside(folder):
+    """An index whose file is a good one, but not of this folder."""
+    for file in folder.glob('*.safetensors'):
+        file.rename(folder.parent / file.name)
+        name = f'../{file.name}'
+    (folder / f'{STEM}.safetensors.index.json').write_text(json.dumps({'weight_map': {'a': name}}))
+    return r"index.json names '\.\./.*safetensors', which is no file of that folder"
+
+
 def truncate(folder):
     file = min(folder.glob('*.safetensors'))
     file.write_bytes(file.read_bytes()[:-1000])
@@ -204,8 +213,8 @@ def without_a_field(folder):
 
 
 @pytest.mark.parametrize('damage', [
-    drop_file, truncate, misshape, leave_out, add, quantise, quantise_fp8, pickle_only,
-    another_class, another_pipeline, broken_config, no_config, without_a_field])
+    drop_file, reach_outside, truncate, misshape, leave_out, add, quantise, quantise_fp8,
+    pickle_only, another_class, another_pipeline, broken_config, no_config, without_a_field])
 def test_a_bad_folder_is_refused_in_one_line_before_memory_is_used(folder, damage, monkeypatch):
     words = damage(folder)
     monkeypatch.setattr(jax, 'device_put', lambda *a, **k: pytest.fail('device memory was used'))

@@ -106,7 +106,11 @@ def _files(folder: Path, stem: str) -> list[Path]:
     index = folder / f'{stem}.safetensors.index.json'
     single = folder / f'{stem}.safetensors'
     if index.exists():
-        names = sorted(set(read_json(index).get('weight_map', {}).values()))
+        names = sorted({str(n) for n in dict(read_json(index).get('weight_map', {})).values()})
+        outside = [n for n in names if Path(n).name != n]
+        if outside:
+            raise WeightsError(f'{index} names {outside[0]!r}, which is no file of that folder; '
+                               'fetch the folder again')
         missing = [n for n in names if not (folder / n).is_file()]
         if missing or not names:
             raise WeightsError(f'{folder} lacks {", ".join(missing) or "every file"} of those that '
