@@ -16,7 +16,7 @@ setup(
     long_description_content_type='text/markdown',
     license='Apache-2.0',
     packages=find_packages(include=['ddmd_jax', 'ddmd_jax.*']),
-    package_data={'ddmd_jax': ['data/files/**/*']},
+    package_data={'ddmd_jax': ['data/files/**/*', 'study/*.jinja']},
     python_requires='>=3.11',
     install_requires=[
         # Upper bounds where what is used is known to move: JAX's distributed client and its
@@ -28,7 +28,8 @@ setup(
         'transformers>=5.0,<6', 'tokenizers>=0.22', 'safetensors>=0.6', 'absl-py', 'numpy',
         'pillow>=10.1', 'scikit-image>=0.24', 'tensorboardX>=2.6', 'tqdm', 'fsspec',
         'huggingface_hub', 'pyarrow>=17',
-        'jinja2>=3.1',  # of transformers' chat templates, which does not ask for it
+        'jinja2>=3.1',  # reports; and transformers' chat templates, which does not ask for it
+        'scipy>=1.13', 'matplotlib>=3.9',  # studies
     ],
     extras_require={
         'tpu': ['jax[tpu]>=0.10,<0.11'],

@@ -52,10 +52,10 @@ def trained(config: Any, workdir: Path) -> dict[str, Any]:
     import jax
 
     from ddmd_jax import sharding
-    from ddmd_jax.train import checkpoint, distill, loop
+    from ddmd_jax.train import distill, loop, saving
 
     begun, ends, memory, stalls = time.monotonic(), [], [], []
-    advance, save = loop._Training._advance, checkpoint.Checkpoints.save
+    advance, save = loop._Training._advance, saving.Checkpoints.save
     first, restored = [], []
 
     def timed_advance(training: Any) -> None:
@@ -67,7 +67,7 @@ def trained(config: Any, workdir: Path) -> dict[str, Any]:
 
     def timed_save(self: Any, *args: Any) -> None:
         save(self, *args)
-        stalls.append(self.stalls[-1])
+        stalls.append(self.stalled)
 
     start = loop._start
 
@@ -77,7 +77,7 @@ def trained(config: Any, workdir: Path) -> dict[str, Any]:
         restored.append(time.monotonic() - at)
         return state
 
-    loop._Training._advance, checkpoint.Checkpoints.save = timed_advance, timed_save
+    loop._Training._advance, saving.Checkpoints.save = timed_advance, timed_save
     loop._start = timed_start
     mesh = sharding.make_mesh(config.mesh)
     teacher, task = distill.prepare(config, mesh)

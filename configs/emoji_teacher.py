@@ -39,6 +39,6 @@ def get_config() -> ConfigDict:
         'train': {'steps': 5500, 'on_nan': 'abort', 'spike': 0.0},
         'mesh': {'data': -1, 'fsdp': 1, 'tensor': 1},
         'checkpoint': {'every': 500, 'keep': 2, 'keep_every': 0, 'best': '',
-                       'best_mode': 'min'},
+                       'best_mode': 'min', 'timeout': 1800},
         'log': {'every': 50, 'images_every': 1000},
     })

@@ -22,7 +22,7 @@ floor, batch 64, 2,000 steps with warm-up. Nobody here has run it: the machine t
 repository has no accelerator and no weights; what is tested is the same code at toy size.
 """
 
-from ml_collections import ConfigDict
+from ml_collections import ConfigDict, config_dict
 
 
 def get_config(schedule: str = 'decoupled_hybrid') -> ConfigDict:
@@ -37,11 +37,17 @@ def get_config(schedule: str = 'decoupled_hybrid') -> ConfigDict:
                     'dtype': 'bfloat16', 'param_dtype': 'float32', 'remat': 'full',
                     'attention': 'auto'},
         'student': {'steps': 4, 'ema': 0.999, 'ema_ramp': True, 'sampler': 'renoise'},
-        'critic': {'updates': 5, 'warmup': 0, 'weighting': 'velocity', 'tau': (0.0, 0.98)},
+        'critic': {'updates': 5, 'warmup': 0, 'weighting': 'velocity', 'tau': (0.0, 0.98),
+                   'merge': 1.0},
         'method': {
             'schedule': schedule, 'alpha': 4.0, 'weight_ca': 1.0, 'weight_dm': 1.0,
-            'tau_ca': (0.0, 0.98), 'tau_dm': (0.0, 0.98), 'normaliser': 'per_term',
-            'floor': 0.02, 'shift': 3.0,
+            'alpha_range': (), 'alpha_ramp': 0,
+            'tau_ca': (0.0, 0.98), 'tau_dm': (0.0, 0.98),
+            'tau_ca_end': (), 'tau_dm_end': (), 'tau_relax': 0,
+            'normaliser': 'per_term', 'floor': 0.02, 'shift': 3.0,
+            'mean_variance': {'weight': 0.0, 'mean': config_dict.placeholder(float),
+                              'variance': config_dict.placeholder(float)},
+            'gan': {'weight': 0.0, 'critic_weight': 1e-2, 'r1': 0.0, 'tau': (0.0, 0.98)},
         },
         'data': {'name': 'prompts', 'path': 'prompts', 'global_batch': 64,
                  'sizes': ((1024, 1024),), 'lengths': ()},
@@ -50,8 +56,8 @@ def get_config(schedule: str = 'decoupled_hybrid') -> ConfigDict:
                   'offload': 'none', 'on_nan': 'abort', 'spike': 0.0, 'on_health': 'nothing'},
         'mesh': {'data': -1, 'fsdp': 16, 'tensor': 1},
         'checkpoint': {'every': 100, 'keep': 3, 'keep_every': 0, 'best': '',
-                       'best_mode': 'min'},
-        'log': {'every': 10, 'images_every': 100, 'probe': 8},
+                       'best_mode': 'min', 'timeout': 1800},
+        'log': {'every': 10, 'images_every': 100, 'probe': 8, 'judge': 0},
         'eval': {'prompts': 8, 'held_out': 1, 'batch': 4, 'teacher_steps': 50,
                  'guidance': 4.0, 'solver': 'euler'},
     })

@@ -28,7 +28,8 @@ def export(workdir: Path, out: Path, dtype: str, teacher: str = '') -> Path:
     """Writes ``out/transformer``; returns it.
 
     Raises:
-      CheckpointError: there is no checkpoint, or its student has no published format.
+      CheckpointError: there is no checkpoint, it is damaged, or its student has no published
+        format.
       WeightsError: the teacher's config cannot be read, or `out` holds a transformer already.
     """
     import jax
@@ -57,6 +58,12 @@ def export(workdir: Path, out: Path, dtype: str, teacher: str = '') -> Path:
     cfg = lumina.model_config(published)
     abstract = abstract_params(lambda: NextDiT(cfg, nnx.Rngs(0)))
     mesh = sharding.make_mesh({'fsdp': -1})
+    saved = workdir / 'checkpoints' / str(step)
+    fault = ckpt.damage(saved)
+    if fault:
+        raise ckpt.CheckpointError(
+            f'checkpoint {saved} is damaged ({fault}); start the run again, which goes back to the '
+            'newest good one, or move that folder away')
     params = ckpt.restore_ema(workdir, step, abstract,
                               sharding.shard_tree(abstract, lumina.RULES, mesh))
     if jax.process_index() == 0:

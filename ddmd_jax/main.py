@@ -8,6 +8,7 @@ named).
 from __future__ import annotations
 
 import errno
+import json
 import math
 import os
 import sys
@@ -68,6 +69,8 @@ def use_compile_cache(flag: str | None, workdir: Path, environ: Mapping[str, str
 
 def run(config, workdir: Path, replay: bool = False) -> None:
     """One run of either task, to its end; raises the errors that `main` puts in one line."""
+    import jax
+
     from ddmd_jax import sharding
 
     mesh = sharding.make_mesh(config.mesh)
@@ -75,7 +78,10 @@ def run(config, workdir: Path, replay: bool = False) -> None:
     sharding.check_batch(config.data.global_batch, mesh, parts)
     if replay:
         _replay(config, workdir, mesh)
-    elif config.task == 'pretrain':
+        return
+    if jax.process_index() == 0:  # as it is now: what a checkpoint holds is what may not change
+        (workdir / 'config.json').write_text(json.dumps(config.to_dict(), indent=1) + '\n')
+    if config.task == 'pretrain':
         from ddmd_jax.train import pretrain
 
         pretrain.run(config, workdir, mesh)
@@ -134,6 +140,7 @@ def main(argv: list[str]) -> None:
     from ddmd_jax.train.checkpoint import CheckpointError
     from ddmd_jax.train.guards import GuardError
     from ddmd_jax.train.loop import DivergedError
+    from ddmd_jax.train.saving import HungError
     from ddmd_jax.weights.flat import WeightsError
 
     try:
@@ -141,6 +148,8 @@ def main(argv: list[str]) -> None:
             run(_CONFIG.value, workdir, _REPLAY.value)
     except signals.Stopped as e:
         print(f'main: {e}', file=sys.stderr)
+    except HungError as e:
+        distributed.fail(str(e), at_once=True)
     except (CheckpointError, DataFileError, DivergedError, GuardError, ShardingError, WeightsError,
             lock.LockError) as e:
         distributed.fail(str(e))

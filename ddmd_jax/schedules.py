@@ -4,6 +4,8 @@ Each draws tau_CA and tau_DM for a batch whose generator steps stand at pre-shif
 A term is *bounded* when its tau must be cleaner than t: uniform on [t, 1]; otherwise it is
 uniform on [0, 1]. The time shift is applied after drawing, never before (the authors'
 answer to users: t = .75, shift 3: tau_CA uniform on [.75, 1], then shifted into [.5, 1]).
+What changes over a run, a range that relaxes or an alpha that rises, is a function of the number
+of student updates.
 """
 
 from __future__ import annotations
@@ -16,6 +18,7 @@ import jax.numpy as jnp
 from ddmd_jax.process import shift_time
 
 Array = jax.Array
+Span = tuple[float | Array, float | Array]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -35,8 +38,7 @@ SCHEDULES: dict[str, Schedule] = {
 }
 
 
-def draw_tau(key: Array, t: Array, bounded: bool, span: tuple[float, float],
-             shift: float) -> Array:
+def draw_tau(key: Array, t: Array, bounded: bool, span: Span, shift: float) -> Array:
     """One re-noising level an example: uniform on `span`, from t upwards if `bounded`.
 
     Args:
@@ -56,8 +58,8 @@ def draw_tau(key: Array, t: Array, bounded: bool, span: tuple[float, float],
     return shift_time(tau, shift)
 
 
-def draw_levels(key: Array, schedule: Schedule, t: Array, tau_ca: tuple[float, float],
-                tau_dm: tuple[float, float], shift: float) -> tuple[Array, Array]:
+def draw_levels(key: Array, schedule: Schedule, t: Array, tau_ca: Span, tau_dm: Span,
+                shift: float) -> tuple[Array, Array]:
     """``(tau_CA [B], tau_DM [B])``, shifted; if the schedule shares them, tau_CA twice
     (`tau_dm` then has no say)."""
     k_ca, k_dm = jax.random.split(key)
@@ -65,3 +67,32 @@ def draw_levels(key: Array, schedule: Schedule, t: Array, tau_ca: tuple[float, f
     if schedule.shared:
         return ca, ca
     return ca, draw_tau(k_dm, t, schedule.dm_bounded, tau_dm, shift)
+
+
+def relaxed(span: Span, end: Span, updates: int, step: Array | int) -> Span:
+    """`span` on its way to `end`: there after `updates` student updates, at a constant pace.
+
+    The idea is DynaRS's: where a term looks may change with what the student can do already. At
+    0 updates nothing moves and `span` is handed back as it is.
+    """
+    if not updates:
+        return span
+    share = jnp.minimum(jnp.asarray(step, jnp.float32) / updates, 1.0)
+    return tuple(a + (b - a) * share for a, b in zip(span, end, strict=True))
+
+
+def ramped(alpha: float, updates: int, step: Array | int) -> float | Array:
+    """Guidance scale that rises from 1, no guidance, to `alpha` in `updates` student updates.
+
+    The first of them (`step` 0) has the first step of the rise; at 0 updates it is `alpha`.
+    """
+    if not updates:
+        return alpha
+    share = jnp.minimum((jnp.asarray(step, jnp.float32) + 1.0) / updates, 1.0)
+    return 1.0 + (alpha - 1.0) * share
+
+
+def draw_alpha(key: Array, span: Span, batch: int) -> Array:
+    """A guidance scale for each example ``[batch]``, uniform on `span`."""
+    low, high = span
+    return low + (high - low) * jax.random.uniform(key, (batch,))

@@ -20,7 +20,16 @@ from ml_collections import ConfigDict
 from ddmd_jax import checkpoints as command, sharding
 from ddmd_jax.data import loader
 from ddmd_jax.data.order import Order
-from ddmd_jax.train import checkpoint as ckpt, checksums, guards, lock, resume, signals, state as st
+from ddmd_jax.train import (
+    checkpoint as ckpt,
+    checksums,
+    guards,
+    lock,
+    resume,
+    saving,
+    signals,
+    state as st,
+)
 from ddmd_jax.train.feed import Feed
 
 MANIFEST = {'teacher.name': 'emoji', 'method.alpha': 1.5}
@@ -39,7 +48,7 @@ def state_at(step):
 
 
 def opened(workdir, manifest=MANIFEST, keep=10, **options):
-    return ckpt.Checkpoints(workdir, keep=keep, manifest=manifest, **options)
+    return saving.Checkpoints(workdir, keep=keep, manifest=manifest, **options)
 
 
 def saved(workdir, steps=(1, 2, 3), judged=None, manifest=MANIFEST, **options):
@@ -288,14 +297,14 @@ def test_a_failed_save_is_loud_and_what_stands_stays(tmp_path, monkeypatch, capf
     assert checkpoints.wait() == ''
     broken = lambda *args, **kwargs: (_ for _ in ()).throw(OSError(28, 'No space left on device'))
     with monkeypatch.context() as m:
-        m.setattr(ckpt.checksums, 'write', broken)
+        m.setattr(checksums, 'write', broken)
         checkpoints.save(2, state_at(2), data)
-        assert 'No space left' in checkpoints.wait() and checkpoints.failure
+        assert 'No space left' in checkpoints.wait()
     assert 'checkpoints/2 could not be written ([Errno 28] No space left' in capfd.readouterr().err
     checkpoints.save(3, state_at(3), data)
-    assert checkpoints.wait() == '' and not checkpoints.failure
+    assert checkpoints.wait() == '' and not checkpoints.under_way
     checkpoints.close()
-    assert len(checkpoints.stalls) == 3
+    assert checkpoints.stalled > 0
     assert begin(tmp_path)[1].step == 3
 
 
@@ -374,13 +383,25 @@ def test_spikes():
     assert guards.spike([1.0] * 6 + [1.1], 3) and not guards.spike([1.0] * 7, 3)
 
 
-def test_a_bad_verdict_ends_a_run_only_if_it_lasts_and_is_asked_for():
-    words = lambda *health: [{'health': h, 'health_reason': 'why'} for h in health]
+def test_a_bad_verdict_is_acted_on_only_if_it_lasts_and_is_asked_for():
+    words = lambda *health, **acts: [{'health': h, 'health_reason': 'why', **acts} for h in health]
     bad = words('healthy', 'washed out', 'washed out', 'washed out')
-    assert 'washed out for 3 logged intervals (why)' in guards.must_stop(bad, 'stop')
-    assert not guards.must_stop(bad, 'nothing') and not guards.must_stop(bad[:3], 'stop')
-    assert not guards.must_stop(words('healthy', 'healthy', 'healthy'), 'stop')
-    assert not guards.must_stop(words('washed out', 'over-baked', 'washed out'), 'stop')
+    assert 'washed out for 3 logged intervals (why); stopped here' in guards.remedy(bad, 'stop')
+    assert not guards.remedy(bad, 'nothing') and not guards.remedy(bad[:3], 'stop')
+    assert not guards.remedy(words('healthy', 'healthy', 'healthy'), 'stop')
+    assert not guards.remedy(words('washed out', 'over-baked', 'washed out'), 'stop')
+    assert 'alpha - 1 is halved' in guards.remedy(bad, 'lower_alpha')
+    assert 'one more critic update' in guards.remedy(bad, 'raise_critic')
+
+
+def test_what_was_done_is_given_time_and_is_not_done_for_ever():
+    line = lambda share, extra=0.0: {'health': 'over-baked', 'alpha_share': share,
+                                     'critic_extra': extra}
+    acted = [line(1.0)] * 3 + [line(0.5)] * 2
+    assert not guards.remedy(acted, 'lower_alpha')
+    assert guards.remedy([*acted, line(0.5)], 'lower_alpha')
+    assert not guards.remedy([line(guards.LEAST_ALPHA)] * 3, 'lower_alpha')
+    assert not guards.remedy([line(1.0, guards.MOST_EXTRA)] * 3, 'raise_critic')
 
 
 def test_batches_that_are_left_out_are_not_handed_out():

@@ -60,8 +60,8 @@ DISTILL = [
     ('student.ema', 1.0, 'below 1'),
     ('student.ema_ramp', 1, 'True or False'),
     ('student.sampler', 'renoised', "did you mean 'renoise'?"),
-    ('critic.updates', 0, 'at least once per generator update'),
-    ('critic.updates', 0.5, 'at least once per generator update'),
+    ('critic.updates', 0, 'at least 1 while method.weight_dm or method.gan.weight is above 0'),
+    ('critic.updates', 0.5, 'a whole number at least 0'),
     ('critic.warmup', -1, 'at least 0'),
     ('critic.weighting', 'x', "'velocity' or 'clean'"),
     ('critic.tau', (0.0, 1.0), 'no noise left to normalise by'),
@@ -108,6 +108,18 @@ DISTILL = [
     ('log.every', 0, 'at least 1'),
     ('log.probe', -1, 'a whole number at least 0: 0 is off'),
     ('log.probe', 0.5, 'a whole number'),
+    ('log.judge', -1, 'a whole number at least 0: 0 is off'),
+    ('critic.updates', -1, 'a whole number at least 0'),
+    ('critic.merge', 1.5, 'at most 1: 1 is off'),
+    ('method.alpha_range', (0.5, 3.0), 'empty, or two numbers with 1 <= low <= high'),
+    ('method.alpha_range', (3.0,), 'empty, or two numbers'),
+    ('method.alpha_ramp', -1, 'at least 0: 0 is off'),
+    ('method.tau_ca_end', (0.5, 1.0), 'empty, or two numbers with 0 <= low < high'),
+    ('method.tau_relax', 10, 'goes with method.tau_ca_end or method.tau_dm_end'),
+    ('method.mean_variance.variance', 0.0, 'None or a number above 0'),
+    ('method.mean_variance.wieght', 1.0, 'did you mean method.mean_variance.weight?'),
+    ('method.gan.critic_weight', 0.0, 'above 0'),
+    ('method.gan', 1.0, 'a section with weight, critic_weight, r1, tau'),
     ('eval.prompts', 0, 'at least 1'),
     ('eval.held_out', 0, 'at least 1'),
     ('eval.batch', True, 'at least 1'),
@@ -145,6 +157,40 @@ def test_one_wrong_field_of_a_distillation_on_prompts(field, value, fragment):
     (line,) = config_lib.validate(changed('lumina', {field: value}))
     assert line.startswith(f'{field}: {value!r}, ')
     assert fragment in line
+
+
+@pytest.mark.parametrize(('name', 'fields', 'line'), [
+    ('emoji', {'method.weight_dm': 0.0, 'critic.updates': 0}, None),
+    ('emoji', {'method.weight_dm': 0.0, 'method.gan.weight': 5e-3, 'critic.updates': 0},
+     'critic.updates: 0, must be at least 1'),
+    ('emoji', {'method.weight_ca': 0.0, 'method.weight_dm': 0.0,
+               'method.mean_variance.weight': 1.0}, None),
+    ('emoji', {'method.tau_ca': (0.8, 0.9), 'method.tau_ca_end': (0.0, 0.5),
+               'method.tau_relax': 10}, 'method.tau_ca_end: (0.0, 0.5), its upper end'),
+    ('lumina', {'log.judge': 8}, 'log.judge: 8, must be 0 for lumina'),
+    ('lumina', {'method.gan.weight': 5e-3}, 'method.gan.weight: 0.005, must be 0 while data.name'),
+    ('lumina', {'method.mean_variance.weight': 1.0},
+     'method.mean_variance.weight: 1.0, needs method.mean_variance.mean and .variance'),
+    ('lumina', {'method.mean_variance.weight': 1.0, 'method.mean_variance.mean': 0.075,
+                'method.mean_variance.variance': 0.81}, None),
+])
+def test_objectives_that_go_together(name, fields, line):
+    found = config_lib.validate(changed(name, fields))
+    assert len(found) == (line is not None)
+    assert not found or found[0].startswith(line)
+
+
+@pytest.mark.parametrize('name', ['emoji', 'lumina'])
+def test_a_config_from_before_a_field_gets_its_default(name):
+    new, old = load(name), load(name)
+    with old.unlocked():
+        for field in ('mean_variance', 'gan', 'alpha_range', 'alpha_ramp', 'tau_ca_end',
+                      'tau_dm_end', 'tau_relax'):
+            del old.method[field]
+        del old.critic['merge'], old.log['judge'], old.checkpoint['timeout']
+    config_lib.check(old)
+    assert old.to_dict() == new.to_dict()
+    old.method.mean_variance.mean = 0.1  # its type is that of a number that may be given
 
 
 @pytest.mark.parametrize(('field', 'value'), [('data.path', 'e.safetensors'),
@@ -237,7 +283,7 @@ def test_missing_fields_and_sections():
     del config.method['alpha'], config['critic']
     lines = config_lib.validate(config)
     assert sorted(lines) == ['critic: missing, must be a section with updates, warmup, '
-                             'weighting, tau', 'method.alpha: missing, must be a number']
+                             'weighting, tau, merge', 'method.alpha: missing, must be a number']
 
 
 @pytest.mark.parametrize('fields', [
@@ -261,7 +307,7 @@ def test_unusual_but_right(fields):
 
 @pytest.mark.parametrize(('fields', 'start', 'fragment'), [
     ({'method.weight_ca': 0.0, 'method.weight_dm': 0.0}, 'method.weight_ca: 0.0, must be above 0',
-     'while method.weight_dm is 0'),
+     'method.weight_dm, method.mean_variance.weight and method.gan.weight are 0'),
     ({'method.schedule': 'decoupled_constrained', 'method.tau_dm': (0.0, 0.5)},
      'method.tau_dm: (0.0, 0.5), its upper end', 'above 0.75'),
     ({'student.steps': 64, 'data.global_batch': 64}, 'method.tau_ca: (0.0, 0.98)', 'above 0.9844'),

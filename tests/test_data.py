@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 
 from ddmd_jax.data import emoji, tokenizer
+from ddmd_jax.losses.mean_variance import moments
 from ddmd_jax.sharding import ShardingError, check_batch, make_mesh
 from ddmd_jax.teachers import emoji as teacher
 from ddmd_jax.weights import flat
@@ -71,6 +72,11 @@ def test_contrast_of_real_data_is_what_health_compares_with(pairs):
     rows = emoji.training_mixture(pairs, 2)
     std = pairs.images(rows).std(axis=(1, 2, 3)).mean()
     assert std == pytest.approx(teacher.DATA_STD, abs=2e-3)
+
+
+def test_moments_of_real_data_are_what_mean_variance_pulls_to(pairs):
+    mean, variance = moments(pairs.images(emoji.training_mixture(pairs, 2)))
+    assert (mean.mean(), variance.mean()) == pytest.approx(teacher.DATA_MOMENTS, abs=1e-3)
 
 
 def test_missing_and_truncated_data_are_named_with_the_cure(tmp_path):

@@ -10,7 +10,7 @@ from ddmd_jax import sharding
 from ddmd_jax.data.conditioning import encoded
 from ddmd_jax.losses.decoupled import Predictions, Update, decoupled_update
 from ddmd_jax.teachers import Teacher
-from ddmd_jax.train import distill, state as st
+from ddmd_jax.train import distill, method, state as st
 from ddmd_jax.train.diagnostics import (
     BROKEN,
     COLOUR_CAST,
@@ -149,8 +149,8 @@ def probe_of(count):
     teacher = Teacher('toy', jnp.float32(0.5), brighten, None, None, (4, 4, 3), 1.0, 'none', ())
     prompts = encoded(np.arange(9), lambda rows, length: {'c': rows / 9}, null={'c': np.zeros(1)},
                       caption=str, identity='')
-    method = distill.method_from(config, teacher.shift)
-    made = distill.make_probe(config, teacher, prompts, {'teacher': teacher.params}, method,
+    recipe = method.method_from(config, teacher)
+    made = distill.make_probe(config, teacher, prompts, {'teacher': teacher.params}, recipe,
                               sharding.make_mesh({}, jax.devices()[:1]))
     state = lambda gain: st.TrainState(None, None, None, None, jnp.float32(gain), None, None)
     return lambda gain: {name: float(value) for name, value in made(state(gain)).items()}

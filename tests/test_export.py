@@ -23,8 +23,9 @@ from ddmd_jax.models.layers import abstract_params
 from ddmd_jax.models.nextdit import NextDiT
 from ddmd_jax.teachers import lumina
 from ddmd_jax.train import state as st
-from ddmd_jax.train.checkpoint import CheckpointError, Checkpoints, read_manifest, restore_ema
+from ddmd_jax.train.checkpoint import CheckpointError, read_manifest, restore_ema
 from ddmd_jax.train.feed import Feed
+from ddmd_jax.train.saving import Checkpoints
 from ddmd_jax.weights.flat import WeightsError
 
 CONFIG = {'_class_name': lumina.TRANSFORMER, **published.TRANSFORMER}

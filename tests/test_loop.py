@@ -131,10 +131,10 @@ def test_divergence_stops_and_keeps_the_last_good_checkpoint(weights, tmp_path):
     teacher = teachers.load('emoji', config.teacher.path)
     task = distill.make_task(config, teacher, mesh)
 
-    def poisoned(state, next_batch):
+    def poisoned(state, next_batch, first):
         factor = np.nan if int(state.step) == 3 else 1.0
         return task.advance(state, lambda: jax.tree.map(
-            lambda x: x * factor if x.dtype == np.float32 else x, next_batch()))
+            lambda x: x * factor if x.dtype == np.float32 else x, next_batch()), first)
 
     bad = loop.dataclasses.replace(task, advance=poisoned)
     with pytest.raises(loop.DivergedError, match='step 4.*last good checkpoint, step 2'):

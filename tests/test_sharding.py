@@ -259,7 +259,8 @@ def check_close(one, eight):
                             strict=True):
         error, size = np.abs(a - b).max(), np.abs(a).max()
         rounding = 0.0 if '_opt' in named(path) else 2.5e-7
-        assert size > 0 and error < 1e-3 * size + rounding, (named(path), error, size)
+        still = named(path) in ('.alpha_share', '.critic_extra')  # health alone moves them
+        assert (size > 0) != still and error <= 1e-3 * size + rounding, (named(path), error, size)
 
 
 def check_metrics(one, eight):

@@ -17,9 +17,11 @@ import jax.numpy as jnp
 import numpy as np
 
 from ddmd_jax import sharding
+from ddmd_jax.models import discriminator
 from ddmd_jax.teachers import emoji
 from ddmd_jax.train import state as st
-from ddmd_jax.train.step import Method, make_steps
+from ddmd_jax.train.method import Method
+from ddmd_jax.train.step import make_steps
 
 ROOT = Path(__file__).resolve().parent.parent
 SHAPE = (8, 8, 3)
@@ -82,10 +84,10 @@ def make_method(**changes: Any) -> Method:
     return Method(**(recipe | changes))
 
 
-def build_run(predict, params, tx, mesh, offload=(), **changes):
+def build_run(predict, params, tx, mesh, offload=(), head=None, **changes):
     """``(make_state, steps, frozen)`` of a toy run; `params` are teacher, student, critic.
 
-    `offload` names what stays in host memory, of 'ema' and 'teacher'.
+    `offload` names what stays in host memory, of 'ema' and 'teacher'; `head` is a GAN's.
     """
     teacher, student, critic = params
     frozen = {'teacher': teacher, 'null': make_null()}
@@ -95,10 +97,11 @@ def build_run(predict, params, tx, mesh, offload=(), **changes):
     if 'teacher' in offload:
         frozen_shardings['teacher'] = sharding.in_host_memory(frozen_shardings['teacher'])
     host = [name for name in offload if name == 'ema']
-    fill = lambda s, c: st.fresh(s, tx, c, tx)
+    fill = lambda s, c: st.fresh(s, tx, c, tx, head)
+    rules = (*discriminator.RULES, *emoji.RULES)
     _, shardings = st.abstract_and_shardings(
-        fill, emoji.RULES, mesh, student, critic, host=host)
-    make_state = lambda: st.create(fill, emoji.RULES, mesh, student, critic, host=host)
+        fill, rules, mesh, student, critic, host=host)
+    make_state = lambda: st.create(fill, rules, mesh, student, critic, host=host)
     steps = make_steps(predict, tx, tx, make_method(**changes), SHAPE, 0, mesh, shardings,
                        frozen_shardings)
     return make_state, steps, jax.device_put(frozen, frozen_shardings)

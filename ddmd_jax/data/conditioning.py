@@ -13,6 +13,7 @@ import numpy as np
 from ddmd_jax.data import DataFileError, embeddings
 
 Cond = dict[str, np.ndarray]
+REAL = 'real'  # beside a batch's `Cond`: real latents of its prompts, for a GAN
 
 
 @dataclasses.dataclass(frozen=True)

@@ -94,6 +94,26 @@ def measure(images: np.ndarray, pairs: emoji.Pairs, rows: np.ndarray, judge: Any
     }
 
 
+def make_judge(seen: int, held_out: int, seed: int) -> tuple[Any, list[str]]:
+    """(``images [n, H, W, 3] -> figures``, the captions of those images).
+
+    The figures are for `metrics.jsonl`: ema_match, share of glyphs that are the caption's, over
+    all prompts; ema_background; ema_colour_error; ema_variance. See docs/metrics.md.
+    """
+    pairs, judge = emoji.load_pairs(), classifier.load()
+    rows = evaluation_rows(pairs, seen, held_out, seed)
+    asked = np.asarray(list(emoji.COLOURS.values()))[pairs.colour[rows]]
+
+    def judged(images: np.ndarray) -> dict[str, float]:
+        glyph, colour, _ = classifier.judge_all(judge, images, len(images))
+        return {'ema_match': float((glyph == pairs.glyph[rows]).mean()),
+                'ema_background': float((colour == pairs.colour[rows]).mean()),
+                'ema_colour_error': measures.colour_error(images, asked),
+                'ema_variance': measures.image_variance(images)}
+
+    return judged, [pairs.caption(i) for i in rows]
+
+
 def table(rows: list[dict[str, Any]]) -> str:
     """The rows as aligned plain text."""
     heads = ('', *(c.replace('_', ' ') for c in COLUMNS))

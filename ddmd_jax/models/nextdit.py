@@ -183,6 +183,16 @@ class NextDiT(nnx.Module):
         self.out_proj = _linear(cfg, cfg.hidden_size, patch_dim, rngs, bias=True, zero=True)
 
     def __call__(self, x_t: Array, t: Array, caption: Array, mask: Array) -> Array:
+        tokens, temb, grid = self._trunk(x_t, t, caption, mask)
+        return unpatchify(self._head(tokens, temb), grid, self.cfg.patch_size)
+
+    def features(self, x_t: Array, t: Array, caption: Array, mask: Array) -> Array:
+        """The image's tokens ``[B, S, D]`` after the last layer, of inputs as in a call."""
+        return self._trunk(x_t, t, caption, mask)[0]
+
+    def _trunk(self, x_t: Array, t: Array, caption: Array,
+               mask: Array) -> tuple[Array, Array, tuple[int, int]]:
+        """(tokens of the image, time embedding, patches a side)."""
         cfg, dtype = self.cfg, jnp.dtype(self.cfg.dtype)
         batch, height, width, _ = x_t.shape
         grid = (height // cfg.patch_size, width // cfg.patch_size)
@@ -201,7 +211,7 @@ class NextDiT(nnx.Module):
         joint = self._rows_stay(jnp.concatenate([cap, img], axis=1))
         angles = jnp.concatenate([cap_angles, img_angles], axis=1)
         joint = run(self.layers, joint, joint_mask, angles, temb)
-        return unpatchify(self._head(joint[:, cap.shape[1]:], temb), grid, cfg.patch_size)
+        return joint[:, cap.shape[1]:], temb, grid
 
     def _rows_stay(self, x: Array) -> Array:
         """Keeps the batch of ``[B, S, D]`` split over the mesh.

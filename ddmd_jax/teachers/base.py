@@ -68,6 +68,9 @@ class Teacher:
     decoder came with the weights. `data_std` is the mean standard deviation of one real latent,
     where it is known: what health measures contrast against. `rescale(v, v_cond)` is what the
     family's own sampler does to a guided velocity; it belongs to sampling and never enters CA.
+    `features(params, x_t, t, cond)` are the trunk's tokens ``[B, S, D]``, for a GAN's head; None
+    where there are none to be had. `data_moments` are the mean over real latents of their means and
+    of their variances, where they are known.
     `cond_width` is D of the `Cond`, `limit` the magnitude beyond which a value of a latent is
     saturated. `flops(tokens)` is what one row of `predict_clean` costs with captions of so many,
     `decoder` what `decode` runs; both are the planner's.
@@ -83,6 +86,8 @@ class Teacher:
     identity: str
     rules: Rules
     data_std: float | None = None
+    data_moments: tuple[float, float] | None = None
+    features: Callable[[Any, Array, Array, Cond], Array] | None = None
     rescale: Callable[[Array, Array], Array] | None = None
     cond_width: int | None = None
     limit: float = 1.0

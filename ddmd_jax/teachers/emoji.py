@@ -34,7 +34,9 @@ from ddmd_jax.weights import flat
 
 TIME_SCALE = 100.0
 SHIFT = 1.0
-DATA_STD = 0.467  # mean over the distillation mixture; tests/test_data.py measures it
+# Means over the distillation mixture: of the images' standard deviations, of their means and of
+# their variances; tests/test_data.py measures them.
+DATA_STD, DATA_MOMENTS = 0.467, (0.269, 0.227)
 SHAPE = (data.SIZE, data.SIZE, 3)
 WEIGHTS = data.FILES / 'teacher.safetensors'
 RESTORE_HINT = ('reinstall the package, or train it again with '
@@ -61,15 +63,26 @@ def init_params(model: dict[str, Any], key: Array) -> dict[str, Any]:
 
 def make_denoiser(model: dict[str, Any]):
     """`predict_clean(params, x_t, t, cond)` over denoiser parameters; see `Teacher`."""
-    cfg, _ = model_configs(model)
-    network = functional(lambda: NextDiT(cfg, nnx.Rngs(0)))
+    network = _network(model, '__call__')
 
     def predict_clean(params: Any, x_t: Array, t: Array, cond: Cond) -> Array:
         t = jnp.broadcast_to(jnp.asarray(t, jnp.float32), x_t.shape[:1])
-        v = network(params, x_t, TIME_SCALE * t, cond['embeds'], cond['mask'])
-        return process.to_clean(x_t, v, t)
+        return process.to_clean(x_t, network(params, x_t, t, cond), t)
 
     return predict_clean
+
+
+def make_features(model: dict[str, Any]):
+    """`features(params, x_t, t, cond)` over denoiser parameters; see `Teacher`."""
+    return _network(model, 'features')
+
+
+def _network(model: dict[str, Any], method: str):
+    """A method of the denoiser as ``(params, x_t, t [B], cond)``, in the project's time."""
+    cfg, _ = model_configs(model)
+    apply = functional(lambda: NextDiT(cfg, nnx.Rngs(0)), method)
+    return lambda params, x_t, t, cond: apply(
+        params, x_t, TIME_SCALE * t, cond['embeds'], cond['mask'])
 
 
 def make_text_encoder(model: dict[str, Any]):
@@ -99,7 +112,8 @@ def teacher_from(model: dict[str, Any], params: dict[str, Any]) -> Teacher:
     identity = flat.identity(params)
     text = text_encoder(model, params['text'], identity)
     return Teacher('emoji', params['denoiser'], make_denoiser(model), text, lambda x: x,
-                   SHAPE, SHIFT, identity, RULES, DATA_STD, cond_width=text.width,
+                   SHAPE, SHIFT, identity, RULES, DATA_STD, DATA_MOMENTS, make_features(model),
+                   cond_width=text.width,
                    flops=functools.partial(flops.nextdit_forward, denoiser_cfg, SHAPE[:2]))
 
 

@@ -86,14 +86,24 @@ def model_config(published: dict[str, Any], dtype: str = 'float32', remat: str =
 
 def make_denoiser(cfg: NextDiTConfig, mesh: Mesh):
     """`predict_clean(params, x_t, t, cond)`; see `Teacher`."""
-    network = functional(lambda: NextDiT(cfg, nnx.Rngs(0), mesh))
+    network = _network(cfg, mesh, '__call__')
 
     def predict_clean(params: Any, x_t: Array, t: Array, cond: Cond) -> Array:
         t = jnp.broadcast_to(jnp.asarray(t, jnp.float32), x_t.shape[:1])
-        v = network(params, x_t, t, cond['embeds'], cond['mask'])
-        return process.to_clean(x_t, v, t)
+        return process.to_clean(x_t, network(params, x_t, t, cond), t)
 
     return predict_clean
+
+
+def make_features(cfg: NextDiTConfig, mesh: Mesh):
+    """`features(params, x_t, t, cond)`; see `Teacher`."""
+    return _network(cfg, mesh, 'features')
+
+
+def _network(cfg: NextDiTConfig, mesh: Mesh, method: str):
+    """A method of the transformer as ``(params, x_t, t [B], cond)``."""
+    apply = functional(lambda: NextDiT(cfg, nnx.Rngs(0), mesh), method)
+    return lambda params, x_t, t, cond: apply(params, x_t, t, cond['embeds'], cond['mask'])
 
 
 def _scheduler_shift(folder: Path) -> float:
@@ -159,7 +169,7 @@ def load(path: str, mesh: Mesh, dtype: str = 'float32', size: Sequence[int] | No
         'lumina', diffusers.import_tree(transformer, abstract, layout, names.entry),
         make_denoiser(cfg, mesh), None, decode, _latent_shape(size or SIZE, cfg, factor),
         shift, diffusers.identity(transformer), RULES, rescale=rescale,
-        cond_width=cfg.cap_feat_dim, limit=LIMIT,
+        features=make_features(cfg, mesh), cond_width=cfg.cap_feat_dim, limit=LIMIT,
         shape_of=functools.partial(_latent_shape, cfg=cfg, factor=factor))
 
 
@@ -183,7 +193,8 @@ def abstract(mesh: Mesh, dtype: str = 'float32', size: Sequence[int] | None = No
     shape = _latent_shape(size or SIZE, cfg, FACTOR)
     return Teacher(
         'lumina', _abstract_params(cfg, param_dtype), make_denoiser(cfg, mesh), None, None,
-        shape, SHIFT, 'abstract', RULES, rescale=rescale, cond_width=cfg.cap_feat_dim, limit=LIMIT,
+        shape, SHIFT, 'abstract', RULES, rescale=rescale, features=make_features(cfg, mesh),
+        cond_width=cfg.cap_feat_dim, limit=LIMIT,
         flops=functools.partial(flops.nextdit_forward, cfg, shape[:2]),
         decoder=_decoder_program(AutoencoderKLConfig(), mesh, size or SIZE),
         shape_of=functools.partial(_latent_shape, cfg=cfg, factor=FACTOR))

@@ -1,15 +1,11 @@
-"""Orbax checkpoints: state, data iterator and a manifest that says whose they are."""
+"""Reading Orbax checkpoints: state, data iterator and a manifest that says whose they are."""
 
 from __future__ import annotations
 
-import contextlib
 import importlib.metadata
 import json
-import logging
 import sys
-import threading
-import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +13,6 @@ import jax
 import numpy as np
 import orbax.checkpoint as ocp
 from jax.experimental import multihost_utils
-from orbax.checkpoint import checkpoint_managers as policies
 from tqdm import tqdm
 
 from ddmd_jax.train import checksums
@@ -80,191 +75,9 @@ def anywhere(flag: bool) -> bool:
     return bool(np.any(multihost_utils.process_allgather(np.asarray(flag))))
 
 
-def _reason(error: BaseException) -> str:
+def first_line(error: BaseException) -> str:
+    """An error in one line."""
     return (str(error).splitlines() or [type(error).__name__])[0]
-
-
-def _once(record: logging.LogRecord) -> bool:
-    """Drops what Orbax logs of a save that fails: pages for each array, and we say it in a line."""
-    text = str(record.msg) + (str(record.exc_info[1]) if record.exc_info else '')
-    return 'orbax' not in record.pathname and 'never retrieved' not in text and (
-        'Event loop is closed' not in text)
-
-
-class Pinned(policies.PreservationPolicy):
-    """Keeps the checkpoints of a set that grows, which Orbax's own `CustomSteps` copies."""
-
-    def __init__(self, steps: set[int]):
-        self._steps = steps
-
-    def should_preserve(self, checkpoints: Sequence[Any], *, context: Any) -> list[bool]:
-        return [c.step in self._steps for c in checkpoints]
-
-
-def retention(keep: int, every: int = 0, best: str = '', mode: str = 'min',
-              pinned: set[int] = frozenset()) -> policies.PreservationPolicy:
-    """Which checkpoints stay: the newest `keep`, multiples of `every`, the best, `pinned`.
-
-    The best is the one with the least or greatest (`mode`) metric `best`; '' is none.
-    """
-    kept = [policies.LatestN(keep), Pinned(pinned)]
-    if every:
-        kept.append(policies.EveryNSteps(every))
-    if best:
-        kept.append(policies.BestN(get_metric_fn=lambda m: m[best], reverse=mode == 'min', n=1,
-                                   keep_checkpoints_without_metrics=False))
-    return policies.AnyPreservationPolicy(kept)
-
-
-class Checkpoints:
-    """One run's checkpoints under ``workdir/checkpoints``; saving is asynchronous.
-
-    Checkpoints whose files are damaged are moved to ``workdir/damaged`` at first, with a warning
-    that names them, so that the newest of the others counts as the latest.
-
-    Args:
-      workdir: the run's folder.
-      keep, keep_every, best, best_mode, pinned: see `retention`.
-      manifest: what a checkpoint must say of itself to be this run's, and versions.
-
-    Raises:
-      CheckpointError: there are checkpoints, and every one of them is damaged.
-
-    Attributes:
-      stalls: seconds that each save has held up its caller.
-      pinned: steps that stay whatever else holds; more may be added.
-      interval: metrics of steps that had not been logged when the state restored was saved.
-    """
-
-    def __init__(self, workdir: Path, *, keep: int, manifest: Mapping[str, Any],
-                 keep_every: int = 0, best: str = '', best_mode: str = 'min',
-                 pinned: Sequence[int] = ()):
-        self.manifest = dict(manifest)
-        self.directory = workdir / 'checkpoints'
-        self.best, self.stalls, self.interval, self.pinned = best, [], [], set(pinned)
-        self._judged: dict[str, float] | None = None
-        self._failed = ''  # why the last save failed
-        self._thread: threading.Thread | None = None
-        for name in ('absl', 'asyncio'):
-            logging.getLogger(name).addFilter(_once)  # again and again adds it once
-        set_aside(self.directory)
-        self.manager = ocp.CheckpointManager(self.directory, options=ocp.CheckpointManagerOptions(
-            enable_async_checkpointing=True, cleanup_tmp_directories=True,
-            # Only that there is such a function makes Orbax write metrics beside a checkpoint.
-            best_fn=(lambda m: m[best]) if best else None, best_mode=best_mode,
-            preservation_policy=retention(keep, keep_every, best, best_mode, self.pinned)))
-
-    @property
-    def latest(self) -> int | None:
-        return self.manager.latest_step()
-
-    def judge(self, values: Mapping[str, Any]) -> None:
-        """By these figures, a logged interval's, the next checkpoint saved may be the best.
-
-        Raises:
-          CheckpointError: they do not have the one that is asked for.
-        """
-        if not self.best:
-            return
-        if not isinstance(values.get(self.best), float):
-            numbers = [name for name, value in values.items() if isinstance(value, float)]
-            raise CheckpointError(f'checkpoint.best: {self.best!r} is no figure that is logged; '
-                                  f'there are {", ".join(numbers)}')
-        self._judged = {self.best: values[self.best]}
-
-    def save(self, step: int, state: Any, data: Feed,
-             interval: Sequence[Mapping[str, Any]] = ()) -> None:
-        """Starts saving; returns once the arrays are copied to the host.
-
-        Should the one before not be finished, it is waited for. What goes wrong is told by
-        `failure`: it does not end the run, and the checkpoints that stand are left alone.
-        """
-        if step == self.latest and not self._failed:
-            return
-        start = time.monotonic()
-        self._settle()
-        self._failed = ''
-        try:
-            self.manager.save(step, metrics=self._judged, args=ocp.args.Composite(
-                state=ocp.args.StandardSave(state),
-                # One counter of global batches, the same in every process: Grain's own handler
-                # writes a file a process, which another number of processes could not read.
-                data=ocp.args.JsonSave(data.get_state() | {INTERVAL: [
-                    {name: float(value) for name, value in x.items()} for x in interval]}),
-                manifest=ocp.args.JsonSave(self.manifest)))
-        except Exception as e:  # of the file system, by way of Orbax
-            self._failed = _reason(e)
-        self.stalls.append(time.monotonic() - start)
-        self._thread = threading.Thread(target=self._finish, args=(step,), name='checksums')
-        self._thread.start()
-
-    def _finish(self, step: int) -> None:
-        """In a thread: waits for a save and sums up its files, or says why it failed."""
-        try:
-            self.manager.wait_until_finished()
-            if jax.process_index() == 0 and not self._failed:
-                checksums.write(self.directory / str(step))
-        except FileNotFoundError:
-            pass  # deleted meanwhile: retention keeps fewer than are being written
-        except Exception as e:
-            self._failed = self._failed or _reason(e)
-        if self._failed:
-            tqdm.write(f'warning: checkpoint {self.directory / str(step)} could not be written '
-                       f'({self._failed}); those before it stand', file=sys.stderr)
-
-    def _settle(self) -> None:
-        """Waits for a save under way; if it failed, brings Orbax's list back to what is there."""
-        if self._thread is not None:
-            self._thread.join()
-            self._thread = None
-        if self._failed:
-            try:
-                self.manager.wait_until_finished()
-            except Exception as e:  # raised once in every thread that asks
-                self._failed = _reason(e)
-            self.manager.reload()
-
-    @property
-    def failure(self) -> str:
-        """Why the last save failed in this process, or ''; does not wait for one under way."""
-        return '' if self._thread is not None and self._thread.is_alive() else self._failed
-
-    def wait(self) -> str:
-        """Blocks until saves under way are on disk, in every process; why one is not, or ''."""
-        self._settle()
-        if anywhere(bool(self._failed)) and not self._failed:
-            self._failed = 'by another process'
-            self.manager.reload()
-        return self._failed
-
-    def restore(self, abstract: Any, shardings: Any,
-                data: Feed | None = None) -> Any:
-        """The newest state, read straight into `shardings`; `data` is moved to its place.
-
-        One that was never summed up, its run having been killed at that moment, and that turns
-        out not to be readable, is moved aside like those found damaged at first.
-
-        Raises:
-          CheckpointError: it was written by another config or teacher (each difference is
-            named), or it cannot be read.
-        """
-        while True:
-            folder = self.directory / str(self.latest)
-            try:
-                state, self.interval = restore(folder, self.manifest, abstract, shardings, data)
-                return state
-            except UnreadableError as e:
-                older = [step for step in self.manager.all_steps() if step < self.latest]
-                if not older or checksums.known(folder):
-                    raise
-                _move(self.directory, {self.latest: e.reason}, older[-1])
-                self.manager.reload()
-
-    def close(self) -> None:
-        self._settle()
-        # What a failed save has left behind in Orbax's threads has been told.
-        with contextlib.suppress(*[Exception] if self._failed else []):
-            self.manager.close()
 
 
 class UnreadableError(CheckpointError):
@@ -297,7 +110,7 @@ def restore(folder: Path, manifest: Mapping[str, Any], abstract: Any, shardings:
                         for x in restored.data.pop(INTERVAL, [])]
             data.set_state(restored.data)
     except Exception as e:  # Orbax raises many kinds; the user needs the folder and a cure
-        reason = _reason(e)
+        reason = first_line(e)
     if anywhere(bool(reason)):
         raise UnreadableError(folder, reason or 'by another process')
     return restored.state, interval
@@ -347,7 +160,7 @@ def set_aside(directory: Path) -> None:
     """
     good, damaged = newest_good(directory)
     if damaged:
-        _move(directory, damaged, good)
+        move_aside(directory, damaged, good)
 
 
 def newest_good(directory: Path) -> tuple[int | None, dict[int, str]]:
@@ -358,10 +171,10 @@ def newest_good(directory: Path) -> tuple[int | None, dict[int, str]]:
     """
     damaged: dict[int, str] = {}
     for step in reversed(checksums.steps(directory)):
-        fault = checksums.fault(directory / str(step), jax.process_index(), jax.process_count())
-        if not anywhere(bool(fault)):
+        fault = damage(directory / str(step))
+        if not fault:
             return step, damaged
-        damaged[step] = fault or 'found by another process'
+        damaged[step] = fault
     if damaged:
         raise CheckpointError(
             f'every checkpoint in {directory} is damaged: '
@@ -370,7 +183,13 @@ def newest_good(directory: Path) -> tuple[int | None, dict[int, str]]:
     return None, {}
 
 
-def _move(directory: Path, damaged: Mapping[int, str], good: int) -> None:
+def damage(folder: Path) -> str:
+    """What is wrong with the files of a checkpoint, or ''; all processes read them together."""
+    fault = checksums.fault(folder, jax.process_index(), jax.process_count())
+    return (fault or 'found by another process') if anywhere(bool(fault)) else ''
+
+
+def move_aside(directory: Path, damaged: Mapping[int, str], good: int) -> None:
     """Process 0 moves checkpoints to ``damaged/`` beside `directory`; everybody waits for it."""
     if jax.process_index() == 0:
         (directory.parent / 'damaged').mkdir(exist_ok=True)
@@ -433,7 +252,7 @@ def restore_part(folder: Path, name: str, abstract: Any, shardings: Any) -> Any:
                 partial_restore=True))[name]
     except Exception as e:
         raise CheckpointError(f'{folder / "state"} holds no {WORDS.get(name, name)} of this shape '
-                              f'({_reason(e)})') from e
+                              f'({first_line(e)})') from e
 
 
 WORDS = {'ema': 'student'}  # what a user calls a field of the state

@@ -17,9 +17,11 @@ from ddmd_jax import process, sampling, sharding, teachers
 from ddmd_jax.data import conditioning, loader
 from ddmd_jax.data.order import Order, Shape
 from ddmd_jax.metrics import pictures
+from ddmd_jax.models import discriminator
 from ddmd_jax.train import diagnostics, loop, optim, prompts as prompt_sources, state as st
+from ddmd_jax.train.method import Method, feature_width, method_from
 from ddmd_jax.train.startup import Compiling, Startup
-from ddmd_jax.train.step import Method, Steps, make_steps
+from ddmd_jax.train.step import Steps, make_steps
 
 GRID = 8  # prompts in the picture logged during training
 PANEL_TAU = 0.5  # pre-shift level at which the panels compare teacher and critic
@@ -28,35 +30,28 @@ OFFLOAD = {'none': (), 'ema': ('ema',), 'teacher': ('teacher',),
            'ema+teacher': ('ema', 'teacher')}
 
 
-def method_from(config: Any, shift: float, limit: float = 1.0) -> Method:
-    """The recipe of a validated config; the teacher's `shift` is used unless overridden."""
-    m, c = config.method, config.critic
-    return Method(
-        schedule=m.schedule, alpha=m.alpha, weight_ca=m.weight_ca, weight_dm=m.weight_dm,
-        tau_ca=tuple(m.tau_ca), tau_dm=tuple(m.tau_dm), tau_critic=tuple(c.tau),
-        normaliser=m.normaliser, floor=m.floor, critic_weighting=c.weighting,
-        num_steps=config.student.steps, shift=shift if m.shift is None else m.shift,
-        ema=config.student.ema, ema_ramp=config.student.ema_ramp,
-        accumulate=config.train.accumulate, limit=limit,
-        teacher_passes=config.train.teacher_passes)
-
-
 def make_advance(steps: Steps, frozen: Any, updates: int, warmup: int) -> Callable:
     """One step of the loop: `updates` critic updates, then one of the generator.
 
     The critic goes first, as everything the generator does leans on it; a fresh run's first
-    step begins with `warmup` more. `steps` take a `loader.Batch`.
+    step begins with `warmup` more, and every step has `state.critic_extra` more. `steps` take a
+    `loader.Batch`.
     """
-    def advance(state: st.TrainState, next_batch: Callable[[], Any]):
-        nonlocal warmup
-        if warmup and int(state.critic_step):  # looked at once: a resumed run has had its own
-            warmup = 0
+    extra = 0
+
+    def advance(state: st.TrainState, next_batch: Callable[[], Any], first: bool):
+        nonlocal extra
+        more = 0
+        if first:  # only then, as these have to be waited for
+            extra = int(state.critic_extra)
+            more = warmup if not int(state.critic_step) else 0
         critic_metrics = []
-        for _ in range(updates + warmup):
+        for _ in range(updates + extra + more):
             state, metrics = steps.critic(state, next_batch())
             critic_metrics.append(metrics)
-        warmup = 0
         state, metrics = steps.generator(state, frozen, next_batch())
+        if not critic_metrics:
+            return state, metrics
         # Means, so that a NaN in any of the critic's updates is seen under its own name.
         mean = jax.tree.map(lambda *xs: sum(xs) / len(xs), *critic_metrics)
         return state, mean | metrics | {'finite': metrics['finite'] & (mean['finite'] == 1)}
@@ -75,7 +70,8 @@ def make_annotate(data_std: float | None) -> Callable:
 
 def words(v: dict[str, Any]) -> str:
     """The line beside the progress bar."""
-    return (f'loss {v["loss"]:.3f} fake {v["fake_loss"]:.3f} gap {v["dm_rel_gap"]:.3f} '
+    fake = f'fake {v["fake_loss"]:.3f} ' if 'fake_loss' in v else ''  # the critic may rest
+    return (f'loss {v["loss"]:.3f} {fake}gap {v["dm_rel_gap"]:.3f} '
             f'dm/ca {v["dm_to_ca"]:.2f} std {v["x_std"]:.3f} {v["health"]}')
 
 
@@ -154,6 +150,22 @@ def make_probe(config: Any, teacher: teachers.Teacher, prompts: conditioning.Pro
     return probe
 
 
+def make_judge(config: Any, teacher: teachers.Teacher, m: Method,
+               mesh: Mesh) -> Callable[[st.TrainState], dict[str, Any]]:
+    """What the judge makes of the averaged student on fixed prompts, a third of them held out."""
+    from ddmd_jax.metrics import report
+
+    count = config.log.judge
+    if not count:
+        return lambda state: {}
+    judged, captions = report.make_judge(count - count // 3, count // 3, config.seed)
+    cond = teacher.encode([captions[i] for i in np.resize(np.arange(count),
+                                                          drawn_rows(count, mesh))])
+    key = jax.random.fold_in(jax.random.key(config.seed), 3)
+    draw = make_sampler(config, teacher, m, mesh, count, key)
+    return lambda state: judged(np.clip(teacher.decode(draw(state.ema, cond)), -1, 1))
+
+
 def shown_rows(prompts: conditioning.Prompts, count: int, seed: int) -> np.ndarray:
     """`count` different training prompts (fewer if there are fewer, then again)."""
     rows = np.random.default_rng(seed).permutation(np.unique(prompts.rows))
@@ -166,6 +178,7 @@ class Plan:
 
     method: Method
     make_state: Callable[[Any], st.TrainState]
+    rules: sharding.Rules  # of the state
     state: Any  # ShapeDtypeStructs
     state_shardings: Any
     frozen_shardings: Any
@@ -189,14 +202,17 @@ def shapes(config: Any, teacher: teachers.Teacher) -> tuple[Shape, ...]:
 
 def plan(config: Any, teacher: teachers.Teacher, null: Any, mesh: Mesh) -> Plan:
     """What `config` makes of `teacher` and its null prompt, arrays or shapes, on `mesh`."""
-    m = method_from(config, teacher.shift, teacher.limit)
+    m = method_from(config, teacher)
     student_tx = optim.make_optimizer(config.optim.student, config.train.steps)
     critic_tx = optim.make_optimizer(config.optim.critic, config.train.steps
                                      * config.critic.updates + config.critic.warmup)
+    head = lambda: discriminator.init(
+        feature_width(teacher), jax.random.key(config.seed)) if m.gan else None
     # Student and critic both start at the teacher (Algorithm 1, line 1).
-    make_from = lambda params: st.fresh(params, student_tx, params, critic_tx)
+    make_from = lambda params: st.fresh(params, student_tx, params, critic_tx, head())
+    rules = (*discriminator.RULES, *teacher.rules) if m.gan else teacher.rules
     state, shardings = st.abstract_and_shardings(
-        make_from, teacher.rules, mesh, teacher.params, host=host_fields(config))
+        make_from, rules, mesh, teacher.params, host=host_fields(config))
     frozen = {'teacher': sharding.shard_tree(teacher.params, teacher.rules, mesh),
               'null': jax.tree.map(lambda _: sharding.replicated(mesh), null)}
     if 'teacher' in OFFLOAD[config.train.offload]:
@@ -204,16 +220,17 @@ def plan(config: Any, teacher: teachers.Teacher, null: Any, mesh: Mesh) -> Plan:
     steps = {shape: make_steps(teacher.predict_clean, student_tx, critic_tx, m, shape,
                                config.seed, mesh, shardings, frozen)
              for shape in shapes(config, teacher)}
-    return Plan(m, make_from, state, shardings, frozen, steps)
+    return Plan(m, make_from, rules, state, shardings, frozen, steps)
 
 
-def compiled_steps(p: Plan, frozen: Any, batches: Sequence[loader.Batch]) -> tuple[Compiling,
-                                                                                   Steps]:
+def compiled_steps(p: Plan, frozen: Any, batches: Sequence[loader.Batch],
+                   critic: bool = True) -> tuple[Compiling, Steps]:
     """The plan's steps to be compiled beside other work, and as functions that wait for that.
 
     `frozen` are arrays or shapes with their shardings, `batches` one of each kind there will be,
     likewise: the first to come first, as it is the first to be needed. The functions take a
-    `loader.Batch` and find its program. The critic's comes first, as it is the first to run.
+    `loader.Batch` and find its program. The critic's comes first, as it is the first to run; it
+    is left out of a run without `critic` updates.
     """
     shape = lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s)
     state = jax.tree.map(shape, p.state, p.state_shardings)
@@ -222,7 +239,8 @@ def compiled_steps(p: Plan, frozen: Any, batches: Sequence[loader.Batch]) -> tup
     work: dict[Any, Callable[[], Any]] = {}
     for b in batches:
         steps = p.steps[b.shape]
-        work['critic', *kind(b)] = lambda s=steps, x=b.rows: s.critic.lower(state, x).compile()
+        if critic:
+            work['critic', *kind(b)] = lambda s=steps, x=b.rows: s.critic.lower(state, x).compile()
         work['generator', *kind(b)] = lambda s=steps, x=b.rows: (
             s.generator.lower(state, frozen, x).compile())
     programs = Compiling(work)
@@ -258,17 +276,20 @@ def make_task(config: Any, teacher: teachers.Teacher, mesh: Mesh,
     p = plan(config, teacher, prompts.null, mesh)
     m, startup, batch = p.method, startup or Startup(), config.data.global_batch
     frozen = jax.device_put({'teacher': teacher.params, 'null': prompts.null}, p.frozen_shardings)
+    probe = make_probe(config, teacher, prompts, frozen, m, mesh)
+    judge = make_judge(config, teacher, m, mesh)
     order = Order(prompts.rows, batch, config.seed, prompts.lengths,
                   config.data.get('lengths', ()), shapes(config, teacher))
     soon = config.critic.updates + 1 + config.critic.warmup
     startup.compiling, steps = compiled_steps(
-        p, frozen, batch_kinds(order, prompts, batch, mesh, soon))
+        p, frozen, batch_kinds(order, prompts, batch, mesh, soon),
+        critic=config.critic.updates + config.critic.warmup > 0)
     return loop.Task(
-        name='distill', make_state=p.make_state, source=(frozen['teacher'],), rules=teacher.rules,
+        name='distill', make_state=p.make_state, source=(frozen['teacher'],), rules=p.rules,
         data=loader.batches(order, prompts.lookup, batch),
         place=prompt_sources.placer(prompts, mesh),
         advance=make_advance(steps, frozen, config.critic.updates, config.critic.warmup),
-        words=words, probe=make_probe(config, teacher, prompts, frozen, m, mesh),
+        words=words, probe=lambda state: probe(state) | judge(state),
         annotate=make_annotate(teacher.data_std),
         pictures=make_pictures(config, teacher, prompts, frozen, m, mesh), startup=startup,
         host=host_fields(config), data_identity=prompts.identity, order=order,

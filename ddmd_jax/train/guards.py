@@ -2,40 +2,48 @@
 
 from __future__ import annotations
 
-import json
+import dataclasses
 import math
 import statistics
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from ddmd_jax.train import diagnostics
+from ddmd_jax.train import diagnostics, lines, state as st
 
 NAME = 'bad_batches.jsonl'
-ON_NAN, ON_HEALTH = ('abort', 'rollback'), ('nothing', 'stop')
+ON_NAN = ('abort', 'rollback')
+# What a bad verdict that lasts does to a run, and what it is told.
+ON_HEALTH = {'nothing': '', 'stop': 'stopped here', 'lower_alpha': 'alpha - 1 is halved',
+             'raise_critic': 'one more critic update a step'}
+LEAST_ALPHA, MOST_EXTRA = 0.125, 8  # of alpha - 1, and of critic updates: then nothing more is done
 MOST = 3  # rollbacks to one checkpoint: then it is not the batches
 SPIKE_OVER, SPIKE_LEAST = 20, 5  # logged losses that a spike is told by, and the fewest of them
 UNWELL = 3  # logged intervals in a row with one bad verdict before it is acted on
 
 
 class GuardError(RuntimeError):
-    """There is no bad batch to replay, or no checkpoint to replay it from."""
+    """There is no bad batch to replay, or no checkpoint to replay it from, or no reading them."""
 
 
 def read_bad(workdir: Path) -> list[dict[str, Any]]:
     """The steps that went wrong and were left out, oldest first.
 
     Each has `step`; `batches`, their numbers in the run's order; `rows` of each; `checkpoint`,
-    the step gone back to; `bad`, the metrics that were not finite; `seconds`, the clock.
+    the step gone back to; `bad`, the metrics that were not finite; `time`, the clock.
+
+    Raises:
+      GuardError: a line of the file is no entry.
     """
-    path = workdir / NAME
-    return [json.loads(x) for x in path.read_text().splitlines()] if path.is_file() else []
+    try:
+        return lines.read(workdir / NAME)
+    except ValueError as e:
+        raise GuardError(str(e)) from None
 
 
 def record_bad(workdir: Path, entry: Mapping[str, Any]) -> None:
     """Adds a line to the file that `read_bad` reads."""
-    with (workdir / NAME).open('a') as f:
-        f.write(json.dumps(entry) + '\n')
+    lines.append(workdir / NAME, entry)
 
 
 def skipped(entries: Sequence[Mapping[str, Any]]) -> frozenset[int]:
@@ -62,12 +70,26 @@ def spike(losses: Sequence[float], limit: float) -> str:
             f'({mean:.4g})') if z > limit else ''
 
 
-def must_stop(history: Sequence[Mapping[str, Any]], on_health: str) -> str:
-    """Words on a verdict that ends the run, or '': the same bad one `UNWELL` times in a row."""
-    last = [values.get('health') for values in history[-UNWELL:]]
-    if on_health != 'stop' or len(last) < UNWELL or len(set(last)) > 1:
+def remedy(history: Sequence[Mapping[str, Any]], on_health: str) -> str:
+    """Words on what has to be done about a verdict, or ''.
+
+    It has to be bad and the same `UNWELL` times in a row, nothing having been done in between: the
+    lines say how much of alpha and how many critic updates they were made with.
+    """
+    last = [(v.get('health'), v.get('alpha_share', 1.0), v.get('critic_extra', 0.0))
+            for v in history[-UNWELL:]]
+    if on_health == 'nothing' or len(last) < UNWELL or len(set(last)) > 1:
         return ''
-    if last[0] in (None, diagnostics.HEALTHY):
+    (verdict, share, extra), reason = last[0], history[-1].get('health_reason', '')
+    spent = {'lower_alpha': share <= LEAST_ALPHA, 'raise_critic': extra >= MOST_EXTRA}
+    if verdict in (None, diagnostics.HEALTHY) or spent.get(on_health):
         return ''
-    return (f'{last[0]} for {UNWELL} logged intervals ({history[-1].get("health_reason", "")}); '
-            "stopped here, as train.on_health='stop' says")
+    return (f'{verdict} for {UNWELL} logged intervals ({reason}); {ON_HEALTH[on_health]}, as '
+            f'train.on_health={on_health!r} says')
+
+
+def act(state: st.TrainState, on_health: str) -> st.TrainState:
+    """`state` with less of alpha, or more critic updates, from the next step on."""
+    if on_health == 'lower_alpha':
+        return dataclasses.replace(state, alpha_share=state.alpha_share / 2)
+    return dataclasses.replace(state, critic_extra=state.critic_extra + 1)

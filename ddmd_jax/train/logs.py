@@ -2,21 +2,35 @@
 
 from __future__ import annotations
 
-import json
+import contextlib
 import sys
+import time
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import jax
 import numpy as np
-import tensorboardX
+from tensorboardX import summary
+from tensorboardX.event_file_writer import EventsWriter
+from tensorboardX.proto.event_pb2 import Event, SessionLog
 from tqdm import tqdm
+
+from ddmd_jax.train import lines
+
+KEPT = 64  # logged intervals at either end of a run that are remembered: who asks needs no more
+FLUSHED = 120  # seconds after which TensorBoard's file is brought up to date
 
 
 class RunLog:
     """Process 0 writes; on other processes every method is a no-op.
 
-    `history` holds the intervals logged so far, those of the run being resumed included.
+    `history` holds intervals logged so far, those of the run being resumed included: the first
+    and the last `KEPT`, so that it does not grow with the run.
+
+    Raises:
+      OSError: `metrics.jsonl` cannot be read or written, here or in `scalars`. It holds whole
+        lines all the same.
     """
 
     def __init__(self, workdir: Path, start: int, total: int, description: str):
@@ -24,20 +38,17 @@ class RunLog:
         self.history: list[dict[str, Any]] = []
         if not self.active:
             return
-        self.history = self._trim(workdir / 'metrics.jsonl', start)
-        self._jsonl = (workdir / 'metrics.jsonl').open('a')
-        self._board = tensorboardX.SummaryWriter(str(workdir / 'tensorboard'), purge_step=start + 1)
+        self._file = workdir / 'metrics.jsonl'
+        # A resumed run writes again what comes after `start`.
+        self.history = lines.trim(
+            self._file, lambda x: isinstance(x.get('step'), int) and x['step'] <= start)
+        self._forget()
+        self._board = Board(workdir / 'tensorboard', start, self.say)
         self.bar = tqdm(total=total, initial=start, desc=description, file=sys.stderr,
                         dynamic_ncols=True, mininterval=1.0, smoothing=0.05)
 
-    @staticmethod
-    def _trim(path: Path, start: int) -> list[dict[str, Any]]:
-        """Drops lines after `start`, which a resumed run writes again; returns the others."""
-        if not path.exists():
-            return []
-        kept = [x for x in path.read_text().splitlines() if _step_of(x) <= start]
-        path.write_text(''.join(f'{x}\n' for x in kept))
-        return [json.loads(x) for x in kept]
+    def _forget(self) -> None:
+        del self.history[KEPT:-KEPT]
 
     def tick(self, step: int) -> None:
         if self.active:
@@ -46,20 +57,20 @@ class RunLog:
     def scalars(self, step: int, values: dict[str, float], words: str = '') -> None:
         """One line of JSON (`step` first), the same keys in TensorBoard, `words` in the bar."""
         self.history.append(values)
+        self._forget()
         if not self.active:
             return
-        self._jsonl.write(json.dumps({'step': step, **values}) + '\n')
-        self._jsonl.flush()
+        lines.append(self._file, {'step': step, **values})
         for name, value in values.items():
             if not isinstance(value, str):
-                self._board.add_scalar(name, value, step)
+                self._board.add(step, summary.scalar(name, value))
         if words:
             self.bar.set_postfix_str(words)
 
     def image(self, step: int, name: str, image: np.ndarray) -> None:
         """``[H, W, 3]`` uint8."""
         if self.active:
-            self._board.add_image(name, image, step, dataformats='HWC')
+            self._board.add(step, summary.image(name, image, dataformats='HWC'))
 
     def say(self, text: str) -> None:
         if self.active:
@@ -68,16 +79,53 @@ class RunLog:
     def close(self) -> None:
         if self.active:
             self.bar.close()
-            self._jsonl.close()
             self._board.close()
 
 
-def _step_of(line: str) -> int:
-    """Step of a metrics line; a line cut short by a kill counts as past the end."""
-    try:
-        return int(json.loads(line)['step'])
-    except (ValueError, KeyError, TypeError):
-        return sys.maxsize
+class Board:
+    """A file of TensorBoard's events, written by whoever calls.
+
+    No run ends for it: what cannot be written is told once, to `say`, and nothing is written
+    after it, since a reader stops at half a record. tensorboardX's own `SummaryWriter` has a
+    thread, which a full disk ends: nobody is told, and once its queue is full the run hangs.
+    """
+
+    def __init__(self, folder: Path, start: int, say: Callable[[str], None]):
+        self._folder, self._say, self._flushed = folder, say, time.monotonic()
+        self._writer: EventsWriter | None = None
+        with self._told():
+            folder.mkdir(parents=True, exist_ok=True)
+            # Named by the second: one that goes back within it must not write over its own.
+            self._writer = EventsWriter(str(folder / 'events'), f'.{start}')
+            # What an earlier go wrote from this step on is not to be shown.
+            again = {'step': start + 1, 'wall_time': time.time()}
+            self._writer.write_event(Event(file_version='brain.Event:2', **again))
+            self._writer.write_event(Event(session_log=SessionLog(status=SessionLog.START),
+                                           **again))
+
+    @contextlib.contextmanager
+    def _told(self) -> Iterator[None]:
+        try:
+            yield
+        except OSError as e:
+            self._writer = None
+            self._say(f'warning: {self._folder} cannot be written ({e.strerror}); figures are in '
+                      'metrics.jsonl, pictures are lost until the run is started again')
+
+    def add(self, step: int, value: summary.Summary) -> None:
+        """What `value` shows, at `step`."""
+        with self._told():
+            if self._writer is None:
+                return
+            self._writer.write_event(Event(step=step, wall_time=time.time(), summary=value))
+            if time.monotonic() - self._flushed > FLUSHED:
+                self._flushed = time.monotonic()
+                self._writer.flush()
+
+    def close(self) -> None:
+        with self._told():
+            if self._writer is not None:
+                self._writer.close()
 
 
 def means(metrics: list[dict[str, Any]]) -> dict[str, float]:

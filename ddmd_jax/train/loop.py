@@ -15,7 +15,7 @@ from jax.sharding import Mesh
 
 from ddmd_jax import sharding
 from ddmd_jax.data.order import Order
-from ddmd_jax.train import checkpoint as ckpt, guards, resume, signals, state as st
+from ddmd_jax.train import checkpoint as ckpt, guards, resume, saving, signals, state as st
 from ddmd_jax.train.feed import Feed
 from ddmd_jax.train.logs import RunLog, means
 from ddmd_jax.train.startup import Startup
@@ -47,7 +47,8 @@ class Task:
     `make_state(*source)` builds the state at step 0: from nothing, or from frozen weights.
     `place(batch)` brings one of `data` to the devices without waiting for it. `advance` moves
     the state by one step, calling for as many of those as it needs, and returns device scalars;
-    `finite` among them says whether the update was written. `probe(state)` gives further scalars
+    `finite` among them says whether the update was written. It is told whether the step is the
+    first since the state was made, restored or acted on. `probe(state)` gives further scalars
     of each logged interval; `annotate(intervals logged before, this one)` may add words to it.
     `startup` compiles what `advance` calls, and counts the seconds until it can. `host` names
     fields of the state that stay in the hosts' memory, `data_identity` what is trained on.
@@ -61,7 +62,8 @@ class Task:
     rules: sharding.Rules
     data: grain.DatasetIterator
     place: Callable[[Any], Any]
-    advance: Callable[[st.TrainState, Callable[[], Any]], tuple[st.TrainState, dict[str, Any]]]
+    advance: Callable[[st.TrainState, Callable[[], Any], bool],
+                      tuple[st.TrainState, dict[str, Any]]]
     words: Callable[[dict[str, float]], str]
     probe: Callable[[st.TrainState], dict[str, Any]]
     annotate: Callable[[list[dict[str, Any]], dict[str, float]], dict[str, Any]]
@@ -90,7 +92,7 @@ def run(task: Task, config: Any, workdir: Path, mesh: Mesh,
         if (checkpoints.latest or 0) < config.train.steps:
             task.startup.compiling.start()
         feed = Feed(task.data, task.place, guards.skipped(bad))
-        source = resume.choose(config, checkpoints)
+        source, begun = resume.choose(config, checkpoints), feed.get_state()
         with task.startup.stage('state'):
             state = jax.block_until_ready(_start(task, source, checkpoints, feed, mesh))
         words, start = resume.words(source, workdir, int(state.step)), time.monotonic()
@@ -107,8 +109,11 @@ def run(task: Task, config: Any, workdir: Path, mesh: Mesh,
             if jax.process_index() == 0:
                 guards.record_bad(workdir, bad[-1])
             feed.skip = guards.skipped(bad)
-            checkpoints.pinned.add(bad[-1]['checkpoint'])
-            source = resume.choose(config, checkpoints)
+            if checkpoints.latest is None:
+                feed.set_state(begun)  # from `source` again, as if the run had not begun
+            else:
+                checkpoints.pinned.add(checkpoints.latest)
+                source = resume.choose(config, checkpoints)
             state = _start(task, source, checkpoints, feed, mesh)
             words = (f'{failed}; back at step {int(state.step)}, leaving out batches '
                      f'{", ".join(map(str, bad[-1]["batches"]))}')
@@ -117,12 +122,12 @@ def run(task: Task, config: Any, workdir: Path, mesh: Mesh,
 
 
 def open_checkpoints(task: Task, config: Any, workdir: Path, identity: str,
-                     bad: Sequence[Mapping[str, Any]] = ()) -> ckpt.Checkpoints:
+                     bad: Sequence[Mapping[str, Any]] = ()) -> saving.Checkpoints:
     """The run's checkpoints; see `Checkpoints`. Those gone back to from `bad` steps stay."""
     c = config.checkpoint
-    return ckpt.Checkpoints(
+    return saving.Checkpoints(
         workdir, keep=c.keep, keep_every=c.keep_every, best=c.best, best_mode=c.best_mode,
-        manifest=manifest_of(task, config, identity),
+        timeout=c.timeout, manifest=manifest_of(task, config, identity),
         pinned=[entry['checkpoint'] for entry in bad])
 
 
@@ -132,16 +137,16 @@ def manifest_of(task: Task, config: Any, identity: str) -> dict[str, Any]:
         'teacher_identity': identity, 'data_identity': task.data_identity}
 
 
-def _start(task: Task, source: resume.Source, checkpoints: ckpt.Checkpoints, feed: Feed,
+def _start(task: Task, source: resume.Source, checkpoints: saving.Checkpoints, feed: Feed,
            mesh: Mesh) -> st.TrainState:
     return resume.start(source, checkpoints, task.make_state, task.rules, mesh, task.source,
                         task.host, feed, task.read_weights)
 
 
-def _left_out(failed: DivergedError, task: Task, config: Any, checkpoints: ckpt.Checkpoints,
+def _left_out(failed: DivergedError, task: Task, config: Any, checkpoints: saving.Checkpoints,
               bad: list[dict[str, Any]]) -> list[dict[str, Any]]:
     """`bad` and what is recorded of the step that failed; raises `failed` if that is no help."""
-    if config.train.on_nan != 'rollback' or checkpoints.latest is None:
+    if config.train.on_nan != 'rollback':
         raise failed
     first, last = (state['next_index'] for state in failed.taken)
     numbers = [n for n in range(first, last) if n not in guards.skipped(bad)]
@@ -150,8 +155,9 @@ def _left_out(failed: DivergedError, task: Task, config: Any, checkpoints: ckpt.
         'batches': numbers, 'time': round(time.time()),
         'rows': [task.order[n].rows.tolist() for n in numbers] if task.order else []}]
     if guards.exhausted(bad):
-        raise DivergedError(f'{failed}; went back to step {checkpoints.latest} {guards.MOST} times '
-                            'already: it is not the batches')
+        place = 'the start' if checkpoints.latest is None else f'step {checkpoints.latest}'
+        raise DivergedError(f'{failed}; went back to {place} {guards.MOST} times already: it is '
+                            'not the batches')
     return bad
 
 
@@ -171,14 +177,15 @@ class _Training:
     """
 
     def __init__(self, task: Task, config: Any, workdir: Path, feed: Feed,
-                 checkpoints: ckpt.Checkpoints, state: st.TrainState):
+                 checkpoints: saving.Checkpoints, state: st.TrainState):
         self.task, self.config, self.workdir = task, config, workdir
         self.feed, self.checkpoints, self.state = feed, checkpoints, state
         self.step, self.total = int(state.step), config.train.steps
         self.log = RunLog(workdir, self.step, self.total, task.name)
         self.interval = list(checkpoints.interval)
         self.newest: _Step | None = None
-        self.retried = False
+        self.unsettled = False  # whether it is not known yet how the last save went
+        self.changed = True  # whether the state is another than the last step's
 
     def run(self, words: str) -> st.TrainState:
         """The state at the end; `words` are said at first.
@@ -213,7 +220,8 @@ class _Training:
 
     def _advance(self) -> None:
         before = self.feed.get_state()
-        self.state, metrics = self.task.advance(self.state, self._next_batch)
+        self.state, metrics = self.task.advance(self.state, self._next_batch, self.changed)
+        self.changed = False
         # Looked at one step late, so that the host never waits for the device.
         self._must_be_finite()
         self.step += 1
@@ -231,10 +239,9 @@ class _Training:
             self.task.pictures(self.state, step, self.log)
         if last or signal or unwell or step % c.checkpoint.every == 0:
             self._save()
-            self.retried = False
-        elif self.checkpoints.failure and not self.retried and jax.process_count() == 1:
-            self._save()  # several processes would have to agree: theirs is the next one due
-            self.retried = True
+            self.unsettled = True
+        elif self._save_failed():
+            self._save()  # once more; should that fail, the next one due is the next
         if signal:
             self._must_be_saved()
             raise signals.Stopped(f'{signal}: stopped at step {step} of {self.total}, saved in '
@@ -242,6 +249,18 @@ class _Training:
         if unwell:
             self.log.say(f'step {step}: {unwell}')
         return last or bool(unwell)
+
+    def _save_failed(self) -> bool:
+        """Whether the last save that was due is now known to have failed; said only once.
+
+        Several processes have to agree, and ask one another for as long as they do not know, but
+        not after every step: where a line is logged.
+        """
+        asked = jax.process_count() == 1 or self.step % self.config.log.every == 0
+        if not self.unsettled or not asked or ckpt.anywhere(self.checkpoints.under_way):
+            return False
+        self.unsettled = False
+        return bool(self.checkpoints.wait())
 
     def _log_interval(self) -> str:
         """One line of metrics; why training has to end with it, or ''."""
@@ -255,11 +274,19 @@ class _Training:
         spike = guards.spike([v['loss'] for v in self.log.history], train.spike)
         if spike:
             self.log.say(f'warning: step {self.step}: {spike}')
-        unwell = guards.must_stop(self.log.history, train.get('on_health', 'nothing'))
+        return self._see_to_health(train.get('on_health', 'nothing'))
+
+    def _see_to_health(self, how: str) -> str:
+        """Does what a bad verdict asks for; words if that is to end the run, else ''."""
+        words = guards.remedy(self.log.history, how)
         # Only process 0 has the lines of a run that was resumed: what it says goes for all.
-        stop = train.get('on_health') == 'stop' and ckpt.anywhere(
-            bool(unwell) and jax.process_index() == 0)
-        return (unwell or 'stopped by process 0') if stop else ''
+        if how == 'nothing' or not ckpt.anywhere(bool(words) and jax.process_index() == 0):
+            return ''
+        if how == 'stop':
+            return words or 'stopped by process 0'
+        self.state, self.changed = guards.act(self.state, how), True
+        self.log.say(f'step {self.step}: {words}')
+        return ''
 
     def _save(self) -> None:
         self._must_be_finite()
@@ -299,7 +326,7 @@ class _Training:
 
 
 def replay(task: Task, config: Any, workdir: Path, mesh: Mesh, identity: str) -> dict[str, Any]:
-    """Runs the newest step of ``bad_batches.jsonl`` again, from the checkpoint before it.
+    """Runs the newest step of ``bad_batches.jsonl`` again, from where the run went back to.
 
     Returns its entry with `metrics`, a figure for each; writes nothing.
 
@@ -310,14 +337,17 @@ def replay(task: Task, config: Any, workdir: Path, mesh: Mesh, identity: str) ->
     if entry is None:
         raise guards.GuardError(f'{workdir / guards.NAME} is not there: no batch has been left out '
                                 "(train.on_nan='rollback' leaves out)")
-    folder = workdir / 'checkpoints' / str(entry['checkpoint'])
-    if not folder.is_dir():
-        raise guards.GuardError(f'{folder} is gone, from which step {entry["step"]} went wrong; it '
-                                'cannot be replayed')
+    if entry['checkpoint'] is None:
+        source = resume.origin(config)
+    else:
+        source = resume.Source(resume.RESUME, workdir / 'checkpoints' / str(entry['checkpoint']))
+        if not source.path.is_dir():
+            raise guards.GuardError(f'{source.path} is gone, from which step {entry["step"]} went '
+                                    'wrong; it cannot be replayed')
     feed = Feed(task.data, task.place, guards.skipped(earlier))
-    abstract, shardings = st.abstract_and_shardings(
-        task.make_state, task.rules, mesh, *task.source, host=task.host)
-    state, _ = ckpt.restore(folder, manifest_of(task, config, identity), abstract, shardings, feed)
-    for _ in range(entry['checkpoint'], entry['step']):
-        state, metrics = task.advance(state, lambda: next(feed))
+    state, _ = resume.begin(source, manifest_of(task, config, identity), task.make_state,
+                            task.rules, mesh, task.source, task.host, feed, task.read_weights)
+    first = int(state.step)
+    for step in range(first, entry['step']):
+        state, metrics = task.advance(state, lambda: next(feed), step == first)
     return entry | {'metrics': {k: float(v) for k, v in jax.device_get(metrics).items()}}

@@ -117,7 +117,7 @@ def make_task(config: Any, mesh: Mesh) -> Task:
         name='pretrain', make_state=make, source=(), rules=teacher.RULES,
         data=loader.batches(order, lookup, config.data.global_batch), order=order,
         place=lambda batch: sharding.put_batch(batch.rows, mesh),
-        advance=lambda state, next_batch: step(state, next_batch()),
+        advance=lambda state, next_batch, first: step(state, next_batch()),
         words=lambda m: f'loss {m["loss"]:.4f} grad {m["grad_norm"]:.2f}',
         probe=lambda state: {}, annotate=lambda history, m: m,
         pictures=make_pictures(config, pairs, ids, mask))

@@ -17,7 +17,7 @@ from jax.sharding import Mesh
 
 from ddmd_jax import sharding, teachers
 from ddmd_jax.data import conditioning, emoji, loader, prompts as prompt_sets
-from ddmd_jax.data.conditioning import Cond, Prompts
+from ddmd_jax.data.conditioning import REAL, Cond, Prompts
 from ddmd_jax.teachers import Teacher, TextEncoder
 
 CHUNK = 4096  # texts tokenised at a time
@@ -43,13 +43,15 @@ def load(config: Any, teacher: Teacher, mesh: Mesh) -> Prompts:
 
 
 def _captions(config: Any, teacher: Teacher) -> Prompts:
-    """Emoji captions, all encoded at once: they are few."""
+    """Emoji captions, all encoded at once: they are few; for a GAN with their images."""
     pairs = emoji.load_pairs()
     cond = teacher.encode([pairs.caption(i) for i in range(len(pairs.glyph))])
-    return conditioning.encoded(
+    of = lambda rows: jax.tree.map(lambda x: x[rows], cond)
+    real = lambda rows: {REAL: pairs.images(rows)} if config.method.gan.weight else {}
+    return Prompts(
         emoji.training_mixture(pairs, config.data.white_repeat),
-        lambda rows, length: jax.tree.map(lambda x: x[rows], cond),
-        null=teacher.encode(['']), caption=pairs.caption, identity='emoji')
+        lambda rows, length: of(rows) | real(rows), of, teacher.encode(['']), pairs.caption,
+        identity='emoji')
 
 
 def online(path: str, text: TextEncoder, mesh: Mesh, measure: bool = False) -> Prompts:

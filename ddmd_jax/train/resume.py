@@ -11,7 +11,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +19,7 @@ import jax
 from jax.sharding import Mesh
 
 from ddmd_jax import sharding
-from ddmd_jax.train import checkpoint as ckpt, checksums, state as st
+from ddmd_jax.train import checkpoint as ckpt, checksums, saving, state as st
 from ddmd_jax.train.checkpoint import CheckpointError
 from ddmd_jax.train.feed import Feed
 
@@ -35,15 +35,24 @@ class Source:
     path: Path | None = None
 
 
-def choose(config: Any, checkpoints: ckpt.Checkpoints) -> Source:
+def choose(config: Any, checkpoints: saving.Checkpoints) -> Source:
     """Which of the table's lines holds; looks at folders, reads no state.
+
+    Raises:
+      CheckpointError: see `origin`.
+    """
+    if checkpoints.latest is not None:
+        return Source(OWN, checkpoints.directory / str(checkpoints.latest))
+    return origin(config)
+
+
+def origin(config: Any) -> Source:
+    """Which of the lines after the first holds: where the run once began.
 
     Raises:
       CheckpointError: what `config.resume` or `config.init_from` names is not there, or has no
         checkpoint that is not damaged.
     """
-    if checkpoints.latest is not None:
-        return Source(OWN, checkpoints.directory / str(checkpoints.latest))
     if config.resume:
         return Source(RESUME, _checkpoint('resume', config.resume))
     if config.init_from:
@@ -55,10 +64,9 @@ def _checkpoint(field: str, named: str) -> Path:
     """The checkpoint that a field names: itself, or the newest good one of a run's folder."""
     path = Path(named).expanduser().absolute()
     if path.name.isdigit() and (path / 'state').is_dir():
-        fault = checksums.fault(path, jax.process_index(), jax.process_count())
-        if ckpt.anywhere(bool(fault)):
-            raise CheckpointError(f'config.{field}: {path} is damaged '
-                                  f'({fault or "another process says"}); name another')
+        fault = ckpt.damage(path)
+        if fault:
+            raise CheckpointError(f'config.{field}: {path} is damaged ({fault}); name another')
         return path
     if not checksums.steps(path / 'checkpoints'):
         raise CheckpointError(f'config.{field}: {path} holds no checkpoints; give the --workdir of '
@@ -83,12 +91,26 @@ def _weights(named: str) -> Path:
     return path
 
 
-def start(source: Source, checkpoints: ckpt.Checkpoints, make: Callable[..., st.TrainState],
+def start(source: Source, checkpoints: saving.Checkpoints, make: Callable[..., st.TrainState],
           rules: sharding.Rules, mesh: Mesh, inputs: tuple[Any, ...], host: tuple[str, ...],
           feed: Feed, read_weights: Callable[[str], Any] | None) -> st.TrainState:
-    """The state that `source` says, and `feed` at its place.
+    """The state that `source` says, and `feed` at its place; see `begin`."""
+    if source.kind == OWN:
+        return checkpoints.restore(*st.abstract_and_shardings(
+            make, rules, mesh, *inputs, host=host), feed)
+    state, checkpoints.interval = begin(source, checkpoints.manifest, make, rules, mesh, inputs,
+                                        host, feed, read_weights)
+    return state
+
+
+def begin(source: Source, manifest: Mapping[str, Any], make: Callable[..., st.TrainState],
+          rules: sharding.Rules, mesh: Mesh, inputs: tuple[Any, ...], host: tuple[str, ...],
+          feed: Feed, read_weights: Callable[[str], Any] | None
+          ) -> tuple[st.TrainState, list[dict[str, Any]]]:
+    """(the state of a run that has no checkpoint of its own; metrics not logged when it was saved).
 
     Args:
+      manifest: what a checkpoint must say of itself if it is gone on from.
       make, rules, mesh, inputs, host: see `state.create`.
       read_weights: ``path -> parameters`` of weights that are no checkpoint; None if the task
         cannot read any.
@@ -100,13 +122,10 @@ def start(source: Source, checkpoints: ckpt.Checkpoints, make: Callable[..., st.
     if source.kind in (SCRATCH, INIT):
         feed.start_prefetch()
         state = st.create(make, rules, mesh, *inputs, host=host)
-        return state if source.kind == SCRATCH else with_weights(state, source.path, read_weights)
+        return (state if source.kind == SCRATCH else
+                with_weights(state, source.path, read_weights)), []
     abstract, shardings = st.abstract_and_shardings(make, rules, mesh, *inputs, host=host)
-    if source.kind == OWN:
-        return checkpoints.restore(abstract, shardings, feed)
-    state, checkpoints.interval = ckpt.restore(
-        source.path, checkpoints.manifest, abstract, shardings, feed)
-    return state
+    return ckpt.restore(source.path, manifest, abstract, shardings, feed)
 
 
 def with_weights(state: st.TrainState, path: Path,

@@ -21,8 +21,12 @@ Array = jax.Array
 class TrainState:
     """`step` counts student updates, `critic_step` critic updates; both are int32 scalars.
 
-    Pre-training a teacher uses the same state with `critic` and `critic_opt` None. The
+    Pre-training a teacher uses the same state with all that is a critic's None. The
     teacher is not part of it: it is an argument of the step, never donated, never saved.
+    `alpha_share` (fp32) is how much of ``alpha - 1`` the student is still asked for, and
+    `critic_extra` (int32) how many more critic updates a step has than the config says: what the
+    health verdict has done to a run, 1 and 0 unless `train.on_health` lets it. `head` and its
+    optimiser are the GAN's, None without one.
     """
 
     step: Array
@@ -32,6 +36,10 @@ class TrainState:
     ema: Any
     student_opt: Any
     critic_opt: Any
+    alpha_share: Any = None
+    critic_extra: Any = None
+    head: Any = None
+    head_opt: Any = None
 
 
 def ema_decay(step: Array, decay: float, ramp: bool) -> Array:
@@ -76,12 +84,18 @@ def create(make: Callable[..., TrainState], rules: sharding.Rules, mesh: Mesh,
 
 
 def fresh(student: Any, student_tx: optax.GradientTransformation, critic: Any = None,
-          critic_tx: optax.GradientTransformation | None = None) -> TrainState:
-    """A state at step 0; EMA starts at the student's weights (a copy: buffers are donated)."""
+          critic_tx: optax.GradientTransformation | None = None, head: Any = None) -> TrainState:
+    """A state at step 0; EMA starts at the student's weights (a copy: buffers are donated).
+
+    `critic_tx` trains the critic and, if there is one, the `head` of a GAN.
+    """
     zero = jnp.zeros((), jnp.int32)
     copy = lambda tree: jax.tree.map(lambda x: jnp.asarray(x, jnp.float32) + 0, tree)
     student, critic = copy(student), copy(critic)
     return TrainState(
         step=zero, critic_step=zero + 0, student=student, critic=critic, ema=copy(student),
         student_opt=student_tx.init(student),
-        critic_opt=critic_tx.init(critic) if critic_tx is not None else None)
+        critic_opt=critic_tx.init(critic) if critic_tx is not None else None,
+        alpha_share=jnp.ones((), jnp.float32) if critic_tx is not None else None,
+        critic_extra=zero + 0 if critic_tx is not None else None,
+        head=head, head_opt=critic_tx.init(head) if head is not None else None)

@@ -18,45 +18,17 @@ from jax.sharding import Mesh
 
 from ddmd_jax import process, sampling, schedules, sharding
 from ddmd_jax.data import conditioning
+from ddmd_jax.data.conditioning import REAL
 from ddmd_jax.losses.critic import critic_loss
 from ddmd_jax.losses.decoupled import Predictions, decoupled_loss, decoupled_update
+from ddmd_jax.losses.gan import critic_gan_loss, r1_penalty, student_gan_loss
+from ddmd_jax.losses.mean_variance import mean_variance_kl
 from ddmd_jax.sampling import Predict, deinterleave, interleave
 from ddmd_jax.train import diagnostics, state as st
+from ddmd_jax.train.method import Method
 
 Array = jax.Array
 Metrics = dict[str, Array]
-
-# How the teacher's two or three predictions of a step are made: in one call, or one after another
-# in the memory of one. They are equal but for rounding.
-TEACHER_PASSES = ('together', 'apart')
-
-
-@dataclasses.dataclass(frozen=True)
-class Method:
-    """The recipe: everything about the objective that a config can say."""
-
-    schedule: str
-    alpha: float
-    weight_ca: float
-    weight_dm: float
-    tau_ca: tuple[float, float]
-    tau_dm: tuple[float, float]
-    tau_critic: tuple[float, float]
-    normaliser: str
-    floor: float
-    critic_weighting: str
-    num_steps: int
-    shift: float
-    ema: float
-    ema_ramp: bool
-    accumulate: int
-    limit: float = 1.0  # see Teacher.limit
-    teacher_passes: str = 'together'  # one of TEACHER_PASSES
-
-    @property
-    def times(self) -> Array:
-        return sampling.student_times(self.num_steps, self.shift)
-
 
 def _student_samples(predict: Predict, student: Any, cond: Any, m: Method, key: Array,
                      shape: tuple[int, ...]) -> tuple[Array, Array]:
@@ -92,19 +64,54 @@ def _predictions(predict: Predict, frozen: Any, critic: Any, x: Array, cond: Any
     return Predictions(ca_cond, ca_uncond, dm[0] if dm else ca_cond, dm_fake)
 
 
+# Keys of what only some recipes draw are folded in under these numbers: the default's draws are
+# then those it has always had.
+DRAW_ALPHA, DRAW_GAN = 1, 2
+
+
+def split_real(batch: Any) -> tuple[Any, Array | None]:
+    """(conditioning, real latents ``[B, H, W, C]`` of the same prompts or None) of a batch."""
+    return {name: x for name, x in batch.items() if name != REAL}, batch.get(REAL)
+
+
+def _gan_inputs(x: Array, key: Array, m: Method) -> tuple[Array, Array]:
+    """`x` re-noised for the GAN's head, and the level ``[B]`` of each sample."""
+    k_tau, k_noise = jax.random.split(key)
+    tau = schedules.draw_tau(k_tau, jnp.zeros(x.shape[:1]), False, m.gan.tau, m.shift)
+    return process.renoise(x, tau, jax.random.normal(k_noise, x.shape)), tau
+
+
+def _regularisers(x_hat: Array, critic: Any, head: Any, cond: Any, m: Method,
+                  key: Array) -> tuple[Array, Metrics]:
+    """What is asked of the samples `x_hat` beside CA and DM, weighted; gradient reaches them."""
+    total, metrics = jnp.zeros(()), {}
+    if m.mean_variance:
+        mv = m.mean_variance
+        metrics['mv_kl'] = mean_variance_kl(x_hat, mv.mean, mv.variance)
+        total += mv.weight * metrics['mv_kl']
+    if m.gan:
+        x_tau, tau = _gan_inputs(x_hat, jax.random.fold_in(key, DRAW_GAN), m)
+        metrics['gan_loss'] = student_gan_loss(m.gan.classify(critic, head, x_tau, tau, cond))
+        total += m.gan.weight * metrics['gan_loss']
+    return total, metrics
+
+
 def generator_loss(predict: Predict, student: Any, critic: Any, frozen: Any, cond: Any,
-                   m: Method, key: Array, shape: tuple[int, ...]) -> tuple[Array, Metrics]:
-    """Proxy loss of one micro-batch and its health; differentiate in `student` only.
+                   m: Method, key: Array, shape: tuple[int, ...],
+                   head: Any = None) -> tuple[Array, Metrics]:
+    """Loss of one micro-batch and its health; differentiate in `student` only.
 
     Args:
       predict: ``(params, x_t, t, cond) -> x_hat``, shared by student, critic and teacher.
       student, critic: parameters.
       frozen: ``{'teacher': params, 'null': Cond of one row}``.
-      cond: conditioning ``[B, ...]``.
-      m: the recipe.
+      cond: conditioning ``[B, ...]``; real latents that come with it are not looked at.
+      m: the recipe, of this update where it changes (`Method.at`).
       key: PRNG key of everything drawn here.
       shape: ``[B, H, W, C]`` of the latents.
+      head: parameters of the GAN's head, if there is one.
     """
+    cond, _ = split_real(cond)
     k_sim, k_tau, k_ca, k_dm = jax.random.split(key, 4)
     schedule = schedules.SCHEDULES[m.schedule]
     x_hat, t = _student_samples(predict, student, cond, m, k_sim, shape)
@@ -113,21 +120,49 @@ def generator_loss(predict: Predict, student: Any, critic: Any, frozen: Any, con
     noise_ca = jax.random.normal(k_ca, shape)
     noise_dm = noise_ca if schedule.shared else jax.random.normal(k_dm, shape)
     p = _predictions(predict, frozen, critic, x, cond, levels, (noise_ca, noise_dm), m)
-    update = decoupled_update(x, p, alpha=m.alpha, normaliser=m.normaliser, floor=m.floor)
-    loss = decoupled_loss(x_hat, update, m.weight_ca, m.weight_dm)
-    return loss, {'loss': loss, **diagnostics.health(x, p, update, m.limit)}
+    alpha = m.draw_alpha(jax.random.fold_in(key, DRAW_ALPHA), x)
+    update = decoupled_update(x, p, alpha=alpha, normaliser=m.normaliser, floor=m.floor)
+    further, metrics = _regularisers(x_hat, critic, head, cond, m, key)
+    loss = decoupled_loss(x_hat, update, m.weight_ca, m.weight_dm) + further
+    return loss, {'loss': loss, **metrics, **diagnostics.health(x, p, update, m.limit)}
 
 
 def critic_objective(predict: Predict, student: Any, critic: Any, cond: Any, m: Method,
-                     key: Array, shape: tuple[int, ...]) -> tuple[Array, Metrics]:
-    """Denoising loss on fresh student samples at ``tau' ~ U``; differentiate in `critic` only."""
+                     key: Array, shape: tuple[int, ...],
+                     head: Any = None) -> tuple[Array, Metrics]:
+    """Denoising loss on fresh student samples at ``tau' ~ U``, and the GAN's if there is one.
+
+    Differentiate in `critic` and `head` only. With a GAN `cond` comes with real latents.
+    """
+    cond, real = split_real(cond)
     k_sim, k_tau, k_noise = jax.random.split(key, 3)
     x, t = _student_samples(predict, student, cond, m, k_sim, shape)
     x = jax.lax.stop_gradient(x)
     tau = schedules.draw_tau(k_tau, t, False, m.tau_critic, m.shift)
     x_tau = process.renoise(x, tau, jax.random.normal(k_noise, shape))
     loss = critic_loss(predict(critic, x_tau, tau, cond), x, tau, m.critic_weighting)
-    return loss, {'fake_loss': loss}
+    if not m.gan:
+        return loss, {'fake_loss': loss}
+    further, metrics = _judged(critic, head, real, x, cond, m, jax.random.fold_in(key, DRAW_GAN))
+    return loss + further, {'fake_loss': loss, **metrics}
+
+
+def _judged(critic: Any, head: Any, real: Array, fake: Array, cond: Any, m: Method,
+            key: Array) -> tuple[Array, Metrics]:
+    """The GAN's loss of critic and head, weighted, on real and fake latents ``[B, ...]``."""
+    k_real, k_fake = jax.random.split(key)
+    (x_real, t_real), (x_fake, t_fake) = _gan_inputs(real, k_real, m), _gan_inputs(fake, k_fake, m)
+    both, levels, conds = interleave((x_real, t_real, cond), (x_fake, t_fake, cond))
+    logits = deinterleave(m.gan.classify(critic, head, both, levels, conds), 2)
+    loss = critic_gan_loss(*logits)
+    total = m.gan.critic_weight * loss
+    metrics = {'gan_critic_loss': loss, 'gan_real': jnp.mean(logits[0]),
+               'gan_fake': jnp.mean(logits[1])}
+    if m.gan.r1:
+        logit_sum = lambda x: jnp.sum(m.gan.classify(critic, head, x, t_real, cond))
+        metrics['gan_r1'] = r1_penalty(jax.grad(logit_sum)(x_real))
+        total += m.gan.r1 * metrics['gan_r1']
+    return total, metrics
 
 
 def accumulated_grads(loss_fn: Callable, params: Any, cond: Any, key: Array, parts: int,
@@ -167,8 +202,9 @@ def generator_update(predict: Predict, tx: optax.GradientTransformation, m: Meth
     state = dataclasses.replace(state, ema=sharding.on_device(state.ema))
     frozen = sharding.on_device(frozen)
     key = jax.random.fold_in(jax.random.fold_in(root, 0), state.step)
+    now = m.at(state.step, state.alpha_share)
     loss_fn = lambda p, c, k, shape: generator_loss(
-        predict, p, state.critic, frozen, c, m, k, shape)
+        predict, p, state.critic, frozen, c, now, k, shape, state.head)
     grads, metrics = accumulated_grads(
         loss_fn, state.student, cond, key, m.accumulate, sample_shape)
     grad_norm = optax.global_norm(grads)
@@ -177,23 +213,29 @@ def generator_update(predict: Predict, tx: optax.GradientTransformation, m: Meth
     decay = st.ema_decay(state.step, m.ema, m.ema_ramp)
     new = dataclasses.replace(state, step=state.step + 1, student=student, student_opt=opt,
                               ema=st.update_ema(state.ema, student, decay))
+    if m.merge < 1.0:  # the critic follows what it will be asked about (IDA)
+        new = dataclasses.replace(new, critic=st.update_ema(state.critic, student, m.merge))
     finite = _finite(metrics['loss'], grad_norm)
-    return st.keep_if(finite, new, state), metrics | {'grad_norm': grad_norm, 'finite': finite}
+    return st.keep_if(finite, new, state), metrics | {
+        'grad_norm': grad_norm, 'finite': finite, 'alpha_share': state.alpha_share,
+        'critic_extra': state.critic_extra}
 
 
 def critic_update(predict: Predict, tx: optax.GradientTransformation, m: Method,
                   sample_shape: tuple[int, ...], state: st.TrainState, cond: Any,
                   root: Array) -> tuple[st.TrainState, Metrics]:
-    """One critic update on fresh student samples."""
+    """One update of the critic, and of a GAN's head, on fresh student samples."""
     key = jax.random.fold_in(jax.random.fold_in(root, 1), state.critic_step)
-    loss_fn = lambda p, c, k, shape: critic_objective(predict, state.student, p, c, m, k, shape)
-    grads, metrics = accumulated_grads(
-        loss_fn, state.critic, cond, key, m.accumulate, sample_shape)
+    params = {'critic': state.critic} | ({'head': state.head} if m.gan else {})
+    loss_fn = lambda p, c, k, shape: critic_objective(
+        predict, state.student, p['critic'], c, m, k, shape, p.get('head'))
+    grads, metrics = accumulated_grads(loss_fn, params, cond, key, m.accumulate, sample_shape)
     grad_norm = optax.global_norm(grads)
-    updates, opt = tx.update(grads, state.critic_opt, state.critic)
     finite = _finite(metrics['fake_loss'], grad_norm)
-    new = {'critic_step': state.critic_step + 1, 'critic_opt': opt,
-           'critic': optax.apply_updates(state.critic, updates)}
+    new = {'critic_step': state.critic_step + 1}
+    for name, old in params.items():
+        updates, new[f'{name}_opt'] = tx.update(grads[name], getattr(state, f'{name}_opt'), old)
+        new[name] = optax.apply_updates(old, updates)
     # The rest of the state is handed on untouched: it may not even be in the device's memory.
     kept = st.keep_if(finite, new, {name: getattr(state, name) for name in new})
     return dataclasses.replace(state, **kept), metrics | {

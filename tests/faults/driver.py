@@ -1,12 +1,21 @@
-"""``python tests/faults/driver.py FLAGS``: `ddmd_jax.main`, told where to be killed.
+"""``python tests/faults/driver.py FLAGS``: `ddmd_jax.main`, told where to be hurt.
 
     KILL=SITE:N:SECONDS   SIGKILL, so many seconds after SITE has been come to N times; a site is
-                          step, saving (a save begins), saved (its arrays are on the host),
-                          summing (checksums are written) or evaluation
+                          step, saving (a save begins), saved (its arrays are on the host), place
+                          or manifest (half of that item is written), summing (checksums are
+                          written) or evaluation
+    SIGNAL=SITE:N:SECONDS SIGTERM and SIGINT in place of it
     DIGEST=1              prints ``digest WHAT STEP HEX`` of the state at start and end
     EVALUATE=1            also evaluates; else the run ends with its last checkpoint
-    FILL=PATH             all but 200 KiB of the disk that PATH is on go into that file at step 3
-    NAN=N                 the batch with this number is NaN
+    FILL=PATH             all but 200 KiB (LEFT) of the disk that PATH is on go into that file at
+                          step 3 (AT), by process 0, and FREE=N gives them back at step N
+    HANG=SITE:N:0         the N-th time, the file of place or manifest is a pipe that nobody reads:
+                          whoever opens it waits for ever
+    LIMIT=N               from step N on no file may grow beyond 64 KiB
+    TOY=1                 trains a matrix in place of networks, see `toy`
+    NAN=N                 the batch with this number is NaN, in this process
+    BREAK=N               a device fails in step N
+    CLOCK=N               from step N on the clock shows a day less
 """
 
 from __future__ import annotations
@@ -14,10 +23,13 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import hashlib
+import itertools
 import os
+import resource
 import signal
 import sys
 import threading
+import time
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -25,11 +37,13 @@ sys.path[:0] = [str(ROOT), str(ROOT / 'tests')]
 
 import jax
 import numpy as np
+import toy
 from absl import app
+from orbax.checkpoint._src.handlers.json_checkpoint_handler import JsonCheckpointHandler
 
 from ddmd_jax import main
 from ddmd_jax.metrics import report
-from ddmd_jax.train import checkpoint, checksums, distill, loop
+from ddmd_jax.train import checksums, distill, loop, saving
 
 
 def digest(tree):
@@ -41,20 +55,25 @@ def digest(tree):
     return hashlib.sha256(b''.join(np.asarray(x).tobytes() for x in host)).hexdigest()[:16]
 
 
-class Killer:
-    """Counts visits to one site and ends the process there."""
+class Trap:
+    """Counts visits to one site and sends this process signals there."""
 
-    def __init__(self, words):
+    def __init__(self, words, *signals):
         self.site, count, seconds = words.split(':') if words else ('', '0', '0')
-        self.left, self.seconds = int(count), float(seconds)
+        self.left, self.seconds, self.signals = int(count), float(seconds), signals
 
-    def at(self, site):
+    def at(self, site, first=lambda: None):
+        """`first` is what is done in between if this is it."""
         if site != self.site:
             return
         self.left -= 1
         if self.left == 0:
-            kill = lambda: os.kill(os.getpid(), signal.SIGKILL)
-            threading.Timer(self.seconds, kill).start() if self.seconds else kill()
+            first()
+            threading.Timer(self.seconds, self._hurt).start() if self.seconds else self._hurt()
+
+    def _hurt(self):
+        for number in self.signals:
+            os.kill(os.getpid(), number)
 
 
 def patch(owner, name, before=None, after=None):
@@ -74,42 +93,79 @@ def patch(owner, name, before=None, after=None):
 
 def poisoned(task, number):
     """`task` with NaN in one batch; the feed reads them in order, whatever it skips."""
-    told, place = [], task.place
+    spoil = lambda x: x * np.nan if np.asarray(x).dtype == np.float32 else x
+    place = task.place
 
     def poison(batch):
-        bad = task.data.get_state()['next_index'] - 1 == number
-        told.append(number)
-        out = place(batch)
-        spoil = lambda x: x * np.nan if x.dtype == np.float32 else x
-        return dataclasses.replace(out, rows=jax.tree.map(spoil, out.rows)) if bad else out
+        if task.data.get_state()['next_index'] - 1 == number:
+            batch = dataclasses.replace(batch, rows=jax.tree.map(spoil, batch.rows))
+        return place(batch)
 
     return dataclasses.replace(task, place=poison)
 
 
-def hook(environ):
-    """Puts everything that the environment asks for into place."""
-    killer = Killer(environ.get('KILL', ''))
-    steps = [0]
+def trap_items(traps, pipe):
+    """Sites in the middle of the writing of a checkpoint's two JSON items, and one that hangs."""
+    write, sites = JsonCheckpointHandler._save_fn, {'data': 'place', 'manifest': 'manifest'}
+
+    async def half(handler, item, directory):
+        file = directory / handler._filename
+        site = sites[directory.name.partition('.')[0]]
+        for trap in traps:
+            trap.at(site, first=lambda: file.write_text('{"next_index": '))
+        pipe.at(site, first=lambda: os.mkfifo(file))
+        await write(handler, item, directory)
+
+    JsonCheckpointHandler._save_fn = half
+
+
+def each_step(environ):
+    """A function of the training to be called before each of its steps."""
+    number, clock, filler = itertools.count(1), time.time, Path(environ.get('FILL', ''))
+    full, left = environ.get('AT', '3'), int(environ.get('LEFT', '200')) * 1024
 
     def step(training):
-        killer.at('step')
-        steps[0] += 1
-        if steps[0] == 3 and 'FILL' in environ:
+        n = str(next(number))
+        if 'FILL' in environ and n in (full, environ.get('FREE')):
             training.checkpoints.wait()
-            disk = os.statvfs(Path(environ['FILL']).parent)
-            Path(environ['FILL']).write_bytes(b'x' * (disk.f_bavail * disk.f_frsize - 200 * 1024))
+            if jax.process_index():
+                pass
+            elif n == full:
+                disk = os.statvfs(filler.parent)
+                filler.write_bytes(b'x' * (disk.f_bavail * disk.f_frsize - left))
+            else:
+                filler.unlink()
+        if n == environ.get('LIMIT'):
+            training.checkpoints.wait()
+            resource.setrlimit(resource.RLIMIT_FSIZE, (64 * 1024, resource.RLIM_INFINITY))
+        if n == environ.get('CLOCK'):
+            time.time = lambda: clock() - 86400
+        if n == environ.get('BREAK'):
+            raise jax.errors.JaxRuntimeError('INTERNAL: the device halted')
 
-    patch(loop._Training, '_advance', step)
-    patch(checkpoint.Checkpoints, 'save', lambda *args: killer.at('saving'),
-          lambda _: killer.at('saved'))
-    patch(checksums, 'write', lambda folder: killer.at('summing'))
-    patch(report, 'final', lambda *args: killer.at('evaluation'))
+    return step
+
+
+def hook(environ):
+    """Puts everything that the environment asks for into place."""
+    traps = [Trap(environ.get('KILL', ''), signal.SIGKILL),
+             Trap(environ.get('SIGNAL', ''), signal.SIGTERM, signal.SIGINT)]
+    at = lambda site: [trap.at(site) for trap in traps]
+    step = each_step(environ)
+    patch(loop._Training, '_advance', lambda training: (at('step'), step(training)))
+    patch(saving.Checkpoints, 'save', lambda *args: at('saving'), lambda _: at('saved'))
+    patch(checksums, 'write', lambda folder: at('summing'))
+    patch(report, 'final', lambda *args: at('evaluation'))
+    trap_items(traps, Trap(environ.get('HANG', '')))
     if 'EVALUATE' not in environ:
         report.final = lambda *args: None
     if 'DIGEST' in environ:
         tell = lambda what, state: print('digest', what, int(state.step), digest(state), flush=True)
         patch(loop, '_start', after=lambda state: tell('start', state))
         patch(loop._Training, 'run', after=lambda state: tell('end', state))
+    if 'TOY' in environ:
+        distill.load_teacher = lambda config, mesh: toy.TEACHER
+        distill.make_task = lambda config, teacher, mesh, startup: toy.make_task(config, mesh)
     if 'NAN' in environ:
         make = distill.make_task
         distill.make_task = lambda *args: poisoned(make(*args), int(environ['NAN']))

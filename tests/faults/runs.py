@@ -12,6 +12,7 @@ from pathlib import Path
 import jax
 import numpy as np
 import orbax.checkpoint as ocp
+import pytest
 import tiny
 
 from ddmd_jax.data import tokenizer
@@ -65,11 +66,12 @@ class Runs:
             stdout=subprocess.PIPE, stderr=subprocess.PIPE)
 
     def start_together(self, count, workdir, fields=None, flags=(), devices=2, **environ):
-        """So many processes of one run."""
+        """So many processes of one run; each is told its part of what is a list in `environ`."""
         port = free_port()
+        mine = lambda i: {k: v[i] if isinstance(v, list) else v for k, v in environ.items()}
         return [self.start(workdir, fields, [
             *flags, f'--coordinator=127.0.0.1:{port}', f'--num_processes={count}',
-            f'--process_id={i}'], devices, **environ) for i in range(count)]
+            f'--process_id={i}'], devices, **mine(i)) for i in range(count)]
 
     def finish(self, *args, code=0, **kwargs):
         """(stdout, stderr) of a run from its start to its end, which has this code."""
@@ -77,8 +79,12 @@ class Runs:
 
 
 def ended(process, code=0, timeout=300):
-    """(stdout, stderr) of a process that ends with this code."""
-    out, err = process.communicate(timeout=timeout)
+    """(stdout, stderr) of a process that ends with this code, and within so many seconds."""
+    try:
+        out, err = process.communicate(timeout=timeout)
+    except subprocess.TimeoutExpired:
+        process.kill()
+        pytest.fail(f'still there after {timeout} s\n{"".join(process.communicate())}')
     assert process.returncode == code, f'{process.returncode}\n{out}\n{err}'
     return out, err
 
@@ -97,6 +103,13 @@ def digests(out):
     """``{what: hex}`` of what a driver with DIGEST printed."""
     found = [x.split() for x in out.splitlines() if x.startswith('digest ')]
     return {what: (int(step), hexes) for _, what, step, hexes in found}
+
+
+def evaluated(workdir):
+    """What a run's evaluation says and shows, without how long it took."""
+    result = json.loads((workdir / 'eval.json').read_text())
+    return {k: v for k, v in result.items() if k != 'seconds'}, (
+        workdir / 'samples.png').read_bytes()
 
 
 def state_of(workdir, step):

@@ -1,7 +1,7 @@
 """kill -9 at random points: what a run ends with is, bit for bit, what it would have ended with.
 
 Each killed run is started again with the same command, and killed again, until it is through;
-then it is compared with one that nobody touched.
+then it is compared with one that nobody touched. The clocks of killed runs are put back a day.
 """
 
 import random
@@ -13,8 +13,12 @@ import runs
 
 STEPS = 12
 # What is being done when the kill comes, and the longest it may take to come, in seconds: a step,
-# the copy to the host, the writing of arrays and of the data's place, the checksums, the retention.
-SITES = {'step': 0.05, 'saving': 0.05, 'saved': 0.3, 'summing': 0.02, 'evaluation': 0.5}
+# the copy to the host, the writing of arrays, of the data's place and of the manifest, the
+# checksums, the retention, the evaluation.
+SITES = {'step': 0.05, 'saving': 0.05, 'saved': 0.3, 'place': 0.02, 'manifest': 0.02,
+         'summing': 0.02, 'evaluation': 0.5}
+TWO = {'data.global_batch': 16, 'mesh.data': 1, 'mesh.fsdp': 2, 'mesh.tensor': 2,
+       'train.steps': STEPS}
 
 
 @pytest.fixture(scope='module')
@@ -24,7 +28,7 @@ def toy(tmp_path_factory):
 
 @pytest.fixture(scope='module')
 def untouched(toy):
-    toy.finish(toy.root / 'untouched', {'train.steps': STEPS})
+    toy.finish(toy.root / 'untouched', {'train.steps': STEPS}, EVALUATE='1')
     return toy.root / 'untouched'
 
 
@@ -40,12 +44,13 @@ def killed_until(toy, kills, seed):
     sites = [site for site in SITES for _ in range(-(-kills // len(SITES)))][:kills]
     rng.shuffle(sites)
     while sites:
-        workdir = toy.root / f'killed{seed}-{i}'
+        workdir, evaluate = toy.root / f'killed{seed}-{i}', {}
         i += 1
         while True:
             words = point(rng, sites[-1]) if sites else ''
-            process = toy.start(workdir, {'train.steps': STEPS}, KILL=words,
-                                **({'EVALUATE': '1'} if 'evaluation' in words else {}))
+            if 'evaluation' in words:
+                evaluate = {'EVALUATE': '1'}  # and to its end, when it is started again
+            process = toy.start(workdir, {'train.steps': STEPS}, KILL=words, CLOCK='2', **evaluate)
             out, err = process.communicate(timeout=300)
             if process.returncode == 0:  # the site was not come to as often
                 done.append(workdir)
@@ -62,6 +67,9 @@ def compare(toy, untouched, kills, seed):
     assert len(points) == kills and done
     for workdir in done:
         runs.assert_same(untouched, workdir, STEPS)
+        if (workdir / 'eval.json').exists():
+            assert runs.evaluated(workdir) == runs.evaluated(untouched)
+    return done
 
 
 @pytest.mark.slow
@@ -71,7 +79,45 @@ def test_a_run_that_is_killed_three_times_ends_as_if_it_had_not_been(toy, untouc
 
 @pytest.mark.faults
 def test_a_run_that_is_killed_twenty_times_ends_as_if_it_had_not_been(toy, untouched):
-    compare(toy, untouched, 20, seed=1)
+    done = compare(toy, untouched, 20, seed=1)
+    assert any((workdir / 'eval.json').exists() for workdir in done)
+
+
+def two(toy, workdir, kill=('', '')):
+    """(exit code, stderr) of each of two processes of a run, told where to be killed."""
+    started = toy.start_together(2, workdir, TWO, ['--peer_timeout=4'], TOY='1', KILL=list(kill),
+                                 CLOCK=['2', '3'] if any(kill) else '')
+    return [(p.returncode, err) for p in started for _, err in [p.communicate(timeout=300)]]
+
+
+@pytest.mark.faults
+def test_one_or_both_of_two_processes_killed_end_as_if_they_had_not_been(toy):
+    """Who is left says so and ends with 1. Process 0 alone writes JSON items and checksums."""
+    assert [code for code, _ in two(toy, toy.root / 'two')] == [0, 0]
+    rng, workdir, points = random.Random(2), toy.root / 'two-killed', []
+    anywhere = lambda: rng.choice(['step', 'saving', 'saved'])
+    victims = [(site, '') for site in ('step', 'place', 'manifest', 'summing')] + [
+        ('', anywhere()) for _ in range(3)] + [(anywhere(), anywhere()) for _ in range(3)]
+    rng.shuffle(victims)
+    while victims:
+        words = [point(rng, site) if site else '' for site in victims[-1]]
+        ended = two(toy, workdir, words)
+        if all(code == 0 for code, _ in ended):  # came through: another one
+            runs.assert_same(toy.root / 'two', workdir, STEPS)
+            workdir = workdir.with_name(f'{workdir.name}+')
+            continue
+        codes = [code for code, _ in ended]
+        assert -signal.SIGKILL in codes and set(codes) <= {-signal.SIGKILL, 1}, (words, ended)
+        for i, (code, err) in enumerate(ended):
+            if code == 1:
+                assert runs.said(err)[-1].startswith(f'main: process {i}: '), (words, err)
+                assert 'Traceback' not in err and 'Fatal Python error' not in err, (words, err)
+        points.append(words)
+        victims.pop()
+    print(f'killed at {points}')
+    assert len(points) == 10
+    assert [code for code, _ in two(toy, workdir)] == [0, 0]
+    runs.assert_same(toy.root / 'two', workdir, STEPS)
 
 
 @pytest.mark.slow

@@ -2,7 +2,6 @@
 
 import json
 import signal
-import subprocess
 import time
 
 import pytest
@@ -66,17 +65,6 @@ def test_two_runs_of_one_folder(toy):
     first.kill()
     first.wait()
     toy.finish(workdir, {'train.steps': 2})  # nobody holds it any more
-
-
-@pytest.fixture
-def small_disk(tmp_path):
-    """A folder on a disk of 8 MiB, room for three checkpoints."""
-    done = subprocess.run(['mount', '-t', 'tmpfs', '-o', 'size=8m', 'tmpfs', str(tmp_path)],
-                          capture_output=True, check=False)
-    if done.returncode:
-        pytest.skip('a disk cannot be mounted here')
-    yield tmp_path
-    subprocess.run(['umount', '--lazy', str(tmp_path)], check=True)
 
 
 def test_a_full_disk_keeps_the_checkpoint_before(toy, small_disk):

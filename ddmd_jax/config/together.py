@@ -1,0 +1,159 @@
+"""What is wrong with a field, given others: asked where each of them alone is right."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Sequence
+from typing import Any
+
+from ddmd_jax.config.rules import choice
+from ddmd_jax.schedules import SCHEDULES
+from ddmd_jax.sharding import AXES
+
+
+def optimiser_known(name: str, chain: Sequence[Any]) -> str | None:
+    from ddmd_jax.train.optim import NAMES
+
+    known = choice(NAMES)
+    if not chain and not known.ok(name):
+        return f'must be {known.allowed} (any other: give a chain){known.hint(name)}'
+
+
+def teacher_knows(dataset: str, teacher: str) -> str | None:
+    if dataset == 'emoji' and teacher != 'emoji':
+        return (f'does not go with teacher.name {teacher!r}: the emoji captions are for the emoji '
+                "teacher; give 'prompts' or 'embeddings'")
+
+
+def sizes_fit(sizes: Sequence[Any], teacher: str) -> str | None:
+    if teacher == 'emoji' and sizes:
+        return 'must be empty for the emoji teacher, which has one size'
+
+
+def attention_fits(attention: str, teacher: str) -> str | None:
+    if teacher == 'emoji' and attention == 'splash':
+        return "must be 'xla' or 'auto' for the emoji teacher, whose few tokens need no kernel"
+
+
+def teacher_given(path: str, teacher: str) -> str | None:
+    if teacher != 'emoji' and not path:
+        return f'must name a diffusers folder, gs:// URL or hub id: {teacher} does not ship'
+
+
+def one_start(init_from: str, resume: str) -> str | None:
+    if init_from and resume:
+        return (f"must be '' while config.resume is {resume!r}: a run starts from another's whole "
+                'state or from its weights alone')
+
+
+def one_axis_left(*sizes: int) -> str | None:
+    if sizes.count(-1) > 1:
+        return f'only one of {", ".join(AXES)} may be -1 (whatever is left), not {sizes}'
+
+
+def alpha_guides(alpha: float, weight_ca: float) -> str | None:
+    if weight_ca > 0 and alpha <= 1:
+        return ('must be above 1 while method.weight_ca is above 0: it is the guidance scale, not '
+                'alpha - 1, and alpha = 1 makes CA zero')
+
+
+def some_weight(weight_ca: float, *others: float) -> str | None:
+    if not any((weight_ca, *others)):
+        return ('must be above 0 while method.weight_dm, method.mean_variance.weight and '
+                'method.gan.weight are 0: nothing would train the student')
+
+
+def critic_needed(updates: int, weight_dm: float, gan: float) -> str | None:
+    if not updates and (weight_dm or gan):
+        return ('must be at least 1 while method.weight_dm or method.gan.weight is above 0: they '
+                'ask the critic, which has to follow the student')
+
+
+def judge_knows(prompts: int, teacher: str) -> str | None:
+    if prompts and teacher != 'emoji':
+        return f'must be 0 for {teacher}: the judge that ships knows emoji only'
+
+
+def reals_known(weight: float, dataset: str) -> str | None:
+    if weight and dataset != 'emoji':
+        return (f'must be 0 while data.name is {dataset!r}: a GAN needs real images, and only '
+                "'emoji' comes with them")
+
+
+def moments_known(weight: float, mean: float | None, variance: float | None,
+                  teacher: str) -> str | None:
+    if weight and teacher != 'emoji' and None in (mean, variance):
+        return ('needs method.mean_variance.mean and .variance: those of real latents are not '
+                f'known for {teacher} (the paper has .075 and .81 for SDXL)')
+
+
+def relaxes(updates: int, *ends: Sequence[float]) -> str | None:
+    if bool(updates) != any(map(bool, ends)):
+        return ('goes with method.tau_ca_end or method.tau_dm_end: the number of updates in which '
+                'a range gets to its end')
+
+
+def batch_divides(batch: int, steps: int, accumulate: int) -> str | None:
+    """Every micro-batch holds every generator step equally often."""
+    unit = steps * accumulate
+    if batch % unit:
+        return (f'must be a multiple of student.steps * train.accumulate = {steps} * {accumulate}: '
+                f'steps not dividing; the next batch that does: {unit * -(-batch // unit)}')
+
+
+def tau_reaches(bounded: str, span: Sequence[float], schedule: str, steps: int) -> str | None:
+    """A bounded term draws tau from the generator's time upwards; the last step needs room."""
+    last = (steps - 1) / steps
+    if span and getattr(SCHEDULES[schedule], bounded) and span[1] <= last:
+        return (f'its upper end must be above {last:.4g}, the pre-shift time of the last of '
+                f'{steps} steps: {schedule} draws this tau from there upwards')
+
+
+def denoiser_builds(hidden: int, heads: int, kv_heads: int, rope: Sequence[int]) -> str | None:
+    from ddmd_jax.models.nextdit import NextDiTConfig
+
+    try:
+        NextDiTConfig(hidden_size=hidden, num_attention_heads=heads, num_kv_heads=kv_heads,
+                      axes_dim_rope=tuple(rope))
+    except ValueError as e:
+        return f'{e}; found num_attention_heads {heads}, num_kv_heads {kv_heads}, axes {rope}'
+
+
+def text_fits(dim: int, heads: int, cap_feat_dim: int) -> str | None:
+    if dim % heads or dim != cap_feat_dim:
+        return (f'must be a multiple of its num_heads = {heads}, and the same as '
+                f"the denoiser's cap_feat_dim = {cap_feat_dim}")
+
+
+# (rule, the field it is about, the others it reads); asked where each alone is right.
+COMMON_TOGETHER = (
+    (optimiser_known, 'optim.student.name', 'optim.student.chain'),
+    (one_start, 'init_from', 'resume'),
+    (one_axis_left, *(f'mesh.{axis}' for axis in AXES)),
+)
+DISTILL_TOGETHER = COMMON_TOGETHER + (
+    (optimiser_known, 'optim.critic.name', 'optim.critic.chain'),
+    (teacher_knows, 'data.name', 'teacher.name'),
+    (sizes_fit, 'data.sizes', 'teacher.name'),
+    (teacher_given, 'teacher.path', 'teacher.name'),
+    (attention_fits, 'teacher.attention', 'teacher.name'),
+    (alpha_guides, 'method.alpha', 'method.weight_ca'),
+    (some_weight, 'method.weight_ca', 'method.weight_dm', 'method.mean_variance.weight',
+     'method.gan.weight'),
+    (critic_needed, 'critic.updates', 'method.weight_dm', 'method.gan.weight'),
+    (judge_knows, 'log.judge', 'teacher.name'),
+    (reals_known, 'method.gan.weight', 'data.name'),
+    (moments_known, 'method.mean_variance.weight', 'method.mean_variance.mean',
+     'method.mean_variance.variance', 'teacher.name'),
+    (relaxes, 'method.tau_relax', 'method.tau_ca_end', 'method.tau_dm_end'),
+    (batch_divides, 'data.global_batch', 'student.steps', 'train.accumulate'),
+    *((functools.partial(tau_reaches, f'{term}_bounded'),
+       f'method.tau_{term}{end}', 'method.schedule', 'student.steps')
+      for term in ('ca', 'dm') for end in ('', '_end')),
+)
+PRETRAIN_TOGETHER = COMMON_TOGETHER + (
+    (denoiser_builds, *(f'teacher.model.denoiser.{name}' for name in (
+        'hidden_size', 'num_attention_heads', 'num_kv_heads', 'axes_dim_rope'))),
+    (text_fits, 'teacher.model.text.dim', 'teacher.model.text.num_heads',
+     'teacher.model.denoiser.cap_feat_dim'),
+)

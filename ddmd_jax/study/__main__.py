@@ -1,0 +1,124 @@
+"""``python -m ddmd_jax.study --suite=paper --config=configs/emoji.py --workdir=DIR``
+
+Runs the suite's experiments with every seed, resuming what was begun, and writes
+``DIR/report.html``: the paper's claims, what was measured, and whether each holds.
+
+Exit codes: 0 the report is written; 1 it could not be (one line says why); 2 a flag is wrong.
+"""
+
+from __future__ import annotations
+
+import json
+import shlex
+import signal
+import sys
+from pathlib import Path
+from typing import Any
+
+from absl import app, flags
+from tqdm import tqdm
+
+_SUITE = flags.DEFINE_string('suite', 'paper', 'Which suite of experiments.')
+_CONFIG = flags.DEFINE_string('config', None, 'The config they are variations of.')
+_WORKDIR = flags.DEFINE_string('workdir', None, 'Folder of the study; resumed if it holds one.')
+_SEEDS = flags.DEFINE_integer('seeds', None, 'How many seeds; default 3, with --quick 1.',
+                              lower_bound=1)
+_PROCESSES = flags.DEFINE_integer('processes', 1, 'Runs at a time. One on a TPU; on a CPU a run '
+                                  'uses about two cores.', lower_bound=1)
+_QUICK = flags.DEFINE_boolean('quick', False, 'The shortened suite: fewer experiments, few steps.')
+_ONLY = flags.DEFINE_list('only', [], 'Experiments, by name; default all.')
+_SET = flags.DEFINE_multi_string('set', [], 'field=value for every run, over those of the suite.')
+_KEEP = flags.DEFINE_boolean('keep', False, 'Keep the workdirs of runs that are through.')
+_REPORT = flags.DEFINE_boolean('report_only', False, 'Run nothing; write the report of what is '
+                               'there.')
+
+
+def wrong(text: str) -> None:
+    print(f'study: {text}', file=sys.stderr)
+    sys.exit(2)
+
+
+def own_fields(given: list[str]) -> dict[str, Any]:
+    """``field=value`` as a dict; values as JSON where they are, else as they stand."""
+    found: dict[str, Any] = {}
+    for text in given:
+        name, equals, value = text.partition('=')
+        if not equals:
+            wrong(f'--set {text!r} is not field=value, such as train.steps=20')
+        try:
+            found[name] = json.loads(value)
+        except ValueError:
+            found[name] = value
+    return found
+
+
+def load_config(path: str) -> Any:
+    """The config in a file of configs/, whole and valid."""
+    from ml_collections import config_flags
+
+    from ddmd_jax import config as config_lib
+
+    try:
+        config = config_flags.config_flags.ConfigFileFlagParser('config').parse(path)
+        config_lib.check(config)
+    except config_lib.ConfigError as e:
+        wrong(str(e))
+    except Exception as e:  # the file is the user's code
+        wrong(f'--config {path} cannot be read ({" ".join(str(e).split())}); try configs/emoji.py')
+    return config
+
+
+def results_in(folder: Path, names: list[str]) -> dict[str, dict[int, dict[str, Any]]]:
+    """``{experiment: {seed: result}}`` of what stands in a study's folder, seeds in order."""
+    found: dict[str, dict[int, dict[str, Any]]] = {}
+    for name in names:
+        files = {int(p.stem.rpartition('-seed')[2]): p for p in folder.glob(f'{name}-seed*.json')}
+        if files:
+            found[name] = {seed: json.loads(files[seed].read_text()) for seed in sorted(files)}
+    return found
+
+
+def main(argv: list[str]) -> None:
+    from ddmd_jax.study import report, runs, suites
+
+    if len(argv) > 1:
+        wrong(f'unexpected argument {argv[1]!r}')
+    if not _CONFIG.value or not _WORKDIR.value:
+        wrong('--config and --workdir are needed: the config that is varied, and where to keep it')
+    config = load_config(_CONFIG.value)
+    try:
+        experiments = suites.chosen(_SUITE.value, _QUICK.value, tuple(_ONLY.value))
+    except ValueError as e:
+        wrong(str(e))
+    folder, seeds = Path(_WORKDIR.value).expanduser(), _SEEDS.value or (1 if _QUICK.value else 3)
+    own = own_fields(_SET.value)
+    planned = [runs.Run(e, seed, folder, suites.fields(e, config.teacher.name, _QUICK.value, seed,
+                                                       own))
+               for seed in range(seeds) for e in experiments]
+    stop = lambda number, frame: (_ for _ in ()).throw(KeyboardInterrupt)
+    signal.signal(signal.SIGTERM, stop)
+    try:
+        if not _REPORT.value:
+            runs.perform(planned, _CONFIG.value, _PROCESSES.value,
+                         lambda text: tqdm.write(text, file=sys.stderr), _KEEP.value)
+    except (runs.Stopped, KeyboardInterrupt) as e:
+        sys.exit(f'study: {e or "stopped"}; run the same command to go on')
+    except OSError as e:
+        sys.exit(f'study: {folder} cannot be written ({e.strerror}); choose another --workdir')
+    whole = suites.SUITES[_SUITE.value]
+    results = results_in(folder / 'results', [e.name for e in whole])
+    if not results:
+        sys.exit(f'study: {folder / "results"} holds no results; run without --report_only')
+    shown = {name: folder / 'results' / f'{name}-seed{min(by)}.png' for name, by in results.items()}
+    found = report.write(
+        folder / 'report.html', f'The claims of Decoupled DMD on {config.teacher.name}',
+        f'Suite {_SUITE.value!r} of {_CONFIG.value}, {sum(map(len, results.values()))} runs.',
+        shlex.join(['python', '-m', 'ddmd_jax.study', *sys.argv[1:]]), results, whole,
+        {name: path for name, path in shown.items() if path.is_file()})
+    for claim in found:
+        print(f'{claim.number}. {claim.title}: {claim.verdict}')
+    print(folder / 'report.html')
+
+
+if __name__ == '__main__':
+    app.run(main)

@@ -1,0 +1,244 @@
+"""The paper's claims, what the runs say of each, and the verdict.
+
+Each claim is a function of the results, ``{experiment: {seed: result}}``, and has parts: a sentence
+that can be wrong, the figure it is about, that figure for each seed, and the bound it has to pass.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import numpy as np
+from scipy import stats
+
+from ddmd_jax.study import statistics as rule
+from ddmd_jax.study.suites import BASE
+
+Results = Mapping[str, Mapping[int, Mapping[str, Any]]]
+Figure = Callable[[Mapping[str, Any]], float]
+
+# Distances that differ by less than a quarter are alike. Their logarithms are compared: an embedded
+# student's is a few tenths, a collapsed one's a hundred times that.
+EQUAL_FRECHET = math.log(1.25)
+EQUAL_STD = 0.05  # share by which a contrast may differ from the start's and count as kept
+
+
+@dataclasses.dataclass(frozen=True)
+class Part:
+    """One sentence of a claim; `values` by seed, `bound` in words."""
+
+    sentence: str
+    figure: str
+    values: dict[int, float]
+    bound: str
+    verdict: str
+
+
+@dataclasses.dataclass(frozen=True)
+class Claim:
+    """A claim of the paper: its number in the list, a title, the paper's statement, its parts.
+
+    `shows` names the experiments whose curves and pictures go with it, `curve` what is drawn.
+    """
+
+    number: int
+    title: str
+    statement: str
+    parts: tuple[Part, ...]
+    shows: tuple[str, ...]
+    curve: str = 'ema_variance'
+
+    @property
+    def verdict(self) -> str:
+        return rule.together([part.verdict for part in self.parts])
+
+
+# --- Figures of one result ---
+
+
+def frechet(result: Mapping[str, Any]) -> float:
+    """Logarithm of the Frechet distance of the final average to real images."""
+    return math.log(result['student']['frechet'])
+
+
+def frechet_grown(result: Mapping[str, Any]) -> float:
+    """The same, less that of the undistilled weights in as many steps."""
+    return frechet(result) - math.log(result['few_step']['frechet'])
+
+
+def guided_share(result: Mapping[str, Any]) -> float:
+    """How much of the way to the guided, many-step teacher's samples the live student has come."""
+    return result['figures']['guided_share']
+
+
+def std_ratio(result: Mapping[str, Any]) -> float:
+    """Contrast of the live student's samples to that of the weights it began with."""
+    return result['figures']['std_ratio']
+
+
+def trend(name: str) -> Figure:
+    """Rank correlation of a curve with the step: 1 if it only rises."""
+    def figure(result: Mapping[str, Any]) -> float:
+        values = _numbers(result, name)
+        return float(stats.spearmanr(range(len(values)), values).statistic)
+    return figure
+
+
+def low_share(result: Mapping[str, Any]) -> float:
+    """Share of low frequencies in what has changed of the live student's samples."""
+    return result['figures']['bands_live'][0]
+
+
+def observer_cos(result: Mapping[str, Any]) -> float:
+    return result['figures']['observer_cos']
+
+
+def _numbers(result: Mapping[str, Any], name: str) -> list[float]:
+    return [v for v in result['curves'].get(name, ()) if v is not None]
+
+
+# --- Parts ---
+
+
+def _values(results: Results, name: str, figure: Figure) -> dict[int, float]:
+    """`figure` of an experiment for each seed that has one; a run that broke off has none."""
+    found = {}
+    for seed, result in sorted(results.get(name, {}).items()):
+        try:
+            found[seed] = float(figure(result))
+        except (KeyError, IndexError, ValueError):
+            continue
+    return {seed: value for seed, value in found.items() if np.isfinite(value)}
+
+
+def _part(sentence: str, words: str, values: dict[int, float], bound: str,
+          decide: Callable[[Sequence[float]], str]) -> Part:
+    verdict = decide(list(values.values())) if values else rule.OPEN
+    return Part(sentence, words, values, bound, verdict)
+
+
+def alone(results: Results, sentence: str, words: str, name: str, figure: Figure, *,
+          over: float | None = None, under: float | None = None) -> Part:
+    """A part about one experiment's figure, above `over` or below `under`."""
+    values = _values(results, name, figure)
+    if over is not None:
+        return _part(sentence, words, values, f'above {over:g}', lambda v: rule.above(v, over))
+    return _part(sentence, words, values, f'below {under:g}', lambda v: rule.below(v, under))
+
+
+def apart(results: Results, sentence: str, words: str, more: str, less: str, figure: Figure,
+          over: float = 0.0) -> Part:
+    """A part about the difference of one figure between two experiments at the same seed."""
+    a, b = _values(results, more, figure), _values(results, less, figure)
+    values = {seed: a[seed] - b[seed] for seed in a if seed in b}
+    return _part(sentence, f'{words}: {more} - {less}', values, f'above {over:g}',
+                 lambda v: rule.above(v, over))
+
+
+def alike(results: Results, sentence: str, words: str, one: str, two: str, figure: Figure,
+          margin: float) -> Part:
+    """A part that says two experiments to be the same up to `margin`."""
+    a, b = _values(results, one, figure), _values(results, two, figure)
+    values = {seed: a[seed] - b[seed] for seed in a if seed in b}
+    return _part(sentence, f'{words}: {one} - {two}', values, f'within {margin:g} of 0',
+                 lambda v: rule.within(v, margin))
+
+
+def kept(results: Results, sentence: str, name: str) -> Part:
+    """A part that says the contrast of an experiment's samples to have stayed."""
+    values = {seed: v - 1 for seed, v in _values(results, name, std_ratio).items()}
+    return _part(sentence, 'contrast to that at the start, less 1', values,
+                 f'within {EQUAL_STD:g} of 0', lambda v: rule.within(v, EQUAL_STD))
+
+
+# --- The six claims (docs/method.md, "Claims") ---
+
+
+def engine(r: Results) -> Claim:
+    return Claim(
+        1, 'CA is the engine, and does not stop',
+        'CA alone turns a multi-step model into a few-step one, then over-saturates and collapses; '
+        'the variance of what it generates grows monotonically (Fig. 3).', (
+            alone(r, 'CA alone takes few-step samples towards the guided many-step teacher\'s.',
+                  'share of the way to them', 'ca_only', guided_share, over=0.0),
+            alone(r, 'Its variance only grows.', 'rank correlation of x_std with the step',
+                  'ca_only', trend('x_std'), over=0.9),
+            apart(r, 'It grows beyond what CA + DM has.', 'contrast to that at the start',
+                  'ca_only', BASE, std_ratio),
+            alone(r, 'It ends further from real images than it began.',
+                  'log frechet less the start\'s', 'ca_only', frechet_grown, over=0.0)),
+        ('ca_only', BASE), 'x_std')
+
+
+def regulariser(r: Results) -> Claim:
+    return Claim(
+        2, 'DM is the regulariser', 'DM alone is stable but far weaker than CA or CA + DM.', (
+            kept(r, 'DM alone keeps the contrast.', 'dm_only'),
+            apart(r, 'It goes less of the way than CA + DM.', 'share of the way to the guided '
+                  'teacher', BASE, 'dm_only', guided_share)),
+        ('dm_only', BASE, 'ca_only'), 'x_std')
+
+
+def others(r: Results) -> Claim:
+    return Claim(
+        3, 'Other regularisers hold CA, and fall short of DM',
+        'CA + mean-variance is stable but ends below CA + DM; CA + GAN controls the variance but '
+        'is fragile (collapsed at 4k iterations there).', (
+            apart(r, 'Mean-variance holds the variance of CA.', 'contrast to that at the start',
+                  'ca_only', 'ca_mv', std_ratio),
+            apart(r, 'CA + mean-variance ends further from real images than CA + DM.',
+                  'log frechet', 'ca_mv', BASE, frechet),
+            apart(r, 'GAN holds the variance of CA.', 'contrast to that at the start', 'ca_only',
+                  'ca_gan', std_ratio)),
+        ('ca_mv', 'ca_gan', BASE, 'ca_only'), 'x_std')
+
+
+def levels(r: Results) -> Claim:
+    noisy, clean, everywhere = 'one_step_noisy', 'one_step_clean', 'one_step_all'
+    return Claim(
+        4, 'Where CA looks is what it shapes',
+        'CA at noisy tau shapes low frequencies (composition, colour); at clean tau, high '
+        'frequencies; CA at the clean end only ([0.7, 1]) collapses.', (
+            apart(r, 'At the noisy end more of the change is in low frequencies.',
+                  'share of low frequencies', noisy, clean, low_share),
+            apart(r, 'CA at the clean end only ends further from real images.', 'log frechet',
+                  clean, everywhere, frechet)),
+        (noisy, 'one_step_middle', clean, everywhere), 'x_std')
+
+
+def observer(r: Results) -> Claim:
+    return Claim(
+        5, 'An observer sees what DM would cancel',
+        'A critic that is trained beside a CA-only run, and never used, keeps the artefacts that '
+        'the teacher\'s prediction removes: Delta_DM would cancel them.', (
+            alone(r, 'The unused DM direction points back along what CA has changed.',
+                  'cosine of Delta_DM with the change of the samples', 'ca_only', observer_cos,
+                  under=0.0),),
+        ('ca_only',), 'dm_rel_gap')
+
+
+def schedules(r: Results) -> Claim:
+    return Claim(
+        6, 'Two levels rather than one, and CA at the cleaner',
+        'decoupled_full is about coupled_shared; constrained and hybrid are clearly better; hybrid '
+        'is best (Table 1).', (
+            alike(r, 'decoupled_full is about coupled_shared.', 'log frechet', 'decoupled_full',
+                  'coupled_shared', frechet, EQUAL_FRECHET),
+            apart(r, 'constrained is nearer to real images than full.', 'log frechet',
+                  'decoupled_full', 'decoupled_constrained', frechet),
+            apart(r, 'hybrid is nearer to real images than full.', 'log frechet', 'decoupled_full',
+                  BASE, frechet),
+            apart(r, 'hybrid is nearer to real images than constrained.', 'log frechet',
+                  'decoupled_constrained', BASE, frechet)),
+        ('coupled_shared', 'decoupled_full', 'decoupled_constrained', BASE, 'dmd2'), 'x_std')
+
+
+CLAIMS = (engine, regulariser, others, levels, observer, schedules)
+
+
+def judge(results: Results) -> list[Claim]:
+    """All claims, in the paper's order."""
+    return [claim(results) for claim in CLAIMS]

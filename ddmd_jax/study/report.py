@@ -1,0 +1,115 @@
+"""A study's results as one HTML file that needs nothing beside it: a page for each claim."""
+
+from __future__ import annotations
+
+import base64
+import io
+import statistics
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import jinja2
+import numpy as np
+from markupsafe import Markup
+
+from ddmd_jax.study import claims, statistics as rule
+from ddmd_jax.study.suites import Experiment
+
+COLUMNS = {'glyph_match': 3, 'glyph_match_held_out': 3, 'background_match': 3, 'frechet': 2,
+           'colour_error': 2, 'variance': 3}
+AXES = {'x_std': 'contrast of the live student (x_std)', 'ema_match': 'captions right (ema_match)',
+        'dm_rel_gap': 'dm_rel_gap', 'ema_variance': 'variance of the average (ema_variance)'}
+PANELS = ('From above: at the start; the averaged student; the live student; the teacher\'s '
+          'prediction of the live student\'s samples from tau = .5; the critic\'s; their '
+          'difference, Delta_DM. Same prompts, same noise.')
+
+PAGE = jinja2.Environment(autoescape=True).from_string(
+    Path(__file__).with_name('report.html.jinja').read_text())
+
+
+def badge(verdict: str) -> Markup:
+    kind = {rule.HOLDS: 'holds', rule.FAILS: 'fails'}.get(verdict, 'open')
+    return Markup('<span class="v {}">{}</span>').format(kind, verdict)
+
+
+def by_seed(part: claims.Part) -> str:
+    return ', '.join(f'{v:.3g}' for v in part.values.values()) or 'none'
+
+
+def spread(part: claims.Part) -> str:
+    if not part.values:
+        return ''
+    found = rule.interval(list(part.values.values()))
+    if found.count < 2:
+        return f'{found.mean:.3g}'
+    return f'{found.mean:.3g} [{found.low:.3g}, {found.high:.3g}]'
+
+
+def as_png(data: bytes) -> str:
+    return 'data:image/png;base64,' + base64.b64encode(data).decode()
+
+
+def curve_figure(results: claims.Results, names: Sequence[str], curve: str) -> bytes | None:
+    """A PNG of `curve` over steps for each experiment; None where no run has it."""
+    import matplotlib
+
+    matplotlib.use('Agg')
+    from matplotlib import pyplot as plt
+
+    fig, ax = plt.subplots(figsize=(7, 3.4), layout='constrained')
+    for name in names:
+        runs = [r['curves'] for r in results.get(name, {}).values() if curve in r.get('curves', {})]
+        if not runs:
+            continue
+        length = min(len(c[curve]) for c in runs)
+        steps, y = runs[0]['step'][:length], np.array([c[curve][:length] for c in runs], float)
+        (line,) = ax.plot(steps, y.mean(0), label=name)
+        ax.fill_between(steps, y.min(0), y.max(0), alpha=0.15, color=line.get_color())
+    drawn = bool(ax.lines)
+    if drawn:
+        ax.set(xlabel='student updates', ylabel=AXES.get(curve, curve))
+        ax.grid(alpha=0.3)
+        ax.legend(fontsize=8)
+    out = io.BytesIO()
+    fig.savefig(out, dpi=110)
+    plt.close(fig)
+    return out.getvalue() if drawn else None
+
+
+def table_rows(results: claims.Results, experiments: Sequence[Experiment]) -> list[dict[str, Any]]:
+    rows = []
+    for e in experiments:
+        students = [r['student'] for r in results.get(e.name, {}).values() if 'student' in r]
+        cells = []
+        for column, digits in COLUMNS.items():
+            values = [s[column] for s in students]
+            mean = f'{statistics.fmean(values):.{digits}f}' if values else ''
+            cells.append(mean + (f' ± {statistics.stdev(values):.{digits}f}'
+                                 if len(values) > 1 else ''))
+        rows.append({'name': e.name, 'seeds': len(students), 'cells': cells, 'words': e.words})
+    return rows
+
+
+def write(path: Path, title: str, head: str, how: str, results: claims.Results,
+          experiments: Sequence[Experiment], pictures: Mapping[str, Path]) -> list[claims.Claim]:
+    """Writes the report to `path`; returns the claims with their verdicts.
+
+    Args:
+      title, head, how: of the page; the last is what one would type.
+      results: ``{experiment: {seed: result}}``.
+      experiments: those of the suite, in its order.
+      pictures: a PNG of each experiment's first seed, where there is one.
+    """
+    found = claims.judge(results)
+    figures = {c.number: curve_figure(results, c.shows, c.curve) for c in found}
+    broken = [f'{name}, seed {seed}: {r["failed"]}' for name, runs in results.items()
+              for seed, r in runs.items() if 'failed' in r]
+    path.write_text(PAGE.render(
+        title=title, head=head, how=how, claims=found, rule=rule.RULE, badge=badge,
+        by_seed=by_seed, spread=spread, panels=PANELS, broken=broken, columns=COLUMNS,
+        figures={k: as_png(v) for k, v in figures.items() if v},
+        grids={name: as_png(p.read_bytes()) for name, p in pictures.items()},
+        first={name: min(results[name]) for name in pictures},
+        words={e.name: e.words for e in experiments}, table=table_rows(results, experiments)))
+    return found

@@ -1,0 +1,80 @@
+"""Files with a JSON object a line, of which a kill or a full disk leaves no half behind.
+
+Plain files: nothing here needs JAX or a device.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import json
+import os
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+
+def read(path: Path) -> list[dict[str, Any]]:
+    """A file's entries, oldest first; none if it is not there.
+
+    A last line without an end is what a writer that was killed has left: it does not count.
+
+    Raises:
+      ValueError: another line is no JSON object; names the file and the line's number.
+    """
+    entries = [_parsed(line) for line in _whole_lines(path)]
+    if None in entries:
+        raise ValueError(f'{path}, line {entries.index(None) + 1} is no JSON object; mend it, or '
+                         'take it out')
+    return entries
+
+
+def trim(path: Path, good: Callable[[dict[str, Any]], bool]) -> list[dict[str, Any]]:
+    """Takes out of a file what is no entry, or not a `good` one; returns the others.
+
+    Through a temporary file and a rename: a disk without room leaves the file as it was.
+    """
+    kept = [(line, entry) for line in _whole_lines(path)
+            if (entry := _parsed(line)) is not None and good(entry)]
+    text = b''.join(line + b'\n' for line, _ in kept)
+    if path.is_file() and path.stat().st_size != len(text):
+        scratch = path.with_name(f'{path.name}.tmp')
+        scratch.write_bytes(text)
+        os.replace(scratch, path)
+    return [entry for _, entry in kept]
+
+
+def append(path: Path, entry: Mapping[str, Any]) -> None:
+    """Adds an entry to a file, made if need be: all of it, or nothing and an `OSError`."""
+    rest = memoryview((json.dumps(entry) + '\n').encode())
+    with path.open('a+b', buffering=0) as f:
+        end = _cut_short(f)
+        try:
+            while rest:
+                rest = rest[f.write(rest):]  # a disk that fills up takes a part
+        except OSError:
+            with contextlib.suppress(OSError):
+                f.truncate(end)
+            raise
+
+
+def _cut_short(f: io.FileIO) -> int:
+    """Takes off a last line without an end; the file's length."""
+    end = f.seek(0, os.SEEK_END)
+    if end and os.pread(f.fileno(), 1, end - 1) != b'\n':
+        f.seek(0)
+        end = f.readall().rfind(b'\n') + 1
+        f.truncate(end)
+    return end
+
+
+def _whole_lines(path: Path) -> list[bytes]:
+    return path.read_bytes().split(b'\n')[:-1] if path.is_file() else []
+
+
+def _parsed(line: bytes) -> dict[str, Any] | None:
+    try:
+        entry = json.loads(line)
+    except ValueError:
+        return None
+    return entry if isinstance(entry, dict) else None

@@ -1,0 +1,206 @@
+"""Steps that go wrong, in the real loop around a model of one number: left out, replayed, given up.
+
+A batch's loss is its rows' mean, so that every batch leaves its mark on the number.
+"""
+
+import dataclasses
+import json
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+import tiny
+
+from ddmd_jax import sharding
+from ddmd_jax.data import loader
+from ddmd_jax.data.order import Order
+from ddmd_jax.train import distill, guards, lines, loop, state as st
+from ddmd_jax.train.step import Steps
+
+BATCH, STEPS = 4, 6
+
+
+def make_task(bad=(), warmup=0):
+    """A task whose batches `bad`, by number, are NaN."""
+    order = Order(np.arange(32), BATCH, seed=0)
+    data = loader.batches(order, lambda rows, length: rows.astype(np.float32) / 32, BATCH)
+
+    def place(batch):
+        number = data.get_state()['next_index'] - 1  # the feed reads them one by one
+        return jnp.asarray(batch.rows) * (np.nan if number in bad else 1)
+
+    @jax.jit
+    def update(state, rows):
+        loss = jnp.mean(rows)
+        new = dataclasses.replace(
+            state, step=state.step + 1, ema=jax.tree.map(lambda x: 0.9 * x + loss, state.ema))
+        finite = jnp.isfinite(loss)
+        return st.keep_if(finite, new, state), {'loss': loss, 'finite': finite}
+
+    def critic(state, rows):
+        return dataclasses.replace(state, critic_step=state.critic_step + 1), {
+            'fake_loss': jnp.mean(rows), 'finite': jnp.isfinite(jnp.mean(rows))}
+
+    steps = Steps(generator=lambda state, frozen, rows: update(state, rows), critic=critic)
+    return loop.Task(
+        name='toy', make_state=lambda: st.fresh(*[{'w': jnp.ones(1)}, optax.sgd(0.1)] * 2),
+        source=(), rules=(), data=data, place=place,
+        advance=distill.make_advance(steps, None, 1, warmup),
+        words=str, probe=lambda state: {}, annotate=lambda history, values: values,
+        pictures=lambda state, step, log: None, order=order)
+
+
+def train(workdir, bad=(), warmup=0, **changes):
+    """The state at the end of a run."""
+    config = config_of(**changes)
+    return loop.run(make_task(bad, warmup), config, workdir, mesh(), 'toy')[0]
+
+
+def config_of(every=2, steps=STEPS, resume=''):
+    config = tiny.load_config('emoji')
+    config.train.steps, config.train.on_nan, config.resume = steps, 'rollback', str(resume)
+    config.checkpoint.every, config.log.every, config.log.images_every = every, 2, 1000
+    return config
+
+
+def mesh():
+    return sharding.make_mesh({}, jax.devices()[:1])
+
+
+def told(workdir):
+    """Of each entry in `bad_batches.jsonl`: (step, checkpoint gone back to, batches)."""
+    return [(e['step'], e['checkpoint'], e['batches']) for e in guards.read_bad(workdir)]
+
+
+def left_out(batches, steps=STEPS):
+    """The number that a run is left with that never saw some batches; two are taken a step."""
+    order, ema = Order(np.arange(32), BATCH, seed=0), np.float32(1)
+    seen = [n for n in range(2 * steps + len(batches)) if n not in batches]
+    for n in seen[1::2]:
+        ema = np.float32(0.9) * ema + np.mean(order[n].rows.astype(np.float32) / 32)
+    return ema
+
+
+def test_a_bad_batch_is_left_out_and_the_rest_is_as_if_it_had_not_been_there(tmp_path):
+    state = train(tmp_path, bad={7})  # step 4's second
+    assert told(tmp_path) == [(4, 2, [6, 7])]
+    assert int(state.step) == STEPS
+    np.testing.assert_allclose(state.ema['w'][0], left_out({6, 7}), rtol=1e-6)
+
+
+@pytest.mark.parametrize('bad, place', [({6, 7}, '2'), ({1}, 'the start'), ({0, 1}, 'the start')])
+def test_a_run_goes_back_to_where_it_can(tmp_path, capfd, bad, place):
+    train(tmp_path, bad)
+    ((step, checkpoint, _),) = told(tmp_path)
+    assert checkpoint == (2 if place == '2' else None) and step == min(bad) // 2 + 1
+    assert f'back at step {checkpoint or 0}, leaving out batches ' in capfd.readouterr().err
+
+
+def test_before_the_first_checkpoint_a_run_begins_again(tmp_path):
+    state = train(tmp_path, bad={5}, every=100)
+    assert told(tmp_path) == [(3, None, [4, 5])]
+    np.testing.assert_allclose(state.ema['w'][0], left_out({4, 5}), rtol=1e-6)
+    # The batches that came before are not new ones, and nothing is logged twice.
+    assert [x['step'] for x in lines.read(tmp_path / 'metrics.jsonl')] == [2, 4, 6]
+    assert int(state.critic_step) == STEPS
+
+
+def test_the_warm_up_of_a_run_that_begins_again_is_done_again(tmp_path):
+    state = train(tmp_path, bad={5}, every=100, warmup=3)  # step 1 takes five batches
+    assert told(tmp_path) == [(2, None, [5, 6])]
+    assert int(state.critic_step) == STEPS + 3
+
+
+def test_a_run_that_goes_on_from_another_goes_back_there(tmp_path):
+    train(tmp_path / 'other', steps=2)
+    state = train(tmp_path / 'run', bad={7}, every=100, resume=tmp_path / 'other')
+    assert told(tmp_path / 'run') == [(4, None, [6, 7])]
+    np.testing.assert_allclose(state.ema['w'][0], left_out({6, 7}), rtol=1e-6)
+    entry = replay(tmp_path / 'run', {7}, resume=tmp_path / 'other')
+    assert entry['step'] == 4 and np.isnan(entry['metrics']['loss'])
+
+
+def replay(workdir, bad, **changes):
+    return loop.replay(make_task(bad), config_of(**changes), workdir, mesh(), 'toy')
+
+
+@pytest.mark.parametrize('bad, every', [({5}, 100), ({5}, 2), ({4}, 2)])
+def test_a_step_is_replayed_from_where_the_run_went_back_to(tmp_path, bad, every):
+    train(tmp_path, bad, every=every)
+    before = sorted(tmp_path.rglob('*'))
+    entry = replay(tmp_path, bad, every=every)
+    assert (entry['step'], entry['metrics']['finite']) == (3, 0)
+    name = 'loss' if bad == {5} else 'fake_loss'
+    assert np.isnan(entry['metrics'][name])
+    assert entry['bad'] == [name]
+    assert sorted(tmp_path.rglob('*')) == before
+
+
+@pytest.mark.parametrize('every, place', [(2, 'step 2'), (100, 'the start')])
+def test_after_three_times_to_one_place_a_run_ends(tmp_path, every, place):
+    bad = set(range(5, 100))
+    with pytest.raises(loop.DivergedError, match=f'step 3: NaN or Inf in .*; went back to {place} '
+                       '3 times already: it is not the batches'):
+        train(tmp_path, bad, every=every)
+    assert [x[:2] for x in told(tmp_path)] == [(3, 2 if every == 2 else None)] * 3
+    assert [x[2] for x in told(tmp_path)] == [[4, 5], [6, 7], [8, 9]]
+    # Nor does it try for ever when it is started again.
+    with pytest.raises(loop.DivergedError, match='3 times already'):
+        train(tmp_path, bad, every=every)
+    assert len(told(tmp_path)) == 3
+    # Three at another place are three more.
+    train(tmp_path, {5, 7, 9}, every=every)
+
+
+def test_two_places_are_counted_apart(tmp_path):
+    bad = {3, 5, 7, 13, 15, 17}  # three at the start, then three after the first checkpoint
+    state = train(tmp_path, bad)
+    assert [x[1] for x in told(tmp_path)] == [None] * 3 + [2] * 3
+    assert int(state.step) == STEPS
+    np.testing.assert_allclose(
+        state.ema['w'][0], left_out({n for x in told(tmp_path) for n in x[2]}), rtol=1e-6)
+
+
+# --- Health that acts ---
+
+
+def unwell(workdir, how, steps, **changes):
+    """(state, metrics lines) of a run that is over-baked at every line, one each step."""
+    config = config_of(steps=steps, **changes)
+    config.train.on_health, config.log.every = how, 1
+    task = make_task()
+    tell = lambda history, values: values | {'health': 'over-baked', 'health_reason': 'so'}
+    made = task.advance
+
+    def advance(state, next_batch, first):
+        acts = {'alpha_share': state.alpha_share + 0, 'critic_extra': state.critic_extra + 0}
+        state, metrics = made(state, next_batch, first)
+        return state, metrics | acts
+
+    task = dataclasses.replace(task, annotate=tell, advance=advance)
+    state, _ = loop.run(task, config, workdir, mesh(), 'toy')
+    lines = [json.loads(x) for x in (workdir / 'metrics.jsonl').read_text().splitlines()]
+    return state, lines
+
+
+def test_alpha_is_halved_until_it_is_low_enough(tmp_path):
+    state, lines = unwell(tmp_path, 'lower_alpha', 14)
+    shares = [1.0] * 3 + [0.5] * 3 + [0.25] * 3 + [guards.LEAST_ALPHA] * 5
+    assert [x['alpha_share'] for x in lines] == shares
+    assert float(state.alpha_share) == guards.LEAST_ALPHA and int(state.critic_step) == 14
+
+
+def test_the_critic_gets_more_updates_also_when_the_run_is_resumed(tmp_path):
+    """3 steps of one critic update, 3 of two, then killed in effect: the rest has three."""
+    state, lines = unwell(tmp_path, 'raise_critic', 6, every=6)
+    assert int(state.critic_step) == 3 * 1 + 3 * 2 and int(state.critic_extra) == 2
+    state, lines = unwell(tmp_path, 'raise_critic', 8, every=6)
+    assert [x['critic_extra'] for x in lines] == [0.0] * 3 + [1.0] * 3 + [2.0] * 2
+    assert int(state.critic_step) == 9 + 2 * 3
+
+
+def test_nothing_is_done_unless_it_is_asked_for(tmp_path):
+    state, _ = unwell(tmp_path, 'nothing', 8)
+    assert float(state.alpha_share) == 1.0 and int(state.critic_extra) == 0
