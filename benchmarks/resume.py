@@ -3,7 +3,8 @@
     python benchmarks/resume.py            # writes benchmarks/resume.json; minutes on two cores
 
 The stall and the resumption are those of `configs/emoji.py` with its own teacher and batch, for a
-few steps; memory is watched over 2,000 steps of a toy network, with a save every 50.
+few steps; memory is watched over 2,000 steps of a toy network, with a save every 10, and again with
+a single one at the end.
 """
 
 from __future__ import annotations
@@ -22,7 +23,8 @@ HERE = Path(__file__).resolve().parent
 ROOT = HERE.parent
 sys.path[:0] = [str(ROOT), str(ROOT / 'tests')]
 STEPS, EVERY, DOCUMENTED = 6, 2, 20  # of the emoji run; what configs/emoji.py has for EVERY
-TOY_STEPS, TOY_EVERY, SETTLED = 2000, 50, 500  # memory is compared from step SETTLED on
+TOY_STEPS, TOY_EVERY = 2000, 10
+SETTLED, WINDOW = 500, 50  # memory is compared from that step on, by means over so many
 
 
 def rss() -> int:
@@ -104,24 +106,45 @@ def resumed() -> dict[str, Any]:
     return {'restore_seconds': found['restore'], 'first_step_begins_seconds': found['ready']}
 
 
-def memory() -> dict[str, Any]:
-    """Slope of resident memory by least squares, from when caches are filled."""
+def slope(y: Any) -> tuple[float, float]:
+    """(least squares slope, its standard error) of a series.
+
+    The error is a bootstrap's, of residuals in blocks of five: they are not independent.
+    """
+    import numpy as np
+
+    x, rng, size = np.arange(len(y)), np.random.default_rng(0), 5
+    fit = np.polyfit(x, y, 1)
+    line = np.polyval(fit, x)
+    blocks = np.lib.stride_tricks.sliding_window_view(y - line, size)
+    draw = lambda: blocks[rng.integers(len(blocks), size=-(-len(y) // size))].ravel()[:len(y)]
+    drawn = [np.polyfit(x, line + draw(), 1)[0] for _ in range(2000)]
+    return float(fit[0]), float(np.std(drawn))
+
+
+def memory(every: int = TOY_EVERY) -> dict[str, Any]:
+    """Resident memory of the toy run, and how it grows from when caches are filled."""
     import numpy as np
     sys.path.append(str(ROOT / 'tests' / 'faults'))
     import runs
 
     folder = Path(sys.argv[2])
-    found = trained(toy_config(runs.make_weights(folder)), folder / 'toy')
-    y = np.asarray(found['memory'][SETTLED:], float)
-    slope = np.polyfit(np.arange(len(y)), y, 1)[0]
+    config = toy_config(runs.make_weights(folder))
+    config.checkpoint.every = every
+    found = trained(config, folder / f'toy{every}')
+    y = np.asarray(found['memory'], float).reshape(-1, WINDOW).mean(axis=1)
+    settled = y[SETTLED // WINDOW:]
+    grows, error = slope(settled)
     return {'steps': TOY_STEPS, 'saves': len(found['saves']),
             'stall_seconds_median': statistics.median(found['saves']),
             'step_seconds': statistics.median(found['steps']),
-            'rss_bytes_at_500': int(np.median(y[:50])), 'rss_bytes_at_end': int(np.median(y[-50:])),
-            'bytes_per_step': float(slope)}
+            'rss_bytes_at_100': int(y[1]), 'rss_bytes_at_500': int(settled[0]),
+            'rss_bytes_at_end': int(settled[-1]),
+            'bytes_per_step': grows / WINDOW, 'standard_error': error / WINDOW}
 
 
-PARTS = {'stall': stall, 'resumed': resumed, 'memory': memory}
+PARTS = {'stall': stall, 'resumed': resumed, 'memory': memory,
+         'memory_one_save': lambda: memory(TOY_STEPS)}
 
 
 def main() -> None:

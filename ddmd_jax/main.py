@@ -101,8 +101,8 @@ def _replay(config, workdir: Path, mesh) -> None:
         teacher, task = distill.prepare(config, mesh)
         identity = teacher.identity
     entry = loop.replay(task, config, workdir, mesh, identity)
-    print(f'step {entry["step"]}, from checkpoint {entry["checkpoint"]}: batches '
-          f'{entry["batches"]}, rows {entry["rows"]}')
+    place = 'the start' if entry['checkpoint'] is None else f'checkpoint {entry["checkpoint"]}'
+    print(f'step {entry["step"]}, from {place}: batches {entry["batches"]}, rows {entry["rows"]}')
     for name, value in sorted(entry['metrics'].items()):
         print(f'{name} {value!r}{"" if math.isfinite(value) else "  <- not finite"}')
 

@@ -22,7 +22,7 @@ from ddmd_jax.export import export
 from ddmd_jax.models.layers import abstract_params
 from ddmd_jax.models.nextdit import NextDiT
 from ddmd_jax.teachers import lumina
-from ddmd_jax.train import state as st
+from ddmd_jax.train import checksums, state as st
 from ddmd_jax.train.checkpoint import CheckpointError, read_manifest, restore_ema
 from ddmd_jax.train.feed import Feed
 from ddmd_jax.train.saving import Checkpoints
@@ -145,6 +145,18 @@ def embedded_teacher(run, small, tmp_path):
     return small, "distils the teacher 'emoji'.*only students of lumina can be exported"
 
 
+def damaged_file(run, small, tmp_path):
+    """One bit of the tensors: still readable, and another student."""
+    (tmp_path / 'config.json').write_text(json.dumps(CONFIG))
+    folder = save(tmp_path / 'run', {'teacher.name': 'lumina', 'teacher.path': str(tmp_path)},
+                  SMALL) / 'checkpoints' / '3'
+    path = max(checksums.files(folder).values(), key=lambda p: p.stat().st_size)
+    data = bytearray(path.read_bytes())
+    data[-1] ^= 1
+    path.write_bytes(data)
+    return tmp_path / 'run', r'3 is damaged \(.* is not what was written\); start the run'
+
+
 def another_shape(run, small, tmp_path):
     config = CONFIG | {'cap_feat_dim': 32}
     (tmp_path / 'config.json').write_text(json.dumps(config))
@@ -153,7 +165,7 @@ def another_shape(run, small, tmp_path):
 
 
 @pytest.mark.parametrize('case', [
-    no_folder, no_checkpoint, damaged_manifest, embedded_teacher, another_shape])
+    no_folder, no_checkpoint, damaged_manifest, damaged_file, embedded_teacher, another_shape])
 def test_what_cannot_be_exported_is_refused_in_one_line(run, small, tmp_path, case):
     workdir, words = case(run, small, tmp_path)
     with pytest.raises(CheckpointError, match=words) as e:

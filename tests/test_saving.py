@@ -23,10 +23,11 @@ from ddmd_jax.train import checkpoint as ckpt, checksums, logs, memory, noise, s
 @pytest.fixture
 def hanging(tmp_path, monkeypatch):
     """``hanging(where)``: (checkpoints with one good save, of which the next will hang there)."""
-    released = threading.Event()
+    released, opened_here = threading.Event(), []
 
     def made(where):
         checkpoints, data = opened(tmp_path, timeout=0.5), feed()
+        opened_here.append(checkpoints)
         checkpoints.save(1, state_at(1), data)
         assert checkpoints.wait() == ''
         hang = lambda *args, **kwargs: released.wait(60)
@@ -36,6 +37,8 @@ def hanging(tmp_path, monkeypatch):
 
     yield made
     released.set()
+    for checkpoints in opened_here:
+        checkpoints._worker.shutdown()  # what it still does must not meet another test's saves
 
 
 def asked(checkpoints, how):

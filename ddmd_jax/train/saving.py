@@ -155,7 +155,7 @@ class Checkpoints:
 
     def _copy(self, step: int, items: Any, judged: Mapping[str, float] | None) -> None:
         """In the thread: the part of a save that the next step has to wait for."""
-        if step == self._committed:
+        if step == self._committed == self.latest:
             return  # only its checksums are missing
         try:
             self.manager.save(step, metrics=judged, args=items)

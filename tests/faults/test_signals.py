@@ -1,4 +1,4 @@
-"""SIGTERM and SIGINT, the lock, a full disk, a NaN: real processes, through `main`."""
+"""SIGTERM and SIGINT, the lock, a NaN: real processes, through `main`."""
 
 import json
 import signal
@@ -6,6 +6,8 @@ import time
 
 import pytest
 import runs
+
+from ddmd_jax.train import guards
 
 pytestmark = [pytest.mark.slow, pytest.mark.faults]
 LONG = {'train.steps': 100_000, 'checkpoint.every': 100_000}
@@ -67,19 +69,6 @@ def test_two_runs_of_one_folder(toy):
     toy.finish(workdir, {'train.steps': 2})  # nobody holds it any more
 
 
-def test_a_full_disk_keeps_the_checkpoint_before(toy, small_disk):
-    workdir, filler = small_disk / 'run', small_disk / 'filler'
-    _, err = toy.finish(workdir, {'train.steps': 5}, code=1, FILL=str(filler))
-    told = runs.said(err)
-    assert told[0].startswith(f'warning: checkpoint {workdir}/checkpoints/4 could not be written (')
-    assert told[-1].startswith('main: step 5 could not be saved, twice (')
-    assert f'step 2 is the newest checkpoint in {workdir}/checkpoints' in told[-1]
-    filler.unlink()
-    toy.finish(workdir, {'train.steps': 5})
-    toy.finish(toy.root / 'roomy', {'train.steps': 5})
-    runs.assert_same(workdir, toy.root / 'roomy', 5)
-
-
 def test_a_nan_is_gone_back_on_left_out_and_replayed(toy):
     workdir, fields = toy.root / 'nan', {'train.steps': 8, 'train.on_nan': 'rollback'}
     toy.finish(workdir, fields, NAN='9')  # two batches a step: the fifth's, after a checkpoint
@@ -97,6 +86,20 @@ def test_a_nan_is_gone_back_on_left_out_and_replayed(toy):
     # What stays bad is not gone back on for ever, and not at all if that is not asked for.
     _, err = toy.finish(toy.root / 'abort', {'train.steps': 8}, code=1, NAN='9')
     assert runs.said(err)[-1].startswith('main: step 5: NaN or Inf in ')
+
+
+def test_a_nan_before_the_first_checkpoint_is_gone_back_on_from_the_start(toy):
+    workdir = toy.root / 'early-nan'
+    fields = {'train.steps': 6, 'train.on_nan': 'rollback', 'checkpoint.every': 6}
+    _, err = toy.finish(workdir, fields, NAN='7', TOY='1')
+    assert 'no checkpoint had been written yet' in err and 'back at step 0, leaving out' in err
+    (entry,) = guards.read_bad(workdir)
+    assert entry['checkpoint'] is None and entry['step'] == 4 and entry['batches'] == [6, 7]
+    assert [x['step'] for x in runs.lines(workdir)] == [3, 6]
+    out, _ = toy.finish(workdir, fields, ['--replay'], NAN='7', TOY='1')
+    first, *figures = out.splitlines()
+    assert first.startswith('step 4, from the start: batches [6, 7], rows [[')
+    assert 'finite 0.0' in figures and any(x.startswith('loss nan') for x in figures)
 
 
 def test_a_bad_verdict_that_lasts_ends_training_and_is_saved(toy):
