@@ -95,8 +95,7 @@ def main(argv: list[str]) -> None:
     planned = [runs.Run(e, seed, folder, suites.fields(e, config.teacher.name, _QUICK.value, seed,
                                                        own))
                for seed in range(seeds) for e in experiments]
-    stop = lambda number, frame: (_ for _ in ()).throw(KeyboardInterrupt)
-    signal.signal(signal.SIGTERM, stop)
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # runs under way are ended, and save
     try:
         if not _REPORT.value:
             runs.perform(planned, _CONFIG.value, _PROCESSES.value,

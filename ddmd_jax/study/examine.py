@@ -15,12 +15,11 @@ from pathlib import Path
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 from ml_collections import ConfigDict
 from PIL import Image
 
-from ddmd_jax import drawing, process, sharding
+from ddmd_jax import drawing, sharding
 from ddmd_jax.data import conditioning
 from ddmd_jax.metrics import pictures
 from ddmd_jax.train import checkpoint as ckpt, checksums, distill, prompts as prompt_sources
@@ -58,8 +57,8 @@ def share_of_way(change: np.ndarray, way: np.ndarray) -> float:
     return float(np.mean((a * b).sum(1) / np.maximum((b * b).sum(1), 1e-12)))
 
 
-def looked_at(config: Any, workdir: Path) -> tuple[dict[str, Any], np.ndarray]:
-    """(figures, a grid of pictures) of a run's last weights, on fixed prompts and noise.
+def looked_at(config: Any, workdir: Path) -> tuple[dict[str, Any], np.ndarray | None]:
+    """(figures, a grid of pictures, if there is a decoder) of a run's last weights, on fixed prompts and noise.
 
     Figures: `std_ratio`, contrast of the live student's samples to that at the start;
     `bands_live` and `bands_ema`, `band_shares` of what has changed since; `guided_share`, that
@@ -80,13 +79,8 @@ def looked_at(config: Any, workdir: Path) -> tuple[dict[str, Any], np.ndarray]:
     student, critic = part('student'), part('critic')
     start, live, ema = (draw(p, cond) for p in (teacher.params, student, part('ema')))
 
-    @functools.partial(jax.jit, static_argnums=0)
-    def predict(_: int, params: Any, x: jax.Array) -> jax.Array:
-        tau = process.shift_time(jnp.full((COUNT,), distill.PANEL_TAU), plan.method.shift)
-        x_tau = process.renoise(x, tau, jax.random.normal(jax.random.fold_in(key, 1), x.shape))
-        return teacher.predict_clean(params, x_tau, tau, cond)
-
-    real, fake = predict(0, teacher.params, live), predict(0, critic, live)
+    predict = jax.jit(functools.partial(distill.predict_noised, teacher, plan.method, key))
+    real, fake = (predict(p, live, cond) for p in (teacher.params, critic))
     start, live, ema, real, fake = (np.asarray(x) for x in (start, live, ema, real, fake))
     change = live - start
     guide = drawing.of_teacher(teacher, GUIDED_STEPS, config.method.alpha,
@@ -97,10 +91,10 @@ def looked_at(config: Any, workdir: Path) -> tuple[dict[str, Any], np.ndarray]:
              'bands_live': band_shares(change), 'bands_ema': band_shares(ema - start),
              'guided_share': share_of_way(change, guided - start),
              'observer_cos': cosine(real - fake, change)}
-    show = lambda x: np.asarray(teacher.decode(x[:SHOWN]))
-    grid = None if teacher.decode is None else pictures.rows_of_images(
-        [show(x) for x in (start, ema, live, real, fake, real - fake)])
-    return found, grid
+    if teacher.decode is None:
+        return found, None
+    shown = [np.asarray(teacher.decode(x[:SHOWN])) for x in (start, ema, live, real, fake)]
+    return found, pictures.rows_of_images([*shown, shown[3] - shown[4]])
 
 
 def curves(workdir: Path) -> dict[str, list[Any]]:

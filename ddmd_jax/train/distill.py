@@ -101,6 +101,17 @@ def drawn_rows(count: int, mesh: Mesh) -> int:
     return -(-count // ways) * ways
 
 
+def predict_noised(teacher: teachers.Teacher, m: Method, key: jax.Array, params: Any, x: jax.Array,
+                   cond: Any) -> jax.Array:
+    """What `params` predict of samples `x` ``[B, ...]`` re-noised to `PANEL_TAU`.
+
+    The same `key` gives the same noise, so that teacher and critic can be compared.
+    """
+    tau = process.shift_time(jnp.full(x.shape[:1], PANEL_TAU), m.shift)
+    x_tau = process.renoise(x, tau, jax.random.normal(jax.random.fold_in(key, 1), x.shape))
+    return teacher.predict_clean(sharding.on_device(params), x_tau, tau, cond)
+
+
 def make_pictures(config: Any, teacher: teachers.Teacher, prompts: conditioning.Prompts,
                   frozen: Any, m: Method, mesh: Mesh) -> Callable:
     """Sample grids and student / real / fake / difference panels for TensorBoard."""
@@ -113,15 +124,13 @@ def make_pictures(config: Any, teacher: teachers.Teacher, prompts: conditioning.
     draw = make_sampler(config, teacher, m, mesh, GRID, key)
 
     @functools.partial(jax.jit, out_shardings=sharding.replicated(mesh))
-    def predict_noised(params: Any, x: jax.Array, cond: Any) -> jax.Array:
+    def predict(params: Any, x: jax.Array, cond: Any) -> jax.Array:
         x = jnp.resize(x, (rows, *teacher.sample_shape))
-        tau = process.shift_time(jnp.full((rows,), PANEL_TAU), m.shift)
-        x_tau = process.renoise(x, tau, jax.random.normal(jax.random.fold_in(key, 1), x.shape))
-        return teacher.predict_clean(sharding.on_device(params), x_tau, tau, cond)[:GRID]
+        return predict_noised(teacher, m, key, params, x, cond)[:GRID]
 
     def show(state: st.TrainState, step: int, log: Any) -> None:
         x = draw(state.ema, cond)
-        real, fake = (predict_noised(p, x, cond) for p in (frozen['teacher'], state.critic))
+        real, fake = (predict(p, x, cond) for p in (frozen['teacher'], state.critic))
         x, real, fake = (np.asarray(teacher.decode(z)) for z in (x, real, fake))
         log.image(step, 'panels/student_real_fake_difference',
                   pictures.rows_of_images([x, real, fake, real - fake]))
