@@ -58,7 +58,7 @@ def share_of_way(change: np.ndarray, way: np.ndarray) -> float:
 
 
 def looked_at(config: Any, workdir: Path) -> tuple[dict[str, Any], np.ndarray | None]:
-    """(figures, a grid of pictures, if there is a decoder) of a run's last weights, on fixed prompts and noise.
+    """(figures, a grid of pictures or None) of a run's last weights, on fixed prompts and noise.
 
     Figures: `std_ratio`, contrast of the live student's samples to that at the start;
     `bands_live` and `bands_ema`, `band_shares` of what has changed since; `guided_share`, that
