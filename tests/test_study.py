@@ -52,11 +52,13 @@ def test_one_part_that_fails_refutes_a_claim():
 # --- What is run ---
 
 
-@pytest.mark.parametrize('experiment', suites.PAPER, ids=lambda e: e.name)
+@pytest.mark.parametrize(('suite', 'experiment'), [
+    (suite, e) for suite in suites.SUITES.values() for e in suite.experiments],
+    ids=lambda e: getattr(e, 'name', ''))
 @pytest.mark.parametrize('quick', [False, True])
-def test_every_experiment_is_a_valid_config(experiment, quick):
+def test_every_experiment_is_a_valid_config(suite, experiment, quick):
     config = tiny.load_config('emoji')
-    config.update_from_flattened_dict(suites.fields(experiment, 'emoji', quick, 2))
+    config.update_from_flattened_dict(suites.fields(suite, experiment, config, quick, 2))
     assert config_lib.validate(config) == [] and config.seed == 2
 
 
@@ -65,7 +67,8 @@ def test_every_experiment_is_a_valid_config(experiment, quick):
 def test_the_suite_is_one_flag_away_for_another_teacher(experiment):
     """Not those that need real data, which the embedded teacher alone comes with."""
     config = tiny.load_config('lumina')
-    config.update_from_flattened_dict(suites.fields(experiment, 'lumina', False, 0))
+    config.update_from_flattened_dict(
+        suites.fields(suites.SUITES['paper'], experiment, config, False, 0))
     assert config_lib.validate(config) == []
 
 
@@ -187,7 +190,8 @@ def test_a_result_counts_for_the_fields_it_was_made_with(tmp_path):
 
 @pytest.mark.parametrize(('flags', 'line'), [
     ((), '--config and --workdir are needed'),
-    (('--config=configs/emoji.py', '--workdir=x', '--suite=papr'), "no suite 'papr'; known: paper"),
+    (('--config=configs/emoji.py', '--workdir=x', '--suite=papr'),
+     "no suite 'papr'; known: paper, robustness"),
     (('--config=configs/emoji.py', '--workdir=x', '--only=ca'),
      "no experiment 'ca'; known: hybrid"),
     (('--config=configs/no.py', '--workdir=x'), '--config configs/no.py cannot be read'),

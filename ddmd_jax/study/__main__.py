@@ -1,7 +1,8 @@
 """``python -m ddmd_jax.study --suite=paper --config=configs/emoji.py --workdir=DIR``
 
 Runs the suite's experiments with every seed, resuming what was begun, and writes
-``DIR/report.html``: the paper's claims, what was measured, and whether each holds.
+``DIR/report.html``. Suite `paper`: the paper's claims, what was measured, and whether each holds;
+`robustness`: where the recipe stays healthy, and whether the health verdict warns in time.
 
 Exit codes: 0 the report is written; 1 it could not be (one line says why); 2 a flag is wrong.
 """
@@ -21,7 +22,7 @@ from tqdm import tqdm
 _SUITE = flags.DEFINE_string('suite', 'paper', 'Which suite of experiments.')
 _CONFIG = flags.DEFINE_string('config', None, 'The config they are variations of.')
 _WORKDIR = flags.DEFINE_string('workdir', None, 'Folder of the study; resumed if it holds one.')
-_SEEDS = flags.DEFINE_integer('seeds', None, 'How many seeds; default 3, with --quick 1.',
+_SEEDS = flags.DEFINE_integer('seeds', None, 'How many; default the suite\'s, with --quick 1.',
                               lower_bound=1)
 _PROCESSES = flags.DEFINE_integer('processes', 1, 'Runs at a time. One on a TPU; on a CPU a run '
                                   'uses about two cores.', lower_bound=1)
@@ -68,18 +69,8 @@ def load_config(path: str) -> Any:
     return config
 
 
-def results_in(folder: Path, names: list[str]) -> dict[str, dict[int, dict[str, Any]]]:
-    """``{experiment: {seed: result}}`` of what stands in a study's folder, seeds in order."""
-    found: dict[str, dict[int, dict[str, Any]]] = {}
-    for name in names:
-        files = {int(p.stem.rpartition('-seed')[2]): p for p in folder.glob(f'{name}-seed*.json')}
-        if files:
-            found[name] = {seed: json.loads(files[seed].read_text()) for seed in sorted(files)}
-    return found
-
-
 def main(argv: list[str]) -> None:
-    from ddmd_jax.study import report, runs, suites
+    from ddmd_jax.study import results, runs, suites
 
     if len(argv) > 1:
         wrong(f'unexpected argument {argv[1]!r}')
@@ -87,14 +78,14 @@ def main(argv: list[str]) -> None:
         wrong('--config and --workdir are needed: the config that is varied, and where to keep it')
     config = load_config(_CONFIG.value)
     try:
-        experiments = suites.chosen(_SUITE.value, _QUICK.value, tuple(_ONLY.value))
+        suite = suites.find(_SUITE.value)
+        experiments = suites.chosen(suite, _QUICK.value, tuple(_ONLY.value))
     except ValueError as e:
         wrong(str(e))
-    folder, seeds = Path(_WORKDIR.value).expanduser(), _SEEDS.value or (1 if _QUICK.value else 3)
-    own = own_fields(_SET.value)
-    planned = [runs.Run(e, seed, folder, suites.fields(e, config.teacher.name, _QUICK.value, seed,
-                                                       own))
-               for seed in range(seeds) for e in experiments]
+    folder, quick, own = Path(_WORKDIR.value).expanduser(), _QUICK.value, own_fields(_SET.value)
+    seeds = _SEEDS.value or (1 if quick else suite.seeds)
+    planned = [runs.Run(e, seed, folder, suites.fields(suite, e, config, quick, seed, own),
+                        suite.looked_at) for seed in range(seeds) for e in experiments]
     signal.signal(signal.SIGTERM, signal.default_int_handler)  # runs under way are ended, and save
     try:
         if not _REPORT.value:
@@ -104,19 +95,34 @@ def main(argv: list[str]) -> None:
         sys.exit(f'study: {e or "stopped"}; run the same command to go on')
     except OSError as e:
         sys.exit(f'study: {folder} cannot be written ({e.strerror}); choose another --workdir')
-    whole = suites.SUITES[_SUITE.value]
-    results = results_in(folder / 'results', [e.name for e in whole])
-    if not results:
+    found = results.read(folder / 'results', [e.name for e in suite.experiments])
+    if not found:
         sys.exit(f'study: {folder / "results"} holds no results; run without --report_only')
-    shown = {name: folder / 'results' / f'{name}-seed{min(by)}.png' for name, by in results.items()}
-    found = report.write(
-        folder / 'report.html', f'The claims of Decoupled DMD on {config.teacher.name}',
-        f'Suite {_SUITE.value!r} of {_CONFIG.value}, {sum(map(len, results.values()))} runs.',
-        shlex.join(['python', '-m', 'ddmd_jax.study', *sys.argv[1:]]), results, whole,
-        {name: path for name, path in shown.items() if path.is_file()})
-    for claim in found:
-        print(f'{claim.number}. {claim.title}: {claim.verdict}')
-    print(folder / 'report.html')
+    try:
+        print(write_report(folder, suite, config.teacher.name, found))
+    except ValueError as e:
+        sys.exit(f'study: {folder / "results"}: {e}')
+
+
+def write_report(folder: Path, suite: Any, teacher: str, found: dict[str, Any]) -> str:
+    """Writes ``report.html``; what it says in a few lines, and where it is.
+
+    Raises:
+      ValueError: the results do not suffice.
+    """
+    from ddmd_jax.study import map_report, report
+
+    path = folder / 'report.html'
+    head = f'Suite {_SUITE.value!r} of {_CONFIG.value}, {sum(map(len, found.values()))} runs.'
+    how = shlex.join(['python', '-m', 'ddmd_jax.study', *sys.argv[1:]])
+    if _SUITE.value == 'robustness':
+        _, rates = map_report.write(path, f'Where the recipe stays healthy on {teacher}', head,
+                                    how, found)
+        return f'{map_report.answer(rates)}\n{path}'
+    shown = {name: folder / 'results' / f'{name}-seed{min(by)}.png' for name, by in found.items()}
+    judged = report.write(path, f'The claims of Decoupled DMD on {teacher}', head, how, found,
+                          suite.experiments, {k: p for k, p in shown.items() if p.is_file()})
+    return '\n'.join([*(f'{c.number}. {c.title}: {c.verdict}' for c in judged), str(path)])
 
 
 if __name__ == '__main__':

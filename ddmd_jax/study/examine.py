@@ -1,37 +1,39 @@
-"""``python -m ddmd_jax.study.examine WORKDIR RESULT.json FIELDS``: what a finished run shows.
+"""``python -m ddmd_jax.study.examine WORKDIR RESULT.json FIELDS [curves]``: what a run shows.
 
 Beside the evaluation and the curves that the run has written, it looks at the last weights: what
 the student's samples have become of those it started with, in which frequencies; and whether the
 critic, used or only watching, would move them back. A picture of that goes beside the result.
+With `curves` the weights are not looked at.
 """
 
 from __future__ import annotations
 
 import functools
 import json
-import os
 import sys
 from pathlib import Path
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
+from jax.sharding import Mesh
 from ml_collections import ConfigDict
 from PIL import Image
 
 from ddmd_jax import drawing, sharding
 from ddmd_jax.data import conditioning
 from ddmd_jax.metrics import pictures
+from ddmd_jax.study import results
+from ddmd_jax.teachers import Teacher
 from ddmd_jax.train import checkpoint as ckpt, checksums, distill, prompts as prompt_sources
 from ddmd_jax.train.diagnostics import image_std
+from ddmd_jax.train.method import Method
 
 COUNT, SHOWN = 48, 8  # samples that are compared, and of these in the picture
 GUIDED_STEPS = 20  # of the guided teacher they are compared with
 # Bounds of low, middle and high frequencies, as shares of the highest one of a row of pixels.
 BANDS = (0.0, 0.15, 0.4, 2.0)
-CURVES = ('loss', 'fake_loss', 'dm_rel_gap', 'dm_cos', 'dm_to_ca', 'x_std', 'saturation', 'ema_std',
-          'ema_cast', 'ema_match', 'ema_background', 'ema_colour_error', 'ema_variance',
-          'gan_critic_loss', 'gan_loss', 'mv_kl', 'health')
 
 
 def band_shares(change: np.ndarray) -> list[float]:
@@ -57,7 +59,8 @@ def share_of_way(change: np.ndarray, way: np.ndarray) -> float:
     return float(np.mean((a * b).sum(1) / np.maximum((b * b).sum(1), 1e-12)))
 
 
-def looked_at(config: Any, workdir: Path) -> tuple[dict[str, Any], np.ndarray | None]:
+def looked_at(config: Any, teacher: Teacher, mesh: Mesh,
+              workdir: Path) -> tuple[dict[str, Any], np.ndarray | None]:
     """(figures, a grid of pictures or None) of a run's last weights, on fixed prompts and noise.
 
     Figures: `std_ratio`, contrast of the live student's samples to that at the start;
@@ -66,27 +69,16 @@ def looked_at(config: Any, workdir: Path) -> tuple[dict[str, Any], np.ndarray | 
     `observer_cos`, the cosine of Delta_DM at `distill.PANEL_TAU` with the change: below 0, DM
     would move back.
     """
-    mesh = sharding.make_mesh({}, jax.devices()[:1])
-    teacher = distill.load_teacher(config, mesh)
     prompts = prompt_sources.load(config, teacher, mesh)
     plan = distill.plan(config, teacher, prompts.null, mesh)
     folder = workdir / 'checkpoints' / str(checksums.steps(workdir / 'checkpoints')[-1])
     part = lambda name: ckpt.restore_part(folder, name, getattr(plan.state, name),
                                           getattr(plan.state_shardings, name))
-    cond = prompts.cond(distill.shown_rows(prompts, COUNT, 0))
-    key = jax.random.key(0)
-    draw = distill.make_sampler(config, teacher, plan.method, mesh, COUNT, key)
-    student, critic = part('student'), part('critic')
-    start, live, ema = (draw(p, cond) for p in (teacher.params, student, part('ema')))
-
-    predict = jax.jit(functools.partial(distill.predict_noised, teacher, plan.method, key))
-    real, fake = (predict(p, live, cond) for p in (teacher.params, critic))
-    start, live, ema, real, fake = (np.asarray(x) for x in (start, live, ema, real, fake))
+    frozen = jax.device_put(teacher.params, plan.frozen_shardings['teacher'])
+    start, live, ema, real, fake, guided = samples(
+        config, teacher, prompts, plan.method, mesh, frozen, *map(part, (
+            'student', 'ema', 'critic')))
     change = live - start
-    guide = drawing.of_teacher(teacher, GUIDED_STEPS, config.method.alpha,
-                               noises=config.student.steps)
-    null = conditioning.null_like(prompts.null, cond)
-    guided = np.asarray(jax.jit(guide.draw)(teacher.params, cond, null, key))
     found = {'std_ratio': float(image_std(live) / image_std(start)),
              'bands_live': band_shares(change), 'bands_ema': band_shares(ema - start),
              'guided_share': share_of_way(change, guided - start),
@@ -97,35 +89,46 @@ def looked_at(config: Any, workdir: Path) -> tuple[dict[str, Any], np.ndarray | 
     return found, pictures.rows_of_images([*shown, shown[3] - shown[4]])
 
 
-def curves(workdir: Path) -> dict[str, list[Any]]:
-    """Columns of ``metrics.jsonl``: `step` and those of CURVES that are there."""
-    lines = [json.loads(x) for x in (workdir / 'metrics.jsonl').read_text().splitlines()]
-    short = lambda v: round(v, 5) if isinstance(v, float) else v
-    return {name: [short(line.get(name)) for line in lines] for name in ('step', *CURVES)
-            if any(name in line for line in lines)}
+def samples(config: Any, teacher: Teacher, prompts: conditioning.Prompts, m: Method, mesh: Mesh,
+            frozen: Any, student: Any, ema: Any, critic: Any) -> list[np.ndarray]:
+    """``[COUNT, ...]`` each: of the start, the student, its average; real, fake; and guided.
 
+    The fourth and fifth are the teacher's and the critic's prediction of the student's.
+    """
+    rows, key = distill.drawn_rows(COUNT, mesh), jax.random.key(0)
+    cond = prompts.cond(np.resize(distill.shown_rows(prompts, COUNT, 0), rows))
+    draw = distill.make_sampler(config, teacher, m, mesh, COUNT, key)
+    guide = drawing.of_teacher(teacher, GUIDED_STEPS, config.method.alpha,
+                               noises=config.student.steps)
+    whole = functools.partial(jax.jit, out_shardings=sharding.replicated(mesh))
 
-def evaluated(workdir: Path) -> dict[str, Any]:
-    """The student and its teacher in as few steps, as the run has judged them; {} if it has not."""
-    path = workdir / 'eval.json'
-    if not path.is_file():
-        return {}
-    found = json.loads(path.read_text())
-    rows = {row['name']: row for row in found['rows']}
-    return {'student': rows['student'], 'few_step': rows['teacher_few_step'],
-            'seconds': found['seconds']}
+    @whole
+    def predict(params: Any, x: jax.Array, cond: Any) -> jax.Array:
+        x = jnp.resize(x, (rows, *x.shape[1:]))
+        return distill.predict_noised(teacher, m, key, params, x, cond)[:COUNT]
+
+    @whole
+    def guided(params: Any, cond: Any, null: Any) -> jax.Array:
+        return guide.draw(sharding.on_device(params), cond, null, key)[:COUNT]
+
+    live = draw(student, cond)
+    null = conditioning.null_like(prompts.null, cond)
+    drawn = (draw(frozen, cond), live, draw(ema, cond), predict(frozen, live, cond),
+             predict(critic, live, cond), guided(frozen, cond, null))
+    return [np.asarray(x) for x in drawn]
 
 
 def main(argv: list[str]) -> None:
     workdir, result, fields = Path(argv[1]), Path(argv[2]), json.loads(argv[3])
     config = ConfigDict(json.loads((workdir / 'config.json').read_text()))
-    figures, grid = looked_at(config, workdir)
+    mesh = sharding.make_mesh(config.mesh)
+    teacher = distill.load_teacher(config, mesh)
+    found, grid = {'fields': fields, 'data_std': teacher.data_std}, None
+    if argv[4:] != ['curves']:
+        found['figures'], grid = looked_at(config, teacher, mesh, workdir)
     if grid is not None:
         Image.fromarray(grid).quantize(255).save(result.with_suffix('.png'), optimize=True)
-    scratch = result.with_suffix('.tmp')
-    scratch.write_text(json.dumps({'fields': fields, 'figures': figures, **evaluated(workdir),
-                                   'curves': curves(workdir)}))
-    os.replace(scratch, result)
+    results.write(result, found | results.evaluated(workdir) | {'curves': results.curves(workdir)})
 
 
 if __name__ == '__main__':

@@ -2,18 +2,15 @@
 
 from __future__ import annotations
 
-import base64
-import io
 import statistics
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import jinja2
 import numpy as np
 from markupsafe import Markup
 
-from ddmd_jax.study import claims, statistics as rule
+from ddmd_jax.study import claims, page, statistics as rule
 from ddmd_jax.study.suites import Experiment
 
 COLUMNS = {'glyph_match': 3, 'glyph_match_held_out': 3, 'background_match': 3, 'frechet': 2,
@@ -24,13 +21,9 @@ PANELS = ('From above: at the start; the averaged student; the live student; the
           'prediction of the live student\'s samples from tau = .5; the critic\'s; their '
           'difference, Delta_DM. Same prompts, same noise.')
 
-PAGE = jinja2.Environment(autoescape=True).from_string(
-    Path(__file__).with_name('report.html.jinja').read_text())
-
-
 def badge(verdict: str) -> Markup:
     kind = {rule.HOLDS: 'holds', rule.FAILS: 'fails'}.get(verdict, 'open')
-    return Markup('<span class="v {}">{}</span>').format(kind, verdict)
+    return page.badge(kind, verdict)
 
 
 def by_seed(part: claims.Part) -> str:
@@ -46,18 +39,9 @@ def spread(part: claims.Part) -> str:
     return f'{found.mean:.3g} [{found.low:.3g}, {found.high:.3g}]'
 
 
-def as_png(data: bytes) -> str:
-    return 'data:image/png;base64,' + base64.b64encode(data).decode()
-
-
 def curve_figure(results: claims.Results, names: Sequence[str], curve: str) -> bytes | None:
     """A PNG of `curve` over steps for each experiment; None where no run has it."""
-    import matplotlib
-
-    matplotlib.use('Agg')
-    from matplotlib import pyplot as plt
-
-    fig, ax = plt.subplots(figsize=(7, 3.4), layout='constrained')
+    fig, ax = page.subplots(figsize=(7, 3.4))
     for name in names:
         runs = [r['curves'] for r in results.get(name, {}).values() if curve in r.get('curves', {})]
         if not runs:
@@ -71,10 +55,7 @@ def curve_figure(results: claims.Results, names: Sequence[str], curve: str) -> b
         ax.set(xlabel='student updates', ylabel=AXES.get(curve, curve))
         ax.grid(alpha=0.3)
         ax.legend(fontsize=8)
-    out = io.BytesIO()
-    fig.savefig(out, dpi=110)
-    plt.close(fig)
-    return out.getvalue() if drawn else None
+    return page.png_of(fig) if drawn else None
 
 
 def table_rows(results: claims.Results, experiments: Sequence[Experiment]) -> list[dict[str, Any]]:
@@ -103,13 +84,11 @@ def write(path: Path, title: str, head: str, how: str, results: claims.Results,
     """
     found = claims.judge(results)
     figures = {c.number: curve_figure(results, c.shows, c.curve) for c in found}
-    broken = [f'{name}, seed {seed}: {r["failed"]}' for name, runs in results.items()
-              for seed, r in runs.items() if 'failed' in r]
-    path.write_text(PAGE.render(
-        title=title, head=head, how=how, claims=found, rule=rule.RULE, badge=badge,
-        by_seed=by_seed, spread=spread, panels=PANELS, broken=broken, columns=COLUMNS,
-        figures={k: as_png(v) for k, v in figures.items() if v},
-        grids={name: as_png(p.read_bytes()) for name, p in pictures.items()},
+    path.write_text(page.render(
+        'claims', title=title, head=head, how=how, claims=found, rule=rule.RULE, badge=badge,
+        by_seed=by_seed, spread=spread, panels=PANELS, broken=page.broken(results),
+        columns=COLUMNS, figures={k: page.data_url(v) for k, v in figures.items() if v},
+        grids={name: page.data_url(p.read_bytes()) for name, p in pictures.items()},
         first={name: min(results[name]) for name in pictures},
         words={e.name: e.words for e in experiments}, table=table_rows(results, experiments)))
     return found

@@ -17,6 +17,7 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from ddmd_jax.study import results
 from ddmd_jax.study.suites import Experiment
 
 DIVERGED = 'NaN or Inf'  # in what `main` says of such a run
@@ -25,12 +26,13 @@ ENDS = ('eval.json', 'samples.png')  # what a run writes last, by its teacher
 
 @dataclasses.dataclass(frozen=True)
 class Run:
-    """One experiment with one seed, in a study's folder."""
+    """One experiment with one seed, in a study's folder; `looked_at`: see `suites.Suite`."""
 
     experiment: Experiment
     seed: int
     folder: Path
     fields: Mapping[str, Any]
+    looked_at: bool = True
 
     @property
     def name(self) -> str:
@@ -71,14 +73,14 @@ def train_command(run: Run, config: str, cache: Path) -> list[str]:
 def examine_command(run: Run) -> list[str]:
     """What reads the finished run and writes its result."""
     return [sys.executable, '-m', 'ddmd_jax.study.examine', str(run.workdir), str(run.result),
-            json.dumps(plain(run.fields))]
+            json.dumps(plain(run.fields)), *([] if run.looked_at else ['curves'])]
 
 
 def failed(run: Run, text: str) -> None:
-    """Writes the result of a run that ended in an error, with the last line it said."""
+    """Writes the result of a run that ended in an error: its curves, and the last line it said."""
     lines = [x.strip() for x in text.replace('\r', '\n').splitlines() if x.strip()]
-    run.result.write_text(json.dumps(
-        {'fields': plain(run.fields), 'failed': lines[-1] if lines else 'said nothing'}))
+    results.write(run.result, {'fields': plain(run.fields), 'curves': results.curves(run.workdir),
+                               'failed': lines[-1] if lines else 'said nothing'})
 
 
 class Stopped(RuntimeError):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import itertools
 from collections.abc import Mapping
 from typing import Any
 
@@ -13,13 +14,35 @@ BASE = 'hybrid'  # what others are compared with: CA + DM, the paper's schedule,
 class Experiment:
     """A recipe: what it is in words, and the fields in which it differs from the config.
 
-    `quick` ones are those of a shortened suite.
+    `quick` ones are those of a shortened suite. A field that is `Times` something is that many
+    times what the run would have without the experiment.
     """
 
     name: str
     words: str
     fields: Mapping[str, Any]
     quick: bool = False
+
+
+@dataclasses.dataclass(frozen=True)
+class Times:
+    """A factor of a number in the config."""
+
+    factor: float
+
+
+@dataclasses.dataclass(frozen=True)
+class Suite:
+    """Experiments, how often each is run, and whether the last weights are looked at.
+
+    `scales` are fields of every run, by teacher, then `full` or `quick`: a teacher that is not
+    there keeps the config's own.
+    """
+
+    experiments: tuple[Experiment, ...]
+    seeds: int
+    looked_at: bool
+    scales: Mapping[str, Mapping[str, Mapping[str, Any]]]
 
 
 def _one_step(name: str, words: str, low: float, high: float) -> Experiment:
@@ -51,46 +74,83 @@ PAPER = (
     Experiment('two_steps', 'CA + DM, 2 steps', {'student.steps': 2}),
     Experiment('eight_steps', 'CA + DM, 8 steps', {'student.steps': 8}),
 )
-SUITES = {'paper': PAPER}
+# Steps of the map below: learning rates and alpha as factors of the config's.
+STUDENT_LR, CRITIC_LR, UPDATES, ALPHA = (0.3, 1.0, 3.0), (0.1, 1.0, 3.0), (1, 3), (0.5, 1.5)
+
+
+def _robustness() -> tuple[Experiment, ...]:
+    return tuple(
+        Experiment(f's{s:g}_c{c:g}_u{u}_a{a:g}',
+                   f'student lr x{s:g}, critic lr x{c:g}, {u} critic updates, alpha x{a:g}',
+                   {'optim.student.lr': Times(s), 'optim.critic.lr': Times(c),
+                    'critic.updates': u, 'method.alpha': Times(a)},
+                   quick=u == 1 and 1.0 not in (s, c))
+        for a, u, s, c in itertools.product(ALPHA, UPDATES, STUDENT_LR, CRITIC_LR))
+
 
 # What every run of a study measures, whatever it trains: a line of figures and the judge every few
 # updates; the evaluation without the guided teacher, which is the same in all of them.
 MEASURED = {'log.every': 5, 'log.images_every': 1_000_000, 'checkpoint.every': 20,
             'checkpoint.keep': 1, 'eval.teacher_steps': 1, 'eval.guidance': 1.0}
+CONSTANT = {'optim.student.decay': 0.0, 'optim.critic.decay': 0.0}
+FEW = {'eval.prompts': 64, 'eval.held_out': 32, 'eval.batch': 96}
 # The embedded teacher needs larger steps than its shipped recipe takes, which was tuned until
 # nothing goes wrong: here it is wanted to.
-SCALES: dict[str, dict[str, dict[str, Any]]] = {
-    'emoji': {
+SUITES = {
+    'paper': Suite(PAPER, 3, True, {'emoji': {
         'full': {'train.steps': 80, 'data.global_batch': 32, 'method.alpha': 3.0,
-                 'optim.student.lr': 1e-4, 'optim.critic.lr': 2e-4, 'optim.student.decay': 0.0,
-                 'optim.critic.decay': 0.0, 'log.judge': 96},
+                 'optim.student.lr': 1e-4, 'optim.critic.lr': 2e-4, 'log.judge': 96, **CONSTANT},
         'quick': {'train.steps': 15, 'data.global_batch': 16, 'method.alpha': 3.0,
-                  'optim.student.lr': 2e-4, 'optim.critic.lr': 4e-4, 'optim.student.decay': 0.0,
-                  'optim.critic.decay': 0.0, 'log.judge': 48, 'eval.prompts': 64,
-                  'eval.held_out': 32, 'eval.batch': 96},
-    },
+                  'optim.student.lr': 2e-4, 'optim.critic.lr': 4e-4, 'log.judge': 48, **CONSTANT,
+                  **FEW}}}),
+    'robustness': Suite(_robustness(), 1, False, {'emoji': {
+        'full': {'train.steps': 240, 'data.global_batch': 8, 'student.steps': 2,
+                 'method.alpha': 4.0, 'optim.student.lr': 1e-4, 'optim.critic.lr': 3e-4,
+                 'log.judge': 192, 'checkpoint.every': 80, **CONSTANT, **FEW},
+        'quick': {'train.steps': 60, 'data.global_batch': 8, 'student.steps': 2,
+                  'method.alpha': 4.0, 'optim.student.lr': 3e-4, 'optim.critic.lr': 1e-3,
+                  'log.judge': 96, **CONSTANT, **FEW}}}),
 }
 
 
-def fields(experiment: Experiment, teacher: str, quick: bool, seed: int,
+def fields(suite: Suite, experiment: Experiment, config: Any, quick: bool, seed: int,
            own: Mapping[str, Any] | None = None) -> dict[str, Any]:
-    """Fields of one run, dotted, over those of the config; `own` are the caller's and win.
+    """Fields of one run, dotted, over those of `config`; `own` are the caller's.
 
-    Another teacher than the embedded one keeps the config's own scale.
+    The experiment's go over the caller's, and those over the suite's scale for that teacher.
     """
-    scale = SCALES.get(teacher, {}).get('quick' if quick else 'full', {})
-    return {**MEASURED, **scale, **(own or {}), **experiment.fields, 'seed': seed}
+    scale = suite.scales.get(config.teacher.name, {}).get('quick' if quick else 'full', {})
+    base = {**MEASURED, **scale, **(own or {})}
+    times = lambda name, factor: float(f'{factor * base.get(name, _value(config, name)):.6g}')
+    changed = {name: times(name, value.factor) if isinstance(value, Times) else value
+               for name, value in experiment.fields.items()}
+    return {**base, **changed, 'seed': seed}
 
 
-def chosen(suite: str, quick: bool, only: tuple[str, ...] = ()) -> tuple[Experiment, ...]:
+def _value(config: Any, name: str) -> Any:
+    for part in name.split('.'):
+        config = config[part]
+    return config
+
+
+def find(name: str) -> Suite:
+    """A suite by its name.
+
+    Raises:
+      ValueError: an unknown one.
+    """
+    if name not in SUITES:
+        raise ValueError(f'no suite {name!r}; known: {", ".join(SUITES)}')
+    return SUITES[name]
+
+
+def chosen(suite: Suite, quick: bool, only: tuple[str, ...] = ()) -> tuple[Experiment, ...]:
     """Experiments of a suite; of its shortened form with `quick`; those named with `only`.
 
     Raises:
-      ValueError: an unknown suite or name.
+      ValueError: an unknown name.
     """
-    if suite not in SUITES:
-        raise ValueError(f'no suite {suite!r}; known: {", ".join(SUITES)}')
-    known = {e.name: e for e in SUITES[suite]}
+    known = {e.name: e for e in suite.experiments}
     unknown = [name for name in only if name not in known]
     if unknown:
         raise ValueError(f'no experiment {unknown[0]!r}; known: {", ".join(known)}')

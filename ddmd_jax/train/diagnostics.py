@@ -7,6 +7,7 @@ logged history.
 
 from __future__ import annotations
 
+import dataclasses
 import math
 from collections.abc import Sequence
 from typing import Any
@@ -19,19 +20,36 @@ from ddmd_jax.losses.decoupled import Predictions, Update
 Array = jax.Array
 
 REFERENCE = 3  # logged intervals that make up the reference the verdict compares with
-GAP_UP = 1.3  # growth of dm_rel_gap that counts as up
-GAP_LARGE = 0.25  # dm_rel_gap below this is small, however much it grew: it starts at 0
-COS_DOWN = 1.3  # growth of 1 - dm_cos that counts as down
-STD_UP = 1.1  # x_std above that of real data (or of the start) that counts as up
-# Of the averaged student, against the undistilled weights; docs/metrics.md has the runs that
-# set these four.
-EMA_STD_UP, EMA_STD_DOWN = 1.08, 0.97
-CAST = 0.02
-FAKE_UP = 1.3  # growth of fake_loss, in units of the samples' variance, that counts as up
 HEALTHY, OVER_BAKED, CRITIC_LAGS = 'healthy', 'over-baked', 'critic lags'
 WASHED_OUT, COLOUR_CAST = 'washed out', 'colour cast'
 BAKED = 'stop here, lower alpha, or give the critic more updates'
 BROKEN = 'broken'  # a figure is NaN or Inf
+
+
+@dataclasses.dataclass(frozen=True)
+class Thresholds:
+    """Where the verdict turns; docs/metrics.md has the runs that set these.
+
+    Attributes:
+      gap_up: growth of dm_rel_gap that counts as up.
+      gap_large: dm_rel_gap below this is small, however much it grew: it starts at 0.
+      cos_down: growth of 1 - dm_cos that counts as down.
+      std_up: x_std above that of real data (or of the start) that counts as up.
+      ema_std_up, ema_std_down, cast: of the averaged student, against the undistilled weights.
+      fake_up: growth of fake_loss, in units of the samples' variance, that counts as up.
+    """
+
+    gap_up: float = 1.3
+    gap_large: float = 0.25
+    cos_down: float = 1.3
+    std_up: float = 1.1
+    ema_std_up: float = 1.08
+    ema_std_down: float = 0.97
+    cast: float = 0.02
+    fake_up: float = 1.3
+
+
+SHIPPED = Thresholds()
 
 
 def rms(x: Array) -> Array:
@@ -97,8 +115,8 @@ def probe(x: Array, start: Array, limit: float = 1.0) -> dict[str, Array]:
             'ema_saturation': jnp.mean(jnp.abs(x) > limit)}
 
 
-def verdict(history: Sequence[dict[str, Any]],
-            data_std: float | None = None) -> tuple[str, str]:
+def verdict(history: Sequence[dict[str, Any]], data_std: float | None = None,
+            limits: Thresholds = SHIPPED) -> tuple[str, str]:
     """A word and its reason, from logged intervals oldest first.
 
     Compares the last interval with the mean of the first `REFERENCE`, and the averaged student
@@ -111,7 +129,7 @@ def verdict(history: Sequence[dict[str, Any]],
     unsound = [k for k in watched if history and not math.isfinite(history[-1].get(k, 0.0))]
     if unsound:
         return BROKEN, f'{", ".join(unsound)} not finite'
-    average = _average_fails(history[-1]) if history else None
+    average = _average_fails(history[-1], limits) if history else None
     if average:
         return average
     if len(history) <= REFERENCE:
@@ -119,22 +137,22 @@ def verdict(history: Sequence[dict[str, Any]],
     now, start = history[-1], _reference(history)
     std = now['x_std'] / max(data_std or start['x_std'], 1e-8)
     seen = f'x_std x{std:.2f} that of {"real data" if data_std else "the start"}'
-    lag = _critic_lags(now, start)
-    if std > STD_UP:
+    lag = _critic_lags(now, start, limits)
+    if std > limits.std_up:
         return OVER_BAKED, f'{seen}: {BAKED}{"; " + lag if lag else ""}'
     if lag:
         return CRITIC_LAGS, f'{lag}: more critic updates or a higher critic lr'
     return HEALTHY, f'{seen}, dm_rel_gap {now["dm_rel_gap"]:.3f}'
 
 
-def _average_fails(now: dict[str, Any]) -> tuple[str, str] | None:
+def _average_fails(now: dict[str, Any], limits: Thresholds) -> tuple[str, str] | None:
     """Verdict on the averaged student by itself, where a run probes it."""
     std, cast = now.get('ema_std', 1.0), now.get('ema_cast', 0.0)
     seen = f"the average's contrast x{std:.2f} that of the start, its colours moved by {cast:.3f}"
-    if std > EMA_STD_UP:
+    if std > limits.ema_std_up:
         return OVER_BAKED, f'{seen}: {BAKED}'
-    if std < EMA_STD_DOWN or cast > CAST:
-        word = WASHED_OUT if std < EMA_STD_DOWN else COLOUR_CAST
+    if std < limits.ema_std_down or cast > limits.cast:
+        word = WASHED_OUT if std < limits.ema_std_down else COLOUR_CAST
         return word, f'{seen}: lower the learning rates or raise the batch'
     return None
 
@@ -151,14 +169,14 @@ def _fake(values: dict[str, Any]) -> float:
     return values.get('fake_loss', 0.0) / max(values['x_std'] ** 2, 1e-8)
 
 
-def _critic_lags(now: dict[str, Any], start: dict[str, float]) -> str:
+def _critic_lags(now: dict[str, Any], start: dict[str, float], limits: Thresholds) -> str:
     """What shows that the critic does not keep up, or ''."""
     gap = now['dm_rel_gap'] / max(start['dm_rel_gap'], 1e-8)
     apart = (1 - now['dm_cos']) / max(1 - start['dm_cos'], 1e-8)
     fake = _fake(now) / max(start['fake'], 1e-8)
-    if fake > FAKE_UP:
+    if fake > limits.fake_up:
         return f'fake_loss in units of the samples\' variance x{fake:.2f} since the start'
     # It starts at 0, critic and teacher being equal: a small gap is none, however it grew.
-    if gap > GAP_UP and now['dm_rel_gap'] > GAP_LARGE and apart > COS_DOWN:
+    if gap > limits.gap_up and now['dm_rel_gap'] > limits.gap_large and apart > limits.cos_down:
         return f'dm_rel_gap x{gap:.2f} and 1 - dm_cos x{apart:.2f} since the start'
     return ''

@@ -1,0 +1,52 @@
+"""What a study keeps of its runs: one JSON file each, ``results/NAME-seedN.json``."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+CURVES = ('loss', 'fake_loss', 'dm_rel_gap', 'dm_cos', 'dm_to_ca', 'x_std', 'saturation', 'ema_std',
+          'ema_cast', 'ema_match', 'ema_background', 'ema_colour_error', 'ema_variance',
+          'gan_critic_loss', 'gan_loss', 'mv_kl', 'health')
+
+
+def curves(workdir: Path) -> dict[str, list[Any]]:
+    """Columns of ``metrics.jsonl``: `step` and those of CURVES that are there."""
+    path = workdir / 'metrics.jsonl'
+    if not path.is_file():
+        return {}
+    lines = [json.loads(x) for x in path.read_text().splitlines()]
+    short = lambda v: round(v, 5) if isinstance(v, float) else v
+    return {name: [short(line.get(name)) for line in lines] for name in ('step', *CURVES)
+            if any(name in line for line in lines)}
+
+
+def evaluated(workdir: Path) -> dict[str, Any]:
+    """The student and its teacher in as few steps, as the run has judged them; {} if it has not."""
+    path = workdir / 'eval.json'
+    if not path.is_file():
+        return {}
+    found = json.loads(path.read_text())
+    rows = {row['name']: row for row in found['rows']}
+    return {'student': rows['student'], 'few_step': rows['teacher_few_step'],
+            'seconds': found['seconds']}
+
+
+def write(path: Path, result: Mapping[str, Any]) -> None:
+    """Writes a run's result whole or not at all."""
+    scratch = path.with_suffix('.tmp')
+    scratch.write_text(json.dumps(dict(result)))
+    os.replace(scratch, path)
+
+
+def read(folder: Path, names: Sequence[str]) -> dict[str, dict[int, dict[str, Any]]]:
+    """``{experiment: {seed: result}}`` of what stands in `folder`, seeds in order."""
+    found: dict[str, dict[int, dict[str, Any]]] = {}
+    for name in names:
+        files = {int(p.stem.rpartition('-seed')[2]): p for p in folder.glob(f'{name}-seed*.json')}
+        if files:
+            found[name] = {seed: json.loads(files[seed].read_text()) for seed in sorted(files)}
+    return found
