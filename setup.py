@@ -16,7 +16,7 @@ setup(
     long_description_content_type='text/markdown',
     license='Apache-2.0',
     packages=find_packages(include=['ddmd_jax', 'ddmd_jax.*']),
-    package_data={'ddmd_jax': ['data/files/**/*', 'study/*.jinja']},
+    package_data={'ddmd_jax': ['data/files/**/*', 'study/*.jinja', 'export/*.jinja']},
     python_requires='>=3.11',
     install_requires=[
         # Upper bounds where what is used is known to move: JAX's distributed client and its

@@ -3,8 +3,8 @@
     python benchmarks/resume.py            # writes benchmarks/resume.json; minutes on two cores
 
 The stall and the resumption are those of `configs/emoji.py` with its own teacher and batch, for a
-few steps; memory is watched over 2,000 steps of a toy network, with a save every 10, and again with
-a single one at the end.
+few steps; memory is watched over 4,000 steps of a toy network, with a save every 10, and again with
+a single one at the end: while caches fill, and over the 2,000 steps after that.
 """
 
 from __future__ import annotations
@@ -23,8 +23,8 @@ HERE = Path(__file__).resolve().parent
 ROOT = HERE.parent
 sys.path[:0] = [str(ROOT), str(ROOT / 'tests')]
 STEPS, EVERY, DOCUMENTED = 6, 2, 20  # of the emoji run; what configs/emoji.py has for EVERY
-TOY_STEPS, TOY_EVERY = 2000, 10
-SETTLED, WINDOW = 500, 50  # memory is compared from that step on, by means over so many
+TOY_STEPS, TOY_EVERY = 4000, 10
+WARM, SETTLED, WINDOW = 500, 2000, 50  # steps that bound the slopes; of means over so many
 
 
 def rss() -> int:
@@ -133,14 +133,15 @@ def memory(every: int = TOY_EVERY) -> dict[str, Any]:
     config.checkpoint.every = every
     found = trained(config, folder / f'toy{every}')
     y = np.asarray(found['memory'], float).reshape(-1, WINDOW).mean(axis=1)
-    settled = y[SETTLED // WINDOW:]
-    grows, error = slope(settled)
+    spans = {'filling': y[WARM // WINDOW:SETTLED // WINDOW], 'settled': y[SETTLED // WINDOW:]}
+    slopes = {name: slope(part) for name, part in spans.items()}
     return {'steps': TOY_STEPS, 'saves': len(found['saves']),
             'stall_seconds_median': statistics.median(found['saves']),
             'step_seconds': statistics.median(found['steps']),
-            'rss_bytes_at_100': int(y[1]), 'rss_bytes_at_500': int(settled[0]),
-            'rss_bytes_at_end': int(settled[-1]),
-            'bytes_per_step': grows / WINDOW, 'standard_error': error / WINDOW}
+            'rss_bytes': {str(step): int(y[step // WINDOW - 1])
+                          for step in (100, WARM, 1000, SETTLED, 3000, TOY_STEPS)},
+            **{name: {'bytes_per_step': grows / WINDOW, 'standard_error': error / WINDOW}
+               for name, (grows, error) in slopes.items()}}
 
 
 PARTS = {'stall': stall, 'resumed': resumed, 'memory': memory,

@@ -1,48 +1,35 @@
 """A run's averaged student, written for others to load: what is written, what is refused."""
 
-import dataclasses
+import http.server
 import json
 import os
+import re
 import subprocess
 import sys
+import threading
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-import optax
 import published
 import pytest
 import tiny
+import yaml
 from flax import nnx
+from saved import save
 
-from ddmd_jax import sharding
-from ddmd_jax.data import loader
-from ddmd_jax.data.order import Order
+from ddmd_jax import sharding, teachers
 from ddmd_jax.export import export
 from ddmd_jax.models.layers import abstract_params
 from ddmd_jax.models.nextdit import NextDiT
 from ddmd_jax.teachers import lumina
-from ddmd_jax.train import checksums, state as st
+from ddmd_jax.train import checksums
 from ddmd_jax.train.checkpoint import CheckpointError, read_manifest, restore_ema
-from ddmd_jax.train.feed import Feed
-from ddmd_jax.train.saving import Checkpoints
 from ddmd_jax.weights.flat import WeightsError
 
 CONFIG = {'_class_name': lumina.TRANSFORMER, **published.TRANSFORMER}
 SMALL = {'layers': {'attn': {'to_q': {'kernel': np.ones((2, 4, 6), np.float32)}}},
          'x_embedder': {'bias': np.arange(4, dtype=np.float32)}}
-
-
-def save(workdir, manifest, ema, step=3):
-    """Leaves the checkpoint of a run in `workdir` whose student is ahead of its average."""
-    ahead, tx = jax.tree.map(lambda x: x + 1, ema), optax.adamw(1e-3)
-    state = dataclasses.replace(st.fresh(ahead, tx, ahead, tx), ema=jax.tree.map(jnp.asarray, ema))
-    checkpoints = Checkpoints(workdir, keep=1, manifest=manifest)
-    read = loader.batches(Order(np.arange(4), 2, 0), lambda rows, length: rows, 2)
-    checkpoints.save(step, state, Feed(read, lambda batch: batch))
-    checkpoints.wait()
-    checkpoints.close()
-    return workdir
 
 
 @pytest.fixture(scope='module')
@@ -92,8 +79,9 @@ def restore(workdir, abstract):
 
 @pytest.mark.parametrize('dtype', ['float32', 'bfloat16'])
 def test_the_exported_student_reads_back_bitwise(run, ema, tmp_path, dtype):
-    folder = export(run, tmp_path / 'deep' / 'out', dtype)
+    folder, card = export(run, tmp_path / 'deep' / 'out', dtype)
     assert folder == tmp_path / 'deep' / 'out' / 'transformer'
+    assert card == tmp_path / 'deep' / 'out' / 'README.md'
     assert json.loads((folder / 'config.json').read_text()) == json.loads(json.dumps(CONFIG))
     back = lumina.load(str(folder), one_device(), size=(16, 16)).params
     rounded = jax.tree.map(lambda x: x.astype(jnp.dtype(dtype)).astype(np.float32), ema)
@@ -107,10 +95,159 @@ def test_a_teacher_that_moved_is_named_by_hand(ema, tmp_path):
         export(workdir, tmp_path / 'out', 'float32')
     assert not (tmp_path / 'out').exists()
     pipeline = tmp_path / 'pipeline'  # the whole one will do as well as its transformer
-    (pipeline / 'transformer').mkdir(parents=True)
-    (pipeline / 'model_index.json').write_text('{}')
-    (pipeline / 'transformer' / 'config.json').write_text(json.dumps(CONFIG))
-    assert export(workdir, tmp_path / 'out', 'float32', str(pipeline)).is_dir()
+    for name, content in {'model_index.json': {}, 'transformer/config.json': CONFIG,
+                          'scheduler/scheduler_config.json': {'shift': 6.0, 'base_shift': 0.5},
+                          }.items():
+        (pipeline / name).parent.mkdir(parents=True, exist_ok=True)
+        (pipeline / name).write_text(json.dumps(content))
+    export(workdir, tmp_path / 'out', 'float32', str(pipeline))
+    made = json.loads((tmp_path / 'out/scheduler/scheduler_config.json').read_text())
+    assert made['stochastic_sampling'] and made['shift'] == 6.0 and made['base_shift'] == 0.5
+    index = json.loads((tmp_path / 'out/model_index.json').read_text())
+    assert index['transformer'] == ['diffusers', lumina.TRANSFORMER]
+    assert index['vae'] == [None, None]  # there was none
+
+
+def test_a_bare_transformer_stays_one_and_says_so(run, tmp_path, capfd):
+    export(run, tmp_path / 'out', 'float32')
+    assert 'is a bare transformer, and so is what is written' in capfd.readouterr().err
+    assert sorted(p.name for p in (tmp_path / 'out').iterdir()) == ['README.md', 'transformer']
+
+
+# --- The embedded teacher, other formats, the card ---
+
+
+@pytest.fixture(scope='module')
+def emoji_run(tmp_path_factory):
+    """(teacher, averaged parameters, folder) of a run of the embedded default."""
+    teacher = teachers.load('emoji')
+    ema = jax.tree.map(lambda x: 1.5 * np.asarray(x, np.float32), teacher.params)
+    manifest = {'teacher.name': 'emoji', 'student.steps': 4, 'method.alpha': 2.5,
+                'teacher_identity': teacher.identity, 'data.name': 'emoji', 'data_identity': 'x1'}
+    folder = save(tmp_path_factory.mktemp('emoji'), manifest, ema, step=40)
+    (folder / 'samples.png').write_bytes(b'a picture')
+    (folder / 'eval.json').write_text(json.dumps({'rows': [
+        {'name': 'real', 'steps': None, 'frechet': 0.0},
+        {'name': 'student', 'steps': 4, 'frechet': 0.4567}]}))
+    (folder / 'metrics.jsonl').write_text('{"step": 40, "health": "healthy", "dm_rel_gap": 0.1, '
+                                          '"x_std": 0.5}\n')
+    return teacher, ema, folder
+
+
+@pytest.mark.parametrize('average', [True, False])
+def test_one_file_of_an_emoji_student_is_a_teacher_to_load(emoji_run, tmp_path, average):
+    teacher, ema, workdir = emoji_run
+    file, _ = export(workdir, tmp_path, 'float32', form='safetensors', average=average)
+    again = teachers.load(str(file))
+    want = ema if average else jax.tree.map(lambda x: x + 1, ema)
+    jax.tree.map(np.testing.assert_array_equal, again.params, want)
+    # Its text side is the teacher's: captions are read as they were.
+    read = [t.encode(['red heart']) for t in (again, teacher)]
+    jax.tree.map(np.testing.assert_array_equal, *read)
+
+
+def test_an_orbax_checkpoint_is_the_tree_alone(emoji_run, tmp_path):
+    import orbax.checkpoint as ocp
+
+    _, ema, workdir = emoji_run
+    folder, _ = export(workdir, tmp_path, 'bfloat16', form='orbax')
+    with ocp.StandardCheckpointer() as reader:
+        got = reader.restore(folder)
+    jax.tree.map(lambda a, b: np.testing.assert_array_equal(a, b.astype(jnp.bfloat16)), got, ema)
+
+
+def test_the_card_says_what_it_is(emoji_run, tmp_path):
+    *_, workdir = emoji_run
+    names = {p.name for p in export(workdir, tmp_path, 'float32')}
+    assert names == {'transformer', 'text_encoder', 'tokenizer', 'scheduler', 'pipeline.py',
+                     'model_index.json', 'README.md'}
+    card = (tmp_path / 'README.md').read_text()
+    head = yaml.safe_load(card.split('---')[1])
+    assert head['library_name'] == 'diffusers' and head['pipeline_tag'] == 'text-to-image'
+    for words in ('# A 4-step student of emoji', '**without guidance**', '](samples.png)',
+                  '| `method.alpha` | 2.5 |', '|student | 4 | 0.457 |', 'health *healthy*',
+                  'averaged weights after 40 updates', emoji_run[0].identity,
+                  f"from_pretrained('{tmp_path.name}', trust_remote_code=True)"):
+        assert words in card.replace('| student', '|student'), words
+    assert (tmp_path / 'samples.png').read_bytes() == b'a picture'
+    assert not re.search(r'\n\n\n|[ \t]\n', card)
+
+
+def test_the_card_has_that_of_the_prompts(ema, teacher, tmp_path):
+    (tmp_path / 'p.txt').write_text('a red fox\na boat\n')
+    done = subprocess.run(
+        [sys.executable, '-m', 'ddmd_jax.prepare', 'prompts', f'--input={tmp_path}/p.txt',
+         f'--out={tmp_path}/set'], cwd=tiny.ROOT, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    workdir = save(tmp_path / 'run', {'teacher.name': 'lumina', 'teacher.path': str(teacher),
+                                      'data.path': f'{tmp_path}/set'}, ema)
+    export(workdir, tmp_path / 'out', 'float32')
+    card = (tmp_path / 'out/README.md').read_text()
+    assert 'this set.' in card and 'p.txt' in card and 'The run was not evaluated' in card
+
+
+class Hub(http.server.BaseHTTPRequestHandler):
+    """As much of a hub as an upload asks for; what it was sent is in `server.seen`."""
+
+    def do_POST(self):
+        body = self.rfile.read(int(self.headers.get('Content-Length') or 0))
+        here = f'http://127.0.0.1:{self.server.server_port}/owner/name'
+        self.server.seen.append((self.path, body))
+        if self.path == '/api/repos/create':
+            answer = {'url': here, 'name': 'owner/name', 'id': '1'}
+        elif '/preupload/' in self.path:
+            answer = {'files': [{'path': f['path'], 'uploadMode': 'regular', 'shouldIgnore': False}
+                                for f in json.loads(body)['files']]}
+        else:
+            answer = {'commitUrl': f'{here}/commit/1', 'commitOid': '1',
+                      'success': True}
+        self._say(answer)
+
+    def do_GET(self):
+        self._say({'id': 'owner/name', 'siblings': [], 'sha': '0' * 40})
+
+    def _say(self, answer):
+        self.send_response(200)
+        self.send_header('Content-Type', 'application/json')
+        self.end_headers()
+        self.wfile.write(json.dumps(answer).encode())
+
+    def log_message(self, *args):
+        pass
+
+
+@pytest.fixture
+def hub():
+    server = http.server.ThreadingHTTPServer(('127.0.0.1', 0), Hub)
+    server.seen = []
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    yield server
+    server.shutdown()
+
+
+def test_a_student_is_pushed(emoji_run, tmp_path, hub):
+    *_, workdir = emoji_run
+    code, own, err = command(
+        f'--checkpoint={workdir}', f'--out={tmp_path}/o', '--push=owner/name', '--private',
+        environ={'HF_ENDPOINT': f'http://127.0.0.1:{hub.server_port}', 'HF_TOKEN': 'hf_x',
+                 'HF_HUB_DISABLE_PROGRESS_BARS': '1', 'HF_HOME': str(tmp_path)})
+    assert code == 0 and not own, err
+    made = json.loads(next(body for path, body in hub.seen if path == '/api/repos/create'))
+    assert (made['organization'], made['name']) == ('owner', 'name')
+    assert made.get('private') or made.get('visibility') == 'private', made
+    sent = next(body for path, body in hub.seen if '/commit/' in path).decode()
+    for name in ('README.md', 'model_index.json', 'transformer/config.json'):
+        assert f'"path": "{name}"' in sent or f'"path":"{name}"' in sent, name
+
+
+def test_a_hub_that_does_not_answer_is_one_line_and_loses_nothing(emoji_run, tmp_path):
+    *_, workdir = emoji_run
+    code, own, err = command(
+        f'--checkpoint={workdir}', f'--out={tmp_path}/o', '--push=owner/name',
+        environ={'HF_ENDPOINT': 'http://127.0.0.1:9', 'HF_TOKEN': 'hf_x', 'HF_HOME': str(tmp_path)})
+    assert code == 1 and len(own) == 1, err
+    assert own[0].startswith('export: owner/name cannot be pushed (')
+    assert (tmp_path / 'o/model_index.json').is_file()
 
 
 def test_the_average_is_read_and_not_the_student(small):
@@ -141,8 +278,14 @@ def damaged_manifest(run, small, tmp_path):
     return tmp_path / 'run', 'checkpoints/3 has no readable manifest; delete that folder'
 
 
-def embedded_teacher(run, small, tmp_path):
-    return small, "distils the teacher 'emoji'.*only students of lumina can be exported"
+def unknown_teacher(run, small, tmp_path):
+    folder = save(tmp_path / 'run', {'teacher.name': 'sora'}, SMALL)
+    return folder, "distils the teacher 'sora', which is unknown here; known: emoji, lumina"
+
+
+def no_student(run, small, tmp_path):
+    folder = save(tmp_path / 'run', {'task': 'pretrain', 'teacher.name': 'emoji'}, SMALL)
+    return folder, 'trains a teacher, there is no student in it'
 
 
 def damaged_file(run, small, tmp_path):
@@ -165,7 +308,8 @@ def another_shape(run, small, tmp_path):
 
 
 @pytest.mark.parametrize('case', [
-    no_folder, no_checkpoint, damaged_manifest, damaged_file, embedded_teacher, another_shape])
+    no_folder, no_checkpoint, damaged_manifest, damaged_file, unknown_teacher, no_student,
+    another_shape])
 def test_what_cannot_be_exported_is_refused_in_one_line(run, small, tmp_path, case):
     workdir, words = case(run, small, tmp_path)
     with pytest.raises(CheckpointError, match=words) as e:
@@ -200,10 +344,11 @@ def test_an_average_of_another_shape_is_no_student(small, changes, words):
 # --- The command ---
 
 
-def command(*args):
+def command(*args, environ=()):
     """``(exit code, lines of export's own on stderr, everything on stderr)``."""
     done = subprocess.run([sys.executable, '-m', 'ddmd_jax.export', *args], cwd=tiny.ROOT,
-                          capture_output=True, text=True, env=os.environ | {'JAX_PLATFORMS': 'cpu'})
+                          capture_output=True, text=True, check=False,
+                          env=os.environ | {'JAX_PLATFORMS': 'cpu'} | dict(environ))
     own = [x for x in done.stderr.splitlines() if x.startswith('export: ')]
     return done.returncode, own, done.stderr
 
@@ -212,6 +357,7 @@ def command(*args):
     (['--out=o'], 'export: no --checkpoint given'),
     (['--checkpoint=c', '--out='], 'export: no --out given'),
     (['--checkpoint=c', 'o'], "export: unexpected argument 'o'"),
+    (['--checkpoint=c', '--out=o', '--push=name'], 'export: --push=name is not OWNER/NAME'),
     (['--checkpoint=/nowhere', '--out=o'], 'export: /nowhere holds no checkpoints; give the'),
 ])
 def test_bad_input(args, words):

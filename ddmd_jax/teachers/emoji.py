@@ -117,15 +117,15 @@ def teacher_from(model: dict[str, Any], params: dict[str, Any]) -> Teacher:
                    flops=functools.partial(flops.nextdit_forward, denoiser_cfg, SHAPE[:2]))
 
 
-def save(path: Path, model: dict[str, Any], params: dict[str, Any], steps: int) -> None:
-    """Ships a trained teacher: bf16 safetensors with its architecture in the metadata."""
+def save(path: Path, model: dict[str, Any], params: dict[str, Any], steps: int,
+         dtype: Any = jnp.bfloat16) -> None:
+    """Ships a trained teacher: safetensors with its architecture in the metadata."""
     meta = {'model': json.dumps(model), 'architecture': 'NextDiT', 'steps': str(steps)}
-    flat.save(path, params, meta, dtype=jnp.bfloat16)
+    flat.save(path, params, meta, dtype=dtype)
 
 
-def load(path: str = '', dtype: str = 'float32', remat: str = 'none',
-         param_dtype: str = 'float32') -> Teacher:
-    """The shipped teacher, or the one at `path`; `param_dtype` is that of the stored kernels.
+def read(path: str = '') -> tuple[dict[str, Any], dict[str, Any]]:
+    """(architecture, ``{'denoiser', 'text'}`` parameters) of the shipped file or one like it.
 
     Raises:
       WeightsError: missing, damaged, or not an emoji teacher.
@@ -134,12 +134,23 @@ def load(path: str = '', dtype: str = 'float32', remat: str = 'none',
     params, meta = flat.load(file, RESTORE_HINT)
     try:
         model = json.loads(meta['model'])
-        # Distillation compiles six networks a step: scanned layers save minutes of compiling.
-        model['denoiser'] |= {'dtype': dtype, 'remat': remat, 'unroll': False}
         expected = jax.eval_shape(lambda: init_params(model, jax.random.key(0)))
         if jax.tree.map(jnp.shape, params) != jax.tree.map(jnp.shape, expected):
             raise ValueError('its tensors are not those of the architecture it names')
     except (KeyError, TypeError, ValueError) as e:
         raise flat.WeightsError(f'not an emoji teacher: {file} ({e}); {RESTORE_HINT}') from e
+    return model, params
+
+
+def load(path: str = '', dtype: str = 'float32', remat: str = 'none',
+         param_dtype: str = 'float32') -> Teacher:
+    """The shipped teacher, or the one at `path`; `param_dtype` is that of the stored kernels.
+
+    Raises:
+      WeightsError: see `read`.
+    """
+    model, params = read(path)
+    # Distillation compiles six networks a step: scanned layers save minutes of compiling.
+    model['denoiser'] |= {'dtype': dtype, 'remat': remat, 'unroll': False}
     teacher = teacher_from(model, params)
     return dataclasses.replace(teacher, params=kernels_in(teacher.params, param_dtype))

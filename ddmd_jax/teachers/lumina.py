@@ -114,6 +114,15 @@ def _scheduler_shift(folder: Path) -> float:
     return float(config.get('shift', 1.0))
 
 
+def shift_of(folder: Path) -> float:
+    """Of time: what the scheduler of a pipeline's folder says; SHIFT of a bare transformer's.
+
+    Raises:
+      WeightsError: its scheduler shifts by resolution.
+    """
+    return (_scheduler_shift(folder / 'scheduler') if (folder / 'scheduler').is_dir() else SHIFT)
+
+
 def transformer_folder(folder: Path) -> Path:
     """Where the transformer lies in a pipeline's folder, or in its own."""
     return folder / 'transformer' if (folder / 'model_index.json').exists() else folder

@@ -131,7 +131,7 @@ CASES = (
     Case('a run that is going on is pruned', 'checkpoints', ('DIR/run', '--prune'),
          lambda folder: (damaged_run(folder), locked(folder))),
     Case('no checkpoint to export', 'export', ('--checkpoint=DIR', '--out=DIR/out')),
-    Case('a student without published format', 'export', ('--checkpoint=DIR/run', '--out=DIR/out'),
+    Case('a student of a teacher nobody knows', 'export', ('--checkpoint=DIR/run', '--out=DIR/out'),
          other_run),
 )
 

@@ -1,0 +1,85 @@
+"""The model card: what the student is, how to draw with it, what it was trained on, figures."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import jinja2
+
+import ddmd_jax
+from ddmd_jax.data import prompt_card, prompt_set
+from ddmd_jax.export.student import Student
+
+TEMPLATE = Path(__file__).with_name('card.md.jinja')
+PICTURE, CONFIG, METRICS = 'samples.png', 'training_config.json', 'training_metrics.jsonl'
+ORBAX = """import orbax.checkpoint as ocp
+
+params = ocp.StandardCheckpointer().restore('{folder}/params')  # an absolute path
+"""
+
+
+def write(student: Student, out: Path, form: str, dtype: str, sampler: str, family: Any) -> None:
+    """``README.md``, with what it points to: the picture, config and figures of the run."""
+    kept = [name for name, theirs in ((PICTURE, PICTURE), (CONFIG, 'config.json'),
+                                      (METRICS, 'metrics.jsonl'))
+            if _copied(student.workdir / theirs, out / name)]
+    whole = (out / 'model_index.json').is_file()
+    use = ORBAX if form == 'orbax' else family.USE if whole else family.ALONE
+    environment = jinja2.Environment(undefined=jinja2.StrictUndefined, keep_trailing_newline=True,
+                                     trim_blocks=True)
+    text = environment.from_string(TEMPLATE.read_text()).render(
+        student=student, form=form, dtype=dtype, sampler=sampler, version=ddmd_jax.__version__,
+        library='diffusers' if whole else 'ddmd_jax', base=_hub_name(student), kept=kept,
+        use=use.format(folder=out.name, dtype=dtype, steps=student.steps).strip(),
+        evaluation=_evaluation(student.file('eval.json')), health=_health(student.workdir),
+        settings=_settings(student.manifest), prompts=_prompts(student.manifest))
+    (out / 'README.md').write_text(text)
+
+
+def _copied(source: Path, target: Path) -> bool:
+    if source.is_file():
+        shutil.copyfile(source, target)
+    return source.is_file()
+
+
+def _hub_name(student: Student) -> str:
+    """The teacher as the hub knows it, or ''."""
+    path = student.manifest.get('teacher.path', '')
+    return path if path.count('/') == 1 and not path.startswith(('.', '/', '~')) else ''
+
+
+def _settings(manifest: Mapping[str, Any]) -> list[tuple[str, Any]]:
+    """Fields of the run's config that say how it was trained; no places on its machine."""
+    wanted = ('student.', 'critic.', 'method.', 'optim.', 'data.global_batch', 'seed')
+    return [(name, value) for name, value in sorted(manifest.items()) if name.startswith(wanted)]
+
+
+def _evaluation(found: Any) -> dict[str, Any] | None:
+    """Heads and rows of ``eval.json``'s table."""
+    if not found:
+        return None
+    heads = [name for name in found['rows'][0] if name != 'name']
+    show = lambda v: '' if v is None else f'{v:.3f}' if isinstance(v, float) else str(v)
+    return {'heads': heads, 'rows': [[row['name'], *(show(row[h]) for h in heads)]
+                                     for row in found['rows']]}
+
+
+def _health(workdir: Path) -> dict[str, Any] | None:
+    """The last line of health figures."""
+    path = workdir / 'metrics.jsonl'
+    found = path.read_text().splitlines() if path.is_file() else []
+    last = json.loads(found[-1]) if found else {}
+    return last if 'health' in last else None
+
+
+def _prompts(manifest: Mapping[str, Any]) -> str:
+    """The card of the set of prompts, if it is where it was."""
+    path = manifest.get('data.path', '')
+    file = Path(path).expanduser() / prompt_set.CARD if path else None
+    if file is None or not file.is_file():
+        return ''
+    return prompt_card.text(prompt_set.read_card(file.parent))

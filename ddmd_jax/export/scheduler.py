@@ -1,0 +1,33 @@
+"""A diffusers scheduler that takes our student's steps.
+
+Ours (`sampling.student_times`) are equally far apart before the shift, from t = 0: sigma = 1, 1 -
+1/n, ..., 1/n, which is what `Lumina2Pipeline` hands its scheduler for n steps. From the prediction
+x at sigma, `deterministic` goes along the line from it to the noisy sample, an Euler step;
+`renoise` draws new noise, ``(1 - sigma') x + sigma' noise``: `stochastic_sampling` there.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+CLASS = 'FlowMatchEulerDiscreteScheduler'
+STATED = '0.36.0'  # the oldest diffusers that what is written has been loaded with is as old
+
+
+def write(folder: Path, shift: float, sampler: str, base: Mapping[str, Any] | None = None) -> None:
+    """``FOLDER/scheduler_config.json``; `base` is the teacher's, of which the rest is kept."""
+    config = {**(base or {}), '_class_name': CLASS, 'num_train_timesteps': 1000,
+              'shift': float(shift), 'use_dynamic_shifting': False,
+              'stochastic_sampling': sampler == 'renoise'}
+    config.setdefault('_diffusers_version', STATED)
+    folder.mkdir()
+    (folder / 'scheduler_config.json').write_text(json.dumps(config, indent=2) + '\n')
+
+
+def write_index(folder: Path, name: Any, components: Mapping[str, Any], **more: Any) -> None:
+    """``model_index.json``, which makes the folder a pipeline: what has to be written last."""
+    index = {'_class_name': name, '_diffusers_version': STATED, **components, **more}
+    (folder / 'model_index.json').write_text(json.dumps(index, indent=2) + '\n')
