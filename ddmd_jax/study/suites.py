@@ -98,10 +98,11 @@ FEW = {'eval.prompts': 64, 'eval.held_out': 32, 'eval.batch': 96}
 # nothing goes wrong: here it is wanted to.
 SUITES = {
     'paper': Suite(PAPER, 3, True, {'emoji': {
-        'full': {'train.steps': 80, 'data.global_batch': 32, 'method.alpha': 3.0,
-                 'optim.student.lr': 1e-4, 'optim.critic.lr': 2e-4, 'log.judge': 96, **CONSTANT},
-        'quick': {'train.steps': 15, 'data.global_batch': 16, 'method.alpha': 3.0,
-                  'optim.student.lr': 2e-4, 'optim.critic.lr': 4e-4, 'log.judge': 48, **CONSTANT,
+        'full': {'train.steps': 80, 'data.global_batch': 16, 'method.alpha': 3.0,
+                 'optim.student.lr': 3e-5, 'optim.critic.lr': 1.5e-4, 'log.judge': 96,
+                 **CONSTANT},
+        'quick': {'train.steps': 20, 'data.global_batch': 8, 'method.alpha': 3.0,
+                  'optim.student.lr': 6e-5, 'optim.critic.lr': 3e-4, 'log.judge': 48, **CONSTANT,
                   **FEW}}}),
     'robustness': Suite(_robustness(), 1, False, {'emoji': {
         'full': {'train.steps': 240, 'data.global_batch': 8, 'student.steps': 2,
