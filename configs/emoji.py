@@ -45,7 +45,8 @@ def get_config(schedule: str = 'decoupled_hybrid') -> ConfigDict:
         'mesh': {'data': -1, 'fsdp': 1, 'tensor': 1},
         'checkpoint': {'every': 20, 'keep': 2, 'keep_every': 0, 'best': '',
                        'best_mode': 'min', 'timeout': 1800},
-        'log': {'every': 5, 'images_every': 20, 'probe': 32, 'judge': 0},
+        'log': {'every': 5, 'images_every': 20, 'probe': 32, 'judge': 0,
+                'tracker': '', 'report': True},
         'eval': {'prompts': 256, 'held_out': 128, 'batch': 128, 'teacher_steps': 50,
                  'guidance': 4.0, 'solver': 'euler'},
     })

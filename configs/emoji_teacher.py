@@ -40,5 +40,5 @@ def get_config() -> ConfigDict:
         'mesh': {'data': -1, 'fsdp': 1, 'tensor': 1},
         'checkpoint': {'every': 500, 'keep': 2, 'keep_every': 0, 'best': '',
                        'best_mode': 'min', 'timeout': 1800},
-        'log': {'every': 50, 'images_every': 1000},
+        'log': {'every': 50, 'images_every': 1000, 'tracker': '', 'report': True},
     })

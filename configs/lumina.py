@@ -57,7 +57,8 @@ def get_config(schedule: str = 'decoupled_hybrid') -> ConfigDict:
         'mesh': {'data': -1, 'fsdp': 16, 'tensor': 1},
         'checkpoint': {'every': 100, 'keep': 3, 'keep_every': 0, 'best': '',
                        'best_mode': 'min', 'timeout': 1800},
-        'log': {'every': 10, 'images_every': 100, 'probe': 8, 'judge': 0},
+        'log': {'every': 10, 'images_every': 100, 'probe': 8, 'judge': 0,
+                'tracker': '', 'report': True},
         'eval': {'prompts': 8, 'held_out': 1, 'batch': 4, 'teacher_steps': 50,
                  'guidance': 4.0, 'solver': 'euler'},
     })

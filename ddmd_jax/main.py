@@ -11,9 +11,12 @@ import errno
 import json
 import math
 import os
+import shlex
 import sys
+import time
 from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 from absl import app, flags, logging
 from ml_collections import config_flags
@@ -34,6 +37,19 @@ _PEER_TIMEOUT = flags.DEFINE_integer(
 _REPLAY = flags.DEFINE_boolean(
     'replay', False, 'Run the step that WORKDIR/bad_batches.jsonl has last, print its figures, '
     'and do nothing else.')
+_PROFILE = flags.DEFINE_string(
+    'profile', None, 'FIRST:LAST, steps to profile into WORKDIR/profile, as --profile=10:20.')
+
+
+def profiled(text: str | None) -> tuple[int, int] | None:
+    """The window of ``FIRST:LAST``; exits with one line, code 2, if it is none."""
+    if text is None:
+        return None
+    ends = text.split(':')
+    if len(ends) == 2 and all(e.isdecimal() for e in ends) and 1 <= int(ends[0]) <= int(ends[1]):
+        return int(ends[0]), int(ends[1])
+    print(f'main: --profile={text} is not FIRST:LAST, two steps such as 10:20', file=sys.stderr)
+    sys.exit(2)
 
 
 def _writable(flag: str, folder: str) -> Path:
@@ -67,11 +83,56 @@ def use_compile_cache(flag: str | None, workdir: Path, environ: Mapping[str, str
     jax.config.update('jax_compilation_cache_dir', folder or None)
 
 
-def run(config, workdir: Path, replay: bool = False) -> None:
+def about(config) -> dict[str, Any]:
+    """What a report says of a run beside its config: how it was called, where, with what."""
+    import jax
+
+    from ddmd_jax.train import checkpoint as ckpt
+
+    flag, device = flags.FLAGS['config'], jax.devices()[0]
+    file = config_flags.get_config_filename(flag)
+    given = config_flags.get_override_values(flag)
+    base = config_flags.config_flags.ConfigFileFlagParser('config').parse(file) if given else None
+    return {
+        'command': shlex.join(['python', '-m', 'ddmd_jax.main', *sys.argv[1:]]),
+        'config_file': file, 'began': round(time.time()),
+        'changed': {name: [_field(base, name), _field(config, name)] for name in given},
+        'devices': {'count': jax.device_count(), 'kind': device.device_kind,
+                    'platform': device.platform, 'processes': jax.process_count()},
+        'versions': {name.removeprefix(ckpt.VERSION): version
+                     for name, version in ckpt.versions().items()}}
+
+
+def _field(config, name: str) -> Any:
+    """A field by its dotted name; None if the file has none."""
+    for part in name.split('.'):
+        config = config.get(part) if hasattr(config, 'get') else None
+    return config
+
+
+def report(workdir: Path) -> None:
+    """Writes ``report.html``, by process 0; no run ends for it."""
+    import jax
+
+    from ddmd_jax.report import page
+
+    if jax.process_index():
+        return
+    try:
+        page.write(workdir)
+    except Exception as e:  # of a template, a plotting library, a disk
+        print(f'warning: {workdir / page.NAME} cannot be written ({e}); later: python -m '
+              f'ddmd_jax.report {workdir}', file=sys.stderr)
+
+
+def run(config, workdir: Path, replay: bool = False,
+        window: tuple[int, int] | None = None) -> None:
     """One run of either task, to its end; raises the errors that `main` puts in one line."""
     import jax
 
     from ddmd_jax import sharding
+    from ddmd_jax.report import page
+    from ddmd_jax.train.profiling import Beside
 
     mesh = sharding.make_mesh(config.mesh)
     parts = config.student.steps * config.train.accumulate if config.task == 'distill' else 1
@@ -81,14 +142,19 @@ def run(config, workdir: Path, replay: bool = False) -> None:
         return
     if jax.process_index() == 0:  # as it is now: what a checkpoint holds is what may not change
         (workdir / 'config.json').write_text(json.dumps(config.to_dict(), indent=1) + '\n')
+        (workdir / 'run.json').write_text(json.dumps(about(config), indent=1, default=str) + '\n')
+    reported = config.log.get('report', True)
+    beside = Beside(window, page.write if reported else None)
     if config.task == 'pretrain':
         from ddmd_jax.train import pretrain
 
-        pretrain.run(config, workdir, mesh)
+        pretrain.run(config, workdir, mesh, beside)
     else:
         from ddmd_jax.train import distill
 
-        distill.run(config, workdir, mesh)
+        distill.run(config, workdir, mesh, beside)
+    if reported:
+        report(workdir)  # once more, with the evaluation
 
 
 def _replay(config, workdir: Path, mesh) -> None:
@@ -121,6 +187,7 @@ def main(argv: list[str]) -> None:
     except config_lib.ConfigError as e:
         print(e, file=sys.stderr)
         sys.exit(2)
+    window = profiled(_PROFILE.value)
     if not _WORKDIR.value:
         sys.exit('main: no --workdir given; name a folder for checkpoints and results')
     workdir = _writable('--workdir', _WORKDIR.value)
@@ -145,7 +212,7 @@ def main(argv: list[str]) -> None:
 
     try:
         with signals.watched(), lock.held(workdir):
-            run(_CONFIG.value, workdir, _REPLAY.value)
+            run(_CONFIG.value, workdir, _REPLAY.value, window)
     except signals.Stopped as e:
         print(f'main: {e}', file=sys.stderr)
     except HungError as e:

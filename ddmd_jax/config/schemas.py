@@ -49,6 +49,7 @@ def _optimiser(section: str) -> dict[str, Rule]:
 def _common() -> dict[str, Rule]:
     """What the schemas of both tasks hold."""
     from ddmd_jax.train.guards import ON_NAN
+    from ddmd_jax.train.trackers import NAMES as TRACKERS
 
     axis = Rule('a whole number at least 1, or -1 for whatever is left',
                 lambda value: whole(at_least=-1).ok(value) and value != 0)
@@ -67,6 +68,8 @@ def _common() -> dict[str, Rule]:
         'checkpoint.timeout': optional(number(above=0), 1800),
         'checkpoint.best': TEXT,
         'checkpoint.best_mode': choice(('min', 'max')),
+        'log.tracker': optional(choice(TRACKERS), ''),
+        'log.report': optional(FLAG, True),
         'train.on_nan': choice(ON_NAN),
         'train.spike': number('0 is off', at_least=0),
         **_optimiser('optim.student'),

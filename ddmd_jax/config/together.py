@@ -74,6 +74,13 @@ def judge_knows(prompts: int, teacher: str) -> str | None:
         return f'must be 0 for {teacher}: the judge that ships knows emoji only'
 
 
+def tracker_there(name: str) -> str | None:
+    from ddmd_jax.train.trackers import installed
+
+    if not installed(name):
+        return f'which is not installed here: pip install {name}'
+
+
 def reals_known(weight: float, dataset: str) -> str | None:
     if weight and dataset != 'emoji':
         return (f'must be 0 while data.name is {dataset!r}: a GAN needs real images, and only '
@@ -130,6 +137,7 @@ COMMON_TOGETHER = (
     (optimiser_known, 'optim.student.name', 'optim.student.chain'),
     (one_start, 'init_from', 'resume'),
     (one_axis_left, *(f'mesh.{axis}' for axis in AXES)),
+    (tracker_there, 'log.tracker'),
 )
 DISTILL_TOGETHER = COMMON_TOGETHER + (
     (optimiser_known, 'optim.critic.name', 'optim.critic.chain'),

@@ -18,8 +18,9 @@ from ddmd_jax.data import conditioning, loader
 from ddmd_jax.data.order import Order, Shape
 from ddmd_jax.metrics import pictures
 from ddmd_jax.models import discriminator
-from ddmd_jax.train import diagnostics, loop, optim, prompts as prompt_sources, state as st
+from ddmd_jax.train import diagnostics, draws, loop, optim, prompts as prompt_sources, state as st
 from ddmd_jax.train.method import Method, feature_width, method_from
+from ddmd_jax.train.profiling import NOTHING, Beside
 from ddmd_jax.train.startup import Compiling, Startup
 from ddmd_jax.train.step import Steps, make_steps
 
@@ -302,7 +303,8 @@ def make_task(config: Any, teacher: teachers.Teacher, mesh: Mesh,
         annotate=make_annotate(teacher.data_std),
         pictures=make_pictures(config, teacher, prompts, frozen, m, mesh), startup=startup,
         host=host_fields(config), data_identity=prompts.identity, order=order,
-        read_weights=lambda path: load_teacher(config, mesh, path).params)
+        read_weights=lambda path: load_teacher(config, mesh, path).params,
+        draws=functools.partial(draws.write, m, config.seed, batch, teacher.data_std))
 
 
 def load_teacher(config: Any, mesh: Mesh, path: str = '') -> teachers.Teacher:
@@ -320,13 +322,13 @@ def prepare(config: Any, mesh: Mesh) -> tuple[teachers.Teacher, loop.Task]:
     return teacher, make_task(config, teacher, mesh, startup)
 
 
-def run(config: Any, workdir: Path, mesh: Mesh) -> None:
+def run(config: Any, workdir: Path, mesh: Mesh, beside: Beside = NOTHING) -> None:
     """Distils, evaluates, and writes ``eval.json`` and ``samples.png``."""
     from ddmd_jax.metrics import report
 
     total = report.Stopwatch()
     teacher, task = prepare(config, mesh)
-    state, seconds = loop.run(task, config, workdir, mesh, teacher.identity)
+    state, seconds = loop.run(task, config, workdir, mesh, teacher.identity, beside)
     if teacher.name == 'emoji':  # whose prompts can be judged, whatever it was distilled on
         report.final(config, teacher, state.ema, mesh, workdir, seconds._asdict(), total)
     elif teacher.decode is not None:

@@ -1,4 +1,4 @@
-"""Where a run's numbers and pictures go: terminal, `metrics.jsonl`, TensorBoard."""
+"""Where a run's numbers and pictures go: terminal, `metrics.jsonl`, TensorBoard, a tracker."""
 
 from __future__ import annotations
 
@@ -11,12 +11,13 @@ from typing import Any
 
 import jax
 import numpy as np
+from PIL import Image
 from tensorboardX import summary
 from tensorboardX.event_file_writer import EventsWriter
 from tensorboardX.proto.event_pb2 import Event, SessionLog
 from tqdm import tqdm
 
-from ddmd_jax.train import lines
+from ddmd_jax.train import lines, trackers
 
 KEPT = 64  # logged intervals at either end of a run that are remembered: who asks needs no more
 FLUSHED = 120  # seconds after which TensorBoard's file is brought up to date
@@ -33,7 +34,8 @@ class RunLog:
         lines all the same.
     """
 
-    def __init__(self, workdir: Path, start: int, total: int, description: str):
+    def __init__(self, workdir: Path, start: int, total: int, description: str,
+                 config: Any = None):
         self.active = jax.process_index() == 0
         self.history: list[dict[str, Any]] = []
         if not self.active:
@@ -43,7 +45,13 @@ class RunLog:
         self.history = lines.trim(
             self._file, lambda x: isinstance(x.get('step'), int) and x['step'] <= start)
         self._forget()
+        # Apart from the figures, which are the same whenever they were made.
+        self._times = workdir / 'times.jsonl'
+        lines.trim(self._times, lambda x: isinstance(x.get('step'), int) and x['step'] <= start)
+        self._pictures = workdir / 'pictures'
         self._board = Board(workdir / 'tensorboard', start, self.say)
+        tracker = config.log.get('tracker', '') if config else ''
+        self._tracker = trackers.Told(tracker, config, workdir, self.say)
         self.bar = tqdm(total=total, initial=start, desc=description, file=sys.stderr,
                         dynamic_ncols=True, mininterval=1.0, smoothing=0.05)
 
@@ -61,9 +69,11 @@ class RunLog:
         if not self.active:
             return
         lines.append(self._file, {'step': step, **values})
+        lines.append(self._times, {'step': step, 'time': round(time.time(), 2)})
         for name, value in values.items():
             if not isinstance(value, str):
                 self._board.add(step, summary.scalar(name, value))
+        self._tracker.scalars(step, values)
         if words:
             self.bar.set_postfix_str(words)
 
@@ -71,6 +81,15 @@ class RunLog:
         """``[H, W, 3]`` uint8."""
         if self.active:
             self._board.add(step, summary.image(name, image, dataformats='HWC'))
+            self._keep(step, name, image)
+            self._tracker.image(step, name, image)
+
+    def _keep(self, step: int, name: str, image: np.ndarray) -> None:
+        """A file of it, for reports; without room there is none, which TensorBoard's has told."""
+        with contextlib.suppress(OSError):
+            self._pictures.mkdir(exist_ok=True)
+            file = self._pictures / f'{name.replace("/", "_")}-{step:08d}.png'
+            Image.fromarray(image).save(file, optimize=True)
 
     def say(self, text: str) -> None:
         if self.active:
@@ -80,6 +99,7 @@ class RunLog:
         if self.active:
             self.bar.close()
             self._board.close()
+            self._tracker.close()
 
 
 class Board:

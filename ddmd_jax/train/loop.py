@@ -15,9 +15,18 @@ from jax.sharding import Mesh
 
 from ddmd_jax import sharding
 from ddmd_jax.data.order import Order
-from ddmd_jax.train import checkpoint as ckpt, guards, resume, saving, signals, state as st
+from ddmd_jax.train import (
+    checkpoint as ckpt,
+    guards,
+    profiling,
+    resume,
+    saving,
+    signals,
+    state as st,
+)
 from ddmd_jax.train.feed import Feed
 from ddmd_jax.train.logs import RunLog, means
+from ddmd_jax.train.profiling import NOTHING, Beside
 from ddmd_jax.train.startup import Startup
 
 
@@ -53,7 +62,8 @@ class Task:
     `startup` compiles what `advance` calls, and counts the seconds until it can. `host` names
     fields of the state that stay in the hosts' memory, `data_identity` what is trained on.
     `order` says which rows a batch holds; `read_weights(path)` reads weights that are no
-    checkpoint, for `config.init_from`.
+    checkpoint, for `config.init_from`. `draws(step, workdir)` writes down which alpha and tau
+    were drawn until that step.
     """
 
     name: str
@@ -73,10 +83,11 @@ class Task:
     data_identity: str = 'none'
     order: Order | None = None
     read_weights: Callable[[str], Any] | None = None
+    draws: Callable[[int, Path], None] = lambda step, workdir: None
 
 
-def run(task: Task, config: Any, workdir: Path, mesh: Mesh,
-        identity: str) -> tuple[st.TrainState, Seconds]:
+def run(task: Task, config: Any, workdir: Path, mesh: Mesh, identity: str,
+        beside: Beside = NOTHING) -> tuple[st.TrainState, Seconds]:
     """Trains to `config.train.steps` from where `resume` says; (state, what it took).
 
     Raises:
@@ -99,7 +110,7 @@ def run(task: Task, config: Any, workdir: Path, mesh: Mesh,
         while True:
             failed = None
             try:
-                training = _Training(task, config, workdir, feed, checkpoints, state)
+                training = _Training(task, config, workdir, feed, checkpoints, state, beside)
                 state = training.run(words)
                 return state, Seconds(time.monotonic() - start, feed.waited)
             except DivergedError as e:
@@ -177,15 +188,18 @@ class _Training:
     """
 
     def __init__(self, task: Task, config: Any, workdir: Path, feed: Feed,
-                 checkpoints: saving.Checkpoints, state: st.TrainState):
+                 checkpoints: saving.Checkpoints, state: st.TrainState,
+                 beside: Beside):
         self.task, self.config, self.workdir = task, config, workdir
         self.feed, self.checkpoints, self.state = feed, checkpoints, state
         self.step, self.total = int(state.step), config.train.steps
-        self.log = RunLog(workdir, self.step, self.total, task.name)
+        self.log = RunLog(workdir, self.step, self.total, task.name, config)
         self.interval = list(checkpoints.interval)
         self.newest: _Step | None = None
         self.unsettled = False  # whether it is not known yet how the last save went
         self.changed = True  # whether the state is another than the last step's
+        self.profile = profiling.Window(beside.profiled, workdir / 'profile', self.log.say)
+        self.report = beside.report
 
     def run(self, words: str) -> st.TrainState:
         """The state at the end; `words` are said at first.
@@ -194,7 +208,7 @@ class _Training:
           CheckpointError: the last state could not be written.
           DivergedError, Stopped: see `run`.
         """
-        with contextlib.closing(self.log):
+        with contextlib.closing(self.log), contextlib.closing(self.profile):
             if words:
                 self.log.say(words)
             if self.step == 0:
@@ -220,6 +234,7 @@ class _Training:
 
     def _advance(self) -> None:
         before = self.feed.get_state()
+        self.profile.before(self.step + 1)
         self.state, metrics = self.task.advance(self.state, self._next_batch, self.changed)
         self.changed = False
         # Looked at one step late, so that the host never waits for the device.
@@ -227,6 +242,7 @@ class _Training:
         self.step += 1
         self.newest = _Step(self.step, metrics, (before, self.feed.get_state()))
         self.interval.append(metrics)
+        self.profile.after(self.step, self.state)
         self.log.tick(self.step)
 
     def _after_step(self) -> bool:
@@ -237,6 +253,7 @@ class _Training:
             unwell = self._log_interval()
         if last or step % c.log.images_every == 0:
             self.task.pictures(self.state, step, self.log)
+            self._report()
         if last or signal or unwell or step % c.checkpoint.every == 0:
             self._save()
             self.unsettled = True
@@ -249,6 +266,18 @@ class _Training:
         if unwell:
             self.log.say(f'step {step}: {unwell}')
         return last or bool(unwell)
+
+    def _report(self) -> None:
+        """Has the report written, if there is to be one; no run ends for it."""
+        if self.report is None or jax.process_index():
+            return
+        try:
+            self.task.draws(self.step, self.workdir)
+            self.report(self.workdir)
+        except Exception as e:  # of a template, a plotting library, a disk
+            self.report = None
+            self.log.say(f'warning: the report cannot be written ({ckpt.first_line(e)}); later: '
+                         f'python -m ddmd_jax.report {self.workdir}')
 
     def _save_failed(self) -> bool:
         """Whether the last save that was due is now known to have failed; said only once.

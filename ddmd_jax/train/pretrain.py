@@ -20,6 +20,7 @@ from ddmd_jax.metrics import pictures
 from ddmd_jax.teachers import emoji as teacher
 from ddmd_jax.train import loop, optim, state as st
 from ddmd_jax.train.loop import Task
+from ddmd_jax.train.profiling import NOTHING, Beside
 
 Array = jax.Array
 
@@ -123,9 +124,9 @@ def make_task(config: Any, mesh: Mesh) -> Task:
         pictures=make_pictures(config, pairs, ids, mask))
 
 
-def run(config: Any, workdir: Path, mesh: Mesh) -> None:
+def run(config: Any, workdir: Path, mesh: Mesh, beside: Beside = NOTHING) -> None:
     """Trains to the end and writes the averaged weights as ``workdir/teacher.safetensors``."""
-    state, seconds = loop.run(make_task(config, mesh), config, workdir, mesh, identity='none')
+    state, seconds = loop.run(make_task(config, mesh), config, workdir, mesh, 'none', beside)
     out = workdir / 'teacher.safetensors'
     whole = jax.jit(lambda tree: tree, out_shardings=sharding.replicated(mesh))(state.ema)
     if jax.process_index() == 0:

@@ -30,6 +30,7 @@ from ddmd_jax.train.method import Method
 Array = jax.Array
 Metrics = dict[str, Array]
 
+
 def _student_samples(predict: Predict, student: Any, cond: Any, m: Method, key: Array,
                      shape: tuple[int, ...]) -> tuple[Array, Array]:
     """``(x_hat [B, ...], pre-shift t [B])``: backward simulation, then the student's step."""
@@ -67,6 +68,28 @@ def _predictions(predict: Predict, frozen: Any, critic: Any, x: Array, cond: Any
 # Keys of what only some recipes draw are folded in under these numbers: the default's draws are
 # then those it has always had.
 DRAW_ALPHA, DRAW_GAN = 1, 2
+
+
+def generator_keys(root: Array, step: Array, parts: int) -> Array:
+    """Keys ``[parts]`` of the micro-batches of the generator's update number `step`, from 0."""
+    return micro_keys(jax.random.fold_in(jax.random.fold_in(root, 0), step), parts)
+
+
+def micro_keys(key: Array, parts: int) -> Array:
+    """An update's key for each of its micro-batches ``[parts]``: a single one has it as it is."""
+    return key[None] if parts == 1 else jax.random.split(key, parts)
+
+
+def draw_levels(key: Array, m: Method, t: Array,
+                like: Array) -> tuple[tuple[Array, Array], Array | float]:
+    """``(tau_CA [B], tau_DM [B])`` and alpha of a micro-batch with this key.
+
+    `t` ``[B]`` are the pre-shift times of the generator's steps, `like` ``[B, ...]`` the samples.
+    """
+    schedule = schedules.SCHEDULES[m.schedule]
+    levels = schedules.draw_levels(jax.random.split(key, 4)[1], schedule, t, m.tau_ca, m.tau_dm,
+                                   m.shift)
+    return levels, m.draw_alpha(jax.random.fold_in(key, DRAW_ALPHA), like)
 
 
 def split_real(batch: Any) -> tuple[Any, Array | None]:
@@ -112,15 +135,14 @@ def generator_loss(predict: Predict, student: Any, critic: Any, frozen: Any, con
       head: parameters of the GAN's head, if there is one.
     """
     cond, _ = split_real(cond)
-    k_sim, k_tau, k_ca, k_dm = jax.random.split(key, 4)
+    k_sim, _, k_ca, k_dm = jax.random.split(key, 4)
     schedule = schedules.SCHEDULES[m.schedule]
     x_hat, t = _student_samples(predict, student, cond, m, k_sim, shape)
     x = jax.lax.stop_gradient(x_hat)
-    levels = schedules.draw_levels(k_tau, schedule, t, m.tau_ca, m.tau_dm, m.shift)
+    levels, alpha = draw_levels(key, m, t, x)
     noise_ca = jax.random.normal(k_ca, shape)
     noise_dm = noise_ca if schedule.shared else jax.random.normal(k_dm, shape)
     p = _predictions(predict, frozen, critic, x, cond, levels, (noise_ca, noise_dm), m)
-    alpha = m.draw_alpha(jax.random.fold_in(key, DRAW_ALPHA), x)
     update = decoupled_update(x, p, alpha=alpha, normaliser=m.normaliser, floor=m.floor)
     further, metrics = _regularisers(x_hat, critic, head, cond, m, key)
     loss = decoupled_loss(x_hat, update, m.weight_ca, m.weight_dm) + further
@@ -184,7 +206,7 @@ def accumulated_grads(loss_fn: Callable, params: Any, cond: Any, key: Array, par
         (_, metrics), grads = value_and_grad(params, *inputs)
         return jax.tree.map(lambda a, b: a + b / parts, total, (grads, metrics)), None
 
-    inputs = (split, jax.random.split(key, parts))
+    inputs = (split, micro_keys(key, parts))
     first = jax.tree.map(lambda x: x[0], inputs)
     (_, metrics), grads = jax.eval_shape(value_and_grad, params, *first)
     zeros = jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), (grads, metrics))

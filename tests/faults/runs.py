@@ -26,9 +26,9 @@ MODEL = {'denoiser': tiny.MODEL['denoiser'],
 FIELDS = {
     'train.steps': 6, 'data.global_batch': 4, 'student.steps': 2, 'critic.updates': 1,
     'checkpoint.every': 2, 'log.every': 3, 'log.images_every': 1000, 'log.probe': 0,
-    'optim.student.lr': 1e-3, 'optim.critic.lr': 1e-3, 'optim.student.decay': 0.0,
-    'optim.critic.decay': 0.0, 'eval.prompts': 3, 'eval.held_out': 3, 'eval.batch': 4,
-    'eval.teacher_steps': 2}
+    'log.report': False, 'optim.student.lr': 1e-3, 'optim.critic.lr': 1e-3,
+    'optim.student.decay': 0.0, 'optim.critic.decay': 0.0, 'eval.prompts': 3, 'eval.held_out': 3,
+    'eval.batch': 4, 'eval.teacher_steps': 2}
 
 
 def make_weights(folder):

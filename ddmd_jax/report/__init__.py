@@ -1,0 +1,1 @@
+"""A run as one page: what it was, what it did, what came of it."""

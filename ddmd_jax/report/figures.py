@@ -1,0 +1,156 @@
+"""A report's figures: curves with the bands in which they are healthy, verdicts, histograms."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Sequence
+from typing import Any
+
+from ddmd_jax.report.read import Run
+from ddmd_jax.train import diagnostics
+from ddmd_jax.train.diagnostics import SHIPPED
+
+MOST = 2000  # points of a curve: of more, every n-th is drawn
+COLOURS = ('#3b7dd8', '#d9713c', '#4a9e5c', '#a05fb5', '#b8912f', '#5aa7a7', '#c75b7a', '#7a7a7a')
+VERDICTS = {diagnostics.HEALTHY: '#4a9e5c', diagnostics.CRITIC_LAGS: '#d9a53c',
+            diagnostics.WASHED_OUT: '#8ca3b8', diagnostics.COLOUR_CAST: '#a05fb5',
+            diagnostics.OVER_BAKED: '#c9473f', diagnostics.BROKEN: '#333333'}
+
+
+@dataclasses.dataclass(frozen=True)
+class Curve:
+    """A column of ``metrics.jsonl``: its title, and between which values a run is well."""
+
+    key: str
+    title: str
+    low: float | None = None
+    high: float | None = None
+    log: bool = False
+
+
+CURVES = (
+    Curve('loss', 'loss'),
+    Curve('fake_loss', 'fake_loss: the critic\'s', log=True),
+    Curve('dm_rel_gap', 'dm_rel_gap: critic to teacher', high=SHIPPED.gap_large),
+    Curve('dm_cos', 'dm_cos'),
+    Curve('dm_to_ca', 'dm_to_ca'),
+    Curve('x_std', 'x_std: contrast, live student'),
+    Curve('ema_std', 'ema_std: contrast, average', SHIPPED.ema_std_down, SHIPPED.ema_std_up),
+    Curve('ema_cast', 'ema_cast: colours moved, average', high=SHIPPED.cast),
+    Curve('saturation', 'saturation: share beyond the range'),
+    Curve('grad_norm', 'grad_norm', log=True),
+    Curve('critic_grad_norm', 'critic_grad_norm', log=True),
+    Curve('ema_match', 'ema_match: captions right', low=1 - 0.05),
+    Curve('ema_background', 'ema_background'),
+    Curve('ema_colour_error', 'ema_colour_error (CIEDE2000)'),
+    Curve('ema_variance', 'ema_variance'),
+    Curve('gan_loss', 'gan_loss'), Curve('gan_critic_loss', 'gan_critic_loss'),
+    Curve('mv_kl', 'mv_kl'), Curve('alpha_share', 'alpha_share'),
+    Curve('critic_extra', 'critic_extra'),
+)
+
+
+def present(runs: Sequence[Run]) -> list[Curve]:
+    """Those that a line of one of the runs has."""
+    keys = {key for run in runs for line in (run.lines[:1] + run.lines[-1:]) for key in line}
+    return [curve for curve in CURVES if curve.key in keys]
+
+
+def curves(runs: Sequence[Run]) -> Any:
+    """Every curve in a panel of its own, all with one axis of steps; bands are green."""
+    from plotly.subplots import make_subplots
+
+    shown = present(runs)
+    rows = max(1, math.ceil(len(shown) / 2))
+    figure = make_subplots(rows=rows, cols=2, shared_xaxes='all', vertical_spacing=0.28 / rows,
+                           horizontal_spacing=0.09, subplot_titles=[c.title for c in shown])
+    for i, curve in enumerate(shown):
+        place = {'row': i // 2 + 1, 'col': i % 2 + 1}
+        for number, run in enumerate(runs):
+            figure.add_scatter(**_series(run, curve.key), name=run.name, legendgroup=run.name,
+                               showlegend=not i and len(runs) > 1, mode='lines',
+                               line={'color': COLOURS[number % len(COLOURS)], 'width': 1.6},
+                               **place)
+        _band(figure, runs, curve, place)
+        figure.update_yaxes(type='log' if curve.log else 'linear', **place)
+    figure.update_xaxes(showticklabels=True)
+    _style(figure, 170 * rows + 60)
+    return figure
+
+
+def _series(run: Run, key: str) -> dict[str, list[Any]]:
+    found = [(line['step'], line[key]) for line in run.lines if key in line]
+    found = found[::math.ceil(len(found) / MOST) or 1]
+    return {'x': [step for step, _ in found], 'y': [_short(value) for _, value in found]}
+
+
+def _short(value: Any) -> Any:
+    """Five digits are enough to draw; what is not finite is a gap."""
+    if not isinstance(value, float):
+        return value
+    return float(f'{value:.5g}') if math.isfinite(value) else None
+
+
+def _band(figure: Any, runs: Sequence[Run], curve: Curve, place: dict[str, int]) -> None:
+    """A green band between the bounds; where one is open it ends with what is drawn."""
+    known = (runs[0].draws or {}).get('data_std')
+    if curve.key == 'x_std' and known:
+        curve = dataclasses.replace(curve, high=SHIPPED.std_up * known)
+    if curve.low is None and curve.high is None:
+        return
+    values = [v for run in runs for v in _series(run, curve.key)['y'] if v is not None]
+    low = min([*values, curve.high]) if curve.low is None else curve.low
+    high = max([*values, curve.low]) if curve.high is None else curve.high
+    figure.add_hrect(y0=low, y1=high, fillcolor='#4a9e5c', opacity=0.12, line_width=0,
+                     layer='below', **place)
+
+
+def verdicts(runs: Sequence[Run]) -> Any | None:
+    """A line of blocks for each run, coloured by the verdict at each logged step."""
+    import plotly.graph_objects as go
+
+    figure = go.Figure()
+    for run in runs:
+        for word, colour in VERDICTS.items():
+            at = [line['step'] for line in run.lines if line.get('health') == word]
+            if at:
+                reasons = [line.get('health_reason', '') for line in run.lines
+                           if line.get('health') == word]
+                figure.add_scatter(
+                    x=at, y=[run.name] * len(at), name=word, mode='markers', text=reasons,
+                    legendgroup=word, showlegend=word not in {t.name for t in figure.data},
+                    marker={'symbol': 'square', 'size': 11, 'color': colour})
+    if not figure.data:
+        return None
+    _style(figure, 110 + 34 * len(runs))
+    figure.update_xaxes(title='student updates')
+    return figure
+
+
+def histograms(run: Run) -> Any | None:
+    """How often each alpha and tau was drawn."""
+    from plotly.subplots import make_subplots
+
+    names = [name for name in ('tau_ca', 'tau_dm', 'alpha') if name in (run.draws or {})]
+    if not names:
+        return None
+    figure = make_subplots(rows=1, cols=len(names), subplot_titles=names)
+    for i, name in enumerate(names):
+        edges, counts = run.draws[name]['edges'], run.draws[name]['counts']
+        middle = [(a + b) / 2 for a, b in zip(edges, edges[1:])]
+        figure.add_bar(x=middle, y=counts, width=[b - a for a, b in zip(edges, edges[1:])],
+                       marker_color=COLOURS[i], showlegend=False, row=1, col=i + 1)
+    _style(figure, 240)
+    return figure
+
+
+def _style(figure: Any, height: int) -> None:
+    """Colours of text and lines are the page's, which knows whether it is dark."""
+    figure.update_layout(height=height, margin={'l': 50, 'r': 16, 't': 36, 'b': 36},
+                         paper_bgcolor='rgba(0,0,0,0)', plot_bgcolor='rgba(0,0,0,0)',
+                         font={'size': 11}, legend={'orientation': 'h', 'y': 1.06},
+                         hovermode='x unified', template='none')
+    figure.update_annotations(font_size=12)
+    figure.update_xaxes(gridcolor='rgba(128,128,128,.25)', zeroline=False)
+    figure.update_yaxes(gridcolor='rgba(128,128,128,.25)', zeroline=False)

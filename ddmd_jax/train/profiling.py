@@ -1,0 +1,55 @@
+"""What is done beside training: a profile of a few steps, a report now and then."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import jax
+
+Profiled = tuple[int, int] | None
+
+
+@dataclasses.dataclass(frozen=True)
+class Beside:
+    """`profiled` are the first and the last step of a profile; `report` is called with the workdir
+    by process 0 where pictures are logged, and may fail."""
+
+    profiled: Profiled = None
+    report: Callable[[Path], Any] | None = None
+
+
+NOTHING = Beside()
+
+
+class Window:
+    """Profiles the steps from the first to the last of `steps` into `folder`; None: nothing. What
+    TensorBoard's profiler and xprof open.
+
+    Every process writes its own part. A run that goes on within the window profiles what is left.
+    """
+
+    def __init__(self, steps: Profiled, folder: Path, say: Callable[[str], None]):
+        self._steps, self._folder, self._say = steps, folder, say
+        self._on = False
+
+    def before(self, step: int) -> None:
+        """Called before every step; begins where it is due."""
+        if self._steps and not self._on and self._steps[0] <= step <= self._steps[1]:
+            jax.profiler.start_trace(str(self._folder))
+            self._on = True
+
+    def after(self, step: int, state: Any) -> None:
+        """Called after every step, with what it has made."""
+        if self._on and step >= self._steps[1]:
+            jax.block_until_ready(state)
+            self.close()
+
+    def close(self) -> None:
+        """Ends it, wherever it is."""
+        if self._on:
+            self._on, self._steps = False, None
+            jax.profiler.stop_trace()
+            self._say(f'profile in {self._folder}: tensorboard --logdir={self._folder.parent}')

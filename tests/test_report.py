@@ -1,0 +1,212 @@
+"""Reports of runs: what is in them, that they need nothing else, what a browser makes of them."""
+
+import html
+import json
+import math
+import re
+import shutil
+import subprocess
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import tiny
+from PIL import Image
+
+from ddmd_jax import process, sampling, schedules
+from ddmd_jax.report import figures, page, read
+from ddmd_jax.train import draws, step as steps
+
+LINE = {'loss': 1.0, 'fake_loss': 0.1, 'dm_rel_gap': 0.1, 'dm_cos': 0.99, 'dm_to_ca': 0.2,
+        'x_std': 0.47, 'ema_std': 1.01, 'ema_cast': 0.01, 'grad_norm': 2.0, 'finite': 1.0}
+
+
+def make_run(folder, lines=40, every=5, pictures=3, **changed):
+    """A run's folder without the run."""
+    folder.mkdir(parents=True)
+    config = tiny.load_config('emoji')
+    config.update_from_flattened_dict(changed)
+    write = lambda name, value: (folder / name).write_text(json.dumps(value))
+    write('config.json', config.to_dict())
+    write('run.json', {
+        'command': 'python -m ddmd_jax.main --config=<x>', 'config_file': 'configs/emoji.py',
+        'changed': {name: [None, value] for name, value in changed.items()},
+        'devices': {'count': 4, 'kind': 'TPU v5e', 'platform': 'tpu', 'processes': 1},
+        'versions': {'jax': '0.10'}})
+    entry = lambda i: {'step': every * (i + 1), **LINE, 'loss': math.sin(i / 9), 'health': (
+        'healthy' if i < lines - 4 else 'over-baked'), 'health_reason': 'x_std <b>x1.2</b>'}
+    (folder / 'metrics.jsonl').write_text(''.join(
+        json.dumps(entry(i)) + '\n' for i in range(lines)))
+    at = lambda i: 1000 + 10 * i + (50_000 if i > lines // 2 else 0)  # it lay for half a day
+    (folder / 'times.jsonl').write_text(''.join(
+        json.dumps({'step': every * (i + 1), 'time': at(i)}) + '\n' for i in range(lines)))
+    (folder / 'pictures').mkdir()
+    noise = np.random.default_rng(0).integers(0, 255, (392, 800, 3), np.uint8)
+    for i in range(pictures):
+        Image.fromarray(noise).save(folder / 'pictures' / f'panels_x-{i * 20:08d}.png')
+    write('eval.json', {'rows': [{'name': 'real', 'steps': None, 'frechet': 0.0},
+                                 {'name': 'student', 'steps': 4, 'frechet': 0.4567}],
+                        'seconds': {'input_wait': 0.5}})
+    return folder
+
+
+@pytest.fixture
+def run(tmp_path):
+    return make_run(tmp_path / 'a')
+
+
+def test_a_page_has_everything_and_needs_nothing(run):
+    path = page.write(run)
+    text = path.read_text()
+    assert path == run / 'report.html' and not path.with_name('report.html.tmp').exists()
+    own = re.sub(r'<script>.*?</script>', '', text, flags=re.DOTALL)
+    assert not re.search(r'(?:src|href)="(?!data:|#)', own) and '@import' not in own
+    for words in ('over-baked', 'step 200 of 40', '0.4567', 'TPU v5e', 'seconds a step',
+                  'Skip to the curves', '<html lang="en">'):
+        assert words in own, words
+    assert own.count('<img src="data:image/webp') == 3
+    assert 'panels_x at step 40' in own.replace('panels x at', 'panels_x at')
+    # What a run says of itself is text, not markup.
+    assert 'x_std <b>x1.2</b>' not in text and '--config=&lt;x&gt;' in own
+
+
+def test_time_between_two_goes_is_not_counted(run):
+    found = read.read(run)
+    assert found.seconds == 10 * 38 and found.seconds_per_step == 2.0
+    facts = dict(page.facts(found))
+    assert facts['time'] == '06 min 20 s' and float(facts['chip-hours']) == pytest.approx(
+        4 * 380 / 3600, rel=1e-3)
+
+
+def test_fields_that_were_changed_or_differ_are_told(tmp_path):
+    runs = [read.read(make_run(tmp_path / 'a', **{'method.alpha': 2.5})),
+            read.read(make_run(tmp_path / 'b', **{'train.steps': 80}))]
+    told = {name: values for name, _, values in page.differences(runs)['changed']}
+    assert told == {'method.alpha': [2.5, 1.5], 'train.steps': [40, 80]}
+
+
+def test_two_runs_share_panels_and_axes(tmp_path):
+    runs = [read.read(make_run(tmp_path / name)) for name in 'ab']
+    figure = figures.curves(runs)
+    loss = [t for t in figure.data if t.xaxis == 'x']
+    assert [t.name for t in loss] == ['a', 'b'] and list(loss[0].x) == list(range(5, 205, 5))
+    axes = [figure.layout[axis].matches for axis in figure.layout if axis.startswith('xaxis')]
+    assert len(axes) == 10 and axes.count(None) == 1 and len(set(axes)) == 2  # one leads
+    bands = {shape.yref for shape in figure.layout.shapes}
+    assert len(bands) == 3  # dm_rel_gap, ema_std, ema_cast
+    assert {t.name for t in figures.verdicts(runs).data} == {'healthy', 'over-baked'}
+
+
+def test_long_runs_are_thinned_and_light(tmp_path):
+    folder = make_run(tmp_path / 'long', lines=1000, every=1, pictures=50)
+    text = page.write(folder).read_text()
+    assert len(text.encode()) < 8e6
+    assert text.count('<tr><td class="n">') == page.ROWS
+    assert 3 <= text.count('<img ') < page.STRIPS  # noise: a dozen of them would be too much
+    assert page.thinned(range(1000), 3) == [0, 500, 999]
+
+
+def test_a_run_that_has_just_begun_has_a_page(tmp_path):
+    folder = tmp_path / 'new'
+    folder.mkdir()
+    (folder / 'config.json').write_text('{"train": {"steps": 9}}')
+    (folder / 'metrics.jsonl').write_text('{"step": 1, "lo')  # a line being written
+    text = page.write(folder).read_text()
+    assert 'Nothing has been logged yet' in text and 'step 0 of 9' in text
+
+
+@pytest.mark.parametrize(('name', 'content', 'words'), [
+    ('config.json', None, 'holds no run: there is no config.json'),
+    ('run.json', '{', 'run.json is damaged'), ('metrics.jsonl', 'x\n', 'metrics.jsonl is damaged')])
+def test_what_is_no_run_is_one_line(run, name, content, words):
+    (run / name).unlink() if content is None else (run / name).write_text(content)
+    with pytest.raises(read.ReportError, match=words) as e:
+        page.write(run)
+    assert len(str(e.value).splitlines()) == 1
+
+
+def command(*args, cwd=tiny.ROOT):
+    import sys
+
+    return subprocess.run([sys.executable, '-m', 'ddmd_jax.report', *map(str, args)], cwd=cwd,
+                          capture_output=True, text=True, check=False)
+
+
+def test_the_command(tmp_path):
+    a, b = make_run(tmp_path / 'a'), make_run(tmp_path / 'b')
+    done = command(a, b, f'--out={tmp_path / "both.html"}')
+    assert done.returncode == 0 and done.stdout.strip() == str(tmp_path / 'both.html'), done.stderr
+    assert '<h1>a | b</h1>' in (tmp_path / 'both.html').read_text()
+    for args, words in (((), 'report: no run given'), ((tmp_path,), 'holds no run')):
+        done = command(*args)
+        assert done.returncode == 1 and len(done.stderr.splitlines()) == 1
+        assert words in done.stderr
+
+
+# --- What was drawn ---
+
+
+@pytest.mark.parametrize('changes', [
+    {}, {'schedule': 'coupled_shared'}, {'accumulate': 2},
+    {'alpha_range': (2.0, 8.0), 'tau_ca_end': (0.5, 0.9), 'tau_relax': 10}])
+def test_levels_are_those_that_the_step_draws(changes):
+    """Against the step's own keys, written out."""
+    m = tiny.make_method(**changes)
+    batch, seed, at = 8, 3, 7
+    got = draws.of_update(m, seed, batch, jnp.int32(at))
+    key = jax.random.fold_in(jax.random.fold_in(jax.random.key(seed), 0), at)
+    keys = [key] if m.accumulate == 1 else list(jax.random.split(key, m.accumulate))
+    part, now = batch // m.accumulate, m.at(jnp.int32(at), jnp.ones(()))
+    t = process.step_times(m.num_steps)[sampling.step_assignment(part, m.num_steps)]
+    want = [schedules.draw_levels(jax.random.split(k, 4)[1], schedules.SCHEDULES[m.schedule], t,
+                                  now.tau_ca, now.tau_dm, m.shift) for k in keys]
+    for i, name in enumerate(('tau_ca', 'tau_dm')):
+        np.testing.assert_allclose(got[name], np.concatenate([w[i] for w in want]), rtol=1e-6)
+    if m.alpha_range:
+        fold = lambda k: jax.random.fold_in(k, steps.DRAW_ALPHA)
+        alpha = [schedules.draw_alpha(fold(k), now.alpha_range, part) for k in keys]
+        np.testing.assert_allclose(got['alpha'], np.concatenate(alpha), rtol=1e-6)
+    assert ('alpha' in got) == bool(m.alpha_range)
+
+
+def test_counts_are_of_the_updates_done(tmp_path):
+    draws.write(tiny.make_method(), 0, 8, 0.467, 300, tmp_path)
+    found = json.loads((tmp_path / 'draws.json').read_text())
+    assert found['updates'] == draws.UPDATES and found['data_std'] == 0.467
+    assert sum(found['tau_dm']['counts']) == 8 * draws.UPDATES
+    assert len(found['tau_dm']['edges']) == draws.BINS + 1
+
+
+# --- In a browser ---
+
+browser = pytest.mark.skipif(not shutil.which('chromium'), reason='no chromium here')
+
+
+def opened(path, *flags):
+    """(the page's final DOM, what its console said)."""
+    done = subprocess.run(
+        ['chromium', '--headless=new', '--no-sandbox', '--disable-gpu', '--enable-logging=stderr',
+         '--window-size=1280,2000', *flags, f'file://{path}'],
+        capture_output=True, text=True, timeout=60, check=True)
+    return done.stdout, re.findall(r'CONSOLE.*', done.stderr)
+
+
+@browser
+def test_it_opens_at_once_and_says_nothing_to_the_console(tmp_path):
+    path = page.write(make_run(tmp_path / 'long', lines=1000, every=1, pictures=30))
+    dom, console = opened(path, '--dump-dom')
+    assert not console
+    assert int(re.search(r'data-painted="(\d+)"', dom)[1]) < 2000
+    assert dom.count('class="main-svg"') >= 4  # two figures were drawn
+    assert 'over-baked' in html.unescape(dom)
+
+
+@browser
+def test_it_is_dark_where_one_wants_it_dark(run, tmp_path):
+    path = page.write(run)
+    seen = {}
+    for name, flags in {'light': (), 'dark': ('--blink-settings=preferredColorScheme=0',)}.items():
+        opened(path, f'--screenshot={tmp_path / name}.png', *flags)
+        seen[name] = np.asarray(Image.open(tmp_path / f'{name}.png').convert('L')).mean()
+    assert seen['light'] > 200 and seen['dark'] < 90
