@@ -92,7 +92,7 @@ def main(argv: list[str]) -> None:
             runs.perform(planned, _CONFIG.value, _PROCESSES.value,
                          lambda text: tqdm.write(text, file=sys.stderr), _KEEP.value)
     except (runs.Stopped, KeyboardInterrupt) as e:
-        sys.exit(f'study: {e or "stopped"}; run the same command to go on')
+        sys.exit(f'study: {str(e) or "stopped"}; run the same command to go on')
     except OSError as e:
         sys.exit(f'study: {folder} cannot be written ({e.strerror}); choose another --workdir')
     found = results.read(folder / 'results', [e.name for e in suite.experiments])
