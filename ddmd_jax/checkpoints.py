@@ -16,6 +16,8 @@ from typing import Any
 
 from absl import app, flags, logging
 
+from ddmd_jax import arguments
+
 FLAGS = flags.FLAGS
 # What of a manifest is shown: enough to tell runs apart.
 SHOWN = ('task', 'teacher.name', 'method.schedule', 'student.steps', 'data.global_batch', 'seed',
@@ -123,15 +125,6 @@ def main(argv: list[str]) -> None:
         sys.exit(f'checkpoints: damaged: {", ".join(damaged)}; resuming moves them aside')
 
 
-def parse_flags(argv: list[str]) -> list[str]:
-    """absl's parser, with what is wrong said in one line."""
-    try:
-        return FLAGS(argv)
-    except flags.Error as e:
-        print(f'checkpoints: {" ".join(str(e).split())}', file=sys.stderr)
-        sys.exit(2)
-
-
 if __name__ == '__main__':
     define_flags()
-    app.run(main, flags_parser=parse_flags)
+    app.run(main, flags_parser=arguments.parser('checkpoints'))

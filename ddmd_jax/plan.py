@@ -18,6 +18,8 @@ os.environ['JAX_PLATFORMS'] = 'cpu'
 from absl import app, flags, logging  # noqa: E402
 from ml_collections import config_flags  # noqa: E402
 
+from ddmd_jax import arguments
+
 FLAGS = flags.FLAGS
 
 
@@ -87,4 +89,4 @@ def main(argv: list[str]) -> None:
 
 if __name__ == '__main__':
     define_flags()
-    app.run(main)
+    app.run(main, flags_parser=arguments.parser('plan'))

@@ -18,6 +18,8 @@ from typing import Any
 
 from absl import app, flags, logging
 
+from ddmd_jax import arguments
+
 FLAGS = flags.FLAGS
 TEACHER_STEPS = 50  # of the guided teacher, unless --steps says otherwise
 GUIDANCE = 4.0  # the published pipeline's
@@ -230,15 +232,6 @@ def main(argv: list[str]) -> None:
         sys.exit(f'sample: stopped; images that were finished are in {out}')
 
 
-def parse_flags(argv: list[str]) -> list[str]:
-    """absl's parser, with what is wrong said in one line."""
-    try:
-        return FLAGS(argv)
-    except flags.Error as e:
-        print(f'sample: {" ".join(str(e).split())}', file=sys.stderr)
-        sys.exit(2)
-
-
 if __name__ == '__main__':
     define_flags()
-    app.run(main, flags_parser=parse_flags)
+    app.run(main, flags_parser=arguments.parser('sample'))

@@ -13,6 +13,8 @@ from typing import Any
 
 from absl import app
 
+from ddmd_jax import arguments
+
 COLUMNS = {'glyph_match': 3, 'glyph_match_held_out': 3, 'background_match': 3, 'frechet': 2,
            'colour_error': 2, 'variance': 3}
 
@@ -51,4 +53,4 @@ def main(argv: list[str]) -> None:
 
 
 if __name__ == '__main__':
-    app.run(main)
+    app.run(main, flags_parser=arguments.parser('summarise'))

@@ -16,7 +16,7 @@ from PIL import Image
 from test_distributed import together
 from test_export import save
 
-from ddmd_jax import drawing, imaging, sample, sampling, sharding, teachers
+from ddmd_jax import arguments, drawing, imaging, sample, sampling, sharding, teachers
 from ddmd_jax.data import prompts, tokenizer
 from ddmd_jax.metrics import pictures
 from ddmd_jax.models import autoencoder_kl
@@ -64,7 +64,7 @@ def command():
         for flag in mine.values():
             flag.unparse()
         flags.FLAGS.unparse_flags()
-        sample.main(sample.parse_flags(['sample', *map(str, args)]))
+        sample.main(arguments.parser('sample')(['sample', *map(str, args)]))
 
     yield call
     for name in mine:

@@ -11,6 +11,7 @@ from pathlib import Path
 
 from absl import app, flags, logging
 
+from ddmd_jax import arguments
 from ddmd_jax.sampling import STUDENT_MODES
 
 FLAGS = flags.FLAGS
@@ -64,4 +65,4 @@ def main(argv: list[str]) -> None:
 
 if __name__ == '__main__':
     define_flags()
-    app.run(main)
+    app.run(main, flags_parser=arguments.parser('export'))

@@ -11,6 +11,8 @@ from pathlib import Path
 
 from absl import app, flags
 
+from ddmd_jax import arguments
+
 FLAGS = flags.FLAGS
 
 
@@ -36,4 +38,4 @@ def main(argv: list[str]) -> None:
 
 if __name__ == '__main__':
     define_flags()
-    app.run(main)
+    app.run(main, flags_parser=arguments.parser('report'))

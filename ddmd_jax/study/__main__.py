@@ -19,6 +19,8 @@ from typing import Any
 from absl import app, flags
 from tqdm import tqdm
 
+from ddmd_jax import arguments
+
 _SUITE = flags.DEFINE_string('suite', 'paper', 'Which suite of experiments.')
 _CONFIG = flags.DEFINE_string('config', None, 'The config they are variations of.')
 _WORKDIR = flags.DEFINE_string('workdir', None, 'Folder of the study; resumed if it holds one.')
@@ -126,4 +128,4 @@ def write_report(folder: Path, suite: Any, teacher: str, found: dict[str, Any]) 
 
 
 if __name__ == '__main__':
-    app.run(main)
+    app.run(main, flags_parser=arguments.parser('study'))

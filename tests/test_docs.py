@@ -1,0 +1,133 @@
+"""What README and docs/ tell one to type, and what they link to.
+
+Every block of shell is given to bash, where `python -m ddmd_jax...` only checks its arguments
+(absl's ``--only_check_args``: flags, config file and fields are read, nothing is run), programs on
+standard input are compiled, and everything else has to name a file that is there.
+"""
+
+import re
+import shutil
+import subprocess
+import sys
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import pytest
+import tiny
+
+PAGES = [tiny.ROOT / 'README.md', *sorted((tiny.ROOT / 'docs').glob('*.md'))]
+BLOCKS = [(page.name, i, block) for page in PAGES for i, block in enumerate(
+    re.findall(r'^```sh\n(.*?)^```', page.read_text(), re.DOTALL | re.MULTILINE))]
+PREAMBLE = r'''
+set -eu
+there() {  # some argument names a file that is there
+  for one in "$@"; do if [ -f "${one%%:*}" ]; then return 0; fi; done
+  echo "no file among: $*"; return 1
+}
+python() {
+  case "${1:-}${2:+ $2}" in
+    "-m ddmd_jax"*) "$PY" "$@" --only_check_args ;;
+    "-m pytest"*) there "$@" ;;
+    -c*) "$PY" -c 'import sys; compile(sys.argv[1], "-c", "exec")' "$2" ;;
+    -*) "$PY" -c 'import sys; compile(sys.stdin.read(), "-", "exec")' ;;
+    *) there "$1" ;;
+  esac
+}
+bash() { there "$1"; }
+pip() { [ "$1" = install ]; }
+'''
+
+
+def given_to_bash(block):
+    """(code, output) of a block; optional flags are taken, other ways to call bash's are undone."""
+    text = re.sub(r'\[(--[^\]]+)\]', r'\1', block)
+    text = re.sub(r"/usr/bin/time (-v|-f '[^']*') ", '', text)
+    done = subprocess.run([shutil.which('bash'), '-c', PREAMBLE + text], cwd=tiny.ROOT, text=True,
+                          capture_output=True, env={'PY': sys.executable, 'PATH': '/usr/bin:/bin',
+                                                    'JAX_PLATFORMS': 'cpu', 'HOME': '/nowhere'})
+    return done.returncode, done.stdout + done.stderr
+
+
+def test_every_command_can_be_typed_as_it_stands():
+    assert len(BLOCKS) > 30
+    with ThreadPoolExecutor(2) as pool:
+        found = list(pool.map(lambda b: given_to_bash(b[2]), BLOCKS))
+    wrong = [f'{page}, block {i}: {out[-400:]}\n{block}'
+             for (page, i, block), (code, out) in zip(BLOCKS, found) if code]
+    assert not wrong, '\n'.join(wrong)
+
+
+@pytest.mark.parametrize('block', [
+    'python -m ddmd_jax.main --config=configs/emoji.py --workdir=D --config.method.alhpa=2',
+    'python -m ddmd_jax.main --config=configs/nothing.py --workdir=D',
+    'python -m ddmd_jax.sample --promt=x', 'python benchmarks/nothing.py', 'bash launch/nothing.sh',
+    "python - <<'EOF'\nfor x in\nEOF", 'python -m pytest tests/test_nothing.py', 'sometool --flag',
+])
+def test_what_is_mistyped_is_found(block):
+    assert given_to_bash(block)[0]
+
+
+def anchors(page):
+    """Anchors of a page's headings, as GitHub and mkdocs make them."""
+    heads = re.findall(r'^#+ (.+)$', re.sub(r'```.*?```', '', page.read_text(), flags=re.DOTALL),
+                       re.MULTILINE)
+    plain = [re.sub(r'[^\w\- ]', '', re.sub(r'\[([^\]]*)\]\([^)]*\)', r'\1', h)).strip().lower()
+             for h in heads]
+    return {re.sub(r'[ ]+', '-', h) for h in plain}
+
+
+@pytest.mark.parametrize('page', PAGES, ids=lambda p: p.name)
+def test_links_lead_somewhere(page):
+    text = re.sub(r'```.*?```|`[^`\n]*`', '', page.read_text(), flags=re.DOTALL)
+    for target in re.findall(r'\]\(([^)\s]+)\)', text):
+        if target.startswith(('http://', 'https://')):
+            continue
+        path, _, anchor = target.partition('#')
+        file = (page.parent / path) if path else page
+        assert file.exists(), f'{page.name}: {target}'
+        if anchor and file.suffix == '.md':
+            assert anchor in anchors(file), f'{page.name}: {target}'
+
+
+def test_the_site_has_every_page_and_is_built_without_a_warning(tmp_path):
+    """With the extra `docs`: links and anchors checked, API pages from the docstrings."""
+    pytest.importorskip('mkdocstrings')
+    done = subprocess.run([sys.executable, '-m', 'mkdocs', 'build', '--strict', '-d',
+                           str(tmp_path / 'site')], cwd=tiny.ROOT, capture_output=True, text=True,
+                          env={'PATH': '/usr/bin:/bin', 'HOME': str(tmp_path),
+                               'NO_MKDOCS_2_WARNING': '1'}, check=False)
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert 'WARNING' not in done.stderr
+    for page in PAGES[1:]:
+        stem = '' if page.stem == 'index' else page.stem
+        assert (tmp_path / 'site' / stem / 'index.html').is_file(), page.name
+    api = (tmp_path / 'site' / 'api' / 'index.html').read_text()
+    for name in ('losses.decoupled.decoupled_loss', 'sampling.sample_student',
+                 'teachers.base.Teacher'):
+        assert f'id="ddmd_jax.{name}"' in api
+    html = (tmp_path / 'site' / 'index.html').read_text()
+    assert 'fonts.googleapis' not in html  # nothing from other hosts
+
+
+@pytest.mark.slow
+def test_a_teacher_of_ones_own_is_distilled(tmp_path):
+    example = tiny.ROOT / 'examples' / 'own_teacher.py'
+    assert len(example.read_text().splitlines()) <= 150
+    out = subprocess.run([sys.executable, str(example), str(tmp_path)], cwd=tiny.ROOT, text=True,
+                         capture_output=True, check=True).stdout
+    teacher, student = map(float, re.search(
+        r'guided steps ([\d.]+), of the student in 2 ([\d.]+)', out).groups())
+    assert student < 1.2 * teacher < 0.4
+    assert (tmp_path / 'samples.png').stat().st_size > 1000
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(('page', 'block'), [
+    (page, block) for page, _, block in BLOCKS
+    if re.match(r'(JAX_PLATFORMS=cpu )?python - <<', block)],
+    ids=lambda x: Path(x).stem if x.endswith('.md') else '')
+def test_programs_in_the_docs_run(page, block):
+    done = subprocess.run([shutil.which('bash'), '-c', f'python() {{ "{sys.executable}" "$@"; }}\n'
+                           + block], cwd=tiny.ROOT, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    assert bool(done.stdout) == (page != 'architecture.md')  # which prints what is wrong
