@@ -133,6 +133,13 @@ CASES = (
     Case('no checkpoint to export', 'export', ('--checkpoint=DIR', '--out=DIR/out')),
     Case('a student of a teacher nobody knows', 'export', ('--checkpoint=DIR/run', '--out=DIR/out'),
          other_run),
+    Case('no place on the hub', 'export', ('--checkpoint=DIR/run', '--out=DIR/out', '--push=me')),
+    Case('no run to report of', 'report', ('DIR',)),
+    Case('a damaged file of a run', 'report', ('DIR/run',),
+         lambda folder: (write('run/config.json', '{}')(folder),
+                         write('run/eval.json', '{')(folder))),
+    Case('a window that is none', 'main', (*RUN, '--profile=20:10')),
+    Case('no such suite', 'study', ('--config=configs/emoji.py', '--workdir=DIR', '--suite=all')),
 )
 
 
@@ -148,7 +155,8 @@ def outcome(case: Case, folder: Path) -> tuple[int, str]:
     lines = [' '.join(x.split()) for x in log.read_text().replace('\r', '\n').splitlines()]
     if (folder / 'executed').exists():
         lines.append('EXECUTED')
-    wanted = re.compile(r'(main|config|checkpoints|export|EXECUTED|Traceback|\w+\.\w+|\w+_\w+)\b.*')
+    wanted = re.compile(r'(main|config|checkpoints|export|report|study|EXECUTED|Traceback|'
+                        r'\w+\.\w+|\w+_\w+)\b.*')
     told = [x for x in lines if wanted.match(x) and not x.startswith('config: 1 field is wrong')]
     return code, ' / '.join(told).replace(str(folder), 'DIR')
 
