@@ -213,8 +213,8 @@ def toy(tmp_path_factory):
 
 
 SMALLEST = ('train.steps=2', 'data.global_batch=4', 'student.steps=2', 'critic.updates=1',
-            'log.every=1', 'log.judge=3', 'log.probe=0', 'eval.prompts=3', 'eval.held_out=3',
-            'eval.batch=6')
+            'mesh.data=1', 'mesh.fsdp=2', 'log.every=1', 'log.judge=3', 'log.report=false',
+            'log.probe=0', 'eval.prompts=3', 'eval.held_out=3', 'eval.batch=6')
 
 
 def command(folder, toy, *flags):
@@ -225,7 +225,8 @@ def command(folder, toy, *flags):
 
 @pytest.mark.slow
 def test_the_smallest_study_is_stopped_goes_on_and_is_reported(tmp_path, toy, monkeypatch):
-    """Two steps a run, a toy teacher: through `main`, as it would be for any other."""
+    """Two steps a run, a toy teacher on two devices: through `main`, as for any other."""
+    monkeypatch.setenv('XLA_FLAGS', '--xla_force_host_platform_device_count=2')
     monkeypatch.setenv('JAX_DISABLE_MOST_OPTIMIZATIONS', '1')
     monkeypatch.setenv('JAX_PLATFORMS', 'cpu')
     first = subprocess.Popen(command(tmp_path, toy), cwd=tiny.ROOT, text=True,
