@@ -17,6 +17,7 @@ setup(
     license='Apache-2.0',
     packages=find_packages(include=['ddmd_jax', 'ddmd_jax.*']),
     package_data={'ddmd_jax': ['data/files/**/*', 'study/*.jinja', 'export/*.jinja',
+                               'export/emoji_code/*.py',
                                'report/*.jinja']},
     python_requires='>=3.11',
     install_requires=[

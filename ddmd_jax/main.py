@@ -89,18 +89,29 @@ def about(config) -> dict[str, Any]:
 
     from ddmd_jax.train import checkpoint as ckpt
 
-    flag, device = flags.FLAGS['config'], jax.devices()[0]
-    file = config_flags.get_config_filename(flag)
-    given = config_flags.get_override_values(flag)
-    base = config_flags.config_flags.ConfigFileFlagParser('config').parse(file) if given else None
+    device = jax.devices()[0]
     return {
         'command': shlex.join(['python', '-m', 'ddmd_jax.main', *sys.argv[1:]]),
-        'config_file': file, 'began': round(time.time()),
-        'changed': {name: [_field(base, name), _field(config, name)] for name in given},
+        'began': round(time.time()), **_given(config),
         'devices': {'count': jax.device_count(), 'kind': device.device_kind,
                     'platform': device.platform, 'processes': jax.process_count()},
         'versions': {name.removeprefix(ckpt.VERSION): version
                      for name, version in ckpt.versions().items()}}
+
+
+def _given(config) -> dict[str, Any]:
+    """The config's file, and the fields that flags have changed: (its value, ours)."""
+    flag = flags.FLAGS['config']
+    if not flags.FLAGS.is_parsed():  # whoever called has made the config by hand
+        return {'config_file': '', 'changed': {}}
+    file, given = config_flags.get_config_filename(flag), config_flags.get_override_values(flag)
+    try:
+        parse = config_flags.config_flags.ConfigFileFlagParser('config').parse
+        base = parse(file) if given else None
+    except Exception:  # the file is the user's code, and may not like to be run twice
+        base = None
+    changed = {name: [_field(base, name), _field(config, name)] for name in given}
+    return {'config_file': file, 'changed': changed}
 
 
 def _field(config, name: str) -> Any:

@@ -24,7 +24,7 @@ from ddmd_jax.models.layers import abstract_params
 from ddmd_jax.models.nextdit import NextDiT
 from ddmd_jax.teachers import lumina
 from ddmd_jax.train import checksums
-from ddmd_jax.train.checkpoint import CheckpointError, read_manifest, restore_ema
+from ddmd_jax.train.checkpoint import CheckpointError, comparable, read_manifest, restore_ema
 from ddmd_jax.weights.flat import WeightsError
 
 CONFIG = {'_class_name': lumina.TRANSFORMER, **published.TRANSFORMER}
@@ -179,11 +179,76 @@ def test_the_card_has_that_of_the_prompts(ema, teacher, tmp_path):
         [sys.executable, '-m', 'ddmd_jax.prepare', 'prompts', f'--input={tmp_path}/p.txt',
          f'--out={tmp_path}/set'], cwd=tiny.ROOT, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
-    workdir = save(tmp_path / 'run', {'teacher.name': 'lumina', 'teacher.path': str(teacher),
-                                      'data.path': f'{tmp_path}/set'}, ema)
+    workdir = as_run(tmp_path / 'run', 'lumina', ema, **{
+        'teacher.path': str(teacher), 'data.path': f'{tmp_path}/set'})
     export(workdir, tmp_path / 'out', 'float32')
     card = (tmp_path / 'out/README.md').read_text()
-    assert 'this set.' in card and 'p.txt' in card and 'The run was not evaluated' in card
+    assert 'this set.' in card and 'p.txt' in card and 'the run was not evaluated' in card
+    config = json.loads((tmp_path / 'out/training_config.json').read_text())
+    assert config['data']['path'] == config['teacher']['path'] == ''  # no places of a machine
+
+
+def as_run(folder, name, params, step=40, **fields):
+    """A run's folder as `main` leaves it: its config, and a manifest that `comparable` makes."""
+    config = tiny.load_config(name)
+    config.update_from_flattened_dict(fields)
+    save(folder, comparable(config.to_dict()), params, step)
+    (folder / 'config.json').write_text(json.dumps(config.to_dict()))
+    return folder
+
+
+@pytest.mark.parametrize(('flags', 'stochastic', 'words'), [
+    ({}, False, '|student | 4 | 0.457 |'),
+    ({'sampler': 'renoise'}, True, "None: the run judged what 'deterministic' draws"),
+    ({'average': False}, False, 'None: these are the live weights'),
+    ({'steps': 30}, False, 'None: the run judged its weights at step 30, these are of 40')])
+def test_the_run_says_how_it_draws_and_figures_are_of_what_is_exported(
+        emoji_run, tmp_path, flags, stochastic, words):
+    run = as_run(tmp_path / 'run', 'emoji', emoji_run[1], **{'student.sampler': 'deterministic'})
+    (run / 'samples.png').write_bytes(b'a picture')
+    (run / 'eval.json').write_text(json.dumps({
+        'rows': [{'name': 'student', 'steps': 4, 'frechet': 0.4567}],
+        'config': {'train': {'steps': flags.pop('steps', 40)}}}))
+    export(run, tmp_path / 'out', 'float32', **flags)
+    made = json.loads((tmp_path / 'out/scheduler/scheduler_config.json').read_text())
+    assert made['stochastic_sampling'] == stochastic
+    card = (tmp_path / 'out/README.md').read_text().replace('| student', '|student')
+    assert words in card
+    assert (tmp_path / 'out/samples.png').exists() == ('None: ' not in card)
+
+
+@pytest.mark.parametrize('name', ['samples.png', 'training_metrics.jsonl', 'README.md'])
+def test_nothing_beside_the_model_is_overwritten_either(emoji_run, tmp_path, name):
+    (tmp_path / name).write_text('mine')
+    with pytest.raises(WeightsError, match=f'{name} exists already'):
+        export(emoji_run[2], tmp_path, 'float32')
+    assert [p.name for p in tmp_path.iterdir()] == [name]
+
+
+def test_a_path_on_disk_is_no_name_on_the_hub(ema, teacher, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / 'weights').mkdir()
+    (tmp_path / 'weights/lumina').symlink_to(teacher)
+    workdir = as_run(tmp_path / 'run', 'lumina', ema, **{'teacher.path': 'weights/lumina'})
+    export(workdir, tmp_path / 'out', 'float32')
+    assert 'base_model' not in (tmp_path / 'out/README.md').read_text()
+
+
+def test_another_teacher_than_the_runs_is_told(emoji_run, tmp_path, capfd):
+    run = save(tmp_path / 'run', {'teacher.name': 'emoji', 'teacher_identity': 'another'},
+               emoji_run[1])
+    export(run, tmp_path / 'out', 'float32')
+    assert 'distils another teacher than the one at its path' in capfd.readouterr().err
+
+
+def test_what_is_installed_has_all_that_is_exported_and_reported():
+    """`package_data` of setup.py: templates, and code that is shipped and not imported."""
+    text = (tiny.ROOT / 'setup.py').read_text()
+    patterns = re.findall(r"'((?:data|study|export|report)/[^']+)'", text)
+    package = tiny.ROOT / 'ddmd_jax'
+    shipped = {file for pattern in patterns for file in package.glob(pattern)}
+    wanted = {*package.rglob('*.jinja'), *(package / 'export/emoji_code').glob('*.py')}
+    assert wanted <= shipped and len(wanted) >= 7
 
 
 class Hub(http.server.BaseHTTPRequestHandler):

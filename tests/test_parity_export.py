@@ -18,8 +18,7 @@ torch = pytest.importorskip('torch')
 diffusers = pytest.importorskip('diffusers')
 
 STEPS = 4
-RUN = {'student.steps': STEPS, 'student.sampler': 'renoise', 'teacher_identity': 'cafe',
-       'data.name': 'emoji', 'method.alpha': 4.0}
+RUN = {'student.steps': STEPS, 'data.name': 'emoji', 'method.alpha': 4.0}
 
 
 def moved(params, seed=0):

@@ -3,6 +3,7 @@
 import html
 import json
 import math
+import os
 import re
 import shutil
 import subprocess
@@ -116,6 +117,36 @@ def test_a_run_that_has_just_begun_has_a_page(tmp_path):
     assert 'Nothing has been logged yet' in text and 'step 0 of 9' in text
 
 
+def test_a_run_beside_one_that_has_just_begun_is_drawn(run, tmp_path):
+    new = tmp_path / 'new'
+    new.mkdir()
+    (new / 'config.json').write_text('{}')
+    for runs in ([new, run], [run, new]):
+        text = page.render(read.read_all(runs))
+        assert '<div id="curves"' in text and 'Nothing has been logged' not in text
+    assert '<div id="curves"' not in page.render([read.read(new)])
+    assert '"curves": {' not in page.render([read.read(new)])
+
+
+def test_runs_of_one_name_are_told_apart(tmp_path):
+    runs = read.read_all([make_run(tmp_path / x / 'run') for x in 'ab'])
+    assert [r.name for r in runs] == ['a/run', 'b/run']
+    assert [r.name for r in read.read_all([tmp_path / 'a/run'])] == ['run']
+
+
+def test_a_picture_that_cannot_be_read_is_left_out(run):
+    (run / 'pictures/panels_x-00000020.png').write_bytes(b'half of it')
+    assert page.render([read.read(run)]).count('<img ') == 2
+
+
+def test_long_curves_keep_their_end_and_every_change_of_verdict(tmp_path):
+    found = read.read(make_run(tmp_path / 'long', lines=4001, every=1))
+    assert figures._series(found, 'loss')['x'][-1] == 4001
+    told = figures._told(found.lines)
+    assert len(told) < 450 and told[-1]['step'] == 4001
+    assert [x['step'] for x in told if x['health'] != 'healthy'][0] == 3998
+
+
 @pytest.mark.parametrize(('name', 'content', 'words'), [
     ('config.json', None, 'holds no run: there is no config.json'),
     ('run.json', '{', 'run.json is damaged'), ('metrics.jsonl', 'x\n', 'metrics.jsonl is damaged')])
@@ -148,7 +179,7 @@ def test_the_command(tmp_path):
 
 
 @pytest.mark.parametrize('changes', [
-    {}, {'schedule': 'coupled_shared'}, {'accumulate': 2},
+    {}, {'schedule': 'coupled_shared'}, {'accumulate': 2}, {'alpha_ramp': 20},
     {'alpha_range': (2.0, 8.0), 'tau_ca_end': (0.5, 0.9), 'tau_relax': 10}])
 def test_levels_are_those_that_the_step_draws(changes):
     """Against the step's own keys, written out."""
@@ -167,7 +198,9 @@ def test_levels_are_those_that_the_step_draws(changes):
         fold = lambda k: jax.random.fold_in(k, steps.DRAW_ALPHA)
         alpha = [schedules.draw_alpha(fold(k), now.alpha_range, part) for k in keys]
         np.testing.assert_allclose(got['alpha'], np.concatenate(alpha), rtol=1e-6)
-    assert ('alpha' in got) == bool(m.alpha_range)
+    if m.alpha_ramp:
+        np.testing.assert_allclose(got['alpha'], 1 + (m.alpha - 1) * (at + 1) / m.alpha_ramp)
+    assert ('alpha' in got) == bool(m.alpha_range or m.alpha_ramp)
 
 
 def test_counts_are_of_the_updates_done(tmp_path):
@@ -197,7 +230,8 @@ def test_it_opens_at_once_and_says_nothing_to_the_console(tmp_path):
     path = page.write(make_run(tmp_path / 'long', lines=1000, every=1, pictures=30))
     dom, console = opened(path, '--dump-dom')
     assert not console
-    assert int(re.search(r'data-painted="(\d+)"', dom)[1]) < 2000
+    painted = int(re.search(r'data-painted="(\d+)"', dom)[1])
+    assert painted < 2000 * max(1, os.getloadavg()[0] / os.cpu_count())  # of a machine to itself
     assert dom.count('class="main-svg"') >= 4  # two figures were drawn
     assert 'over-baked' in html.unescape(dom)
 

@@ -194,6 +194,10 @@ def test_a_result_counts_for_the_fields_it_was_made_with(tmp_path):
      "no suite 'papr'; known: paper, robustness"),
     (('--config=configs/emoji.py', '--workdir=x', '--only=ca'),
      "no experiment 'ca'; known: hybrid"),
+    (('--config=configs/lumina.py', '--workdir=x', '--suite=robustness', '--set',
+      'teacher.path=p', '--set', 'data.path=q'), "suite 'robustness' needs log.judge above 0"),
+    (('--config=configs/emoji.py', '--workdir=x', '--suite=robustness', '--seeds=2'),
+     "suite 'robustness' takes one seed"),
     (('--config=configs/no.py', '--workdir=x'), '--config configs/no.py cannot be read'),
     (('--config=configs/emoji.py', '--workdir=x', '--set', 'lr'), "--set 'lr' is not field=value"),
 ])
@@ -202,6 +206,24 @@ def test_wrong_flags_are_one_line(flags, line):
                           capture_output=True, text=True, check=False)
     assert done.returncode == 2 and done.stderr.startswith(f'study: {line}'), done.stderr
     assert len(done.stderr.strip().splitlines()) == 1
+
+
+def test_results_of_other_fields_are_left_out_and_told(tmp_path):
+    (tmp_path / 'results').mkdir()
+    suite, config = suites.SUITES['paper'], tiny.load_config('emoji')
+    for name, changed in (('hybrid', {}), ('dm_only', {'train.steps': 7})):
+        (experiment,) = suites.chosen(suite, False, (name,))
+        fields = suites.fields(suite, experiment, config, False, 0) | changed
+        (tmp_path / 'results' / f'{name}-seed0.json').write_text(
+            json.dumps(result() | {'fields': fields}))
+    done = subprocess.run(
+        [sys.executable, '-m', 'ddmd_jax.study', '--config=configs/emoji.py',
+         f'--workdir={tmp_path}', '--report_only'], cwd=tiny.ROOT, capture_output=True, text=True,
+        check=False)
+    assert done.returncode == 0, done.stderr
+    assert done.stderr == ('study: warning: dm_only, seed 0, was made with other fields and is '
+                           'left out\n')
+    assert ', 1 runs.' in (tmp_path / 'report.html').read_text()
 
 
 @pytest.fixture(scope='module')

@@ -165,3 +165,14 @@ def test_a_profile_is_of_its_steps(tmp_path, steps, begins, written):
     assert bool(found) == written == bool(said)
     if written:  # what TensorBoard's profiler and xprof open
         assert found[0].match('profile/plugins/profile/*/*.pb') and found[0].stat().st_size > 1000
+
+
+def test_a_profile_that_cannot_be_written_ends_nothing(tmp_path):
+    said = []
+    (tmp_path / 'profile').write_text('a file in its place')
+    window = profiling.Window((1, 2), tmp_path / 'profile', said.append)
+    for step in (1, 2, 3):
+        window.before(step)
+        window.after(step, np.ones(3))
+    window.close()
+    assert len(said) == 1 and said[0].startswith('warning: no profile in ')

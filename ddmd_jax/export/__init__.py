@@ -12,7 +12,6 @@ from ddmd_jax.weights.flat import WeightsError
 FORMATS = ('diffusers', 'safetensors', 'orbax')
 DTYPES = ('float32', 'bfloat16', 'float16')
 FAMILIES = {'emoji': emoji, 'lumina': lumina}
-README = 'README.md'
 
 
 def export(workdir: Path, out: Path, dtype: str, teacher: str = '', form: str = 'diffusers',
@@ -35,7 +34,7 @@ def export(workdir: Path, out: Path, dtype: str, teacher: str = '', form: str = 
 
     student = open_student(workdir, FAMILIES, teacher, average)
     family = FAMILIES[student.family]
-    planned = (*family.NAMES[form], README)
+    planned = (*family.NAMES[form], *card.NAMES)
     there = [out / name for name in planned if (out / name).exists()]
     if there:  # before anything large is read
         raise WeightsError(f'{there[0]} exists already; choose another place or delete it')
@@ -49,7 +48,8 @@ def export(workdir: Path, out: Path, dtype: str, teacher: str = '', form: str = 
         write(student, params, out, dtype, sampler or student.sampler)
     if jax.process_index() == 0:
         card.write(student, out, form, dtype, sampler or student.sampler, family)
-    return [out / name for name in planned if (out / name).exists()]
+    named = (*family.NAMES[form], card.README)
+    return [out / name for name in named if (out / name).exists()]
 
 
 __all__ = ['CheckpointError', 'DTYPES', 'FORMATS', 'Student', 'export']

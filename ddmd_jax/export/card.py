@@ -13,9 +13,12 @@ import jinja2
 import ddmd_jax
 from ddmd_jax.data import prompt_card, prompt_set
 from ddmd_jax.export.student import Student
+from ddmd_jax.train import lines
 
 TEMPLATE = Path(__file__).with_name('card.md.jinja')
-PICTURE, CONFIG, METRICS = 'samples.png', 'training_config.json', 'training_metrics.jsonl'
+README, PICTURE, CONFIG, METRICS = NAMES = (
+    'README.md', 'samples.png', 'training_config.json', 'training_metrics.jsonl')
+PLACES = ('resume', 'init_from', 'teacher.path', 'data.path')  # of the machine it was trained on
 ORBAX = """import orbax.checkpoint as ocp
 
 params = ocp.StandardCheckpointer().restore('{folder}/params')  # an absolute path
@@ -24,9 +27,12 @@ params = ocp.StandardCheckpointer().restore('{folder}/params')  # an absolute pa
 
 def write(student: Student, out: Path, form: str, dtype: str, sampler: str, family: Any) -> None:
     """``README.md``, with what it points to: the picture, config and figures of the run."""
-    kept = [name for name, theirs in ((PICTURE, PICTURE), (CONFIG, 'config.json'),
-                                      (METRICS, 'metrics.jsonl'))
-            if _copied(student.workdir / theirs, out / name)]
+    evaluation, why = _figures(student, sampler)
+    copied = [(METRICS, 'metrics.jsonl')] + [(PICTURE, PICTURE)] * (not why)
+    kept = [name for name, theirs in copied if _copied(student.workdir / theirs, out / name)]
+    if config := student.file('config.json'):
+        (out / CONFIG).write_text(json.dumps(_without_places(config), indent=1) + '\n')
+        kept.append(CONFIG)
     whole = (out / 'model_index.json').is_file()
     use = ORBAX if form == 'orbax' else family.USE if whole else family.ALONE
     environment = jinja2.Environment(undefined=jinja2.StrictUndefined, keep_trailing_newline=True,
@@ -35,9 +41,34 @@ def write(student: Student, out: Path, form: str, dtype: str, sampler: str, fami
         student=student, form=form, dtype=dtype, sampler=sampler, version=ddmd_jax.__version__,
         library='diffusers' if whole else 'ddmd_jax', base=_hub_name(student), kept=kept,
         use=use.format(folder=out.name, dtype=dtype, steps=student.steps).strip(),
-        evaluation=_evaluation(student.file('eval.json')), health=_health(student.workdir),
-        settings=_settings(student.manifest), prompts=_prompts(student.manifest))
-    (out / 'README.md').write_text(text)
+        evaluation=_evaluation(evaluation), why=why, health=_health(student.workdir),
+        settings=_settings(student.manifest), prompts=_prompts(student.field('data.path') or ''))
+    (out / README).write_text(text.rstrip('\n') + '\n')
+
+
+def _figures(student: Student, sampler: str) -> tuple[Any, str]:
+    """(``eval.json`` or None, why what the run has judged is not what is exported, or '')."""
+    found = student.file('eval.json')
+    judged = (found or {}).get('config', {}).get('train', {}).get('steps', student.step)
+    if not student.average:
+        return None, 'these are the live weights, and the run judged their average'
+    if sampler != student.sampler:
+        return None, f'the run judged what {student.sampler!r} draws'
+    if judged != student.step:
+        return None, f'the run judged its weights at step {judged}, these are of {student.step}'
+    return found, '' if found else 'the run was not evaluated'
+
+
+def _without_places(config: dict[str, Any]) -> dict[str, Any]:
+    config = json.loads(json.dumps(config))
+    for name in PLACES:
+        *above, last = name.split('.')
+        section = config
+        for part in above:
+            section = section.get(part, {})
+        if last in section:
+            section[last] = ''
+    return config
 
 
 def _copied(source: Path, target: Path) -> bool:
@@ -49,7 +80,8 @@ def _copied(source: Path, target: Path) -> bool:
 def _hub_name(student: Student) -> str:
     """The teacher as the hub knows it, or ''."""
     path = student.manifest.get('teacher.path', '')
-    return path if path.count('/') == 1 and not path.startswith(('.', '/', '~')) else ''
+    named = path.count('/') == 1 and not path.startswith(('.', '/', '~'))
+    return path if named and student.family != 'emoji' and not Path(path).exists() else ''
 
 
 def _settings(manifest: Mapping[str, Any]) -> list[tuple[str, Any]]:
@@ -70,15 +102,12 @@ def _evaluation(found: Any) -> dict[str, Any] | None:
 
 def _health(workdir: Path) -> dict[str, Any] | None:
     """The last line of health figures."""
-    path = workdir / 'metrics.jsonl'
-    found = path.read_text().splitlines() if path.is_file() else []
-    last = json.loads(found[-1]) if found else {}
+    last = (lines.read(workdir / 'metrics.jsonl') or [{}])[-1]
     return last if 'health' in last else None
 
 
-def _prompts(manifest: Mapping[str, Any]) -> str:
-    """The card of the set of prompts, if it is where it was."""
-    path = manifest.get('data.path', '')
+def _prompts(path: str) -> str:
+    """The card of the set of prompts at `path`, if it is where it was."""
     file = Path(path).expanduser() / prompt_set.CARD if path else None
     if file is None or not file.is_file():
         return ''

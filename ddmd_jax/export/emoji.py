@@ -15,7 +15,7 @@ from ddmd_jax.data import tokenizer
 from ddmd_jax.export import scheduler
 from ddmd_jax.export.student import Source, Student
 from ddmd_jax.teachers import emoji, lumina
-from ddmd_jax.weights import caption, diffusers
+from ddmd_jax.weights import caption, diffusers, flat
 
 NAMES = {'diffusers': ('transformer', 'text_encoder', 'tokenizer', 'scheduler', 'pipeline.py',
                        'model_index.json'),
@@ -27,7 +27,8 @@ USE = """from diffusers import DiffusionPipeline
 pipe = DiffusionPipeline.from_pretrained('{folder}', trust_remote_code=True)
 pipe('red heart').images[0].resize((240, 240), 0).save('heart.png')
 """
-ALONE = """python -m ddmd_jax.sample --teacher --teacher_path={folder}/student.safetensors \\
+ALONE = """# Euler steps, the deterministic sampler; of the run: `sample --checkpoint=WORKDIR`.
+python -m ddmd_jax.sample --teacher --teacher_path={folder}/student.safetensors \\
     --steps={steps} --guidance=1 --prompt='red heart' --out=heart.png
 """
 # Fields of the architecture under their published names; the rest are the published defaults.
@@ -43,7 +44,8 @@ def open_source(path: str) -> Source:
     config = {'_class_name': lumina.TRANSFORMER, 'sample_size': emoji.SHAPE[0]} | {
         name: value for name, value in dataclasses.asdict(denoiser).items() if name in FIELDS}
     abstract = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), params['denoiser'])
-    return Source(None, abstract, emoji.RULES, config, emoji.SHIFT, (model, params['text']))
+    return Source(flat.identity(params), None, abstract, emoji.RULES, config, emoji.SHIFT,
+                  (model, params['text']))
 
 
 def write_weights(student: Student, params: Any, out: Path, dtype: str, sampler: str) -> None:

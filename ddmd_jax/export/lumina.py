@@ -41,7 +41,16 @@ def open_source(path: str) -> Source:
     published = diffusers.read_json(lumina.transformer_folder(folder) / 'config.json')
     cfg = lumina.model_config(published)
     abstract = abstract_params(lambda: NextDiT(cfg, nnx.Rngs(0)))
-    return Source(folder, abstract, lumina.RULES, published, lumina.shift_of(folder))
+    return Source(_identity(folder), folder, abstract, lumina.RULES, published,
+                  lumina.shift_of(folder))
+
+
+def _identity(folder: Path) -> str | None:
+    """The weights', if they are there: for a student's shape their config is enough."""
+    component = lumina.transformer_folder(folder)
+    if not list(component.glob('*.safetensors')):
+        return None
+    return diffusers.identity(diffusers.open_folder(component, lumina.TRANSFORMER))
 
 
 def write_weights(student: Student, params: Any, out: Path, dtype: str, sampler: str) -> None:

@@ -21,9 +21,11 @@ from ddmd_jax.train import checkpoint as ckpt
 class Source:
     """A teacher as far as its student needs it: where it lies, and its shapes.
 
-    `abstract` are ShapeDtypeStructs of the parameters, `config` the published one of the
-    network, `own` what the family wants to find again.
+    `identity` is its weights', `abstract` are ShapeDtypeStructs of the parameters, `config` the
+    published one of the network, `own` what the family wants to find again.
     """
+
+    identity: str | None
 
     folder: Path | None
     abstract: Any
@@ -51,7 +53,8 @@ class Student:
 
     @property
     def sampler(self) -> str:
-        return self.manifest.get('student.sampler', 'renoise')
+        """What the run draws with; a manifest does not say, as it may change."""
+        return self.field('student.sampler') or 'renoise'
 
     @property
     def shift(self) -> float:
@@ -87,6 +90,13 @@ class Student:
         path = self.workdir / name
         return json.loads(path.read_text()) if path.is_file() else None
 
+    def field(self, name: str) -> Any:
+        """A field of the run's config as it was last; None if it is not there."""
+        found = self.file('config.json') or {}
+        for part in name.split('.'):
+            found = found.get(part) if isinstance(found, dict) else None
+        return found
+
 
 def open_student(workdir: Path, families: Mapping[str, Any], teacher: str,
                  average: bool) -> Student:
@@ -100,5 +110,8 @@ def open_student(workdir: Path, families: Mapping[str, Any], teacher: str,
         raise ckpt.CheckpointError(f'{workdir} distils the teacher {name!r}, which is unknown '
                                    f'here; known: {", ".join(families)}')
     source = families[name].open_source(teacher or manifest.get('teacher.path', ''))
+    if source.identity not in (None, manifest.get('teacher_identity', source.identity)):
+        ckpt.warn(f'{workdir} distils another teacher than the one at {teacher or "its path"}: '
+                  'what is written beside the student may not belong to it')
     return Student(workdir, step, manifest, name, source, average,
                    sharding.make_mesh({'fsdp': -1}))

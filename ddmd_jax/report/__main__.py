@@ -28,11 +28,11 @@ def main(argv: list[str]) -> None:
     folders = [Path(name).expanduser().absolute() for name in argv[1:]]
     out = Path(FLAGS.out or (page.NAME if folders[1:] else folders[0] / page.NAME)).expanduser()
     try:
-        page.save(out, [read.read(folder) for folder in folders])
+        page.save(out, read.read_all(folders))
     except read.ReportError as e:
         sys.exit(f'report: {e}')
     except OSError as e:
-        sys.exit(f'report: {out} cannot be written ({e.strerror}); choose another --out')
+        sys.exit(f'report: {out} cannot be written ({e.strerror or e}); choose another --out')
     print(out)
 
 

@@ -11,11 +11,11 @@ from ddmd_jax.report.read import Run
 from ddmd_jax.train import diagnostics
 from ddmd_jax.train.diagnostics import SHIPPED
 
-MOST = 2000  # points of a curve: of more, every n-th is drawn
+MOST, BLOCKS = 2000, 400  # points of a curve, verdicts: of more, every n-th is drawn
 COLOURS = ('#3b7dd8', '#d9713c', '#4a9e5c', '#a05fb5', '#b8912f', '#5aa7a7', '#c75b7a', '#7a7a7a')
 VERDICTS = {diagnostics.HEALTHY: '#4a9e5c', diagnostics.CRITIC_LAGS: '#d9a53c',
-            diagnostics.WASHED_OUT: '#8ca3b8', diagnostics.COLOUR_CAST: '#a05fb5',
-            diagnostics.OVER_BAKED: '#c9473f', diagnostics.BROKEN: '#333333'}
+            diagnostics.WASHED_OUT: '#8ca3b8', diagnostics.COLOUR_CAST: '#c06fb5',
+            diagnostics.OVER_BAKED: '#c9473f', diagnostics.BROKEN: '#7a1fa2'}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -41,11 +41,15 @@ CURVES = (
     Curve('saturation', 'saturation: share beyond the range'),
     Curve('grad_norm', 'grad_norm', log=True),
     Curve('critic_grad_norm', 'critic_grad_norm', log=True),
+    Curve('ema_saturation', 'ema_saturation'), Curve('floor_hit_ca', 'floor_hit_ca: floored'),
+    Curve('floor_hit_dm', 'floor_hit_dm: floored'),
     Curve('ema_match', 'ema_match: captions right', low=1 - 0.05),
     Curve('ema_background', 'ema_background'),
     Curve('ema_colour_error', 'ema_colour_error (CIEDE2000)'),
     Curve('ema_variance', 'ema_variance'),
     Curve('gan_loss', 'gan_loss'), Curve('gan_critic_loss', 'gan_critic_loss'),
+    Curve('gan_real', 'gan_real: mean logit'), Curve('gan_fake', 'gan_fake: mean logit'),
+    Curve('gan_r1', 'gan_r1'),
     Curve('mv_kl', 'mv_kl'), Curve('alpha_share', 'alpha_share'),
     Curve('critic_extra', 'critic_extra'),
 )
@@ -81,7 +85,7 @@ def curves(runs: Sequence[Run]) -> Any:
 
 def _series(run: Run, key: str) -> dict[str, list[Any]]:
     found = [(line['step'], line[key]) for line in run.lines if key in line]
-    found = found[::math.ceil(len(found) / MOST) or 1]
+    found = found[::-1][::math.ceil(len(found) / MOST) or 1][::-1]  # the last is always there
     return {'x': [step for step, _ in found], 'y': [_short(value) for _, value in found]}
 
 
@@ -112,10 +116,11 @@ def verdicts(runs: Sequence[Run]) -> Any | None:
 
     figure = go.Figure()
     for run in runs:
+        lines = _told(run.lines)
         for word, colour in VERDICTS.items():
-            at = [line['step'] for line in run.lines if line.get('health') == word]
+            at = [line['step'] for line in lines if line.get('health') == word]
             if at:
-                reasons = [line.get('health_reason', '') for line in run.lines
+                reasons = [line.get('health_reason', '') for line in lines
                            if line.get('health') == word]
                 figure.add_scatter(
                     x=at, y=[run.name] * len(at), name=word, mode='markers', text=reasons,
@@ -126,6 +131,16 @@ def verdicts(runs: Sequence[Run]) -> Any | None:
     _style(figure, 110 + 34 * len(runs))
     figure.update_xaxes(title='student updates')
     return figure
+
+
+def _told(lines: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Of a long run some lines and every change of the verdict, last ones first if too many."""
+    if len(lines) <= BLOCKS:
+        return list(lines)
+    every = math.ceil(len(lines) / BLOCKS)
+    kept = [line for i, line in enumerate(lines) if not i % every or i == len(lines) - 1
+            or line.get('health') != lines[i - 1].get('health')]
+    return kept[-2 * BLOCKS:]
 
 
 def histograms(run: Run) -> Any | None:

@@ -46,7 +46,8 @@ def render(runs: Sequence[Run]) -> str:
     """The page as text."""
     from plotly.offline import get_plotlyjs
 
-    drawn = {'verdicts': figures.verdicts(runs), 'curves': figures.curves(runs),
+    drawn = {'verdicts': figures.verdicts(runs),
+             'curves': figures.curves(runs) if any(run.lines for run in runs) else None,
              **{f'draws{i}': figures.histograms(run) for i, run in enumerate(runs)}}
     return _TEMPLATES.get_template('report.html.jinja').render(
         runs=runs, plotly=Markup(get_plotlyjs()), figures={k: v for k, v in drawn.items() if v},
@@ -74,10 +75,13 @@ def thinned(items: Sequence[Any], most: int) -> list[Any]:
 
 def strips(run: Run) -> dict[str, list[tuple[int, str]]]:
     """``{name: [(step, picture as data)]}``."""
-    found = {name: lighter([(step, data_url(file)) for step, file in thinned(files, STRIPS)])
-             for name, files in run.pictures.items()}
+    files = {name: thinned(found, STRIPS) for name, found in run.pictures.items()}
     last = run.folder / 'samples.png'
-    return found | ({'samples at the end': [(run.step, data_url(last))]} if last.is_file() else {})
+    if last.is_file():
+        files['samples at the end'] = [(run.step, last)]
+    found = {name: [(step, data) for step, file in some if (data := data_url(file))]
+             for name, some in files.items()}
+    return {name: lighter(strip) for name, strip in found.items() if strip}
 
 
 def lighter(strip: list[tuple[int, str]]) -> list[tuple[int, str]]:
@@ -87,15 +91,18 @@ def lighter(strip: list[tuple[int, str]]) -> list[tuple[int, str]]:
 
 
 def data_url(file: Path) -> str:
-    """A picture as WebP, no wider than WIDE."""
+    """A picture as WebP, no wider than WIDE; '' if it cannot be read."""
     from PIL import Image
 
     out = io.BytesIO()
-    with Image.open(file) as image:
-        image = image.convert('RGB')
-        if image.width > WIDE:
-            image = image.resize((WIDE, round(image.height * WIDE / image.width)))
-        image.save(out, 'WEBP', quality=88)
+    try:
+        with Image.open(file) as image:
+            image = image.convert('RGB')
+            if image.width > WIDE:
+                image = image.resize((WIDE, round(image.height * WIDE / image.width)))
+            image.save(out, 'WEBP', quality=88)
+    except OSError:
+        return ''
     return 'data:image/webp;base64,' + base64.b64encode(out.getvalue()).decode()
 
 

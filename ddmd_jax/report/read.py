@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import re
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -71,6 +72,16 @@ class Run:
         pace = sorted((b['time'] - a['time']) / (b['step'] - a['step'])
                       for a, b in zip(self.times, self.times[1:]) if b['step'] > a['step'])
         return pace[len(pace) // 2] if pace else None
+
+
+def read_all(folders: Sequence[Path]) -> list[Run]:
+    """Several, by names that tell them apart; see `read`."""
+    depth = 1
+    deepest = max(len(folder.parts) for folder in folders)
+    name = lambda folder: '/'.join(folder.parts[-depth:])
+    while depth < deepest and len(set(map(name, folders))) < len(set(folders)):
+        depth += 1
+    return [dataclasses.replace(read(folder), name=name(folder)) for folder in folders]
 
 
 def read(folder: Path) -> Run:

@@ -88,6 +88,12 @@ def main(argv: list[str]) -> None:
     seeds = _SEEDS.value or (1 if quick else suite.seeds)
     planned = [runs.Run(e, seed, folder, suites.fields(suite, e, config, quick, seed, own),
                         suite.looked_at) for seed in range(seeds) for e in experiments]
+    lacking = suites.lacking(suite, planned[0].fields, config)
+    if lacking:
+        wrong(f'suite {_SUITE.value!r} needs {" and ".join(lacking)} above 0, which '
+              f'{config.teacher.name} has no judge for, or which --set has taken away')
+    if suite.seeds == 1 and seeds > 1:
+        wrong(f'suite {_SUITE.value!r} takes one seed: recipes are its sample')
     signal.signal(signal.SIGTERM, signal.default_int_handler)  # runs under way are ended, and save
     try:
         if not _REPORT.value:
@@ -98,12 +104,29 @@ def main(argv: list[str]) -> None:
     except OSError as e:
         sys.exit(f'study: {folder} cannot be written ({e.strerror}); choose another --workdir')
     found = results.read(folder / 'results', [e.name for e in suite.experiments])
+    made_alike(found, lambda e, seed: suites.fields(suite, e, config, quick, seed, own),
+               suite.experiments)
     if not found:
         sys.exit(f'study: {folder / "results"} holds no results; run without --report_only')
     try:
         print(write_report(folder, suite, config.teacher.name, found))
     except ValueError as e:
         sys.exit(f'study: {folder / "results"}: {e}')
+
+
+def made_alike(found: dict[str, dict[int, dict[str, Any]]], fields: Any,
+               experiments: Any) -> None:
+    """Takes out results of runs that had other fields than they would have now, and says so."""
+    from ddmd_jax.study.runs import plain
+
+    for experiment in experiments:
+        by = found.get(experiment.name, {})
+        for seed in [s for s in by if by[s]['fields'] != plain(fields(experiment, s))]:
+            del by[seed]
+            print(f'study: warning: {experiment.name}, seed {seed}, was made with other fields and '
+                  'is left out', file=sys.stderr)
+        if not by:
+            found.pop(experiment.name, None)
 
 
 def write_report(folder: Path, suite: Any, teacher: str, found: dict[str, Any]) -> str:

@@ -105,7 +105,7 @@ def write(path: Path, title: str, head: str, how: str,
         'robustness', title=title, head=head, how=how, map=page.data_url(map_figure(runs)),
         frontier=page.data_url(frontier_figure(rb.frontier(ours, drawn), held)),
         answer=answer(held['tuned']), rates=rates, badge=badge, drop=rb.DROP, lead=rb.LEAD,
-        hits=rb.HITS, false=rb.FALSE_ALARMS, table=table, broken=page.broken(results),
+        hits=rb.HITS, alarms=rb.FALSE_ALARMS, table=table, broken=page.broken(results),
         thresholds=[(f.name, getattr(SHIPPED, f.name), getattr(tuned, f.name))
                     for f in dataclasses.fields(Thresholds)]))
     return tuned, held['tuned']

@@ -85,9 +85,9 @@ class Rates:
 
 def fall(steps: Sequence[int], match: Sequence[float]) -> int | None:
     """The first update of `TWICE` lines in a row with a match `DROP` below the best before them."""
-    low, peak = 0, -np.inf
+    low, peak = 0, 0.0
     for i, value in enumerate(match):
-        low = low + 1 if value <= (1 - DROP) * peak else 0
+        low = low + 1 if peak > 0 and value <= (1 - DROP) * peak else 0
         if low == TWICE:
             return steps[i - TWICE + 1]
         peak = max(peak, value)
@@ -162,7 +162,14 @@ def _rates(runs: Sequence[Run], warnings: Sequence[int | None]) -> Rates:
 
 
 def halves(runs: Sequence[Run]) -> tuple[list[Run], list[Run]]:
-    """Two halves in which outcomes, and among those that fell the time of it, are alike."""
+    """Two halves in which outcomes, and among those that fell the time of it, are alike.
+
+    Raises:
+      ValueError: a recipe is there with several seeds.
+    """
+    if len({run.name.rpartition('-seed')[0] for run in runs}) < len(runs):
+        raise ValueError('a recipe has several seeds, which would stand in both halves; one is '
+                         'enough for this suite')
     ordered = sorted(runs, key=lambda r: (r.fell is None, r.fell, r.name))
     return ordered[::2], ordered[1::2]
 

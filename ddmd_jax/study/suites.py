@@ -36,13 +36,14 @@ class Suite:
     """Experiments, how often each is run, and whether the last weights are looked at.
 
     `scales` are fields of every run, by teacher, then `full` or `quick`: a teacher that is not
-    there keeps the config's own.
+    there keeps the config's own. `needs` are fields that may not be 0.
     """
 
     experiments: tuple[Experiment, ...]
     seeds: int
     looked_at: bool
     scales: Mapping[str, Mapping[str, Mapping[str, Any]]]
+    needs: tuple[str, ...] = ()
 
 
 def _one_step(name: str, words: str, low: float, high: float) -> Experiment:
@@ -111,7 +112,7 @@ SUITES = {
                  'log.judge': 192, 'log.every': 10, 'checkpoint.every': 80, **CONSTANT, **FEW},
         'quick': {'train.steps': 60, 'data.global_batch': 8, 'student.steps': 1,
                   'method.alpha': 4.0, 'optim.student.lr': 6e-5, 'optim.critic.lr': 3e-4,
-                  'log.judge': 96, **CONSTANT, **FEW}}}),
+                  'log.judge': 96, **CONSTANT, **FEW}}}, ('log.judge', 'log.probe')),
 }
 
 
@@ -127,6 +128,11 @@ def fields(suite: Suite, experiment: Experiment, config: Any, quick: bool, seed:
     changed = {name: times(name, value.factor) if isinstance(value, Times) else value
                for name, value in experiment.fields.items()}
     return {**base, **changed, 'seed': seed}
+
+
+def lacking(suite: Suite, run: Mapping[str, Any], config: Any) -> list[str]:
+    """Fields that the suite needs and that are 0 in a run with the fields `run`."""
+    return [name for name in suite.needs if not run.get(name, _value(config, name))]
 
 
 def _value(config: Any, name: str) -> Any:

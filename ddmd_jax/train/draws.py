@@ -25,7 +25,7 @@ NAME = 'draws.json'
 
 
 def of_update(m: Method, seed: int, batch: int, step: jax.Array) -> dict[str, jax.Array]:
-    """``[batch]`` each: tau_ca and tau_dm, shifted; alpha if it is drawn. `step` counts from 0."""
+    """``[batch]`` each: tau_ca and tau_dm, shifted; alpha if it changes. `step` counts from 0."""
     now = m.at(step, jnp.ones(()))
     part = batch // m.accumulate
     t = process.step_times(m.num_steps)[sampling.step_assignment(part, m.num_steps)]
@@ -33,8 +33,13 @@ def of_update(m: Method, seed: int, batch: int, step: jax.Array) -> dict[str, ja
     for key in generator_keys(jax.random.key(seed), step, m.accumulate):
         (tau_ca, tau_dm), alpha = draw_levels(key, now, t, t)
         found.append({'tau_ca': tau_ca, 'tau_dm': tau_dm,
-                      **({'alpha': alpha} if m.alpha_range else {})})
+                      **({'alpha': alpha + jnp.zeros_like(t)} if changes(m) else {})})
     return jax.tree.map(lambda *xs: jnp.concatenate(xs), *found)
+
+
+def changes(m: Method) -> bool:
+    """Whether alpha is not the same in all updates."""
+    return bool(m.alpha_range or m.alpha_ramp)
 
 
 def counts(m: Method, seed: int, batch: int, steps: Sequence[int]) -> dict[str, Any]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import os
 import sys
 import time
 from collections.abc import Callable, Iterator
@@ -89,7 +90,9 @@ class RunLog:
         with contextlib.suppress(OSError):
             self._pictures.mkdir(exist_ok=True)
             file = self._pictures / f'{name.replace("/", "_")}-{step:08d}.png'
-            Image.fromarray(image).save(file, optimize=True)
+            scratch = file.with_suffix('.tmp')
+            Image.fromarray(image).save(scratch, 'PNG', optimize=True)
+            os.replace(scratch, file)
 
     def say(self, text: str) -> None:
         if self.active:

@@ -38,8 +38,7 @@ class Window:
     def before(self, step: int) -> None:
         """Called before every step; begins where it is due."""
         if self._steps and not self._on and self._steps[0] <= step <= self._steps[1]:
-            jax.profiler.start_trace(str(self._folder))
-            self._on = True
+            self._on = self._try(lambda: jax.profiler.start_trace(str(self._folder)))
 
     def after(self, step: int, state: Any) -> None:
         """Called after every step, with what it has made."""
@@ -50,6 +49,17 @@ class Window:
     def close(self) -> None:
         """Ends it, wherever it is."""
         if self._on:
-            self._on, self._steps = False, None
-            jax.profiler.stop_trace()
-            self._say(f'profile in {self._folder}: tensorboard --logdir={self._folder.parent}')
+            self._on, written = False, self._try(jax.profiler.stop_trace)
+            self._steps = None
+            if written:
+                self._say(f'profile in {self._folder}: tensorboard --logdir={self._folder.parent}')
+
+    def _try(self, act: Callable[[], None]) -> bool:
+        """Whether `act` went well; if not it is told, and there will be no profile."""
+        try:
+            act()
+        except Exception as e:  # of the profiler, or a disk
+            self._steps = None
+            self._say(f'warning: no profile in {self._folder} ({str(e).splitlines()[0]})')
+            return False
+        return True

@@ -16,7 +16,7 @@ from typing import Any, Protocol
 
 import numpy as np
 
-PROJECT = 'ddmd_jax'  # unless the tracker's environment names one
+PROJECT = 'ddmd_jax'  # WANDB_PROJECT names another
 FILE = 'tracker.json'  # in the workdir: which run of the tracker this is, for one that goes on
 
 
@@ -106,7 +106,8 @@ NAMES = ('', *KINDS)
 
 
 def installed(name: str) -> bool:
-    return not name or importlib.util.find_spec(name) is not None
+    """Whether it is there as a package; a folder of its name that lies here is none."""
+    return not name or getattr(importlib.util.find_spec(name), 'loader', None) is not None
 
 
 class Told:
