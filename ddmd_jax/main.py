@@ -101,6 +101,8 @@ def about(config) -> dict[str, Any]:
 
 def _given(config) -> dict[str, Any]:
     """The config's file, and the fields that flags have changed: (its value, ours)."""
+    from ddmd_jax import config as config_lib
+
     flag = flags.FLAGS['config']
     if not flags.FLAGS.is_parsed():  # whoever called has made the config by hand
         return {'config_file': '', 'changed': {}}
@@ -110,15 +112,9 @@ def _given(config) -> dict[str, Any]:
         base = parse(file) if given else None
     except Exception:  # the file is the user's code, and may not like to be run twice
         base = None
-    changed = {name: [_field(base, name), _field(config, name)] for name in given}
+    changed = {name: [config_lib.field(base, name), config_lib.field(config, name)]
+               for name in given}
     return {'config_file': file, 'changed': changed}
-
-
-def _field(config, name: str) -> Any:
-    """A field by its dotted name; None if the file has none."""
-    for part in name.split('.'):
-        config = config.get(part) if hasattr(config, 'get') else None
-    return config
 
 
 def report(workdir: Path) -> None:

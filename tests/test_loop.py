@@ -12,6 +12,7 @@ from ddmd_jax.config import check
 from ddmd_jax.data import tokenizer
 from ddmd_jax.teachers import emoji
 from ddmd_jax.train import checkpoint, distill, loop
+from ddmd_jax.train.profiling import Beside
 
 pytestmark = pytest.mark.usefixtures('quick_compile')
 
@@ -64,7 +65,7 @@ def finished(weights, tmp_path_factory, quick_compile):
     workdir = tmp_path_factory.mktemp('run')
     config = toy_config(weights, 2)
     config.log.probe = 3
-    main.run(config, workdir)
+    main.run(config, workdir, window=(2, 2))
     return workdir
 
 
@@ -81,6 +82,33 @@ def test_a_run_writes_what_the_contract_says(finished):
     assert set(logged[0]) >= HEALTH
     assert (finished / 'samples.png').stat().st_size > 1000
     assert any((finished / 'tensorboard').iterdir())
+
+
+def test_a_run_leaves_a_page_a_profile_and_what_they_are_made_of(finished):
+    page = (finished / 'report.html').read_text()
+    assert 'step 2 of 2' in page and 'teacher_few_step' in page  # with the evaluation
+    assert [x['step'] for x in map(json.loads, (finished / 'times.jsonl').open())] == [1, 2]
+    assert json.loads((finished / 'draws.json').read_text())['updates'] == 2
+    about = json.loads((finished / 'run.json').read_text())
+    assert set(about) >= {'command', 'devices', 'versions'}
+    assert page.count('<img src="data:image/webp') == 1 + len(
+        list((finished / 'pictures').glob('panels_*.png'))) > 1
+    assert len(list((finished / 'profile').rglob('*.xplane.pb'))) == 1
+
+
+def test_a_report_that_fails_ends_no_run(weights, tmp_path, capfd, quick_compile):
+    def broken(workdir):
+        raise RuntimeError('no such template\nand much more')
+
+    config = toy_config(weights, 2)
+    config.log.images_every = 1
+    mesh = sharding.make_mesh(config.mesh, jax.devices()[:1])
+    teacher = teachers.load('emoji', config.teacher.path)
+    task = distill.make_task(config, teacher, mesh)
+    state, _ = loop.run(task, config, tmp_path, mesh, teacher.identity, Beside(report=broken))
+    assert int(state.step) == 2
+    err = capfd.readouterr().err
+    assert err.count('warning: the report cannot be written (no such template); later: ') == 1
 
 
 def test_resuming_is_bitwise_the_uninterrupted_run(weights, tmp_path):

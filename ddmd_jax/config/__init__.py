@@ -39,6 +39,13 @@ def check(config: ConfigDict) -> None:
                 _put_default(config, path.split('.'), rule.default)
 
 
+def field(config: Any, name: str) -> Any:
+    """A field of a config, or of the dict it was saved as, by its dotted name; None if absent."""
+    for part in name.split('.'):
+        config = config.get(part) if hasattr(config, 'get') else None
+    return config
+
+
 def _put_default(config: ConfigDict, path: Sequence[str], default: Any) -> None:
     *sections, name = path
     for section in sections:

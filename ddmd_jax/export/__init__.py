@@ -18,6 +18,8 @@ def export(workdir: Path, out: Path, dtype: str, teacher: str = '', form: str = 
            average: bool = True, sampler: str = '') -> list[Path]:
     """Writes the newest student of a run into `out`; returns what was written, model first.
 
+    One process does it, with all of its devices.
+
     Args:
       dtype: of the tensors, one of DTYPES.
       teacher: where the teacher lies, if no longer where it was.
@@ -30,8 +32,6 @@ def export(workdir: Path, out: Path, dtype: str, teacher: str = '', form: str = 
         format.
       WeightsError: the teacher cannot be read, or `out` holds something of the same name.
     """
-    import jax
-
     student = open_student(workdir, FAMILIES, teacher, average)
     family = FAMILIES[student.family]
     planned = (*family.NAMES[form], *card.NAMES)
@@ -39,15 +39,15 @@ def export(workdir: Path, out: Path, dtype: str, teacher: str = '', form: str = 
     if there:  # before anything large is read
         raise WeightsError(f'{there[0]} exists already; choose another place or delete it')
     params = student.read()
-    if jax.process_index() == 0:
-        out.mkdir(parents=True, exist_ok=True)
+    out.mkdir(parents=True, exist_ok=True)
+    sampler = sampler or student.sampler
     if form == 'orbax':
         student.write_orbax(params, out / family.NAMES[form][0], dtype)
-    elif jax.process_index() == 0:
-        write = {'diffusers': family.write_pipeline, 'safetensors': family.write_weights}[form]
-        write(student, params, out, dtype, sampler or student.sampler)
-    if jax.process_index() == 0:
-        card.write(student, out, form, dtype, sampler or student.sampler, family)
+    elif form == 'safetensors':
+        family.write_weights(student, params, out, dtype)
+    else:
+        family.write_pipeline(student, params, out, dtype, sampler)
+    card.write(student, out, form, dtype, sampler, family)
     named = (*family.NAMES[form], card.README)
     return [out / name for name in named if (out / name).exists()]
 

@@ -48,9 +48,8 @@ def open_source(path: str) -> Source:
                   (model, params['text']))
 
 
-def write_weights(student: Student, params: Any, out: Path, dtype: str, sampler: str) -> None:
+def write_weights(student: Student, params: Any, out: Path, dtype: str) -> None:
     """``OUT/student.safetensors``, which `teacher.path` and `init_from` read."""
-    del sampler
     model, text = student.source.own
     emoji.save(out / 'student.safetensors', model, {'denoiser': params, 'text': text}, student.step,
                jnp.dtype(dtype))

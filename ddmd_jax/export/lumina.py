@@ -53,15 +53,14 @@ def _identity(folder: Path) -> str | None:
     return diffusers.identity(diffusers.open_folder(component, lumina.TRANSFORMER))
 
 
-def write_weights(student: Student, params: Any, out: Path, dtype: str, sampler: str) -> None:
+def write_weights(student: Student, params: Any, out: Path, dtype: str) -> None:
     """``OUT/transformer``, as diffusers writes it."""
-    del sampler
     lumina.export(params, student.source.config, out / 'transformer', jnp.dtype(dtype))
 
 
 def write_pipeline(student: Student, params: Any, out: Path, dtype: str, sampler: str) -> None:
     """The whole pipeline; the transformer alone, with a warning, where the teacher is no more."""
-    write_weights(student, params, out, dtype, sampler)
+    write_weights(student, params, out, dtype)
     source = student.source.folder
     if not (source / 'model_index.json').is_file():
         warn(f'{source} is a bare transformer, and so is what is written; give the whole '

@@ -13,7 +13,7 @@ import jax.numpy as jnp
 import orbax.checkpoint as ocp
 from jax.sharding import Mesh
 
-from ddmd_jax import sharding
+from ddmd_jax import config as config_lib, sharding
 from ddmd_jax.train import checkpoint as ckpt
 
 
@@ -92,10 +92,7 @@ class Student:
 
     def field(self, name: str) -> Any:
         """A field of the run's config as it was last; None if it is not there."""
-        found = self.file('config.json') or {}
-        for part in name.split('.'):
-            found = found.get(part) if isinstance(found, dict) else None
-        return found
+        return config_lib.field(self.file('config.json'), name)
 
 
 def open_student(workdir: Path, families: Mapping[str, Any], teacher: str,

@@ -7,6 +7,8 @@ import itertools
 from collections.abc import Mapping
 from typing import Any
 
+from ddmd_jax.config import field
+
 BASE = 'hybrid'  # what others are compared with: CA + DM, the paper's schedule, 4 steps
 
 
@@ -124,7 +126,7 @@ def fields(suite: Suite, experiment: Experiment, config: Any, quick: bool, seed:
     """
     scale = suite.scales.get(config.teacher.name, {}).get('quick' if quick else 'full', {})
     base = {**MEASURED, **scale, **(own or {})}
-    times = lambda name, factor: float(f'{factor * base.get(name, _value(config, name)):.6g}')
+    times = lambda name, factor: float(f'{factor * base.get(name, field(config, name)):.6g}')
     changed = {name: times(name, value.factor) if isinstance(value, Times) else value
                for name, value in experiment.fields.items()}
     return {**base, **changed, 'seed': seed}
@@ -132,13 +134,7 @@ def fields(suite: Suite, experiment: Experiment, config: Any, quick: bool, seed:
 
 def lacking(suite: Suite, run: Mapping[str, Any], config: Any) -> list[str]:
     """Fields that the suite needs and that are 0 in a run with the fields `run`."""
-    return [name for name in suite.needs if not run.get(name, _value(config, name))]
-
-
-def _value(config: Any, name: str) -> Any:
-    for part in name.split('.'):
-        config = config[part]
-    return config
+    return [name for name in suite.needs if not run.get(name, field(config, name))]
 
 
 def find(name: str) -> Suite:
