@@ -390,6 +390,9 @@ def test_a_bad_verdict_is_acted_on_only_if_it_lasts_and_is_asked_for():
     assert not guards.remedy(bad, 'nothing') and not guards.remedy(bad[:3], 'stop')
     assert not guards.remedy(words('healthy', 'healthy', 'healthy'), 'stop')
     assert not guards.remedy(words('washed out', 'over-baked', 'washed out'), 'stop')
+    # From bad to worse is one illness.
+    worse = guards.remedy(words('over-baked', 'over-baked', 'collapsing'), 'stop')
+    assert worse.startswith('over-baked and collapsing for 3 logged intervals')
     assert 'alpha - 1 is halved' in guards.remedy(bad, 'lower_alpha')
     assert 'one more critic update' in guards.remedy(bad, 'raise_critic')
 

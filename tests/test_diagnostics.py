@@ -13,12 +13,14 @@ from ddmd_jax.teachers import Teacher
 from ddmd_jax.train import distill, method, state as st
 from ddmd_jax.train.diagnostics import (
     BROKEN,
+    COLLAPSING,
     COLOUR_CAST,
     CRITIC_LAGS,
     HEALTHY,
     OVER_BAKED,
     REFERENCE,
     WASHED_OUT,
+    Thresholds,
     health,
     probe,
     verdict,
@@ -171,6 +173,12 @@ def test_a_probe_of_no_samples_is_off():
 # --- The verdict ---
 
 START = {'dm_rel_gap': 0.10, 'dm_cos': 0.99, 'x_std': 0.50}
+LIMITS = Thresholds(lost=2.1, ahead=25.0)
+
+
+def lines(values, every=5):
+    """They with their `step`."""
+    return [v | {'step': every * (i + 1)} for i, v in enumerate(values)]
 
 
 def history(last, intervals=8):
@@ -258,9 +266,48 @@ def test_a_gap_that_grew_from_nothing_but_is_small_is_no_lag():
 ])
 @pytest.mark.parametrize('before', [0, 1, 8])
 def test_the_average_is_judged_at_once_and_first(last, word, before):
-    got, reason = verdict([START] * before + [START | last])
+    got, reason = verdict(lines([START] * before + [START | last]))
     assert got == word
     assert word == HEALTHY or "the average's contrast" in reason
+
+
+def contrasts(*stds):
+    return [START | {'ema_std': std} for std in stds]
+
+
+@pytest.mark.parametrize('stds, word', [
+    ((1.0, 1.1, 1.2, 1.3, 1.4), OVER_BAKED),  # .02 an update: 1.9 in 25
+    ((1.0, 1.2, 1.4, 1.6, 1.8), COLLAPSING),  # .04
+    ((2.0, 2.0, 2.0), OVER_BAKED), ((2.2, 2.2, 2.2), COLLAPSING),  # far is enough
+    ((2.2, 1.9, 1.6), OVER_BAKED),  # on its way back
+    ((1.0, 3.0), COLLAPSING), ((1.9,), OVER_BAKED),  # a line says nothing of growth
+    ((1.0, 0.5), WASHED_OUT),  # the other way is another illness
+])
+def test_growth_of_contrast_that_goes_on_is_a_collapse(stds, word):
+    got, reason = verdict(lines(contrasts(*stds)), limits=LIMITS)
+    assert got == word
+    assert word != COLLAPSING or f'x{stds[-1]:.2f}' in reason and 'earlier checkpoint' in reason
+
+
+def test_growth_is_measured_over_updates_and_not_over_lines():
+    """The same run logged at each update, or with lines left out, gets the same word."""
+    std = lambda step: 1 + 0.03 * step
+    for steps in (range(1, 31), range(2, 31, 2), (10, 20, 30), (5, 30)):
+        seen = [START | {'ema_std': std(step), 'step': step} for step in steps]
+        close, far = (Thresholds(lost=std(30 + 25) + off, ahead=25) for off in (-0.01, 0.01))
+        assert verdict(seen, limits=close)[0] == COLLAPSING
+        assert verdict(seen, limits=far)[0] == OVER_BAKED
+
+
+def test_noise_of_a_dense_log_is_no_growth():
+    """Growth is over ten updates at least: from one to the next contrast may jump."""
+    stds = [1.0 + 0.1 * (i % 2) for i in range(30)]
+    assert verdict(lines(contrasts(*stds), every=1), limits=LIMITS)[0] == OVER_BAKED
+
+
+def test_a_run_whose_first_lines_were_not_probed_is_judged_by_what_is_there():
+    assert verdict(lines([START] * 4 + contrasts(1.9)), limits=LIMITS)[0] == OVER_BAKED
+    assert verdict(lines([START] * 4 + contrasts(1.9, 1.9, 2.2)), limits=LIMITS)[0] == COLLAPSING
 
 
 @pytest.mark.parametrize('name', ['fake_loss', 'ema_std', 'ema_cast'])

@@ -48,7 +48,7 @@ def make_task(bad=(), warmup=0):
         name='toy', make_state=lambda: st.fresh(*[{'w': jnp.ones(1)}, optax.sgd(0.1)] * 2),
         source=(), rules=(), data=data, place=place,
         advance=distill.make_advance(steps, None, 1, warmup),
-        words=str, probe=lambda state: {}, annotate=lambda history, values: values,
+        words=str, probe=lambda state: {}, annotate=lambda history, step, values: values,
         pictures=lambda state, step, log: None, order=order)
 
 
@@ -171,7 +171,7 @@ def unwell(workdir, how, steps, **changes):
     config = config_of(steps=steps, **changes)
     config.train.on_health, config.log.every = how, 1
     task = make_task()
-    tell = lambda history, values: values | {'health': 'over-baked', 'health_reason': 'so'}
+    tell = lambda history, step, values: values | {'health': 'over-baked', 'health_reason': 'so'}
     made = task.advance
 
     def advance(state, next_batch, first):
@@ -199,6 +199,20 @@ def test_the_critic_gets_more_updates_also_when_the_run_is_resumed(tmp_path):
     state, lines = unwell(tmp_path, 'raise_critic', 8, every=6)
     assert [x['critic_extra'] for x in lines] == [0.0] * 3 + [1.0] * 3 + [2.0] * 2
     assert int(state.critic_step) == 9 + 2 * 3
+
+
+def test_who_judges_a_line_is_told_the_step_of_each(tmp_path):
+    """Rates of growth are read off them, and a resumed run's first lines come from a file."""
+    seen = []
+
+    def tell(history, step, values):
+        seen.append([*(h['step'] for h in history), step])
+        return values
+
+    for steps in (4, 6):
+        config = config_of(steps=steps)
+        loop.run(dataclasses.replace(make_task(), annotate=tell), config, tmp_path, mesh(), 'toy')
+    assert seen == [[2], [2, 4], [2, 4, 6]]
 
 
 def test_nothing_is_done_unless_it_is_asked_for(tmp_path):

@@ -1,5 +1,6 @@
 """The robustness map: when a run has fallen, when it was warned of, and what tuning finds."""
 
+import dataclasses
 import re
 
 import numpy as np
@@ -8,7 +9,7 @@ from hypothesis import given, strategies as st
 
 from ddmd_jax.study import map_report, robustness as rb, suites
 from ddmd_jax.train import diagnostics
-from ddmd_jax.train.diagnostics import SHIPPED, Thresholds
+from ddmd_jax.train.diagnostics import SHIPPED
 
 STEPS = tuple(range(5, 205, 5))
 WELL = {'dm_rel_gap': 0.1, 'dm_cos': 0.99, 'x_std': 0.45, 'fake_loss': 0.1, 'ema_std': 1.0,
@@ -52,7 +53,7 @@ def test_a_run_that_diverged_has_fallen_and_one_that_broke_off_is_left_out():
     at_once = {'fields': {'log.every': 5}, 'curves': {}, 'failed': 'main: step 1: NaN or Inf in x'}
     runs = rb.read({'a': {0: lines}, 'b': {0: broken}, 'c': {0: at_once}})
     assert [(r.name, r.fell) for r in runs] == [('a-seed0', 15), ('c-seed0', 5)]
-    assert rb.rates(runs, SHIPPED).early == 2
+    assert rb.rates(runs, rb.COLLAPSING, SHIPPED).early == 2
 
 
 def test_runs_without_a_judge_are_refused():
@@ -67,19 +68,26 @@ line = st.fixed_dictionaries({k: figure for k in rb.WATCHED})
 
 
 @given(st.lists(line, min_size=1, max_size=9))
-def test_the_warning_is_the_verdicts_on_the_whole_history(lines):
-    """`warned` hands the verdict the few lines it looks at: that must not change its mind."""
+def test_a_warning_is_the_first_verdict_with_one_of_the_signals_words(lines):
     lines = [x | {'step': 5 * i} for i, x in enumerate(lines)]
     run = rb.Run('r', {}, 1.0, 1.0, None, tuple(lines), 0.467)
-    said = [diagnostics.verdict(lines[:i + 1], 0.467)[0] for i in range(len(lines))]
-    first = next((5 * i for i, word in enumerate(said) if word != diagnostics.HEALTHY), None)
-    assert rb.warned(run, SHIPPED) == first
+    for signal in rb.SIGNALS:
+        said = [diagnostics.verdict(lines[:i + 1], 0.467, signal.limits)[0]
+                for i in range(len(lines))]
+        first = next((5 * i for i, word in enumerate(said) if word in signal.words), None)
+        assert rb.warned(run, signal, signal.limits) == first
+
+
+def test_every_word_but_healthy_is_a_signal():
+    words = {v for k, v in vars(diagnostics).items() if k.isupper() and isinstance(v, str)}
+    assert frozenset.union(*(s.words for s in rb.SIGNALS)) == words - {
+        diagnostics.HEALTHY, diagnostics.BAKED}
 
 
 def planted():
     """Runs that degrade 100 updates after `ema_std` passes 1.3, and steady ones that reach 1.2.
 
-    The shipped thresholds call all of them unwell; those of 1.2 to 1.3 tell them apart.
+    Shipped levels call all of them unwell; those of 1.2 to 1.3 tell them apart.
     """
     bad = {f'bad{i}': {0: result(dropping(150 + 5 * i), ema_std=growing(5 + i, 0.06))}
            for i in range(8)}
@@ -88,16 +96,21 @@ def planted():
     return bad | good
 
 
+def levels(**changes):
+    return dataclasses.replace(rb.LEVELS.limits, **changes)
+
+
 def test_rates_count_what_is_warned_of_in_time():
     runs = rb.read(planted())
-    shipped = rb.rates(runs, SHIPPED)
+    of = lambda limits: rb.rates(runs, rb.LEVELS, limits)
+    shipped = of(levels())
     assert (shipped.degrading, shipped.steady, shipped.hits, shipped.false) == (8, 8, 8, 8)
     assert not shipped.reached
-    apart = rb.rates(runs, Thresholds(ema_std_up=1.25))
+    apart = of(levels(ema_std_up=1.25))
     assert (apart.hits, apart.false, apart.reached) == (8, 0, True)
-    late = rb.rates(runs, Thresholds(ema_std_up=2.2))
+    late = of(levels(ema_std_up=2.2))
     assert (late.hits, late.late) == (0, 8) and not late.reached
-    never = rb.rates(runs, Thresholds(ema_std_up=9))
+    never = of(levels(ema_std_up=9))
     assert (never.hits, never.late, never.false) == (0, 0, 0)
 
 
@@ -117,25 +130,45 @@ def test_a_recipe_with_two_seeds_would_stand_in_both_halves():
 
 def test_tuning_finds_what_tells_them_apart_on_the_other_half_too():
     ours, theirs = rb.halves(rb.read(planted()))
-    tuned = rb.tune(ours, 400)
-    assert rb.rates(theirs, tuned).reached and not rb.rates(theirs, SHIPPED).reached
-    points = rb.frontier(ours, 400)
+    tuned = rb.tune(ours, rb.LEVELS, 400)
+    of = lambda limits: rb.rates(theirs, rb.LEVELS, limits)
+    assert of(tuned.limits).reached and not of(rb.LEVELS.limits).reached
+    points = list(tuned.frontier)
     assert points == sorted(points) and points[-1][1] == 1.0
     assert all(a[1] < b[1] for a, b in zip(points, points[1:]))
 
 
+def test_of_thresholds_that_are_alike_the_middlemost_is_taken():
+    """Its neighbours tell the runs apart, too: the edge of what does is no place to stand."""
+    rng, runs = np.random.default_rng(0), rb.read(planted())
+    blind = dataclasses.replace(rb.COLLAPSING, limits=dataclasses.replace(SHIPPED, lost=9.0))
+    tuned = rb.tune(runs, blind, 300).limits
+    for lost, ahead in rng.uniform(0.9, 1.1, (20, 2)):
+        near = dataclasses.replace(tuned, lost=1 + (tuned.lost - 1) * lost,
+                                   ahead=tuned.ahead * ahead)
+        assert rb.rates(runs, rb.COLLAPSING, near).reached
+
+
 def test_the_shipped_thresholds_stay_where_nothing_is_better():
     steady = rb.read({f'r{i}': {0: result([1.0] * 10)} for i in range(3)})
-    assert rb.tune(steady, 50) == SHIPPED
+    for signal in rb.SIGNALS:
+        assert rb.tune(steady, signal, 50).limits == signal.limits
 
 
-@given(st.integers(0, 50))
-def test_candidates_stay_within_their_ranges(seed):
-    shipped, drawn = rb.candidates(1, seed)
-    assert shipped == SHIPPED
-    for name, (rest, near, far) in rb.RANGES.items():
+@given(st.integers(0, 50), st.sampled_from(rb.SIGNALS))
+def test_candidates_stay_within_their_ranges(seed, signal):
+    own, drawn = rb.candidates(signal, 1, seed)
+    assert own == signal.limits
+    for name, (rest, near, far) in signal.ranges.items():
         low, high = sorted((rest + near, rest + far))
         assert low - 1e-9 <= getattr(drawn, name) <= high + 1e-9
+    others = {f.name for f in dataclasses.fields(drawn)} - set(signal.ranges)
+    assert all(getattr(drawn, name) == getattr(own, name) for name in others)
+
+
+def test_every_threshold_is_some_signals():
+    assert {name for s in rb.SIGNALS for name in s.ranges} == {
+        f.name for f in dataclasses.fields(SHIPPED)}
 
 
 def test_the_grid_is_whole_and_its_page_stands_alone(tmp_path):
@@ -143,18 +176,31 @@ def test_the_grid_is_whole_and_its_page_stands_alone(tmp_path):
 
     config, suite = tiny.load_config('emoji'), suites.SUITES['robustness']
     fields = {e.name: suites.fields(suite, e, config, False, 0) for e in suite.experiments}
-    assert len(fields) == 36 and len({str(sorted(f.items())) for f in fields.values()}) == 36
+    assert len(fields) == 72 and len({str(sorted(f.items())) for f in fields.values()}) == 72
     made = planted()
     results = {name: {0: made[key][0] | {'fields': fields[name]}}
-               for name, key in zip(fields, [*made, *made, *made])}
-    tuned, held = map_report.write(tmp_path / 'r.html', 'T', 'H', 'how', results, drawn=400)
-    assert held.reached and tuned != SHIPPED
+               for name, key in zip(fields, 5 * [*made])}
+    grave, other = map_report.write(tmp_path / 'r.html', 'T', 'H', 'how', results, drawn=200)
+    assert grave.signal is rb.COLLAPSING and grave.held_out('tuned').reached
+    assert not other.held_out('shipped').reached and other.held_out('tuned').reached
     page = (tmp_path / 'r.html').read_text()
     assert page.count('data:image/png;base64') == 2
     assert not re.search(r'(src|href)="(?!data:|#)', page)
     assert 'and at most 10 % of the steady ones' in ' '.join(page.split())
-    assert 'tuned on: yes. 100%' in page and page.count('not reached') == 3
-    assert page.count('<td>tuned on') >= 18
+    assert map_report.answer(grave.held_out('shipped')).replace("'", '&#39;') in page
+    rows = [row['r'].reached for j in (grave, other) for row in j.rows()]
+    assert (page.count('>not reached'), page.count('>reached')) == (rows.count(0), rows.count(1))
+    assert page.count('<td>tuned on') == 4 + 36
+
+
+@pytest.mark.parametrize(('rates', 'words'), [
+    (rb.Rates(5, 4, 4, 1, 20, 2), 'Yes: as shipped, on the runs that nothing was tuned on, '
+     "'collapsing' was said 50 updates before the fall in 4 of 5 that degraded (1 fell too early "
+     'for any warning), and in 2 of 20 that stayed.'),
+    (rb.Rates(5, 5, 5, 0, 20, 3), 'No: as shipped'), (rb.Rates(5, 3, 5, 0, 20, 0), 'No: as '),
+    (rb.Rates(0, 0, 0, 0, 3, 0), 'fall in none of those'), (rb.Rates(3, 3, 3, 0, 0, 0), 'Yes: ')])
+def test_the_answer_names_both_rates(rates, words):
+    assert words in map_report.answer(rates)
 
 
 def test_a_map_of_too_few_runs_is_refused(tmp_path):

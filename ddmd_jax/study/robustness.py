@@ -1,15 +1,16 @@
 """Where a recipe stays healthy, and whether the verdict warns before quality falls.
 
 A run's outcome is read off the judge's figures, its warning off the health figures of the same
-lines, which know nothing of the judge. Thresholds of the verdict are tuned on half of the runs and
-reported on the other.
+lines, which know nothing of the judge. What counts as a warning is a `Signal`: its thresholds are
+tuned on half of the runs and reported on the other.
 """
 
 from __future__ import annotations
 
 import dataclasses
 import itertools
-from collections.abc import Callable, Iterator, Mapping, Sequence
+import math
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -24,12 +25,36 @@ LEAD = 50  # updates by which a warning has to come before the fall
 FALSE_ALARMS = 0.10  # share of the runs that do not degrade in which a warning is tolerated
 HITS = 0.80  # share of the runs that degrade in which a warning in time is wanted
 WATCHED = ('dm_rel_gap', 'dm_cos', 'x_std', 'fake_loss', 'ema_std', 'ema_cast')
-DRAWN = 4000  # sets of thresholds that are tried
-# Where each threshold would call everything unwell, and the nearest and farthest from there that
-# are tried, evenly in the logarithm.
-RANGES = {'gap_up': (1, 0.05, 5.0), 'gap_large': (0, 0.02, 1.5), 'cos_down': (1, 0.05, 9.0),
-          'std_up': (1, 0.02, 1.0), 'ema_std_up': (1, 0.02, 0.6), 'ema_std_down': (1, -0.01, -0.4),
-          'cast': (0, 0.005, 0.4), 'fake_up': (1, 0.05, 7.0)}
+DRAWN = 2000  # sets of thresholds that are tried
+
+
+@dataclasses.dataclass(frozen=True)
+class Signal:
+    """What counts as a warning: verdicts with one of `words`, by the thresholds `limits`.
+
+    `ranges` are of those that are tuned: where each would call everything unwell, and the nearest
+    and farthest from there that are tried, evenly in the logarithm.
+    """
+
+    name: str
+    words: frozenset[str]
+    limits: Thresholds
+    ranges: Mapping[str, tuple[float, float, float]]
+
+
+COLLAPSING = Signal(
+    'collapsing', frozenset({diagnostics.COLLAPSING, diagnostics.BROKEN}), SHIPPED,
+    {'lost': (1, 0.1, 3.0), 'ahead': (0, 1.0, 100.0)})
+# What the other words can do as an alarm: levels of figures, and not where they are going.
+LEVELS = Signal(
+    'any other verdict', frozenset({
+        diagnostics.BROKEN, diagnostics.OVER_BAKED, diagnostics.WASHED_OUT,
+        diagnostics.COLOUR_CAST, diagnostics.CRITIC_LAGS}),
+    dataclasses.replace(SHIPPED, lost=math.inf), {
+        'gap_up': (1, 0.05, 5.0), 'gap_large': (0, 0.02, 1.5), 'cos_down': (1, 0.05, 9.0),
+        'std_up': (1, 0.02, 4.0), 'ema_std_up': (1, 0.02, 3.0), 'ema_std_down': (1, -0.01, -0.4),
+        'cast': (0, 0.005, 0.8), 'fake_up': (1, 0.05, 30.0)})
+SIGNALS = (COLLAPSING, LEVELS)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -128,24 +153,18 @@ def _read(name: str, result: Mapping[str, Any], data_std: float | None) -> Run |
                lines, data_std)
 
 
-def warned(run: Run, limits: Thresholds) -> int | None:
-    """The update of the first line whose verdict is not healthy."""
+def warned(run: Run, signal: Signal, limits: Thresholds) -> int | None:
+    """The update of the first line whose verdict is the signal."""
     for i, line in enumerate(run.lines):
-        word, _ = diagnostics.verdict(_seen(run.lines, i), run.data_std, limits)
-        if word != diagnostics.HEALTHY:
+        word, _ = diagnostics.verdict(run.lines[:i + 1], run.data_std, limits)
+        if word in signal.words:
             return line['step']
     return None
 
 
-def _seen(lines: Sequence[Mapping[str, Any]], i: int) -> list[Any]:
-    """The lines that the verdict on line `i` looks at, at its place or a later one."""
-    first = diagnostics.REFERENCE
-    return [*lines[:first], lines[i]] if i >= first else list(lines[:i + 1])
-
-
-def rates(runs: Sequence[Run], limits: Thresholds) -> Rates:
-    """How `limits` would have done."""
-    return _rates(runs, [warned(run, limits) for run in runs])
+def rates(runs: Sequence[Run], signal: Signal, limits: Thresholds) -> Rates:
+    """How `signal` would have done with `limits`."""
+    return _rates(runs, [warned(run, signal, limits) for run in runs])
 
 
 def _rates(runs: Sequence[Run], warnings: Sequence[int | None]) -> Rates:
@@ -174,14 +193,14 @@ def halves(runs: Sequence[Run]) -> tuple[list[Run], list[Run]]:
     return ordered[::2], ordered[1::2]
 
 
-def candidates(count: int, seed: int = 0) -> Iterator[Thresholds]:
-    """The shipped thresholds, then `count` sets drawn from RANGES."""
+def candidates(signal: Signal, count: int, seed: int = 0) -> Iterator[Thresholds]:
+    """The signal's own thresholds, then `count` sets drawn from its ranges."""
     rng = np.random.default_rng(seed)
-    yield SHIPPED
+    yield signal.limits
     for _ in range(count):
-        yield Thresholds(**{name: rest + float(np.sign(near) * np.exp(
-            rng.uniform(*np.log(np.abs((near, far)))))) for name, (rest, near, far)
-            in RANGES.items()})
+        yield dataclasses.replace(signal.limits, **{
+            name: rest + float(np.sign(near) * np.exp(rng.uniform(*np.log(np.abs((near, far))))))
+            for name, (rest, near, far) in signal.ranges.items()})
 
 
 def better(r: Rates) -> tuple[Any, ...]:
@@ -190,22 +209,39 @@ def better(r: Rates) -> tuple[Any, ...]:
     return (min(0.0, FALSE_ALARMS - false), r.hits, r.late, -false)
 
 
-def tune(runs: Sequence[Run], count: int = DRAWN,
-         order: Callable[[Rates], tuple[Any, ...]] = better) -> Thresholds:
-    """The best of `candidates` on `runs`; the earlier of equals, so the shipped if it is one."""
-    return max(candidates(count), key=lambda limits: order(rates(runs, limits)))
+@dataclasses.dataclass(frozen=True)
+class Tuned:
+    """The best thresholds found, and of all that were tried the (false alarms, hits), as shares,
+    that none beats in both."""
+
+    limits: Thresholds
+    frontier: tuple[tuple[float, float], ...]
 
 
-def frontier(runs: Sequence[Run], count: int = DRAWN) -> list[tuple[float, float]]:
-    """(false alarms, hits) as shares, of the candidates that none beats in both."""
-    found = {(r.false_rate or 0.0, r.hit_rate or 0.0)
-             for r in (rates(runs, limits) for limits in candidates(count))}
-    best, kept = -1.0, []
-    for false, hit in sorted(found, key=lambda p: (p[0], -p[1])):
-        if hit > best:
-            best = hit
+def tune(runs: Sequence[Run], signal: Signal, count: int = DRAWN) -> Tuned:
+    """The best of `candidates` on `runs`: the signal's own if none is better, else of those that
+    are alike the middlemost, which has room on all sides for other runs."""
+    tried = [(rates(runs, signal, limits), limits) for limits in candidates(signal, count)]
+    best = max(better(r) for r, _ in tried)
+    alike = [limits for r, limits in tried if better(r) == best]
+    points = _frontier({(r.false_rate or 0.0, r.hit_rate or 0.0) for r, _ in tried})
+    return Tuned(alike[0] if alike[0] == signal.limits else _middle(alike, signal), points)
+
+
+def _middle(alike: Sequence[Thresholds], signal: Signal) -> Thresholds:
+    """The one nearest to the median of all, in the logarithms that are drawn evenly."""
+    places = np.asarray([[math.log(abs(getattr(limits, name) - rest))
+                          for name, (rest, _, _) in signal.ranges.items()] for limits in alike])
+    return alike[int(np.argmin(np.sum((places - np.median(places, axis=0)) ** 2, axis=1)))]
+
+
+def _frontier(points: set[tuple[float, float]]) -> tuple[tuple[float, float], ...]:
+    most, kept = -1.0, []
+    for false, hit in sorted(points, key=lambda p: (p[0], -p[1])):
+        if hit > most:
+            most = hit
             kept.append((false, hit))
-    return kept
+    return tuple(kept)
 
 
 def axes(runs: Sequence[Run], names: Sequence[str]) -> dict[str, list[Any]]:

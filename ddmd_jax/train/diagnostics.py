@@ -23,7 +23,9 @@ REFERENCE = 3  # logged intervals that make up the reference the verdict compare
 HEALTHY, OVER_BAKED, CRITIC_LAGS = 'healthy', 'over-baked', 'critic lags'
 WASHED_OUT, COLOUR_CAST = 'washed out', 'colour cast'
 BAKED = 'stop here, lower alpha, or give the critic more updates'
+COLLAPSING = 'collapsing'  # worse than over-baked: captions are about to be lost
 BROKEN = 'broken'  # a figure is NaN or Inf
+RATE_OVER = 10  # updates over which growth is measured, at least
 
 
 @dataclasses.dataclass(frozen=True)
@@ -37,6 +39,7 @@ class Thresholds:
       std_up: x_std above that of real data (or of the start) that counts as up.
       ema_std_up, ema_std_down, cast: of the averaged student, against the undistilled weights.
       fake_up: growth of fake_loss, in units of the samples' variance, that counts as up.
+      lost, ahead: growing on as it does, ema_std is beyond `lost` in `ahead` updates.
     """
 
     gap_up: float = 1.3
@@ -47,6 +50,8 @@ class Thresholds:
     ema_std_down: float = 0.97
     cast: float = 0.02
     fake_up: float = 1.3
+    lost: float = 2.1
+    ahead: float = 25.0
 
 
 SHIPPED = Thresholds()
@@ -117,19 +122,22 @@ def probe(x: Array, start: Array, limit: float = 1.0) -> dict[str, Array]:
 
 def verdict(history: Sequence[dict[str, Any]], data_std: float | None = None,
             limits: Thresholds = SHIPPED) -> tuple[str, str]:
-    """A word and its reason, from logged intervals oldest first.
+    """A word and its reason, from logged intervals with their `step`, oldest first.
 
     Compares the last interval with the mean of the first `REFERENCE`, and the averaged student
     with the weights it began as. Over-baked: contrast above that of real data, `data_std`, or
     if that is not known of the start. Washed out, colour cast: the averaged samples have lost
-    contrast, or moved as a whole. The critic lags: its error on the student's samples grows,
+    contrast, or moved as a whole. Collapsing: their contrast grows so fast, or so far, that
+    captions are about to be lost. The critic lags: its error on the student's samples grows,
     or the gap to the teacher does while the predictions turn apart.
     """
     watched = ('dm_rel_gap', 'dm_cos', 'x_std', 'fake_loss', 'ema_std', 'ema_cast')
-    unsound = [k for k in watched if history and not math.isfinite(history[-1].get(k, 0.0))]
+    if not history:
+        return HEALTHY, 'too early to tell'
+    unsound = [k for k in watched if not math.isfinite(history[-1].get(k, 0.0))]
     if unsound:
         return BROKEN, f'{", ".join(unsound)} not finite'
-    average = _average_fails(history[-1], limits) if history else None
+    average = _collapses(history, limits) or _average_fails(history[-1], limits)
     if average:
         return average
     if len(history) <= REFERENCE:
@@ -143,6 +151,26 @@ def verdict(history: Sequence[dict[str, Any]], data_std: float | None = None,
     if lag:
         return CRITIC_LAGS, f'{lag}: more critic updates or a higher critic lr'
     return HEALTHY, f'{seen}, dm_rel_gap {now["dm_rel_gap"]:.3f}'
+
+
+def _collapses(history: Sequence[dict[str, Any]], limits: Thresholds) -> tuple[str, str] | None:
+    """Verdict on where the averaged student is going, where a run probes it."""
+    std, rate = history[-1].get('ema_std', 1.0), _rate(history)
+    if std + limits.ahead * rate <= limits.lost:
+        return None
+    return COLLAPSING, (f"the average's contrast x{std:.2f} that of the start, {rate:+.3f} an "
+                        'update: captions are about to be lost; stop, and take an earlier '
+                        'checkpoint')
+
+
+def _rate(history: Sequence[dict[str, Any]]) -> float:
+    """Growth of ema_std an update, over the last `RATE_OVER` or a few more; 0 if it falls."""
+    now = history[-1]
+    far = (h for h in reversed(history[:-1]) if now['step'] - h['step'] >= RATE_OVER)
+    then = next(far, None) if 'ema_std' in now else None
+    if then is None or 'ema_std' not in then:
+        return 0.0
+    return max(0.0, now['ema_std'] - then['ema_std']) / (now['step'] - then['step'])
 
 
 def _average_fails(now: dict[str, Any], limits: Thresholds) -> tuple[str, str] | None:

@@ -62,8 +62,9 @@ def make_advance(steps: Steps, frozen: Any, updates: int, warmup: int) -> Callab
 
 def make_annotate(data_std: float | None) -> Callable:
     """Adds the health verdict to a logged interval, given those before it."""
-    def annotate(history: Sequence[dict[str, Any]], values: dict[str, Any]) -> dict[str, Any]:
-        word, reason = diagnostics.verdict([*history, values], data_std)
+    def annotate(history: Sequence[dict[str, Any]], step: int,
+                 values: dict[str, Any]) -> dict[str, Any]:
+        word, reason = diagnostics.verdict([*history, {'step': step, **values}], data_std)
         return values | {'health': word, 'health_reason': reason}
 
     return annotate

@@ -76,7 +76,9 @@ def remedy(history: Sequence[Mapping[str, Any]], on_health: str) -> str:
     It has to be bad and the same `UNWELL` times in a row, nothing having been done in between: the
     lines say how much of alpha and how many critic updates they were made with.
     """
-    last = [(v.get('health'), v.get('alpha_share', 1.0), v.get('critic_extra', 0.0))
+    # Collapsing is over-baked and worse: one illness.
+    kind = lambda word: diagnostics.OVER_BAKED if word == diagnostics.COLLAPSING else word
+    last = [(kind(v.get('health')), v.get('alpha_share', 1.0), v.get('critic_extra', 0.0))
             for v in history[-UNWELL:]]
     if on_health == 'nothing' or len(last) < UNWELL or len(set(last)) > 1:
         return ''
@@ -84,7 +86,8 @@ def remedy(history: Sequence[Mapping[str, Any]], on_health: str) -> str:
     spent = {'lower_alpha': share <= LEAST_ALPHA, 'raise_critic': extra >= MOST_EXTRA}
     if verdict in (None, diagnostics.HEALTHY) or spent.get(on_health):
         return ''
-    return (f'{verdict} for {UNWELL} logged intervals ({reason}); {ON_HEALTH[on_health]}, as '
+    words = ' and '.join(dict.fromkeys(v['health'] for v in history[-UNWELL:]))
+    return (f'{words} for {UNWELL} logged intervals ({reason}); {ON_HEALTH[on_health]}, as '
             f'train.on_health={on_health!r} says')
 
 

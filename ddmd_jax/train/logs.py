@@ -65,7 +65,7 @@ class RunLog:
 
     def scalars(self, step: int, values: dict[str, float], words: str = '') -> None:
         """One line of JSON (`step` first), the same keys in TensorBoard, `words` in the bar."""
-        self.history.append(values)
+        self.history.append({'step': step, **values})
         self._forget()
         if not self.active:
             return

@@ -58,7 +58,7 @@ class Task:
     the state by one step, calling for as many of those as it needs, and returns device scalars;
     `finite` among them says whether the update was written. It is told whether the step is the
     first since the state was made, restored or acted on. `probe(state)` gives further scalars
-    of each logged interval; `annotate(intervals logged before, this one)` may add words to it.
+    of each logged interval; `annotate(those logged before, step, this one)` may add words to it.
     `startup` compiles what `advance` calls, and counts the seconds until it can. `host` names
     fields of the state that stay in the hosts' memory, `data_identity` what is trained on.
     `order` says which rows a batch holds; `read_weights(path)` reads weights that are no
@@ -76,7 +76,7 @@ class Task:
                       tuple[st.TrainState, dict[str, Any]]]
     words: Callable[[dict[str, float]], str]
     probe: Callable[[st.TrainState], dict[str, Any]]
-    annotate: Callable[[list[dict[str, Any]], dict[str, float]], dict[str, Any]]
+    annotate: Callable[[list[dict[str, Any]], int, dict[str, float]], dict[str, Any]]
     pictures: Callable[[st.TrainState, int, RunLog], None]
     startup: Startup = dataclasses.field(default_factory=Startup)
     host: tuple[str, ...] = ()
@@ -296,7 +296,7 @@ class _Training:
         self._must_be_finite()
         task, train = self.task, self.config.train
         values = means(self.interval) | means([task.probe(self.state)])
-        values = task.annotate(self.log.history, values)
+        values = task.annotate(self.log.history, self.step, values)
         self.log.scalars(self.step, values, task.words(values))
         self.interval = []
         self.checkpoints.judge(values)

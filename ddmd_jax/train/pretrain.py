@@ -120,7 +120,7 @@ def make_task(config: Any, mesh: Mesh) -> Task:
         place=lambda batch: sharding.put_batch(batch.rows, mesh),
         advance=lambda state, next_batch, first: step(state, next_batch()),
         words=lambda m: f'loss {m["loss"]:.4f} grad {m["grad_norm"]:.2f}',
-        probe=lambda state: {}, annotate=lambda history, m: m,
+        probe=lambda state: {}, annotate=lambda history, step, m: m,
         pictures=make_pictures(config, pairs, ids, mask))
 
 

@@ -63,5 +63,6 @@ def make_task(config, mesh):
         place=lambda batch: sharding.put_batch(batch.rows, mesh), order=order,
         advance=distill.make_advance(steps, None, config.critic.updates, config.critic.warmup),
         words=lambda values: f'loss {values["loss"]:.3f}', probe=lambda state: {},
-        annotate=lambda history, values: values | {'health': 'over-baked', 'health_reason': 'so'},
+        annotate=lambda history, step, values: values | {'health': 'over-baked',
+                                                         'health_reason': 'so'},
         pictures=lambda state, step, log: None)
