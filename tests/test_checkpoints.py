@@ -393,6 +393,10 @@ def test_a_bad_verdict_is_acted_on_only_if_it_lasts_and_is_asked_for():
     # From bad to worse is one illness.
     worse = guards.remedy(words('over-baked', 'over-baked', 'collapsing'), 'stop')
     assert worse.startswith('over-baked and collapsing for 3 logged intervals')
+    grave = guards.remedy(words('collapsing'), 'stop_collapsing')
+    assert grave == ("collapsing (why); stopped here, as train.on_health='stop_collapsing' says")
+    assert not guards.remedy(words('collapsing', *3 * ['over-baked']), 'stop_collapsing')
+    assert not guards.remedy([], 'stop_collapsing')
     assert 'alpha - 1 is halved' in guards.remedy(bad, 'lower_alpha')
     assert 'one more critic update' in guards.remedy(bad, 'raise_critic')
 

@@ -166,12 +166,16 @@ def test_two_places_are_counted_apart(tmp_path):
 # --- Health that acts ---
 
 
-def unwell(workdir, how, steps, **changes):
-    """(state, metrics lines) of a run that is over-baked at every line, one each step."""
+def unwell(workdir, how, steps, collapses=99, **changes):
+    """(state, metrics lines) of a run that is over-baked at every line, one each step.
+
+    From step `collapses` on it is worse.
+    """
     config = config_of(steps=steps, **changes)
     config.train.on_health, config.log.every = how, 1
     task = make_task()
-    tell = lambda history, step, values: values | {'health': 'over-baked', 'health_reason': 'so'}
+    tell = lambda history, step, values: values | {
+        'health': 'over-baked' if step < collapses else 'collapsing', 'health_reason': 'so'}
     made = task.advance
 
     def advance(state, next_batch, first):
@@ -199,6 +203,13 @@ def test_the_critic_gets_more_updates_also_when_the_run_is_resumed(tmp_path):
     state, lines = unwell(tmp_path, 'raise_critic', 8, every=6)
     assert [x['critic_extra'] for x in lines] == [0.0] * 3 + [1.0] * 3 + [2.0] * 2
     assert int(state.critic_step) == 9 + 2 * 3
+
+
+@pytest.mark.parametrize('how, last', [('stop', 3), ('stop_collapsing', 5), ('nothing', 7)])
+def test_a_run_can_be_stopped_where_it_collapses_and_not_before(tmp_path, how, last):
+    state, lines = unwell(tmp_path, how, 7, collapses=5)
+    assert int(state.step) == last == lines[-1]['step']
+    assert [x['health'] for x in lines][4:5] == (['collapsing'] if last >= 5 else [])
 
 
 def test_who_judges_a_line_is_told_the_step_of_each(tmp_path):

@@ -16,7 +16,7 @@ from PIL import Image
 
 from ddmd_jax import process, sampling, schedules
 from ddmd_jax.report import figures, page, read
-from ddmd_jax.train import draws, step as steps
+from ddmd_jax.train import diagnostics, draws, step as steps
 
 LINE = {'loss': 1.0, 'fake_loss': 0.1, 'dm_rel_gap': 0.1, 'dm_cos': 0.99, 'dm_to_ca': 0.2,
         'x_std': 0.47, 'ema_std': 1.01, 'ema_cast': 0.01, 'grad_norm': 2.0, 'finite': 1.0}
@@ -96,6 +96,23 @@ def test_two_runs_share_panels_and_axes(tmp_path):
     bands = {shape.yref for shape in figure.layout.shapes}
     assert len(bands) == 3  # dm_rel_gap, ema_std, ema_cast
     assert {t.name for t in figures.verdicts(runs).data} == {'healthy', 'over-baked'}
+
+
+def test_every_verdict_has_a_colour_that_stands_out_on_both_pages():
+    assert set(figures.VERDICTS) == set(diagnostics.WORDS)
+    for colour in figures.VERDICTS.values():
+        for page_colour in ('#ffffff', '#16181c'):
+            assert contrast(colour, page_colour) > 2.2, (colour, page_colour)
+
+
+def contrast(a, b):
+    """WCAG's contrast ratio of two colours."""
+    def luminance(colour):
+        c = np.asarray([int(colour[i:i + 2], 16) for i in (1, 3, 5)]) / 255
+        return float(np.where(c <= 0.04045, c / 12.92, ((c + 0.055) / 1.055) ** 2.4)
+                     @ [0.2126, 0.7152, 0.0722])
+    low, high = sorted((luminance(a), luminance(b)))
+    return (high + 0.05) / (low + 0.05)
 
 
 def test_long_runs_are_thinned_and_light(tmp_path):

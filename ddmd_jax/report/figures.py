@@ -15,8 +15,8 @@ MOST, BLOCKS = 2000, 400  # points of a curve, verdicts: of more, every n-th is 
 COLOURS = ('#3b7dd8', '#d9713c', '#4a9e5c', '#a05fb5', '#b8912f', '#5aa7a7', '#c75b7a', '#7a7a7a')
 VERDICTS = {diagnostics.HEALTHY: '#4a9e5c', diagnostics.CRITIC_LAGS: '#d9a53c',
             diagnostics.WASHED_OUT: '#8ca3b8', diagnostics.COLOUR_CAST: '#c06fb5',
-            diagnostics.OVER_BAKED: '#c9473f', diagnostics.COLLAPSING: '#5e1a14',
-            diagnostics.BROKEN: '#7a1fa2'}
+            diagnostics.OVER_BAKED: '#c9473f', diagnostics.COLLAPSING: '#f0308f',
+            diagnostics.BROKEN: '#8f4bd8'}
 
 
 @dataclasses.dataclass(frozen=True)

@@ -135,15 +135,15 @@ def write_report(folder: Path, suite: Any, teacher: str, found: dict[str, Any]) 
     Raises:
       ValueError: the results do not suffice.
     """
-    from ddmd_jax.study import map_report, report
+    from ddmd_jax.study import map_report, report, robustness
 
     path = folder / 'report.html'
     head = f'Suite {_SUITE.value!r} of {_CONFIG.value}, {sum(map(len, found.values()))} runs.'
     how = shlex.join(['python', '-m', 'ddmd_jax.study', *sys.argv[1:]])
     if _SUITE.value == 'robustness':
-        grave, *_ = map_report.write(path, f'Where the recipe stays healthy on {teacher}', head,
-                                     how, found)
-        return f'{map_report.answer(grave.held_out("shipped"))}\n{path}'
+        judged = map_report.write(path, f'Where the recipe stays healthy on {teacher}', head, how,
+                                  found)
+        return f'{map_report.answer(judged[robustness.COLLAPSE.name].held_out())}\n{path}'
     shown = {name: folder / 'results' / f'{name}-seed{min(by)}.png' for name, by in found.items()}
     judged = report.write(path, f'The claims of Decoupled DMD on {teacher}', head, how, found,
                           suite.experiments, {k: p for k, p in shown.items() if p.is_file()})

@@ -38,11 +38,9 @@ def _panel(ax: Any, runs: Sequence[rb.Run], where: Mapping[str, Any],
         run = rb.at(runs, {**where, ROWS: cells[ROWS][y], COLUMNS: cells[COLUMNS][x]})
         if run is None:
             continue
-        shade[y, x] = 1.0 if run.fell is None else 0.6 * run.fell / last
-        alarm = rb.warned(run, rb.COLLAPSING, rb.COLLAPSING.limits)
-        ax.text(x, y, f'{"steady" if run.fell is None else f"fell {run.fell}"}\n'
-                      f'{"no warning" if alarm is None else f"warned {alarm}"}',
-                ha='center', va='center', fontsize=7, color='black')
+        shade[y, x] = 0.7 if run.unknown else 1.0 if run.fell is None else 0.6 * run.fell / last
+        ax.text(x, y, f'{outcome(run)}\n{_told(run)}', ha='center', va='center', fontsize=7,
+                color='black')
     ax.imshow(shade, cmap='RdYlGn', vmin=-0.5, vmax=1.5, origin='lower', aspect='auto')
     ax.set_xticks(range(shape[1]), [f'{v:g}' for v in cells[COLUMNS]], fontsize=7)
     ax.set_yticks(range(shape[0]), [f'{v:g}' for v in cells[ROWS]], fontsize=7)
@@ -51,9 +49,20 @@ def _panel(ax: Any, runs: Sequence[rb.Run], where: Mapping[str, Any],
     ax.set_title(', '.join(f'{SHORT[k]} {v:g}' for k, v in where.items()), fontsize=9)
 
 
+def outcome(run: rb.Run) -> str:
+    """In a word or two."""
+    return 'unknown' if run.unknown else 'steady' if run.fell is None else f'fell {run.fell}'
+
+
+def _told(run: rb.Run) -> str:
+    steps = rb.said(run, rb.COLLAPSE, rb.COLLAPSE.limits)
+    return f'told {steps[0]}' if steps else 'not told'
+
+
 @dataclasses.dataclass(frozen=True)
 class Judged:
-    """A signal's thresholds, as shipped and as tuned on the runs `ours`, on those and on others."""
+    """A signal, its thresholds as tuned on the runs `ours`, and the runs `theirs` that were not
+    looked at for that."""
 
     signal: rb.Signal
     tuned: rb.Tuned
@@ -64,8 +73,8 @@ class Judged:
     def limits(self) -> dict[str, Any]:
         return {'shipped': self.signal.limits, 'tuned': self.tuned.limits}
 
-    def held_out(self, whose: str) -> rb.Rates:
-        """What thresholds do on the runs that nothing was tuned on."""
+    def held_out(self, whose: str = 'tuned') -> rb.Rates:
+        """What thresholds do on the runs that were not looked at."""
         return rb.rates(self.theirs, self.signal, self.limits[whose])
 
     def rows(self) -> list[dict[str, Any]]:
@@ -84,13 +93,13 @@ class Judged:
 def frontier_figure(judged: Sequence[Judged]) -> bytes:
     """A PNG of hits against false alarms."""
     fig, ax = page.subplots(figsize=(5.4, 3.6))
-    for colour, j in zip(('#c9473f', '#3b7dd8'), judged):
-        ax.step(*zip(*j.tuned.frontier), where='post', marker='.', color=colour,
+    for i, j in enumerate(judged):
+        ax.step(*zip(*j.tuned.frontier), where='post', marker='.', color=f'C{i}',
                 label=f'{j.signal.name}: best found, tuning half')
         for mark, whose in zip('os', j.limits):
             r = j.held_out(whose)
-            ax.plot([r.false_rate or 0.0], [r.hit_rate or 0.0], mark, color=colour, ls='none',
-                    label=f'{whose}, other half')
+            ax.plot([r.false_rate or 0.0], [r.hit_rate or 0.0], mark, color=f'C{i}', ls='none',
+                    label=f'{j.signal.name}: {whose}, other half')
     ax.axvline(rb.FALSE_ALARMS, color='grey', lw=0.8, ls=':')
     ax.axhline(rb.HITS, color='grey', lw=0.8, ls=':')
     ax.set(xlabel='share of steady runs with a warning', xlim=(-0.03, 1.03), ylim=(-0.03, 1.03),
@@ -100,41 +109,57 @@ def frontier_figure(judged: Sequence[Judged]) -> bytes:
     return page.png_of(fig)
 
 
+def of(count: int, whole: int) -> str:
+    """A count with its share and that one's interval."""
+    if not whole:
+        return 'there were none'
+    low, high = rb.share_interval(count, whole)
+    return f'{count} of {whole} ({low:.0%} to {high:.0%})'
+
+
 def answer(r: rb.Rates) -> str:
-    """What the grave verdict does on the runs it was not tuned on, in a sentence."""
-    of = lambda count, whole, which: (f'{count} of {whole} that {which}' if whole else
-                                      f'none of those that {which}, as there were none')
-    return (f'{"Yes" if r.reached else "No"}: as shipped, on the runs that nothing was tuned on, '
-            f'{rb.COLLAPSING.name!r} was said {rb.LEAD} updates before the fall in '
-            f'{of(r.hits, r.degrading, "degraded")} ({r.early} fell too early for any warning), '
-            f'and in {of(r.false, r.steady, "stayed")}.')
+    """What the verdict does on the runs that it was not tuned on, in a few sentences."""
+    return (f'{"Yes" if r.reached else "No"}. With thresholds tuned on half of the runs, and '
+            f'counted on the other, which has other learning rates: of those that degraded, '
+            f'warned of {rb.LEAD} updates before or earlier: {of(r.hits, r.degrading)}; {r.early} '
+            f'fell too early for any warning. Of those that stayed, warned of: '
+            f'{of(r.false, r.steady)}.')
+
+
+def sensitivity(results: Mapping[str, Mapping[int, Mapping[str, Any]]]) -> list[dict[str, Any]]:
+    """What the shipped thresholds do over all runs if a fall is a smaller or a larger one."""
+    return [{'drop': drop, 'r': rb.rates(rb.read(results, drop), rb.COLLAPSE, rb.COLLAPSE.limits)}
+            for drop in (0.8 * rb.DROP, rb.DROP, 1.2 * rb.DROP)]
 
 
 def write(path: Path, title: str, head: str, how: str,
           results: Mapping[str, Mapping[int, Mapping[str, Any]]],
-          drawn: int = rb.DRAWN) -> list[Judged]:
-    """Writes the page to `path`; what was found of each of `robustness.SIGNALS`.
+          drawn: int = rb.DRAWN) -> dict[str, Judged]:
+    """Writes the page to `path`; what was found of each of `robustness.SIGNALS`, by its name.
 
     Raises:
-      ValueError: a run has no judged lines, or none has any.
+      ValueError: a run has no judged lines, none has any, or there are no two halves.
     """
     runs = rb.read(results)
     if len(runs) < 2:
         raise ValueError('fewer than two runs came to their first lines; nothing can be tuned')
     ours, theirs = rb.halves(runs)
     judged = [Judged(signal, rb.tune(ours, signal, drawn), ours, theirs) for signal in rb.SIGNALS]
-    warnings = lambda run: [rb.warned(run, j.signal, limits)
+    found = {j.signal.name: j for j in judged}
+    first = lambda *args: next(iter(rb.said(*args)), None)
+    warnings = lambda run: [first(run, j.signal, limits)
                             for j in judged for limits in j.limits.values()]
     named = {id(run): 'tuned on' for run in ours}
-    table = [{'run': run, 'warnings': warnings(run), 'half': named.get(id(run), 'other')}
-             for run in sorted(runs, key=lambda r: r.name)]
+    table = [{'run': run, 'outcome': outcome(run), 'warnings': warnings(run),
+              'half': named.get(id(run), 'other')} for run in sorted(runs, key=lambda r: r.name)]
     badge = lambda reached: page.badge(*(('holds', 'reached') if reached else
                                          ('fails', 'not reached')))
     path.write_text(page.render(
         'robustness', title=title, head=head, how=how, map=page.data_url(map_figure(runs)),
-        frontier=page.data_url(frontier_figure(judged)),
-        answer=answer(judged[0].held_out('shipped')), rates=[r for j in judged for r in j.rows()],
-        badge=badge, drop=rb.DROP, lead=rb.LEAD, hits=rb.HITS, alarms=rb.FALSE_ALARMS, table=table,
+        frontier=page.data_url(frontier_figure(judged)), of=of, sensitivity=sensitivity(results),
+        answer=answer(found[rb.COLLAPSE.name].held_out()),
+        rates=[row for j in judged for row in j.rows()], badge=badge, drop=rb.DROP, lead=rb.LEAD,
+        hits=rb.HITS, alarms=rb.FALSE_ALARMS, level=rb.LEVEL, table=table,
         columns=[f'{j.signal.name}, {whose}' for j in judged for whose in j.limits],
         broken=page.broken(results), thresholds=[t for j in judged for t in j.thresholds()]))
-    return judged
+    return found

@@ -2,7 +2,7 @@
 
 A run's outcome is read off the judge's figures, its warning off the health figures of the same
 lines, which know nothing of the judge. What counts as a warning is a `Signal`: its thresholds are
-tuned on half of the runs and reported on the other.
+tuned on half of the runs and reported on the other, which has other learning rates.
 """
 
 from __future__ import annotations
@@ -14,6 +14,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import numpy as np
+from scipy import stats
 
 from ddmd_jax.study.runs import DIVERGED
 from ddmd_jax.train import diagnostics
@@ -24,7 +25,8 @@ TWICE = 2  # lines in a row that have to say so: one may be chance
 LEAD = 50  # updates by which a warning has to come before the fall
 FALSE_ALARMS = 0.10  # share of the runs that do not degrade in which a warning is tolerated
 HITS = 0.80  # share of the runs that degrade in which a warning in time is wanted
-WATCHED = ('dm_rel_gap', 'dm_cos', 'x_std', 'fake_loss', 'ema_std', 'ema_cast')
+LEVEL = 0.95  # of the intervals of shares
+SPLIT = 'optim.student.lr'  # halves are made by: it sets how fast everything goes
 DRAWN = 2000  # sets of thresholds that are tried
 
 
@@ -32,7 +34,7 @@ DRAWN = 2000  # sets of thresholds that are tried
 class Signal:
     """What counts as a warning: verdicts with one of `words`, by the thresholds `limits`.
 
-    `ranges` are of those that are tuned: where each would call everything unwell, and the nearest
+    `ranges` are of those that are tuned: the value that distances are taken from, and the nearest
     and farthest from there that are tried, evenly in the logarithm.
     """
 
@@ -42,26 +44,27 @@ class Signal:
     ranges: Mapping[str, tuple[float, float, float]]
 
 
-COLLAPSING = Signal(
-    'collapsing', frozenset({diagnostics.COLLAPSING, diagnostics.BROKEN}), SHIPPED,
+COLLAPSE = Signal(
+    'collapsing or broken', frozenset({diagnostics.COLLAPSING, diagnostics.BROKEN}), SHIPPED,
     {'lost': (1, 0.1, 3.0), 'ahead': (0, 1.0, 100.0)})
-# What the other words can do as an alarm: levels of figures, and not where they are going.
+# What the other words could do as an alarm if there were no such: levels, not where they go.
 LEVELS = Signal(
-    'any other verdict', frozenset({
+    'levels alone', frozenset({
         diagnostics.BROKEN, diagnostics.OVER_BAKED, diagnostics.WASHED_OUT,
         diagnostics.COLOUR_CAST, diagnostics.CRITIC_LAGS}),
     dataclasses.replace(SHIPPED, lost=math.inf), {
         'gap_up': (1, 0.05, 5.0), 'gap_large': (0, 0.02, 1.5), 'cos_down': (1, 0.05, 9.0),
         'std_up': (1, 0.02, 4.0), 'ema_std_up': (1, 0.02, 3.0), 'ema_std_down': (1, -0.01, -0.4),
         'cast': (0, 0.005, 0.8), 'fake_up': (1, 0.05, 30.0)})
-SIGNALS = (COLLAPSING, LEVELS)
+SIGNALS = (COLLAPSE, LEVELS)
 
 
 @dataclasses.dataclass(frozen=True)
 class Run:
     """One run: `fell`, the update at which quality had fallen, or None; lines of health figures.
 
-    `lines` are dicts of WATCHED and `step`; `peak` is the best caption match, `last` the last.
+    `lines` are dicts of `diagnostics.WATCHED` and `step`; `peak` is the best caption match, `last`
+    the last. The outcome of a run that ends below the bar, but with one line only, is `unknown`.
     """
 
     name: str
@@ -69,6 +72,7 @@ class Run:
     peak: float
     last: float
     fell: int | None
+    unknown: bool
     lines: tuple[Mapping[str, Any], ...]
     data_std: float | None
 
@@ -77,14 +81,15 @@ class Run:
 class Rates:
     """What a set of thresholds does over some runs.
 
-    `hits` of `degrading` runs are warned of `LEAD` updates before the fall or earlier, `late` at
-    all before it; `false` of `steady` ones are warned of though nothing comes of it. `early` could
-    not have been warned of in time by anything: they fell within `LEAD` updates of the first line
-    that is judged.
+    `hits` of `degrading` runs are warned of `LEAD` updates before the fall or earlier, in
+    `standing` of them the last line before that still says so; `late` are warned of at all before
+    it; `false` of `steady` ones are, though nothing comes of it. `early` could not have been warned
+    of in time by anything: they fell within `LEAD` updates of the first line that is judged.
     """
 
     degrading: int
     hits: int
+    standing: int
     late: int
     early: int
     steady: int
@@ -100,26 +105,34 @@ class Rates:
 
     @property
     def reached(self) -> bool:
-        """Whether both bars are."""
-        return (self.hit_rate is not None and self.hit_rate >= HITS
-                and (self.false_rate or 0.0) <= FALSE_ALARMS)
+        """Whether both bars are; without runs of both kinds neither is."""
+        return (self.degrading > 0 and self.hit_rate >= HITS
+                and self.steady > 0 and self.false_rate <= FALSE_ALARMS)
 
 
 # --- Outcomes and warnings ---
 
 
-def fall(steps: Sequence[int], match: Sequence[float]) -> int | None:
-    """The first update of `TWICE` lines in a row with a match `DROP` below the best before them."""
+def share_interval(count: int, whole: int) -> tuple[float, float]:
+    """Clopper and Pearson's interval of a share."""
+    found = stats.binomtest(count, whole).proportion_ci(LEVEL, 'exact')
+    return found.low, found.high
+
+
+def fall(steps: Sequence[int], match: Sequence[float],
+         drop: float = DROP) -> tuple[int | None, bool]:
+    """(The first update of `TWICE` lines in a row with a match `drop` below the best before them
+    or None, whether that is unknown: the last line is the first of such)."""
     low, peak = 0, 0.0
     for i, value in enumerate(match):
-        low = low + 1 if peak > 0 and value <= (1 - DROP) * peak else 0
+        low = low + 1 if peak > 0 and value <= (1 - drop) * peak else 0
         if low == TWICE:
-            return steps[i - TWICE + 1]
+            return steps[i - TWICE + 1], False
         peak = max(peak, value)
-    return None
+    return None, low > 0
 
 
-def read(results: Mapping[str, Mapping[int, Mapping[str, Any]]]) -> list[Run]:
+def read(results: Mapping[str, Mapping[int, Mapping[str, Any]]], drop: float = DROP) -> list[Run]:
     """The runs of a study's results, ``{experiment: {seed: result}}``.
 
     A run that diverged fell at the line it did not come to. One that broke off for another reason
@@ -129,12 +142,13 @@ def read(results: Mapping[str, Mapping[int, Mapping[str, Any]]]) -> list[Run]:
       ValueError: a run has no judged lines (`log.judge` or `log.probe` was off).
     """
     known = [r['data_std'] for by in results.values() for r in by.values() if 'data_std' in r]
-    found = [_read(f'{name}-seed{seed}', r, known[0] if known else None)
+    found = [_read(f'{name}-seed{seed}', r, known[0] if known else None, drop)
              for name, by in results.items() for seed, r in by.items()]
     return [run for run in found if run is not None]
 
 
-def _read(name: str, result: Mapping[str, Any], data_std: float | None) -> Run | None:
+def _read(name: str, result: Mapping[str, Any], data_std: float | None,
+          drop: float) -> Run | None:
     diverged = DIVERGED in result.get('failed', '')
     if 'failed' in result and not diverged:
         return None
@@ -144,53 +158,51 @@ def _read(name: str, result: Mapping[str, Any], data_std: float | None) -> Run |
         raise ValueError(f'{name} has no {absent[0]} in its lines: log.probe and log.judge have to '
                          'be on')
     steps, match = curves.get('step', []), curves.get('ema_match', [])
-    lines = tuple({k: curves[k][i] for k in ('step', *WATCHED) if k in curves}
+    lines = tuple({k: curves[k][i] for k in ('step', *diagnostics.WATCHED) if k in curves}
                   for i in range(len(steps)))
-    fell = fall(steps, match)
+    fell, unknown = fall(steps, match, drop)
     if fell is None and diverged:
-        fell = (steps[-1] if steps else 0) + result['fields']['log.every']
+        fell, unknown = (steps[-1] if steps else 0) + result['fields']['log.every'], False
     return Run(name, result['fields'], max(match, default=0.0), match[-1] if match else 0.0, fell,
-               lines, data_std)
+               unknown, lines, data_std)
 
 
-def warned(run: Run, signal: Signal, limits: Thresholds) -> int | None:
-    """The update of the first line whose verdict is the signal."""
-    for i, line in enumerate(run.lines):
-        word, _ = diagnostics.verdict(run.lines[:i + 1], run.data_std, limits)
-        if word in signal.words:
-            return line['step']
-    return None
+def said(run: Run, signal: Signal, limits: Thresholds) -> list[int]:
+    """The updates of the lines whose verdict is the signal."""
+    verdict = lambda i: diagnostics.verdict(run.lines[:i + 1], run.data_std, limits)[0]
+    return [line['step'] for i, line in enumerate(run.lines) if verdict(i) in signal.words]
 
 
 def rates(runs: Sequence[Run], signal: Signal, limits: Thresholds) -> Rates:
-    """How `signal` would have done with `limits`."""
-    return _rates(runs, [warned(run, signal, limits) for run in runs])
-
-
-def _rates(runs: Sequence[Run], warnings: Sequence[int | None]) -> Rates:
-    bad = [(r, w) for r, w in zip(runs, warnings) if r.fell is not None]
-    good = [w for r, w in zip(runs, warnings) if r.fell is None]
-    in_time = lambda r, w, lead: w is not None and w <= r.fell - lead
-    return Rates(len(bad), sum(in_time(r, w, LEAD) for r, w in bad),
-                 sum(in_time(r, w, 1) for r, w in bad),
-                 sum(not r.lines or r.fell - LEAD < r.lines[0]['step'] for r, _ in bad),
-                 len(good), sum(w is not None for w in good))
+    """How `signal` would have done with `limits`; runs with an unknown outcome do not count."""
+    bad = [(r, said(r, signal, limits)) for r in runs if r.fell is not None]
+    good = [said(r, signal, limits) for r in runs if r.fell is None and not r.unknown]
+    before = lambda lead: sum(any(x <= r.fell - lead for x in steps) for r, steps in bad)
+    last = lambda r: max((x['step'] for x in r.lines if x['step'] <= r.fell - LEAD), default=None)
+    return Rates(len(bad), before(LEAD), sum(last(r) in steps for r, steps in bad), before(1),
+                 sum(last(r) is None for r, _ in bad), len(good), sum(map(bool, good)))
 
 
 # --- Tuning ---
 
 
 def halves(runs: Sequence[Run]) -> tuple[list[Run], list[Run]]:
-    """Two halves in which outcomes, and among those that fell the time of it, are alike.
+    """Two halves: every other learning rate of the student's.
+
+    Runs that differ in alpha or the critic only are too much alike to stand on both sides.
 
     Raises:
-      ValueError: a recipe is there with several seeds.
+      ValueError: all have the same, or a recipe is there with several seeds.
     """
     if len({run.name.rpartition('-seed')[0] for run in runs}) < len(runs):
-        raise ValueError('a recipe has several seeds, which would stand in both halves; one is '
-                         'enough for this suite')
-    ordered = sorted(runs, key=lambda r: (r.fell is None, r.fell, r.name))
-    return ordered[::2], ordered[1::2]
+        raise ValueError('a recipe has several seeds, but one is what this suite takes')
+    known = axes(runs, (SPLIT,))[SPLIT]
+    if len(known) < 2:
+        raise ValueError(f'all runs that came to their first lines have the same {SPLIT}: what is '
+                         'tuned on half of them has nothing else to be tried on')
+    ours, theirs = (set(known[i::2]) for i in (0, 1))
+    of = lambda some: [run for run in runs if run.fields[SPLIT] in some]
+    return of(ours), of(theirs)
 
 
 def candidates(signal: Signal, count: int, seed: int = 0) -> Iterator[Thresholds]:
@@ -203,10 +215,9 @@ def candidates(signal: Signal, count: int, seed: int = 0) -> Iterator[Thresholds
             for name, (rest, near, far) in signal.ranges.items()})
 
 
-def better(r: Rates) -> tuple[Any, ...]:
-    """Order of preference: few enough false alarms, then hits, then fewer alarms."""
-    false = r.false_rate or 0.0
-    return (min(0.0, FALSE_ALARMS - false), r.hits, r.late, -false)
+def better(r: Rates) -> tuple[float, int]:
+    """Order of preference: few enough false alarms, then hits."""
+    return min(0.0, FALSE_ALARMS - (r.false_rate or 0.0)), r.hits
 
 
 @dataclasses.dataclass(frozen=True)
@@ -220,19 +231,25 @@ class Tuned:
 
 def tune(runs: Sequence[Run], signal: Signal, count: int = DRAWN) -> Tuned:
     """The best of `candidates` on `runs`: the signal's own if none is better, else of those that
-    are alike the middlemost, which has room on all sides for other runs."""
-    tried = [(rates(runs, signal, limits), limits) for limits in candidates(signal, count)]
-    best = max(better(r) for r, _ in tried)
-    alike = [limits for r, limits in tried if better(r) == best]
-    points = _frontier({(r.false_rate or 0.0, r.hit_rate or 0.0) for r, _ in tried})
-    return Tuned(alike[0] if alike[0] == signal.limits else _middle(alike, signal), points)
+    are alike the one that is farthest from all that do worse."""
+    tried = list(candidates(signal, count))
+    found = [rates(runs, signal, limits) for limits in tried]
+    best = max(map(better, found))
+    alike = np.asarray([better(r) == best for r in found])
+    points = _frontier({(r.false_rate or 0.0, r.hit_rate or 0.0) for r in found})
+    chosen = 0 if alike[0] else _inmost(tried, alike, signal)
+    return Tuned(tried[chosen], points)
 
 
-def _middle(alike: Sequence[Thresholds], signal: Signal) -> Thresholds:
-    """The one nearest to the median of all, in the logarithms that are drawn evenly."""
-    places = np.asarray([[math.log(abs(getattr(limits, name) - rest))
-                          for name, (rest, _, _) in signal.ranges.items()] for limits in alike])
-    return alike[int(np.argmin(np.sum((places - np.median(places, axis=0)) ** 2, axis=1)))]
+def _inmost(tried: Sequence[Thresholds], alike: np.ndarray, signal: Signal) -> int:
+    """Which of those `alike` has the most room around it, in the logarithms drawn evenly."""
+    place = lambda limits: [math.log(abs(getattr(limits, name) - rest) / abs(near))
+                            / math.log(far / near)
+                            for name, (rest, near, far) in signal.ranges.items()]
+    places = np.asarray([place(limits) for limits in tried])
+    inner, outer = np.flatnonzero(alike), places[~alike]
+    room = [np.min(np.sum((outer - places[i]) ** 2, axis=1), initial=np.inf) for i in inner]
+    return int(inner[np.argmax(room)])
 
 
 def _frontier(points: set[tuple[float, float]]) -> tuple[tuple[float, float], ...]:

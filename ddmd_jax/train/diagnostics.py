@@ -25,6 +25,8 @@ WASHED_OUT, COLOUR_CAST = 'washed out', 'colour cast'
 BAKED = 'stop here, lower alpha, or give the critic more updates'
 COLLAPSING = 'collapsing'  # worse than over-baked: captions are about to be lost
 BROKEN = 'broken'  # a figure is NaN or Inf
+WORDS = (HEALTHY, OVER_BAKED, CRITIC_LAGS, WASHED_OUT, COLOUR_CAST, COLLAPSING, BROKEN)
+WATCHED = ('dm_rel_gap', 'dm_cos', 'x_std', 'fake_loss', 'ema_std', 'ema_cast')  # by the verdict
 RATE_OVER = 10  # updates over which growth is measured, at least
 
 
@@ -122,8 +124,9 @@ def probe(x: Array, start: Array, limit: float = 1.0) -> dict[str, Array]:
 
 def verdict(history: Sequence[dict[str, Any]], data_std: float | None = None,
             limits: Thresholds = SHIPPED) -> tuple[str, str]:
-    """A word and its reason, from logged intervals with their `step`, oldest first.
+    """A word and its reason, from logged intervals, oldest first.
 
+    Each has `step` and the figures of `WATCHED`, the last three of those where they are measured.
     Compares the last interval with the mean of the first `REFERENCE`, and the averaged student
     with the weights it began as. Over-baked: contrast above that of real data, `data_std`, or
     if that is not known of the start. Washed out, colour cast: the averaged samples have lost
@@ -131,10 +134,9 @@ def verdict(history: Sequence[dict[str, Any]], data_std: float | None = None,
     captions are about to be lost. The critic lags: its error on the student's samples grows,
     or the gap to the teacher does while the predictions turn apart.
     """
-    watched = ('dm_rel_gap', 'dm_cos', 'x_std', 'fake_loss', 'ema_std', 'ema_cast')
     if not history:
         return HEALTHY, 'too early to tell'
-    unsound = [k for k in watched if not math.isfinite(history[-1].get(k, 0.0))]
+    unsound = [k for k in WATCHED if not math.isfinite(history[-1].get(k, 0.0))]
     if unsound:
         return BROKEN, f'{", ".join(unsound)} not finite'
     average = _collapses(history, limits) or _average_fails(history[-1], limits)
@@ -158,13 +160,17 @@ def _collapses(history: Sequence[dict[str, Any]], limits: Thresholds) -> tuple[s
     std, rate = history[-1].get('ema_std', 1.0), _rate(history)
     if std + limits.ahead * rate <= limits.lost:
         return None
-    return COLLAPSING, (f"the average's contrast x{std:.2f} that of the start, {rate:+.3f} an "
-                        'update: captions are about to be lost; stop, and take an earlier '
-                        'checkpoint')
+    going = f', {rate:+.3f} an update' if std <= limits.lost else ''
+    return COLLAPSING, (f"the average's contrast x{std:.2f} that of the start{going}: captions are "
+                        'about to be lost; stop, and take an earlier checkpoint')
 
 
 def _rate(history: Sequence[dict[str, Any]]) -> float:
-    """Growth of ema_std an update, over the last `RATE_OVER` or a few more; 0 if it falls."""
+    """Growth of ema_std an update, since the newest line `RATE_OVER` updates back or more.
+
+    0 if it falls, or if there is no such line yet. The undistilled weights' 1 at step 0 is not
+    taken for one: a run that goes on from a student (`init_from`) does not begin there.
+    """
     now = history[-1]
     far = (h for h in reversed(history[:-1]) if now['step'] - h['step'] >= RATE_OVER)
     then = next(far, None) if 'ema_std' in now else None

@@ -13,13 +13,15 @@ from ddmd_jax.train import diagnostics, lines, state as st
 
 NAME = 'bad_batches.jsonl'
 ON_NAN = ('abort', 'rollback')
-# What a bad verdict that lasts does to a run, and what it is told.
-ON_HEALTH = {'nothing': '', 'stop': 'stopped here', 'lower_alpha': 'alpha - 1 is halved',
-             'raise_critic': 'one more critic update a step'}
+# What a bad verdict does to a run, and what it is told: one that lasts, but for the gravest, which
+# has no time to.
+ON_HEALTH = {'nothing': '', 'stop': 'stopped here', 'stop_collapsing': 'stopped here',
+             'lower_alpha': 'alpha - 1 is halved', 'raise_critic': 'one more critic update a step'}
+STOPS = ('stop', 'stop_collapsing')
 LEAST_ALPHA, MOST_EXTRA = 0.125, 8  # of alpha - 1, and of critic updates: then nothing more is done
 MOST = 3  # rollbacks to one checkpoint: then it is not the batches
 SPIKE_OVER, SPIKE_LEAST = 20, 5  # logged losses that a spike is told by, and the fewest of them
-UNWELL = 3  # logged intervals in a row with one bad verdict before it is acted on
+UNWELL = 3  # logged intervals in a row that are unwell in one way before it is acted on
 
 
 class GuardError(RuntimeError):
@@ -74,21 +76,25 @@ def remedy(history: Sequence[Mapping[str, Any]], on_health: str) -> str:
     """Words on what has to be done about a verdict, or ''.
 
     It has to be bad and the same `UNWELL` times in a row, nothing having been done in between: the
-    lines say how much of alpha and how many critic updates they were made with.
+    lines say how much of alpha and how many critic updates they were made with. Collapsing counts
+    as over-baked, and for 'stop_collapsing' nothing else counts, and at once.
     """
-    # Collapsing is over-baked and worse: one illness.
+    told = f'{ON_HEALTH[on_health]}, as train.on_health={on_health!r} says'
+    reason = history[-1].get('health_reason', '') if history else ''
+    if on_health == 'stop_collapsing':
+        grave = bool(history) and history[-1].get('health') == diagnostics.COLLAPSING
+        return f'{diagnostics.COLLAPSING} ({reason}); {told}' if grave else ''
     kind = lambda word: diagnostics.OVER_BAKED if word == diagnostics.COLLAPSING else word
     last = [(kind(v.get('health')), v.get('alpha_share', 1.0), v.get('critic_extra', 0.0))
             for v in history[-UNWELL:]]
     if on_health == 'nothing' or len(last) < UNWELL or len(set(last)) > 1:
         return ''
-    (verdict, share, extra), reason = last[0], history[-1].get('health_reason', '')
+    verdict, share, extra = last[0]
     spent = {'lower_alpha': share <= LEAST_ALPHA, 'raise_critic': extra >= MOST_EXTRA}
     if verdict in (None, diagnostics.HEALTHY) or spent.get(on_health):
         return ''
     words = ' and '.join(dict.fromkeys(v['health'] for v in history[-UNWELL:]))
-    return (f'{words} for {UNWELL} logged intervals ({reason}); {ON_HEALTH[on_health]}, as '
-            f'train.on_health={on_health!r} says')
+    return f'{words} for {UNWELL} logged intervals ({reason}); {told}'
 
 
 def act(state: st.TrainState, on_health: str) -> st.TrainState:

@@ -311,7 +311,7 @@ class _Training:
         # Only process 0 has the lines of a run that was resumed: what it says goes for all.
         if how == 'nothing' or not ckpt.anywhere(bool(words) and jax.process_index() == 0):
             return ''
-        if how == 'stop':
+        if how in guards.STOPS:
             return words or 'stopped by process 0'
         self.state, self.changed = guards.act(self.state, how), True
         self.log.say(f'step {self.step}: {words}')
