@@ -21,6 +21,7 @@ from ddmd_jax.train.diagnostics import (
     REFERENCE,
     WASHED_OUT,
     Thresholds,
+    before,
     health,
     probe,
     verdict,
@@ -310,6 +311,14 @@ def test_noise_of_a_dense_log_is_no_growth():
 def test_a_run_whose_first_lines_were_not_probed_is_judged_by_what_is_there():
     assert verdict(lines([START] * 4 + contrasts(1.9)), limits=LIMITS)[0] == OVER_BAKED
     assert verdict(lines([START] * 4 + contrasts(1.9, 1.9, 2.2)), limits=LIMITS)[0] == COLLAPSING
+
+
+def test_a_collapse_that_is_over_is_not_forgotten():
+    told = lambda *words: before([{'step': 5 * i, 'health': w} for i, w in enumerate(words)])
+    assert told(HEALTHY, COLLAPSING, OVER_BAKED, COLLAPSING, OVER_BAKED) == (
+        'collapsing before, from update 5 to 15')
+    assert told(HEALTHY, COLLAPSING) == told(HEALTHY, OVER_BAKED) == before([]) == ''
+    assert before([{'step': 5, 'loss': 1.0}]) == ''  # a pre-training has no health
 
 
 @pytest.mark.parametrize('name', ['fake_loss', 'ema_std', 'ema_cast'])

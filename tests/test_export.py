@@ -129,8 +129,8 @@ def emoji_run(tmp_path_factory):
     (folder / 'eval.json').write_text(json.dumps({'rows': [
         {'name': 'real', 'steps': None, 'frechet': 0.0},
         {'name': 'student', 'steps': 4, 'frechet': 0.4567}]}))
-    (folder / 'metrics.jsonl').write_text('{"step": 40, "health": "healthy", "dm_rel_gap": 0.1, '
-                                          '"x_std": 0.5}\n')
+    (folder / 'metrics.jsonl').write_text('{"step": 20, "health": "collapsing"}\n{"step": 40, '
+                                          '"health": "healthy", "dm_rel_gap": 0.1, "x_std": 0.5}\n')
     return teacher, ema, folder
 
 
@@ -166,6 +166,7 @@ def test_the_card_says_what_it_is(emoji_run, tmp_path):
     assert head['library_name'] == 'diffusers' and head['pipeline_tag'] == 'text-to-image'
     for words in ('# A 4-step student of emoji', '**without guidance**', '](samples.png)',
                   '| `method.alpha` | 2.5 |', '|student | 4 | 0.457 |', 'health *healthy*',
+                  '; collapsing before, from update 20 to 20.',
                   'averaged weights after 40 updates', emoji_run[0].identity,
                   f"from_pretrained('{tmp_path.name}', trust_remote_code=True)"):
         assert words in card.replace('| student', '|student'), words

@@ -71,6 +71,16 @@ def test_a_page_has_everything_and_needs_nothing(run):
     assert 'x_std <b>x1.2</b>' not in text and '--config=&lt;x&gt;' in own
 
 
+def test_a_collapse_stays_in_the_report_of_a_run_that_looks_better_since(run):
+    file = run / 'metrics.jsonl'
+    lines = [json.loads(x) for x in file.read_text().splitlines()]
+    for line in lines[2:6]:
+        line['health'] = diagnostics.COLLAPSING
+    file.write_text(''.join(json.dumps(x) + '\n' for x in lines))
+    assert read.read(run).health == ('over-baked', 'x_std <b>x1.2</b>; collapsing before, from '
+                                     'update 15 to 30')
+
+
 def test_time_between_two_goes_is_not_counted(run):
     found = read.read(run)
     assert found.seconds == 10 * 38 and found.seconds_per_step == 2.0

@@ -13,7 +13,7 @@ import jinja2
 import ddmd_jax
 from ddmd_jax.data import prompt_card, prompt_set
 from ddmd_jax.export.student import Student
-from ddmd_jax.train import lines
+from ddmd_jax.train import diagnostics, lines
 
 TEMPLATE = Path(__file__).with_name('card.md.jinja')
 README, PICTURE, CONFIG, METRICS = NAMES = (
@@ -101,8 +101,9 @@ def _evaluation(found: Any) -> dict[str, Any] | None:
 
 
 def _health(workdir: Path) -> dict[str, Any] | None:
-    """The last line of health figures."""
-    last = (lines.read(workdir / 'metrics.jsonl') or [{}])[-1]
+    """The last line of health figures, and what was `before`."""
+    history = lines.read(workdir / 'metrics.jsonl') or [{}]
+    last = history[-1] | {'before': diagnostics.before(history)}
     return last if 'health' in last else None
 
 

@@ -9,6 +9,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from ddmd_jax.train import diagnostics
+
 PICTURE = re.compile(r'(.+)-(\d+)\.png')
 
 
@@ -49,9 +51,10 @@ class Run:
 
     @property
     def health(self) -> tuple[str, str]:
-        """The last verdict and its reason."""
+        """The last verdict and its reason; a collapse that was before is told there, too."""
         last = self.lines[-1] if self.lines else {}
-        return last.get('health', 'no verdict'), last.get('health_reason', '')
+        reasons = (last.get('health_reason', ''), diagnostics.before(self.lines))
+        return last.get('health', 'no verdict'), '; '.join(filter(None, reasons))
 
     @property
     def seconds(self) -> float | None:

@@ -155,6 +155,17 @@ def verdict(history: Sequence[dict[str, Any]], data_std: float | None = None,
     return HEALTHY, f'{seen}, dm_rel_gap {now["dm_rel_gap"]:.3f}'
 
 
+def before(history: Sequence[dict[str, Any]]) -> str:
+    """Words on logged lines that were collapsing though the last one is not, or ''.
+
+    Captions that were lost do not come back with the contrast.
+    """
+    steps = [line['step'] for line in history if line.get('health') == COLLAPSING]
+    if not steps or history[-1]['step'] == steps[-1]:
+        return ''
+    return f'{COLLAPSING} before, from update {steps[0]} to {steps[-1]}'
+
+
 def _collapses(history: Sequence[dict[str, Any]], limits: Thresholds) -> tuple[str, str] | None:
     """Verdict on where the averaged student is going, where a run probes it."""
     std, rate = history[-1].get('ema_std', 1.0), _rate(history)
