@@ -82,7 +82,7 @@ class Rates:
     """What a set of thresholds does over some runs.
 
     `hits` of `degrading` runs are warned of `LEAD` updates before the fall or earlier, in
-    `standing` of them the last line before that still says so; `late` are warned of at all before
+    `standing` of them the last line before that still says so; `warned` are warned of at all before
     it; `false` of `steady` ones are, though nothing comes of it. `early` could not have been warned
     of in time by anything: they fell within `LEAD` updates of the first line that is judged.
     """
@@ -90,7 +90,7 @@ class Rates:
     degrading: int
     hits: int
     standing: int
-    late: int
+    warned: int
     early: int
     steady: int
     false: int
@@ -206,9 +206,11 @@ def halves(runs: Sequence[Run]) -> tuple[list[Run], list[Run]]:
 
 
 def candidates(signal: Signal, count: int, seed: int = 0) -> Iterator[Thresholds]:
-    """The signal's own thresholds, then `count` sets drawn from its ranges."""
+    """`count` sets of thresholds drawn from the signal's ranges.
+
+    Its own are none of them: whoever chose those may have looked at any run.
+    """
     rng = np.random.default_rng(seed)
-    yield signal.limits
     for _ in range(count):
         yield dataclasses.replace(signal.limits, **{
             name: rest + float(np.sign(near) * np.exp(rng.uniform(*np.log(np.abs((near, far))))))
@@ -230,15 +232,14 @@ class Tuned:
 
 
 def tune(runs: Sequence[Run], signal: Signal, count: int = DRAWN) -> Tuned:
-    """The best of `candidates` on `runs`: the signal's own if none is better, else of those that
-    are alike the one that is farthest from all that do worse."""
+    """The best of `candidates` on `runs`: of those that are alike the one that is farthest from
+    all that do worse."""
     tried = list(candidates(signal, count))
     found = [rates(runs, signal, limits) for limits in tried]
     best = max(map(better, found))
     alike = np.asarray([better(r) == best for r in found])
     points = _frontier({(r.false_rate or 0.0, r.hit_rate or 0.0) for r in found})
-    chosen = 0 if alike[0] else _inmost(tried, alike, signal)
-    return Tuned(tried[chosen], points)
+    return Tuned(tried[_inmost(tried, alike, signal)], points)
 
 
 def _inmost(tried: Sequence[Thresholds], alike: np.ndarray, signal: Signal) -> int:
