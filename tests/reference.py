@@ -1,0 +1,102 @@
+"""Figures of one generator and one critic update at fixed keys, for every objective and schedule.
+
+``python tests/reference.py`` writes them to ``tests/golden/objectives.json``, made at commit
+a515424, before the objectives were written anew, and `test_reference.py` holds later code to them.
+Do not write them again to make a test pass.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+import optax
+
+sys.path.insert(0, str(Path(__file__).parent))
+import tiny  # noqa: E402
+
+GOLDEN = Path(__file__).parent / 'golden' / 'objectives.json'
+BATCH = 4
+BASE: dict[str, Any] = {}
+SCHEDULES = ('coupled_shared', 'decoupled_full', 'decoupled_constrained', 'decoupled_hybrid')
+# Name of a case -> what differs from `tiny.make_method`'s recipe.
+CASES: dict[str, dict[str, Any]] = {
+    **{name: {'schedule': name} for name in SCHEDULES},
+    **{f'{name}, shift 3': {'schedule': name, 'shift': 3.0} for name in SCHEDULES},
+    **{f'{name}, dmd2': {'schedule': name, 'normaliser': 'dmd2'} for name in SCHEDULES},
+    'no normaliser': {'normaliser': 'none'},
+    'weights': {'weight_ca': 0.5, 'weight_dm': 2.0},
+    'no CA': {'weight_ca': 0.0},
+    'no DM': {'weight_dm': 0.0},
+    'alpha drawn': {'alpha_range': (2.0, 8.0)},
+    'alpha rises': {'alpha_ramp': 10},
+    'ranges move': {'tau_ca_end': (0.5, 0.98), 'tau_dm_end': (0.0, 0.7), 'tau_relax': 5},
+    'clean critic': {'critic_weighting': 'clean', 'tau_critic': (0.1, 0.9)},
+    'merged critic': {'merge': 0.9},
+    'teacher apart': {'teacher_passes': 'apart'},
+    'accumulated': {'accumulate': 2},
+    'mean and variance': {'mean_variance': (0.5, 0.1, 0.3)},
+    'gan': {'gan': (0.3, 0.2, 0.0)},
+    'gan with r1': {'gan': (0.3, 0.2, 0.5)},
+    'all of them': {'schedule': 'coupled_shared', 'gan': (0.3, 0.2, 0.5), 'shift': 2.0,
+                    'mean_variance': (0.5, 0.1, 0.3), 'accumulate': 2, 'alpha_range': (2.0, 8.0)},
+}
+
+
+def figures(tree: Any) -> list[float]:
+    """Norm of a tree's leaves, then four projections of them on fixed random signs, in fp64."""
+    leaves = [np.asarray(x, np.float64).ravel() for x in jax.tree.leaves(tree)]
+    flat = np.concatenate([x for x in leaves if x.size])
+    signs = np.random.default_rng(0).choice((-1.0, 1.0), (4, len(flat)))
+    return [float(np.linalg.norm(flat)), *(float(x) for x in signs @ flat)]
+
+
+def batch_of(cond: Any, seed: int, real: bool) -> Any:
+    """Conditioning as the steps take it; with real latents where a GAN wants them."""
+    latents = np.random.default_rng(seed).normal(size=(BATCH, *tiny.SHAPE)).astype(np.float32)
+    return cond | ({'real': latents} if real else {})
+
+
+def case_figures(changes: dict[str, Any]) -> dict[str, Any]:
+    """Losses and metrics, the figures of both updates' gradients and of the state after them."""
+    from ddmd_jax import sharding
+    from ddmd_jax.models import discriminator
+    from ddmd_jax.teachers import emoji
+    from ddmd_jax.train.method import Gan, MeanVariance
+
+    changes, head = dict(changes), None
+    if 'mean_variance' in changes:
+        changes['mean_variance'] = MeanVariance(*changes['mean_variance'])
+    if 'gan' in changes:
+        width = tiny.MODEL['denoiser']['hidden_size']
+        head = discriminator.init(width, jax.random.key(5))
+        weight, critic_weight, r1 = changes['gan']
+        changes['gan'] = Gan(weight, critic_weight, r1, (0.0, 0.98), discriminator.make_classify(
+            emoji.make_features(tiny.MODEL), width))
+    mesh = sharding.make_mesh({}, jax.devices()[:1])
+    # Plain descent hands on the gradient as it is; momentum makes two updates differ.
+    tx = optax.chain(optax.clip_by_global_norm(1e6), optax.sgd(0.1, momentum=0.9))
+    make_state, steps, frozen = tiny.build_run(
+        emoji.make_denoiser(tiny.MODEL), tiny.make_params(), tx, mesh, head=head, **changes)
+    state, found = make_state(), {}
+    for i in range(2):
+        cond = batch_of(tiny.make_cond(BATCH, i), i, 'gan' in changes)
+        state, metrics = steps.critic(state, cond)
+        found[f'critic {i}'] = {k: float(v) for k, v in sorted(metrics.items())}
+        state, metrics = steps.generator(state, frozen, cond)
+        found[f'generator {i}'] = {k: float(v) for k, v in sorted(metrics.items())}
+    for name in ('student', 'critic', 'ema', 'student_opt', 'critic_opt'):
+        found[name] = figures(getattr(state, name))
+    if head is not None:
+        found['head'], found['head_opt'] = figures(state.head), figures(state.head_opt)
+    return found
+
+
+if __name__ == '__main__':
+    jax.config.update('jax_platforms', 'cpu')
+    jax.config.update('jax_disable_most_optimizations', True)
+    GOLDEN.write_text(json.dumps({n: case_figures(c) for n, c in CASES.items()}, indent=1) + '\n')
