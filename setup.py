@@ -16,8 +16,8 @@ setup(
     long_description_content_type='text/markdown',
     license='Apache-2.0',
     packages=find_packages(include=['ddmd_jax', 'ddmd_jax.*']),
-    package_data={'ddmd_jax': ['data/files/**/*', 'study/*.jinja', 'export/*.jinja',
-                               'export/emoji_code/*.py',
+    package_data={'ddmd_jax': ['families/emoji/files/**/*', 'study/*.jinja', 'export/*.jinja',
+                               'families/emoji/code/*.py',
                                'report/*.jinja']},
     python_requires='>=3.11',
     install_requires=[

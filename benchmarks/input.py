@@ -22,9 +22,11 @@ sys.path[:0] = [str(ROOT)]
 
 import numpy as np  # noqa: E402
 
-from ddmd_jax import embedding, sharding, teachers  # noqa: E402
-from ddmd_jax.data import conditioning, embeddings, loader, prompts as sets  # noqa: E402
+from ddmd_jax import embedding, families as teachers
+from ddmd_jax.data import conditioning, embeddings, loader
 from ddmd_jax.data.order import Order  # noqa: E402
+from ddmd_jax.data.prompts import build as sets  # noqa: E402
+from ddmd_jax.parallel import sharding  # noqa: E402
 from ddmd_jax.train import prompts as sources  # noqa: E402
 
 BATCH, SECONDS = 64, 10

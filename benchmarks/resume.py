@@ -53,8 +53,9 @@ def trained(config: Any, workdir: Path) -> dict[str, Any]:
     """Seconds of each step and save of one run, seconds until its first, and memory by step."""
     import jax
 
-    from ddmd_jax import sharding
-    from ddmd_jax.train import distill, loop, saving
+    from ddmd_jax.parallel import sharding
+    from ddmd_jax.train import distill, loop
+    from ddmd_jax.train.durable import saving
 
     begun, ends, memory, stalls = time.monotonic(), [], [], []
     advance, save = loop._Training._advance, saving.Checkpoints.save

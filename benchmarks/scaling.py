@@ -78,7 +78,8 @@ def _quick(changed: dict[str, Any], topology: str, which: str) -> tuple[dict[str
     os.environ['JAX_PLATFORMS'] = 'cpu'
     sys.path[:0] = [str(ROOT)]
     from configs import lumina
-    from ddmd_jax import plan, sharding
+    from ddmd_jax import plan
+    from ddmd_jax.parallel import sharding
     from ddmd_jax.planner import chips, measure, programs, search
 
     config = lumina.get_config()

@@ -16,7 +16,7 @@ from typing import Any
 
 from absl import app, flags, logging
 
-from ddmd_jax import arguments
+from ddmd_jax.util import arguments
 
 FLAGS = flags.FLAGS
 # What of a manifest is shown: enough to tell runs apart.
@@ -34,7 +34,7 @@ def define_flags() -> None:
 
 def rows(directory: Path, verify: bool) -> list[tuple[int, str, str]]:
     """(step, fault or '', line) of each checkpoint, ascending; faults only if asked for."""
-    from ddmd_jax.train import checksums
+    from ddmd_jax.train.durable import checksums
 
     found = []
     for step in checksums.steps(directory):
@@ -45,8 +45,8 @@ def rows(directory: Path, verify: bool) -> list[tuple[int, str, str]]:
 
 
 def _cells(folder: Path, verify: bool, fault: str) -> list[str]:
-    from ddmd_jax.sharding import in_units
-    from ddmd_jax.train import checksums
+    from ddmd_jax.parallel.sharding import in_units
+    from ddmd_jax.train.durable import checksums
 
     size = sum(path.stat().st_size for path in checksums.files(folder).values())
     state = f'damaged: {fault}' if fault else 'good' if checksums.known(folder) else 'readable'
@@ -64,7 +64,7 @@ def _age(folder: Path) -> str:
 
 
 def _summary(folder: Path) -> str:
-    from ddmd_jax.train.checkpoint import CheckpointError, manifest_of
+    from ddmd_jax.train.durable.checkpoint import CheckpointError, manifest_of
 
     try:
         manifest: dict[str, Any] = manifest_of(folder)
@@ -85,7 +85,7 @@ def prune(directory: Path, keep: int, every: int) -> list[int]:
     Raises:
       LockError: a run has the folder.
     """
-    from ddmd_jax.train import checksums, lock
+    from ddmd_jax.train.durable import checksums, lock
 
     with lock.held(directory.parent):
         for scratch in directory.glob('*.deleted'):  # of a command that was killed
@@ -105,8 +105,8 @@ def main(argv: list[str]) -> None:
     os.environ['JAX_PLATFORMS'] = 'cpu'  # nothing is computed, and a run may have the devices
     if len(argv) != 2:
         sys.exit(f'checkpoints: expected one folder, the --workdir of a run, got {len(argv) - 1}')
-    from ddmd_jax.train.checkpoint import CheckpointError, checkpoints_in
-    from ddmd_jax.train.lock import LockError
+    from ddmd_jax.train.durable.checkpoint import CheckpointError, checkpoints_in
+    from ddmd_jax.train.durable.lock import LockError
 
     try:
         directory = checkpoints_in(Path(argv[1]).expanduser().absolute())

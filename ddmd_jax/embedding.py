@@ -18,9 +18,10 @@ import numpy as np
 from jax.sharding import Mesh
 from tqdm import tqdm
 
-from ddmd_jax import sharding
-from ddmd_jax.data import DataFileError, embeddings, prompts as prompt_sets
-from ddmd_jax.teachers import TextEncoder
+from ddmd_jax.data import DataFileError, embeddings
+from ddmd_jax.data.prompts import build as prompt_sets
+from ddmd_jax.families import TextEncoder
+from ddmd_jax.parallel import sharding
 from ddmd_jax.train import prompts as sources
 
 STEP = 32  # batches are cut to multiples of so many tokens: few programs, little padding

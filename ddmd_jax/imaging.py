@@ -14,12 +14,15 @@ import numpy as np
 from jax.sharding import Mesh
 from PIL import Image
 
-from ddmd_jax import drawing, sharding, teachers
-from ddmd_jax.data import prompt_files, prompts as prompt_sets
-from ddmd_jax.data.prompt_text import normalise
-from ddmd_jax.metrics import pictures
-from ddmd_jax.teachers import Cond, Teacher
-from ddmd_jax.train import checkpoint as ckpt, prompts as sources
+from ddmd_jax import families as teachers
+from ddmd_jax.data.prompts import build as prompt_sets, files as prompt_files
+from ddmd_jax.data.prompts.text import normalise
+from ddmd_jax.diffusion import drawing
+from ddmd_jax.evaluation import pictures
+from ddmd_jax.families import Cond, Teacher
+from ddmd_jax.parallel import sharding
+from ddmd_jax.train import prompts as sources
+from ddmd_jax.train.durable import checkpoint as ckpt
 
 DTYPES = {'emoji': 'float32', 'lumina': 'bfloat16'}  # of activations, where no run says it
 TEXT_ROWS = 8  # prompts encoded at a time: always as many, so that none depends on the others

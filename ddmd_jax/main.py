@@ -87,7 +87,7 @@ def about(config) -> dict[str, Any]:
     """What a report says of a run beside its config: how it was called, where, with what."""
     import jax
 
-    from ddmd_jax.train import checkpoint as ckpt
+    from ddmd_jax.train.durable import checkpoint as ckpt
 
     device = jax.devices()[0]
     return {
@@ -137,9 +137,9 @@ def run(config, workdir: Path, replay: bool = False,
     """One run of either task, to its end; raises the errors that `main` puts in one line."""
     import jax
 
-    from ddmd_jax import sharding
+    from ddmd_jax.parallel import sharding
     from ddmd_jax.report import page
-    from ddmd_jax.train.profiling import Beside
+    from ddmd_jax.train.watch.profiling import Beside
 
     mesh = sharding.make_mesh(config.mesh)
     parts = config.student.steps * config.train.accumulate if config.task == 'distill' else 1
@@ -200,7 +200,7 @@ def main(argv: list[str]) -> None:
     workdir = _writable('--workdir', _WORKDIR.value)
     use_compile_cache(_COMPILE_CACHE.value, workdir, os.environ)
 
-    from ddmd_jax import distributed
+    from ddmd_jax.parallel import distributed
 
     try:
         distributed.start(_COORDINATOR.value, _NUM_PROCESSES.value, _PROCESS_ID.value, os.environ,
@@ -209,12 +209,12 @@ def main(argv: list[str]) -> None:
         sys.exit(f'main: {e}')
 
     from ddmd_jax.data import DataFileError
-    from ddmd_jax.sharding import ShardingError
-    from ddmd_jax.train import lock, signals
-    from ddmd_jax.train.checkpoint import CheckpointError
-    from ddmd_jax.train.guards import GuardError
+    from ddmd_jax.parallel.sharding import ShardingError
+    from ddmd_jax.train.durable import lock, signals
+    from ddmd_jax.train.durable.checkpoint import CheckpointError
+    from ddmd_jax.train.durable.guards import GuardError
+    from ddmd_jax.train.durable.saving import HungError
     from ddmd_jax.train.loop import DivergedError
-    from ddmd_jax.train.saving import HungError
     from ddmd_jax.weights.flat import WeightsError
 
     try:

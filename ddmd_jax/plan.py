@@ -18,7 +18,7 @@ os.environ['JAX_PLATFORMS'] = 'cpu'
 from absl import app, flags, logging  # noqa: E402
 from ml_collections import config_flags  # noqa: E402
 
-from ddmd_jax import arguments
+from ddmd_jax.util import arguments
 
 FLAGS = flags.FLAGS
 
@@ -39,8 +39,9 @@ def parts_for(config: Any, mesh: Any) -> tuple[Any, Any, int, Any]:
 
     A published teacher's parameters are shapes.
     """
-    from ddmd_jax import teachers
-    from ddmd_jax.teachers import lumina, text
+    from ddmd_jax import families as teachers
+    from ddmd_jax.families import text
+    from ddmd_jax.families.lumina import teacher as lumina
 
     t, online = config.teacher, config.data.name == 'prompts'
     if t.name == 'lumina':
@@ -64,7 +65,8 @@ def main(argv: list[str]) -> None:
         sys.exit(f'plan: unexpected argument {argv[1]!r}; flags look like --topology=v5e:4x4')
     if FLAGS.config is None:
         sys.exit('plan: no --config given; try --config=configs/lumina.py')
-    from ddmd_jax import config as config_lib, sharding
+    from ddmd_jax import config as config_lib
+    from ddmd_jax.parallel import sharding
     from ddmd_jax.planner import layout, programs, report
     from ddmd_jax.weights.flat import WeightsError
 

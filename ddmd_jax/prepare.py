@@ -63,7 +63,7 @@ def embed_flags() -> None:
 
 def prepare_emoji(font: Path, out: Path, vocab: int) -> int:
     """Writes ``glyphs/`` and ``tokenizer.json`` under `out`; returns the number of glyphs."""
-    from ddmd_jax.data import builder, emoji, render, tokenizer
+    from ddmd_jax.families.emoji import builder, data as emoji, render, tokenizer
 
     names, glyphs = render.render_all(font)
     order = sorted(range(len(names)), key=lambda i: names[i] not in render.FIRST)
@@ -78,7 +78,7 @@ def prepare_emoji(font: Path, out: Path, vocab: int) -> int:
 
 def _package_folder() -> Path:
     """The folder of ``--out``, which must be writable; default the package's own."""
-    from ddmd_jax.data import emoji
+    from ddmd_jax.families.emoji import data as emoji
 
     out = Path(FLAGS.out) if FLAGS.out else emoji.FILES
     try:
@@ -99,7 +99,7 @@ def run_emoji() -> None:
 
 def run_classifier() -> None:
     out = _package_folder()
-    from ddmd_jax.metrics import classifier
+    from ddmd_jax.families.emoji import judge as classifier
 
     print(classifier.train(FLAGS.steps, FLAGS.seed, out / classifier.WEIGHTS.name))
 
@@ -115,7 +115,8 @@ def run_prompts() -> None:
         sys.exit('prepare: no --input given; name files of prompts')
     if not FLAGS.out:
         sys.exit('prepare: no --out given; name a folder to write')
-    from ddmd_jax.data import DataFileError, prompt_card, prompts
+    from ddmd_jax.data import DataFileError
+    from ddmd_jax.data.prompts import build as prompts, card as prompt_card
 
     names = [f.name for f in dataclasses.fields(prompts.Settings) if f.name != 'input']
     settings = prompts.Settings(_inputs(FLAGS.input), **{n: FLAGS[n].value for n in names})
@@ -145,8 +146,9 @@ def run_embed() -> None:
     for name in ('prompts', 'out'):
         if not FLAGS[name].value:
             sys.exit(f'prepare: no --{name} given; name a folder')
-    from ddmd_jax import embedding, sharding, teachers
+    from ddmd_jax import embedding, families as teachers
     from ddmd_jax.data import DataFileError
+    from ddmd_jax.parallel import sharding
     from ddmd_jax.weights.flat import WeightsError
 
     mesh = sharding.make_mesh({'fsdp': -1})

@@ -18,7 +18,7 @@ from typing import Any
 
 from absl import app, flags, logging
 
-from ddmd_jax import arguments
+from ddmd_jax.util import arguments
 
 FLAGS = flags.FLAGS
 TEACHER_STEPS = 50  # of the guided teacher, unless --steps says otherwise
@@ -89,8 +89,8 @@ class Column:
 
 def columns(model: Any, teacher: Any) -> list[Column]:
     """What the flags ask for; the last is what is written image by image."""
-    from ddmd_jax import drawing
-    from ddmd_jax.train import checkpoint as ckpt
+    from ddmd_jax.diffusion import drawing
+    from ddmd_jax.train.durable import checkpoint as ckpt
 
     steps = FLAGS.steps or model.steps
     if FLAGS.teacher:
@@ -107,7 +107,7 @@ def columns(model: Any, teacher: Any) -> list[Column]:
 
 
 def _guided(teacher: Any, steps: int, noises: int) -> Column:
-    from ddmd_jax import drawing
+    from ddmd_jax.diffusion import drawing
 
     sampler = drawing.of_teacher(teacher, steps, FLAGS.guidance, FLAGS.solver, noises)
     return Column(f'teacher\n{steps} steps, w={FLAGS.guidance:g}', 'teacher', sampler,
@@ -131,7 +131,9 @@ def run(out: Path) -> None:
     import jax
     import numpy as np
 
-    from ddmd_jax import drawing, imaging, sharding
+    from ddmd_jax import imaging
+    from ddmd_jax.diffusion import drawing
+    from ddmd_jax.parallel import sharding
     from ddmd_jax.train.distill import drawn_rows
 
     prompts = imaging.read_prompts(FLAGS.prompt, FLAGS.prompts, FLAGS.split)
@@ -165,7 +167,8 @@ def draw_all(named: Sequence[Any], todo: Sequence[Column], draw: Callable[..., A
     """
     import jax
 
-    from ddmd_jax import drawing, imaging
+    from ddmd_jax import imaging
+    from ddmd_jax.diffusion import drawing
 
     kept = min(len(named), SHEET * (1 if todo[1:] else FLAGS.count)) if sheet else 0
     times = [drawing.Times() for _ in todo]
@@ -182,7 +185,7 @@ def draw_all(named: Sequence[Any], todo: Sequence[Column], draw: Callable[..., A
 def draw_sheet(file: Path, named: Sequence[Any], todo: Sequence[Column], shown: Sequence[Any],
                about: dict[str, str]) -> None:
     """A row a prompt, a column an image of it; or a row an image, a column a way to draw it."""
-    from ddmd_jax.metrics import pictures
+    from ddmd_jax.evaluation import pictures
 
     prompts, titles = [n.prompt for n in named[:len(shown[0])]], [c.title for c in todo]
     if len(prompts) < len(named):
@@ -212,11 +215,11 @@ def main(argv: list[str]) -> None:
         sys.exit(f'sample: unexpected argument {argv[1]!r}; flags look like --prompt=WORDS')
     if why := refusal():
         sys.exit(f'sample: {why}')
-    from ddmd_jax import distributed
     from ddmd_jax.data import DataFileError
     from ddmd_jax.imaging import RequestError
-    from ddmd_jax.sharding import ShardingError
-    from ddmd_jax.train.checkpoint import CheckpointError
+    from ddmd_jax.parallel import distributed
+    from ddmd_jax.parallel.sharding import ShardingError
+    from ddmd_jax.train.durable.checkpoint import CheckpointError
     from ddmd_jax.weights.flat import WeightsError
 
     out = Path(FLAGS.out).expanduser().absolute()

@@ -13,7 +13,7 @@ from typing import Any
 
 from absl import app
 
-from ddmd_jax import arguments
+from ddmd_jax.util import arguments
 
 COLUMNS = {'glyph_match': 3, 'glyph_match_held_out': 3, 'background_match': 3, 'frechet': 2,
            'colour_error': 2, 'variance': 3}

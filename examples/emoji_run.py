@@ -15,9 +15,11 @@ import numpy as np
 from ml_collections import config_flags
 from PIL import Image
 
-from ddmd_jax import config as config_lib, drawing, sharding
+from ddmd_jax import config as config_lib
+from ddmd_jax.diffusion import drawing
+from ddmd_jax.evaluation import pictures
 from ddmd_jax.losses.decoupled import Predictions, decoupled_loss, decoupled_update
-from ddmd_jax.metrics import pictures
+from ddmd_jax.parallel import sharding
 from ddmd_jax.train import distill, loop
 
 workdir = Path(os.environ.get('DDMD_WORKDIR') or tempfile.mkdtemp())

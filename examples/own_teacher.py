@@ -20,10 +20,11 @@ import optax
 from flax import nnx
 from ml_collections import config_flags
 
-from ddmd_jax import drawing, process, sharding
-from ddmd_jax.metrics import pictures
+from ddmd_jax.diffusion import drawing, process
+from ddmd_jax.evaluation import pictures
+from ddmd_jax.families import Teacher, TextEncoder
 from ddmd_jax.models.layers import functional
-from ddmd_jax.teachers import Teacher, TextEncoder
+from ddmd_jax.parallel import sharding
 from ddmd_jax.train import distill, loop
 from ddmd_jax.weights import flat
 

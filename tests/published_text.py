@@ -11,8 +11,9 @@ import jax
 import numpy as np
 from flax import nnx
 
+from ddmd_jax.families import text
+from ddmd_jax.families.lumina import teacher as lumina
 from ddmd_jax.models.layers import abstract_params
-from ddmd_jax.teachers import lumina, text
 from ddmd_jax.weights import diffusers, transformers as folders
 
 VOCAB = 512

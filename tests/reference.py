@@ -63,10 +63,10 @@ def batch_of(cond: Any, seed: int, real: bool) -> Any:
 
 def case_figures(changes: dict[str, Any]) -> dict[str, Any]:
     """Losses and metrics, the figures of both updates' gradients and of the state after them."""
-    from ddmd_jax import sharding
+    from ddmd_jax.families.emoji import teacher as emoji
+    from ddmd_jax.method.recipe import Gan, MeanVariance
     from ddmd_jax.models import discriminator
-    from ddmd_jax.teachers import emoji
-    from ddmd_jax.train.method import Gan, MeanVariance
+    from ddmd_jax.parallel import sharding
 
     changes, head = dict(changes), None
     if 'mean_variance' in changes:

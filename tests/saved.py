@@ -10,8 +10,8 @@ import optax
 from ddmd_jax.data import loader
 from ddmd_jax.data.order import Order
 from ddmd_jax.train import state as st
+from ddmd_jax.train.durable.saving import Checkpoints
 from ddmd_jax.train.feed import Feed
-from ddmd_jax.train.saving import Checkpoints
 
 
 def save(workdir, manifest, ema, step=3):

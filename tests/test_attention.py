@@ -17,9 +17,9 @@ import pytest
 import tiny
 from jax.sharding import AbstractMesh, AxisType, NamedSharding, PartitionSpec as P
 
+from ddmd_jax.families.emoji import teacher as emoji
 from ddmd_jax.models import attention, nextdit
-from ddmd_jax.sharding import AXES, make_mesh
-from ddmd_jax.teachers import emoji
+from ddmd_jax.parallel.sharding import AXES, make_mesh
 
 pytestmark = pytest.mark.usefixtures('quick_compile')
 HEADS = P(('data', 'fsdp'), None, 'tensor')

@@ -17,10 +17,12 @@ import pytest
 import tiny
 from ml_collections import ConfigDict
 
-from ddmd_jax import checkpoints as command, sharding
+from ddmd_jax import checkpoints as command
 from ddmd_jax.data import loader
 from ddmd_jax.data.order import Order
-from ddmd_jax.train import (
+from ddmd_jax.parallel import sharding
+from ddmd_jax.train import state as st
+from ddmd_jax.train.durable import (
     checkpoint as ckpt,
     checksums,
     guards,
@@ -28,7 +30,6 @@ from ddmd_jax.train import (
     resume,
     saving,
     signals,
-    state as st,
 )
 from ddmd_jax.train.feed import Feed
 

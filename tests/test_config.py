@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from ddmd_jax import config as config_lib
-from ddmd_jax.schedules import SCHEDULES
+from ddmd_jax.method.schedules import SCHEDULES
 
 CONFIGS = Path(__file__).resolve().parents[1] / 'configs'
 

@@ -5,10 +5,9 @@ import shutil
 import numpy as np
 import pytest
 
-from ddmd_jax.data import emoji, tokenizer
+from ddmd_jax.families.emoji import data as emoji, teacher, tokenizer
 from ddmd_jax.losses.mean_variance import moments
-from ddmd_jax.sharding import ShardingError, check_batch, make_mesh
-from ddmd_jax.teachers import emoji as teacher
+from ddmd_jax.parallel.sharding import ShardingError, check_batch, make_mesh
 from ddmd_jax.weights import flat
 
 

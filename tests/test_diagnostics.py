@@ -6,12 +6,11 @@ import numpy as np
 import pytest
 import tiny
 
-from ddmd_jax import sharding
 from ddmd_jax.data.conditioning import encoded
+from ddmd_jax.families import Teacher
 from ddmd_jax.losses.decoupled import Predictions, Update, decoupled_update
-from ddmd_jax.teachers import Teacher
-from ddmd_jax.train import distill, method, state as st
-from ddmd_jax.train.diagnostics import (
+from ddmd_jax.method import recipe as method
+from ddmd_jax.method.health import (
     BROKEN,
     COLLAPSING,
     COLOUR_CAST,
@@ -26,6 +25,8 @@ from ddmd_jax.train.diagnostics import (
     probe,
     verdict,
 )
+from ddmd_jax.parallel import sharding
+from ddmd_jax.train import distill, state as st
 
 
 def figures(alpha=4.0, floor=0.1, seed=0):

@@ -15,10 +15,11 @@ import orbax.checkpoint as ocp
 import pytest
 import tiny
 
-from ddmd_jax import distributed, sharding
-from ddmd_jax.data import loader, prompts, tokenizer
+from ddmd_jax.data import loader
 from ddmd_jax.data.order import Order
-from ddmd_jax.teachers import emoji
+from ddmd_jax.data.prompts import build as prompts
+from ddmd_jax.families.emoji import teacher as emoji, tokenizer
+from ddmd_jax.parallel import distributed, sharding
 
 MODEL = {'denoiser': tiny.MODEL['denoiser'],
          'text': tiny.MODEL['text'] | {'vocab_size': tokenizer.load().get_vocab_size(),

@@ -9,9 +9,10 @@ import optax
 import pytest
 import tiny
 
-from ddmd_jax import embedding, sharding
-from ddmd_jax.data import DataFileError, conditioning, embeddings, loader, tokenizer
-from ddmd_jax.teachers import emoji
+from ddmd_jax import embedding
+from ddmd_jax.data import DataFileError, conditioning, embeddings, loader
+from ddmd_jax.families.emoji import teacher as emoji, tokenizer
+from ddmd_jax.parallel import sharding
 from ddmd_jax.train import prompts as sources
 
 WIDTH = 8

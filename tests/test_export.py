@@ -18,13 +18,19 @@ import yaml
 from flax import nnx
 from saved import save
 
-from ddmd_jax import sharding, teachers
+from ddmd_jax import families as teachers
 from ddmd_jax.export import export
+from ddmd_jax.families.lumina import teacher as lumina
 from ddmd_jax.models.layers import abstract_params
 from ddmd_jax.models.nextdit import NextDiT
-from ddmd_jax.teachers import lumina
-from ddmd_jax.train import checksums
-from ddmd_jax.train.checkpoint import CheckpointError, comparable, read_manifest, restore_ema
+from ddmd_jax.parallel import sharding
+from ddmd_jax.train.durable import checksums
+from ddmd_jax.train.durable.checkpoint import (
+    CheckpointError,
+    comparable,
+    read_manifest,
+    restore_ema,
+)
 from ddmd_jax.weights.flat import WeightsError
 
 CONFIG = {'_class_name': lumina.TRANSFORMER, **published.TRANSFORMER}
@@ -248,7 +254,7 @@ def test_what_is_installed_has_all_that_is_exported_and_reported():
     patterns = re.findall(r"'((?:data|study|export|report)/[^']+)'", text)
     package = tiny.ROOT / 'ddmd_jax'
     shipped = {file for pattern in patterns for file in package.glob(pattern)}
-    wanted = {*package.rglob('*.jinja'), *(package / 'export/emoji_code').glob('*.py')}
+    wanted = {*package.rglob('*.jinja'), *(package / 'families/emoji/code').glob('*.py')}
     assert wanted <= shipped and len(wanted) >= 7
 
 

@@ -8,15 +8,16 @@ import pytest
 import tiny
 from flax import nnx
 
-from ddmd_jax import sharding
 from ddmd_jax.config import check
 from ddmd_jax.data import embeddings
 from ddmd_jax.export import export
+from ddmd_jax.families.lumina import teacher as lumina
 from ddmd_jax.models.layers import abstract_params
 from ddmd_jax.models.nextdit import NextDiT
-from ddmd_jax.teachers import lumina
-from ddmd_jax.train import distill, loop, resume
-from ddmd_jax.train.checkpoint import CheckpointError
+from ddmd_jax.parallel import sharding
+from ddmd_jax.train import distill, loop
+from ddmd_jax.train.durable import resume
+from ddmd_jax.train.durable.checkpoint import CheckpointError
 from ddmd_jax.train.feed import Feed
 
 pytestmark = [pytest.mark.slow, pytest.mark.usefixtures('quick_compile')]

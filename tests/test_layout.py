@@ -9,11 +9,10 @@ import pytest
 import tiny
 from jax.sharding import AbstractMesh, NamedSharding, PartitionSpec as P
 
-from ddmd_jax import sharding
-from ddmd_jax.data import tokenizer
+from ddmd_jax.families.emoji import teacher as emoji, tokenizer
+from ddmd_jax.parallel import sharding
+from ddmd_jax.parallel.sharding import AXES
 from ddmd_jax.planner import layout as planner, programs
-from ddmd_jax.sharding import AXES
-from ddmd_jax.teachers import emoji
 from ddmd_jax.train import distill
 
 MESH = AbstractMesh((2, 2, 2), AXES)

@@ -9,9 +9,9 @@ import optax
 import pytest
 import tiny
 
-from ddmd_jax import sharding
-from ddmd_jax.teachers import emoji
-from ddmd_jax.teachers.base import kernels_in
+from ddmd_jax.families.base import kernels_in
+from ddmd_jax.families.emoji import teacher as emoji
+from ddmd_jax.parallel import sharding
 from ddmd_jax.train.optim import make_optimizer
 
 pytestmark = pytest.mark.usefixtures('quick_compile')

@@ -7,12 +7,13 @@ import numpy as np
 import pytest
 import tiny
 
-from ddmd_jax import main, sharding, teachers
+from ddmd_jax import families as teachers, main
 from ddmd_jax.config import check
-from ddmd_jax.data import tokenizer
-from ddmd_jax.teachers import emoji
-from ddmd_jax.train import checkpoint, distill, loop
-from ddmd_jax.train.profiling import Beside
+from ddmd_jax.families.emoji import teacher as emoji, tokenizer
+from ddmd_jax.parallel import sharding
+from ddmd_jax.train import distill, loop
+from ddmd_jax.train.durable import checkpoint
+from ddmd_jax.train.watch.profiling import Beside
 
 pytestmark = pytest.mark.usefixtures('quick_compile')
 

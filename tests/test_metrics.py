@@ -6,9 +6,9 @@ import pytest
 from hypothesis import given, strategies as some
 
 from ddmd_jax import summarise
-from ddmd_jax.data import emoji
-from ddmd_jax.metrics import classifier, measures, pictures, report
-from ddmd_jax.sharding import make_mesh
+from ddmd_jax.evaluation import measures, pictures
+from ddmd_jax.families.emoji import data as emoji, judge as classifier, suite as report
+from ddmd_jax.parallel.sharding import make_mesh
 
 
 @pytest.fixture(scope='module')

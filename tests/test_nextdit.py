@@ -7,9 +7,9 @@ import pytest
 import tiny
 from flax import nnx
 
+from ddmd_jax.families.emoji import teacher as emoji
 from ddmd_jax.models import layers, nextdit
 from ddmd_jax.models.nextdit import NextDiTConfig
-from ddmd_jax.teachers import emoji
 
 pytestmark = pytest.mark.usefixtures('quick_compile')
 BATCH, TIME = 2, 0.3

@@ -15,14 +15,16 @@ import pytest
 import tiny
 from hypothesis import given, strategies as st
 
-from ddmd_jax import process, sampling, schedules, sharding
 from ddmd_jax.data.conditioning import REAL
+from ddmd_jax.diffusion import process, sampling
+from ddmd_jax.families.emoji import teacher as emoji
 from ddmd_jax.losses.gan import critic_gan_loss, r1_penalty, student_gan_loss
 from ddmd_jax.losses.mean_variance import mean_variance_kl, moments
+from ddmd_jax.method import schedules
+from ddmd_jax.method.recipe import Gan, MeanVariance
 from ddmd_jax.models import discriminator
-from ddmd_jax.teachers import emoji
+from ddmd_jax.parallel import sharding
 from ddmd_jax.train import state as state_lib, step
-from ddmd_jax.train.method import Gan, MeanVariance
 from ddmd_jax.train.step import critic_objective, generator_loss
 
 pytestmark = pytest.mark.usefixtures('quick_compile')

@@ -7,7 +7,7 @@ from hypothesis import given, strategies as some
 
 from ddmd_jax.data import loader
 from ddmd_jax.data.order import Order
-from ddmd_jax.sharding import ShardingError
+from ddmd_jax.parallel.sharding import ShardingError
 from ddmd_jax.train.feed import Feed
 
 BUCKETS = (8, 16, 64)

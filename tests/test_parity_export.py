@@ -10,9 +10,10 @@ import published_text
 import pytest
 from saved import save
 
-from ddmd_jax import drawing, export, sampling, teachers
-from ddmd_jax.metrics import pictures
-from ddmd_jax.teachers import lumina
+from ddmd_jax import export, families as teachers
+from ddmd_jax.diffusion import drawing, sampling
+from ddmd_jax.evaluation import pictures
+from ddmd_jax.families.lumina import teacher as lumina
 
 pytestmark = pytest.mark.parity
 torch = pytest.importorskip('torch')

@@ -13,12 +13,14 @@ import published_text
 import pytest
 import tiny
 
-from ddmd_jax import sampling, teachers
+from ddmd_jax import families as teachers
+from ddmd_jax.diffusion import sampling
+from ddmd_jax.families.lumina import teacher as lumina
 from ddmd_jax.models import autoencoder_kl
 from ddmd_jax.models.layers import abstract_params
 from ddmd_jax.models.nextdit import NextDiT, NextDiTConfig
-from ddmd_jax.teachers import lumina
-from ddmd_jax.weights import autoencoder_kl as vae_names, flat, nextdit as names
+from ddmd_jax.weights import flat
+from ddmd_jax.weights.names import autoencoder_kl as vae_names, nextdit as names
 
 pytestmark = pytest.mark.parity
 torch = pytest.importorskip('torch')

@@ -8,8 +8,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from ddmd_jax import process, sharding
-from ddmd_jax.teachers import lumina
+from ddmd_jax.diffusion import process
+from ddmd_jax.families.lumina import teacher as lumina
+from ddmd_jax.parallel import sharding
 
 pytestmark = pytest.mark.parity
 

@@ -16,17 +16,15 @@ import published_text as published
 import pytest
 from flax import nnx
 
-from ddmd_jax import sharding
+from ddmd_jax.families import text
 from ddmd_jax.models.layers import abstract_params, functional
 from ddmd_jax.models.text import clip, gemma2, qwen3
-from ddmd_jax.teachers import text
-from ddmd_jax.weights import (
+from ddmd_jax.parallel import sharding
+from ddmd_jax.weights import diffusers as folder_reader, flat, transformers as folders
+from ddmd_jax.weights.names import (
     clip as clip_names,
-    diffusers as folder_reader,
-    flat,
     gemma2 as gemma2_names,
     qwen3 as qwen3_names,
-    transformers as folders,
 )
 
 pytestmark = pytest.mark.parity

@@ -12,10 +12,9 @@ import jax.numpy as jnp
 import pytest
 import tiny
 
-from ddmd_jax import sharding
-from ddmd_jax.data import tokenizer
+from ddmd_jax.families.emoji import teacher as emoji, tokenizer
+from ddmd_jax.parallel import sharding
 from ddmd_jax.planner import chips, programs
-from ddmd_jax.teachers import emoji
 
 MODEL = {'denoiser': tiny.MODEL['denoiser'],
          'text': tiny.MODEL['text'] | {'vocab_size': tokenizer.load().get_vocab_size(),

@@ -5,7 +5,7 @@ import numpy as np
 import pytest
 from hypothesis import given, strategies as st
 
-from ddmd_jax import process
+from ddmd_jax.diffusion import process
 
 SHAPE = (3, 2, 2, 4)
 seeds = st.integers(0, 2**16)

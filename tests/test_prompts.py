@@ -23,8 +23,15 @@ import tensorflow_datasets as tfds
 import tiny
 from hypothesis import given, strategies as st
 
-from ddmd_jax.data import DataFileError, near, prompt_card, prompt_files, prompt_set, prompts
-from ddmd_jax.data.prompt_text import digest, in_validation, normalise
+from ddmd_jax.data import DataFileError
+from ddmd_jax.data.prompts import (
+    build as prompts,
+    card as prompt_card,
+    files as prompt_files,
+    near,
+    set as prompt_set,
+)
+from ddmd_jax.data.prompts.text import digest, in_validation, normalise
 
 # Every kind of what a keyboard, a web page or a broken file may hold.
 TEXT = st.text(st.characters(exclude_categories=()), max_size=40)
@@ -358,7 +365,7 @@ def test_a_bad_file_is_refused_in_one_line_and_leaves_nothing(tmp_path, spoil):
     ('tfds:A:train[:x]', 'cannot be read'), ('tfds:G', "no field 'caption'; there are")])
 def test_a_bad_tfds_name_is_refused_in_one_line(tmp_path, name, message):
     make(tmp_path / 'a', put(tmp_path / 'p.txt', words(9)))
-    glyphs = tiny.ROOT / 'ddmd_jax/data/files/emoji/glyphs'
+    glyphs = tiny.ROOT / 'ddmd_jax/families/emoji/files/glyphs'
     with pytest.raises(DataFileError, match=message) as e:
         make(tmp_path / 'out', name.replace('A', f'{tmp_path}/a').replace('G', str(glyphs)))
     assert len(str(e.value).splitlines()) == 1
@@ -436,7 +443,7 @@ def test_prompts_that_are_added_move_none_to_another_split(tmp_path):
 def tokenizer_folder(path):
     from transformers import PreTrainedTokenizerFast
 
-    from ddmd_jax.data import tokenizer
+    from ddmd_jax.families.emoji import tokenizer
 
     PreTrainedTokenizerFast(tokenizer_object=tokenizer.load(), model_max_length=4,
                             pad_token='[PAD]').save_pretrained(path)
@@ -445,7 +452,7 @@ def tokenizer_folder(path):
 
 @pytest.mark.parametrize('settings', [{'teacher': 'emoji'}, {}])
 def test_prompts_of_many_tokens_are_dropped(tmp_path, settings):
-    from ddmd_jax.data import tokenizer
+    from ddmd_jax.families.emoji import tokenizer
 
     texts = ['red apple', 'red apple on a teal background', 'watch']
     if not settings:
@@ -539,7 +546,7 @@ def without_card(path):
 
 def another_set(path):
     shutil.rmtree(path)
-    shutil.copytree(tiny.ROOT / 'ddmd_jax/data/files/emoji/glyphs', path)
+    shutil.copytree(tiny.ROOT / 'ddmd_jax/families/emoji/files/glyphs', path)
     return 'is not a set of prompts'
 
 

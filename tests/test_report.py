@@ -14,9 +14,11 @@ import pytest
 import tiny
 from PIL import Image
 
-from ddmd_jax import process, sampling, schedules
+from ddmd_jax.diffusion import process, sampling
+from ddmd_jax.method import health as diagnostics, schedules
 from ddmd_jax.report import figures, page, read
-from ddmd_jax.train import diagnostics, draws, step as steps
+from ddmd_jax.train import step as steps
+from ddmd_jax.train.watch import draws
 
 LINE = {'loss': 1.0, 'fake_loss': 0.1, 'dm_rel_gap': 0.1, 'dm_cos': 0.99, 'dm_to_ca': 0.2,
         'x_std': 0.47, 'ema_std': 1.01, 'ema_cast': 0.01, 'grad_norm': 2.0, 'finite': 1.0}

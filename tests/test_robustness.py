@@ -7,9 +7,9 @@ import numpy as np
 import pytest
 from hypothesis import given, strategies as st
 
+from ddmd_jax.method import health as diagnostics
+from ddmd_jax.method.health import SHIPPED
 from ddmd_jax.study import map_report, robustness as rb, suites
-from ddmd_jax.train import diagnostics
-from ddmd_jax.train.diagnostics import SHIPPED
 
 STEPS = tuple(range(5, 205, 5))
 WELL = {'dm_rel_gap': 0.1, 'dm_cos': 0.99, 'x_std': 0.45, 'fake_loss': 0.1, 'ema_std': 1.0,

@@ -16,14 +16,19 @@ from PIL import Image
 from test_distributed import together
 from test_export import save
 
-from ddmd_jax import arguments, drawing, imaging, sample, sampling, sharding, teachers
-from ddmd_jax.data import prompts, tokenizer
-from ddmd_jax.metrics import pictures
+from ddmd_jax import families as teachers, imaging, sample
+from ddmd_jax.data.prompts import build as prompts
+from ddmd_jax.diffusion import drawing, sampling
+from ddmd_jax.evaluation import pictures
+from ddmd_jax.families.emoji import teacher as emoji, tokenizer
+from ddmd_jax.families.lumina import teacher as lumina
 from ddmd_jax.models import autoencoder_kl
 from ddmd_jax.models.layers import abstract_params
 from ddmd_jax.models.nextdit import NextDiT
-from ddmd_jax.teachers import emoji, lumina
-from ddmd_jax.weights import autoencoder_kl as vae_names, diffusers
+from ddmd_jax.parallel import sharding
+from ddmd_jax.util import arguments
+from ddmd_jax.weights import diffusers
+from ddmd_jax.weights.names import autoencoder_kl as vae_names
 
 pytestmark = pytest.mark.usefixtures('quick_compile')
 

@@ -9,8 +9,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from ddmd_jax import process, sampling
-from ddmd_jax.teachers import lumina
+from ddmd_jax.diffusion import process, sampling
+from ddmd_jax.families.lumina import teacher as lumina
 
 SHAPE = (4, 2, 2, 3)
 WIDTH = 0.5  # s of the Gaussian data

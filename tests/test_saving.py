@@ -15,7 +15,8 @@ from orbax.checkpoint._src.serialization import tensorstore_utils
 from tensorboardX.proto.event_pb2 import Event
 from test_checkpoints import feed, opened, state_at
 
-from ddmd_jax.train import checkpoint as ckpt, checksums, logs, memory, noise, saving
+from ddmd_jax.train.durable import checkpoint as ckpt, checksums, memory, noise, saving
+from ddmd_jax.train.watch import logs
 
 # --- A save that hangs ---
 

@@ -6,8 +6,8 @@ import numpy as np
 import pytest
 from hypothesis import given, strategies as st
 
-from ddmd_jax import process
-from ddmd_jax.schedules import SCHEDULES, draw_levels, draw_tau
+from ddmd_jax.diffusion import process
+from ddmd_jax.method.schedules import SCHEDULES, draw_levels, draw_tau
 
 STEPS, DRAWS = 4, 2000
 FULL = (0.0, 1.0)

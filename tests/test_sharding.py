@@ -16,9 +16,9 @@ import pytest
 import tiny
 from jax.sharding import AbstractMesh, PartitionSpec as P
 
-from ddmd_jax import sharding
-from ddmd_jax.sharding import AXES, ShardingError, make_mesh, shard_tree, spec_for
-from ddmd_jax.teachers import emoji
+from ddmd_jax.families.emoji import teacher as emoji
+from ddmd_jax.parallel import sharding
+from ddmd_jax.parallel.sharding import AXES, ShardingError, make_mesh, shard_tree, spec_for
 from ddmd_jax.train import state as st
 
 MESH = AbstractMesh((2, 2, 2), AXES)  # sizes are all that the rules look at

@@ -11,7 +11,9 @@ import optax
 import pytest
 import tiny
 
-from ddmd_jax import process, schedules, sharding
+from ddmd_jax.diffusion import process
+from ddmd_jax.method import schedules
+from ddmd_jax.parallel import sharding
 from ddmd_jax.train import state as st
 from ddmd_jax.train.step import accumulated_grads, critic_objective, generator_loss
 

@@ -15,17 +15,18 @@ import safetensors.numpy
 import tiny
 from flax import nnx
 
-from ddmd_jax import sharding
+from ddmd_jax.families import text
+from ddmd_jax.families.lumina import teacher as lumina
 from ddmd_jax.models.layers import abstract_params, functional
 from ddmd_jax.models.text import causal, clip, gemma2, qwen3
-from ddmd_jax.teachers import lumina, text
-from ddmd_jax.weights import (
+from ddmd_jax.parallel import sharding
+from ddmd_jax.weights import flat
+from ddmd_jax.weights.flat import WeightsError
+from ddmd_jax.weights.names import (
     clip as clip_names,
-    flat,
     gemma2 as gemma2_names,
     qwen3 as qwen3_names,
 )
-from ddmd_jax.weights.flat import WeightsError
 
 
 def load(family, folder, dtype='float32', mesh=None):

@@ -12,7 +12,7 @@ import tiny
 from ml_collections import ConfigDict
 
 from ddmd_jax import config as config_lib, main
-from ddmd_jax.train import logs, profiling, trackers
+from ddmd_jax.train.watch import logs, profiling, trackers
 
 PICTURE = np.full((4, 6, 3), 200, np.uint8)
 

@@ -14,12 +14,14 @@ import safetensors.numpy
 import tiny
 from flax import nnx
 
-from ddmd_jax import sharding, teachers
+from ddmd_jax import families as teachers
+from ddmd_jax.families.lumina import teacher as lumina
 from ddmd_jax.models.layers import abstract_params
 from ddmd_jax.models.nextdit import NextDiT
-from ddmd_jax.teachers import lumina
-from ddmd_jax.weights import autoencoder_kl as vae_names, diffusers, fetch, flat, nextdit as names
+from ddmd_jax.parallel import sharding
+from ddmd_jax.weights import diffusers, fetch, flat
 from ddmd_jax.weights.flat import WeightsError
+from ddmd_jax.weights.names import autoencoder_kl as vae_names, nextdit as names
 
 CONFIG = {'_class_name': lumina.TRANSFORMER, **published.TRANSFORMER}
 STEM = 'diffusion_pytorch_model'

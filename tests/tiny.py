@@ -16,11 +16,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from ddmd_jax import sharding
+from ddmd_jax.families.emoji import teacher as emoji
+from ddmd_jax.method.recipe import Method
 from ddmd_jax.models import discriminator
-from ddmd_jax.teachers import emoji
+from ddmd_jax.parallel import sharding
 from ddmd_jax.train import state as st
-from ddmd_jax.train.method import Method
 from ddmd_jax.train.step import make_steps
 
 ROOT = Path(__file__).resolve().parent.parent

@@ -22,11 +22,11 @@ from ddmd_jax.config.rules import (
     several,
     whole,
 )
+from ddmd_jax.diffusion.sampling import SOLVERS, STUDENT_MODES
 from ddmd_jax.losses.critic import WEIGHTINGS
 from ddmd_jax.losses.decoupled import NORMALISERS
-from ddmd_jax.sampling import SOLVERS, STUDENT_MODES
-from ddmd_jax.schedules import SCHEDULES
-from ddmd_jax.sharding import AXES
+from ddmd_jax.method.schedules import SCHEDULES
+from ddmd_jax.parallel.sharding import AXES
 
 TASKS = ('distill', 'pretrain')
 DATASETS = ('emoji', 'prompts', 'embeddings')
@@ -48,8 +48,8 @@ def _optimiser(section: str) -> dict[str, Rule]:
 
 def _common() -> dict[str, Rule]:
     """What the schemas of both tasks hold."""
-    from ddmd_jax.train.guards import ON_NAN
-    from ddmd_jax.train.trackers import NAMES as TRACKERS
+    from ddmd_jax.train.durable.guards import ON_NAN
+    from ddmd_jax.train.watch.trackers import NAMES as TRACKERS
 
     axis = Rule('a whole number at least 1, or -1 for whatever is left',
                 lambda value: whole(at_least=-1).ok(value) and value != 0)
@@ -104,12 +104,12 @@ def _ascends(values: Sequence[Any]) -> bool:
 
 def distill_schema(dataset: str = 'emoji') -> dict[str, Rule]:
     """Every field of a distillation's config on `dataset`."""
+    from ddmd_jax.families import FAMILIES
+    from ddmd_jax.method.recipe import TEACHER_PASSES
     from ddmd_jax.models.attention import KINDS as ATTENTION
     from ddmd_jax.models.layers import REMAT_POLICIES
-    from ddmd_jax.teachers import FAMILIES
     from ddmd_jax.train.distill import OFFLOAD
-    from ddmd_jax.train.guards import ON_HEALTH
-    from ddmd_jax.train.method import TEACHER_PASSES
+    from ddmd_jax.train.durable.guards import ON_HEALTH
 
     data = _emoji_data() if dataset == 'emoji' else _prompts_data()
     return _common() | data | {

@@ -7,8 +7,8 @@ from collections.abc import Sequence
 from typing import Any
 
 from ddmd_jax.config.rules import choice
-from ddmd_jax.schedules import SCHEDULES
-from ddmd_jax.sharding import AXES
+from ddmd_jax.method.schedules import SCHEDULES
+from ddmd_jax.parallel.sharding import AXES
 
 
 def optimiser_known(name: str, chain: Sequence[Any]) -> str | None:
@@ -75,7 +75,7 @@ def judge_knows(prompts: int, teacher: str) -> str | None:
 
 
 def tracker_there(name: str) -> str | None:
-    from ddmd_jax.train.trackers import installed
+    from ddmd_jax.train.watch.trackers import installed
 
     if not installed(name):
         return f'which is not installed here: pip install {name}'

@@ -12,7 +12,7 @@ import jax
 import numpy as np
 
 from ddmd_jax.data.order import Order, Planned, Shape
-from ddmd_jax.sharding import ShardingError
+from ddmd_jax.parallel.sharding import ShardingError
 
 # Batches read before they are asked for: a step of several critic updates wants all of its own at
 # once, as none of them waits for the devices.

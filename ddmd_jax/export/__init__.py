@@ -4,9 +4,11 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from ddmd_jax.export import card, emoji, lumina
+from ddmd_jax.export import card
 from ddmd_jax.export.student import Student, open_student
-from ddmd_jax.train.checkpoint import CheckpointError
+from ddmd_jax.families.emoji import export as emoji
+from ddmd_jax.families.lumina import export as lumina
+from ddmd_jax.train.durable.checkpoint import CheckpointError
 from ddmd_jax.weights.flat import WeightsError
 
 FORMATS = ('diffusers', 'safetensors', 'orbax')

@@ -11,8 +11,8 @@ from pathlib import Path
 
 from absl import app, flags, logging
 
-from ddmd_jax import arguments
-from ddmd_jax.sampling import STUDENT_MODES
+from ddmd_jax.diffusion.sampling import STUDENT_MODES
+from ddmd_jax.util import arguments
 
 FLAGS = flags.FLAGS
 
@@ -43,7 +43,7 @@ def main(argv: list[str]) -> None:
     if FLAGS.push and FLAGS.push.count('/') != 1:
         sys.exit(f'export: --push={FLAGS.push} is not OWNER/NAME')
     from ddmd_jax.export import CheckpointError, WeightsError, export, hub
-    from ddmd_jax.sharding import ShardingError
+    from ddmd_jax.parallel.sharding import ShardingError
 
     path = lambda name: Path(FLAGS[name].value).expanduser().absolute()
     out = path('out')

@@ -11,9 +11,10 @@ from typing import Any
 import jinja2
 
 import ddmd_jax
-from ddmd_jax.data import prompt_card, prompt_set
+from ddmd_jax.data.prompts import card as prompt_card, set as prompt_set
 from ddmd_jax.export.student import Student
-from ddmd_jax.train import diagnostics, lines
+from ddmd_jax.method import health as diagnostics
+from ddmd_jax.util import jsonl as lines
 
 TEMPLATE = Path(__file__).with_name('card.md.jinja')
 README, PICTURE, CONFIG, METRICS = NAMES = (

@@ -13,8 +13,9 @@ import jax.numpy as jnp
 import orbax.checkpoint as ocp
 from jax.sharding import Mesh
 
-from ddmd_jax import config as config_lib, sharding
-from ddmd_jax.train import checkpoint as ckpt
+from ddmd_jax import config as config_lib
+from ddmd_jax.parallel import sharding
+from ddmd_jax.train.durable import checkpoint as ckpt
 
 
 @dataclasses.dataclass(frozen=True)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import jax
 import jax.numpy as jnp
 
-from ddmd_jax.process import expand_time
+from ddmd_jax.diffusion.process import expand_time
 
 Array = jax.Array
 

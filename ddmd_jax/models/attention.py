@@ -17,7 +17,7 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import Mesh, PartitionSpec as P
 
-from ddmd_jax.sharding import BATCH, batch_ways
+from ddmd_jax.parallel.sharding import BATCH, batch_ways
 
 Array = jax.Array
 

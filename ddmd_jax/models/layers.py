@@ -11,7 +11,7 @@ import jax.numpy as jnp
 from flax import nnx
 from jax.sharding import Mesh, NamedSharding, PartitionSpec as P
 
-from ddmd_jax import sharding
+from ddmd_jax.parallel import sharding
 
 Array = jax.Array
 

@@ -28,7 +28,7 @@ from ddmd_jax.models.layers import (
     sinusoidal_embedding,
     stack_layers,
 )
-from ddmd_jax.sharding import BATCH, batch_ways
+from ddmd_jax.parallel.sharding import BATCH, batch_ways
 
 Array = jax.Array
 

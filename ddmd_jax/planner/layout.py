@@ -10,8 +10,9 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import Mesh
 
-from ddmd_jax import sharding, teachers
-from ddmd_jax.sharding import Row
+from ddmd_jax import families as teachers
+from ddmd_jax.parallel import sharding
+from ddmd_jax.parallel.sharding import Row
 from ddmd_jax.train import distill
 
 REST = 'counters, null prompt'

@@ -12,7 +12,9 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import Mesh
 
-from ddmd_jax import schedules, sharding, teachers
+from ddmd_jax import families as teachers
+from ddmd_jax.method import schedules
+from ddmd_jax.parallel import sharding
 from ddmd_jax.planner import chips
 from ddmd_jax.train import distill, prompts
 

@@ -10,7 +10,7 @@ from typing import Any
 
 from jax.sharding import Mesh
 
-from ddmd_jax import sharding
+from ddmd_jax.parallel import sharding
 from ddmd_jax.planner import chips, search
 from ddmd_jax.planner.measure import measure, quick_peak
 from ddmd_jax.planner.programs import PlanError, Program, programs

@@ -11,7 +11,7 @@ from pathlib import Path
 
 from absl import app, flags
 
-from ddmd_jax import arguments
+from ddmd_jax.util import arguments
 
 FLAGS = flags.FLAGS
 

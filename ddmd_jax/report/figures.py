@@ -7,9 +7,9 @@ import math
 from collections.abc import Sequence
 from typing import Any
 
+from ddmd_jax.method import health as diagnostics
+from ddmd_jax.method.health import SHIPPED
 from ddmd_jax.report.read import Run
-from ddmd_jax.train import diagnostics
-from ddmd_jax.train.diagnostics import SHIPPED
 
 MOST, BLOCKS = 2000, 400  # points of a curve, verdicts: of more, every n-th is drawn
 COLOURS = ('#3b7dd8', '#d9713c', '#4a9e5c', '#a05fb5', '#b8912f', '#5aa7a7', '#c75b7a', '#7a7a7a')

@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from ddmd_jax.train import diagnostics
+from ddmd_jax.method import health as diagnostics
 
 PICTURE = re.compile(r'(.+)-(\d+)\.png')
 

@@ -19,7 +19,7 @@ from typing import Any
 from absl import app, flags
 from tqdm import tqdm
 
-from ddmd_jax import arguments
+from ddmd_jax.util import arguments
 
 _SUITE = flags.DEFINE_string('suite', 'paper', 'Which suite of experiments.')
 _CONFIG = flags.DEFINE_string('config', None, 'The config they are variations of.')

@@ -21,14 +21,16 @@ from jax.sharding import Mesh
 from ml_collections import ConfigDict
 from PIL import Image
 
-from ddmd_jax import drawing, sharding
 from ddmd_jax.data import conditioning
-from ddmd_jax.metrics import pictures
+from ddmd_jax.diffusion import drawing
+from ddmd_jax.evaluation import pictures
+from ddmd_jax.families import Teacher
+from ddmd_jax.method.health import image_std
+from ddmd_jax.method.recipe import Method
+from ddmd_jax.parallel import sharding
 from ddmd_jax.study import results
-from ddmd_jax.teachers import Teacher
-from ddmd_jax.train import checkpoint as ckpt, checksums, distill, prompts as prompt_sources
-from ddmd_jax.train.diagnostics import image_std
-from ddmd_jax.train.method import Method
+from ddmd_jax.train import distill, prompts as prompt_sources
+from ddmd_jax.train.durable import checkpoint as ckpt, checksums
 
 COUNT, SHOWN = 48, 8  # samples that are compared, and of these in the picture
 GUIDED_STEPS = 20  # of the guided teacher they are compared with

@@ -16,9 +16,9 @@ from typing import Any
 import numpy as np
 from scipy import stats
 
+from ddmd_jax.method import health as diagnostics
+from ddmd_jax.method.health import SHIPPED, Thresholds
 from ddmd_jax.study.runs import DIVERGED
-from ddmd_jax.train import diagnostics
-from ddmd_jax.train.diagnostics import SHIPPED, Thresholds
 
 DROP = 0.05  # share of its peak by which the caption match has fallen when quality has
 TWICE = 2  # lines in a row that have to say so: one may be chance

@@ -13,16 +13,20 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
 
-from ddmd_jax import process, sampling, sharding, teachers
+from ddmd_jax import families as teachers
 from ddmd_jax.data import conditioning, loader
 from ddmd_jax.data.order import Order, Shape
-from ddmd_jax.metrics import pictures
+from ddmd_jax.diffusion import process, sampling
+from ddmd_jax.evaluation import pictures
+from ddmd_jax.method import health as diagnostics
+from ddmd_jax.method.recipe import Method, feature_width, method_from
 from ddmd_jax.models import discriminator
-from ddmd_jax.train import diagnostics, draws, loop, optim, prompts as prompt_sources, state as st
-from ddmd_jax.train.method import Method, feature_width, method_from
-from ddmd_jax.train.profiling import NOTHING, Beside
+from ddmd_jax.parallel import sharding
+from ddmd_jax.train import loop, optim, prompts as prompt_sources, state as st
 from ddmd_jax.train.startup import Compiling, Startup
 from ddmd_jax.train.step import Steps, make_steps
+from ddmd_jax.train.watch import draws
+from ddmd_jax.train.watch.profiling import NOTHING, Beside
 
 GRID = 8  # prompts in the picture logged during training
 PANEL_TAU = 0.5  # pre-shift level at which the panels compare teacher and critic
@@ -164,7 +168,7 @@ def make_probe(config: Any, teacher: teachers.Teacher, prompts: conditioning.Pro
 def make_judge(config: Any, teacher: teachers.Teacher, m: Method,
                mesh: Mesh) -> Callable[[st.TrainState], dict[str, Any]]:
     """What the judge makes of the averaged student on fixed prompts, a third of them held out."""
-    from ddmd_jax.metrics import report
+    from ddmd_jax.families.emoji import suite as report
 
     count = config.log.judge
     if not count:
@@ -325,7 +329,7 @@ def prepare(config: Any, mesh: Mesh) -> tuple[teachers.Teacher, loop.Task]:
 
 def run(config: Any, workdir: Path, mesh: Mesh, beside: Beside = NOTHING) -> None:
     """Distils, evaluates, and writes ``eval.json`` and ``samples.png``."""
-    from ddmd_jax.metrics import report
+    from ddmd_jax.families.emoji import suite as report
 
     total = report.Stopwatch()
     teacher, task = prepare(config, mesh)

@@ -13,21 +13,15 @@ import grain
 import jax
 from jax.sharding import Mesh
 
-from ddmd_jax import sharding
 from ddmd_jax.data.order import Order
-from ddmd_jax.train import (
-    checkpoint as ckpt,
-    guards,
-    profiling,
-    resume,
-    saving,
-    signals,
-    state as st,
-)
+from ddmd_jax.parallel import sharding
+from ddmd_jax.train import state as st
+from ddmd_jax.train.durable import checkpoint as ckpt, guards, resume, saving, signals
 from ddmd_jax.train.feed import Feed
-from ddmd_jax.train.logs import RunLog, means
-from ddmd_jax.train.profiling import NOTHING, Beside
 from ddmd_jax.train.startup import Startup
+from ddmd_jax.train.watch import profiling
+from ddmd_jax.train.watch.logs import RunLog, means
+from ddmd_jax.train.watch.profiling import NOTHING, Beside
 
 
 class DivergedError(RuntimeError):

@@ -13,14 +13,15 @@ import optax
 from jax.scipy.stats import norm
 from jax.sharding import Mesh
 
-from ddmd_jax import process, sampling, sharding
-from ddmd_jax.data import emoji, loader, tokenizer
+from ddmd_jax.data import loader
 from ddmd_jax.data.order import Order
-from ddmd_jax.metrics import pictures
-from ddmd_jax.teachers import emoji as teacher
+from ddmd_jax.diffusion import process, sampling
+from ddmd_jax.evaluation import pictures
+from ddmd_jax.families.emoji import data as emoji, teacher, tokenizer
+from ddmd_jax.parallel import sharding
 from ddmd_jax.train import loop, optim, state as st
 from ddmd_jax.train.loop import Task
-from ddmd_jax.train.profiling import NOTHING, Beside
+from ddmd_jax.train.watch.profiling import NOTHING, Beside
 
 Array = jax.Array
 

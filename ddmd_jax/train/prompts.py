@@ -15,10 +15,13 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
 
-from ddmd_jax import sharding, teachers
-from ddmd_jax.data import conditioning, emoji, loader, prompts as prompt_sets
+from ddmd_jax import families as teachers
+from ddmd_jax.data import conditioning, loader
 from ddmd_jax.data.conditioning import REAL, Cond, Prompts
-from ddmd_jax.teachers import Teacher, TextEncoder
+from ddmd_jax.data.prompts import build as prompt_sets
+from ddmd_jax.families import Teacher, TextEncoder
+from ddmd_jax.families.emoji import data as emoji
+from ddmd_jax.parallel import sharding
 
 CHUNK = 4096  # texts tokenised at a time
 

@@ -11,7 +11,7 @@ import jax.numpy as jnp
 import optax
 from jax.sharding import Mesh
 
-from ddmd_jax import sharding
+from ddmd_jax.parallel import sharding
 
 Array = jax.Array
 

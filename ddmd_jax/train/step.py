@@ -16,16 +16,18 @@ import jax.numpy as jnp
 import optax
 from jax.sharding import Mesh
 
-from ddmd_jax import process, sampling, schedules, sharding
 from ddmd_jax.data import conditioning
 from ddmd_jax.data.conditioning import REAL
+from ddmd_jax.diffusion import process, sampling
+from ddmd_jax.diffusion.sampling import Predict, deinterleave, interleave
 from ddmd_jax.losses.critic import critic_loss
 from ddmd_jax.losses.decoupled import Predictions, decoupled_loss, decoupled_update
 from ddmd_jax.losses.gan import critic_gan_loss, r1_penalty, student_gan_loss
 from ddmd_jax.losses.mean_variance import mean_variance_kl
-from ddmd_jax.sampling import Predict, deinterleave, interleave
-from ddmd_jax.train import diagnostics, state as st
-from ddmd_jax.train.method import Method
+from ddmd_jax.method import health as diagnostics, schedules
+from ddmd_jax.method.recipe import Method
+from ddmd_jax.parallel import sharding
+from ddmd_jax.train import state as st
 
 Array = jax.Array
 Metrics = dict[str, Array]

@@ -218,8 +218,8 @@ if __name__ == '__main__':
     sys.path[:0] = [str(ROOT)]
     with contextlib.redirect_stdout(sys.stderr):
         # What takes time to import, so that it takes it once; no device is touched.
-        from ddmd_jax import config, distributed  # noqa: F401
-        from ddmd_jax.train import distill, lock, pretrain  # noqa: F401
+        from ddmd_jax.parallel import distributed  # noqa: F401
+        from ddmd_jax.train.durable import lock  # noqa: F401
     results = []
     for case in CASES:
         with tempfile.TemporaryDirectory() as folder:

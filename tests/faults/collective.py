@@ -8,7 +8,7 @@ import faulthandler
 import os
 import sys
 
-from ddmd_jax import distributed
+from ddmd_jax.parallel import distributed
 
 faulthandler.enable()  # as absl does: pages for each thread of a process that aborts
 port, count, process, timeout = map(int, sys.argv[1:])

@@ -42,8 +42,9 @@ from absl import app
 from orbax.checkpoint._src.handlers.json_checkpoint_handler import JsonCheckpointHandler
 
 from ddmd_jax import main
-from ddmd_jax.metrics import report
-from ddmd_jax.train import checksums, distill, loop, saving
+from ddmd_jax.families.emoji import suite as report
+from ddmd_jax.train import distill, loop
+from ddmd_jax.train.durable import checksums, saving
 
 
 def digest(tree):

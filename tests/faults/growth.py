@@ -22,11 +22,12 @@ import numpy as np
 import optax
 import tiny
 
-from ddmd_jax import sharding
 from ddmd_jax.data import loader
 from ddmd_jax.data.order import Order
-from ddmd_jax.teachers import emoji
-from ddmd_jax.train import saving, state as st
+from ddmd_jax.families.emoji import teacher as emoji
+from ddmd_jax.parallel import sharding
+from ddmd_jax.train import state as st
+from ddmd_jax.train.durable import saving
 from ddmd_jax.train.feed import Feed
 
 

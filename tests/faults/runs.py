@@ -15,8 +15,7 @@ import orbax.checkpoint as ocp
 import pytest
 import tiny
 
-from ddmd_jax.data import tokenizer
-from ddmd_jax.teachers import emoji
+from ddmd_jax.families.emoji import teacher as emoji, tokenizer
 
 DRIVER = Path(__file__).with_name('driver.py')
 MODEL = {'denoiser': tiny.MODEL['denoiser'],

@@ -18,7 +18,7 @@ import pytest
 import runs
 import tiny
 
-from ddmd_jax import distributed
+from ddmd_jax.parallel import distributed
 
 SCRIPT = Path(__file__).with_name('collective.py')
 AGAIN = '; start all processes again, they go on from the last checkpoint'

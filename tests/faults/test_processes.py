@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import runs
 
-from ddmd_jax.train import checksums, guards
+from ddmd_jax.train.durable import checksums, guards
 
 pytestmark = [pytest.mark.slow, pytest.mark.faults]
 BATCH = {'data.global_batch': 16, 'log.every': 1}

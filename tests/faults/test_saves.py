@@ -9,7 +9,7 @@ import pytest
 import runs
 import tiny
 
-from ddmd_jax.train import checksums
+from ddmd_jax.train.durable import checksums
 
 pytestmark = [pytest.mark.slow, pytest.mark.faults]
 ROOM = 'make room, then run the same command to go on from'

@@ -7,7 +7,7 @@ import time
 import pytest
 import runs
 
-from ddmd_jax.train import guards
+from ddmd_jax.train.durable import guards
 
 pytestmark = [pytest.mark.slow, pytest.mark.faults]
 LONG = {'train.steps': 100_000, 'checkpoint.every': 100_000}

@@ -14,9 +14,9 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from ddmd_jax import sharding
 from ddmd_jax.data import loader
 from ddmd_jax.data.order import Order
+from ddmd_jax.parallel import sharding
 from ddmd_jax.train import distill, loop, state as st
 from ddmd_jax.train.step import Steps
 

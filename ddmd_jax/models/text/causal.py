@@ -17,7 +17,7 @@ from flax import nnx
 from jax.sharding import Mesh, NamedSharding, PartitionSpec as P
 
 from ddmd_jax.models.layers import Linear, RMSNorm, gather_kernels, rotary_angles, scan_layers
-from ddmd_jax.sharding import BATCH, batch_ways
+from ddmd_jax.parallel.sharding import BATCH, batch_ways
 
 Array = jax.Array
 

@@ -1,0 +1,1 @@
+"""Sets of prompts: from files to a TFDS data set, and back."""

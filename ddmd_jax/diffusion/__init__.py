@@ -1,0 +1,1 @@
+"""The flow: one process, one time; samplers, and images drawn with them."""

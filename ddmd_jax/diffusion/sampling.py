@@ -1,0 +1,189 @@
+"""Sampling: backward simulation, the few-step student, the multi-step guided teacher.
+
+`predict` is always ``predict(params, x_t [B, ...], t [B], cond) -> x_hat``, times are the
+paper's and already shifted, latents are fp32.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from ddmd_jax.diffusion import process
+
+Array = jax.Array
+Predict = Callable[[Any, Array, Array, Any], Array]
+
+STUDENT_MODES = ('renoise', 'deterministic')
+SOLVERS = ('euler', 'heun')
+
+
+def interleave(*trees: Any) -> Any:
+    """Trees of ``[B, ...]`` -> one of ``[n B, ...]`` with an example's n rows side by side.
+
+    Unlike concatenation this keeps a batch axis that is sharded over devices where it is.
+    """
+    n = len(trees)
+    return jax.tree.map(
+        lambda *xs: jnp.stack(xs, axis=1).reshape(n * xs[0].shape[0], *xs[0].shape[1:]), *trees)
+
+
+def deinterleave(x: Array, n: int) -> tuple[Array, ...]:
+    """Inverse of `interleave` for one array."""
+    x = x.reshape(-1, n, *x.shape[1:])
+    return tuple(x[:, i] for i in range(n))
+
+
+def step_assignment(batch: int, num_steps: int) -> Array:
+    """Generator step of each example ``[B]`` int32: every step equally often in every batch.
+
+    Example b takes step ``b mod N``. Prompts come shuffled, so this is a draw per example,
+    stratified; the fixed places let `student_inputs` run only the rows it needs.
+
+    Raises:
+      ValueError: `batch` is not a multiple of `num_steps`.
+    """
+    if batch % num_steps:
+        raise ValueError(f'batch {batch} must be a multiple of the {num_steps} steps')
+    return jnp.arange(batch, dtype=jnp.int32) % num_steps
+
+
+def student_inputs(predict: Predict, params: Any, cond: Any, times: Array, key: Array,
+                   shape: tuple[int, ...]) -> tuple[Array, Array]:
+    """Backward simulation (Algorithm 1): z_t reached by the student's own earlier steps.
+
+    Rows of step k run k earlier steps, no more: N (N - 1) / 2 of N rows' forward passes
+    rather than N (N - 1). No gradient flows into the result.
+
+    Args:
+      predict, params: the student.
+      cond: conditioning ``[B, ...]``.
+      times: ``[N]`` shifted times of the few-step schedule, noise first.
+      key: PRNG key of the noises.
+      shape: ``[B, ...]`` of the latents; B a multiple of N.
+
+    Returns:
+      ``(z [B, ...], k [B])``: inputs and the step each stands at.
+    """
+    n = times.shape[0]
+    k = step_assignment(shape[0], n)
+    group = lambda x: x.reshape(-1, n, *x.shape[1:])
+    merge = lambda x: x.reshape(-1, *x.shape[2:])
+    keys = jax.random.split(key, n)
+    noises = [group(jax.random.normal(one, shape)) for one in keys]
+    grouped = jax.tree.map(group, cond)
+    z, done = noises[0], []
+    for j in range(n - 1):
+        done.append(z[:, :1])
+        cond_j = jax.tree.map(lambda x, j=j: merge(x[:, j + 1:]), grouped)
+        z_j = merge(z[:, 1:])
+        x_hat = predict(params, z_j, jnp.full(z_j.shape[:1], times[j]), cond_j)
+        z_next = process.renoise(x_hat, times[j + 1], merge(noises[j + 1][:, j + 1:]))
+        z = z_next.reshape(z[:, 1:].shape)
+    z = jnp.concatenate(done + [z], axis=1)
+    return jax.lax.stop_gradient(merge(z)), k
+
+
+def step_noise(key: Array, steps: int, shape: tuple[int, ...]) -> Array:
+    """Fresh noise of each step, ``[steps, *shape]``; the first is what sampling starts from.
+
+    `key` is one for the whole batch, or a key for each of its rows: then a row's noise does not
+    depend on the others, nor on how many there are.
+    """
+    if key.ndim:
+        return jax.vmap(lambda row: step_noise(row, steps, shape[1:]), out_axes=1)(key)
+    keys = jax.random.split(key, steps)
+    return jax.vmap(lambda one: jax.random.normal(one, shape))(keys)
+
+
+def sample_student(predict: Predict, params: Any, cond: Any, times: Array, key: Array,
+                   shape: tuple[int, ...], mode: str = 'renoise') -> Array:
+    """Few-step generation without guidance: one network evaluation a step.
+
+    'renoise' draws fresh noise between steps, as in training; 'deterministic' follows the
+    predicted velocity from the first noise. `key` is as in `step_noise`.
+
+    Raises:
+      ValueError: unknown mode.
+    """
+    if mode not in STUDENT_MODES:
+        raise ValueError(f'unknown mode {mode!r}; known: {", ".join(STUDENT_MODES)}')
+    noise = step_noise(key, times.shape[0], shape)
+    following = jnp.append(times[1:], 1.0)
+
+    def body(z: Array, inputs: tuple[Array, ...]) -> tuple[Array, None]:
+        t, t_next, fresh = inputs
+        x_hat = predict(params, z, jnp.full(shape[:1], t), cond)
+        if mode == 'deterministic':
+            fresh = (z - t * x_hat) / jnp.maximum(1.0 - t, 1e-6)
+        return process.renoise(x_hat, t_next, fresh), None
+
+    # The noise of step i + 1 is added after step i; the last renoise (t = 1) adds none.
+    return jax.lax.scan(body, noise[0], (times, following, jnp.roll(noise, -1, axis=0)))[0]
+
+
+def guided(cond: Array, uncond: Array, guidance: float) -> Array:
+    """Classifier-free guidance ``uncond + w (cond - uncond)``: w = 1 is no guidance."""
+    return uncond + guidance * (cond - uncond)
+
+
+def sample_teacher(predict: Predict, params: Any, cond: Any, null: Any, noise: Array,
+                   times: Array, guidance: float, solver: str = 'euler',
+                   rescale: Callable[[Array, Array], Array] | None = None) -> Array:
+    """Multi-step sampling of the probability-flow ODE from noise to clean data.
+
+    Args:
+      predict, params: the teacher.
+      cond, null: conditioning ``[B, ...]`` and the null prompt's, same shapes.
+      noise: ``[B, ...]`` start.
+      times: ``[S + 1]`` shifted, rising from 0 to 1.
+      guidance: scale w; at 1 the null prompt is not evaluated.
+      solver: 'euler' (one evaluation a step) or 'heun' (two, but for the last step).
+      rescale: ``(guided velocity, conditional velocity) -> velocity``, a family's own habit.
+
+    Raises:
+      ValueError: unknown solver.
+    """
+    if solver not in SOLVERS:
+        raise ValueError(f'unknown solver {solver!r}; known: {", ".join(SOLVERS)}')
+    both = interleave(cond, null) if guidance != 1.0 else None
+
+    def slope(x: Array, t: Array) -> Array:
+        at = lambda rows: jnp.full((rows,), t)
+        if both is None:
+            return process.to_velocity(x, predict(params, x, at(x.shape[0]), cond), t)
+        out = predict(params, interleave(x, x), at(2 * x.shape[0]), both)
+        v_cond, v_uncond = (process.to_velocity(x, o, t) for o in deinterleave(out, 2))
+        v = guided(v_cond, v_uncond, guidance)
+        return v if rescale is None else rescale(v, v_cond)
+
+    def body(x: Array, span: tuple[Array, Array]) -> tuple[Array, None]:
+        t, t_next = span
+        v = slope(x, t)
+        ahead = x + (t_next - t) * v
+        if solver == 'heun':
+            # At t = 1 a velocity is 0 / 0: the last step stays Euler's.
+            v_ahead = jax.lax.cond(t_next < 1.0, lambda: slope(ahead, t_next), lambda: v)
+            ahead = x + (t_next - t) * 0.5 * (v + v_ahead)
+        return ahead, None
+
+    return jax.lax.scan(body, noise, (times[:-1], times[1:]))[0]
+
+
+def evaluations(steps: int, guidance: float = 1.0, solver: str = 'euler') -> int:
+    """Network evaluations of one image by `sample_teacher`."""
+    at_once = 1 if guidance == 1 else 2
+    return at_once * (2 * steps - 1 if solver == 'heun' else steps)
+
+
+def teacher_times(steps: int, shift: float) -> Array:
+    """``[steps + 1]`` shifted times from 0 to 1 for `sample_teacher`."""
+    return process.shift_time(jnp.linspace(0.0, 1.0, steps + 1), shift)
+
+
+def student_times(steps: int, shift: float) -> Array:
+    """``[steps]`` shifted times of the few-step schedule, noise first."""
+    return process.shift_time(process.step_times(steps), shift)

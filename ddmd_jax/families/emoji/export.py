@@ -1,0 +1,83 @@
+"""The embedded teacher's students: its network is Lumina's, its text side comes with its code."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from ddmd_jax.export.student import Source, Student
+from ddmd_jax.families.emoji import teacher as emoji, tokenizer
+from ddmd_jax.families.lumina import teacher as lumina
+from ddmd_jax.weights import diffusers, flat, scheduler
+from ddmd_jax.weights.names import caption
+
+NAMES = {'diffusers': ('transformer', 'text_encoder', 'tokenizer', 'scheduler', 'pipeline.py',
+                       'model_index.json'),
+         'safetensors': ('student.safetensors',), 'orbax': ('params',)}
+CODE = Path(__file__).with_name('code')
+USE = """from diffusers import DiffusionPipeline
+
+# Its text side is code in this folder: read it, then say that you trust it.
+pipe = DiffusionPipeline.from_pretrained('{folder}', trust_remote_code=True)
+pipe('red heart').images[0].resize((240, 240), 0).save('heart.png')
+"""
+ALONE = """# Euler steps, the deterministic sampler; of the run: `sample --checkpoint=WORKDIR`.
+python -m ddmd_jax.sample --teacher --teacher_path={folder}/student.safetensors \\
+    --steps={steps} --guidance=1 --prompt='red heart' --out=heart.png
+"""
+# Fields of the architecture under their published names; the rest are the published defaults.
+FIELDS = ('patch_size', 'in_channels', 'hidden_size', 'num_layers', 'num_refiner_layers',
+          'num_attention_heads', 'num_kv_heads', 'multiple_of', 'ffn_dim_multiplier', 'norm_eps',
+          'axes_dim_rope', 'cap_feat_dim')
+
+
+def open_source(path: str) -> Source:
+    """Raises `WeightsError`: missing, damaged or no emoji teacher."""
+    model, params = emoji.read(path)
+    denoiser, _ = emoji.model_configs(model)
+    config = {'_class_name': lumina.TRANSFORMER, 'sample_size': emoji.SHAPE[0]} | {
+        name: value for name, value in dataclasses.asdict(denoiser).items() if name in FIELDS}
+    abstract = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), params['denoiser'])
+    return Source(flat.identity(params), None, abstract, emoji.RULES, config, emoji.SHIFT,
+                  (model, params['text']))
+
+
+def write_weights(student: Student, params: Any, out: Path, dtype: str) -> None:
+    """``OUT/student.safetensors``, which `teacher.path` and `init_from` read."""
+    model, text = student.source.own
+    emoji.save(out / 'student.safetensors', model, {'denoiser': params, 'text': text}, student.step,
+               jnp.dtype(dtype))
+
+
+def write_pipeline(student: Student, params: Any, out: Path, dtype: str, sampler: str) -> None:
+    """A pipeline of its own, with the code of its text encoder."""
+    model, text = student.source.own
+    _, text_cfg = emoji.model_configs(model)
+    lumina.export(params, student.source.config, out / 'transformer', jnp.dtype(dtype))
+    encoder = {'_class_name': 'CaptionEncoder', **dataclasses.asdict(text_cfg)}
+    diffusers.export_tree(text, caption.entry, out / 'text_encoder', encoder, jnp.dtype(dtype))
+    shutil.copyfile(CODE / 'caption_encoder.py', out / 'text_encoder' / 'caption_encoder.py')
+    shutil.copyfile(CODE / 'pipeline.py', out / 'pipeline.py')
+    _write_tokenizer(out / 'tokenizer', text_cfg.max_length)
+    scheduler.write(out / 'scheduler', student.shift, sampler)
+    scheduler.write_index(out, ['pipeline', 'EmojiPipeline'], {
+        'transformer': ['diffusers', lumina.TRANSFORMER],
+        'text_encoder': ['caption_encoder', 'CaptionEncoder'],
+        'tokenizer': ['transformers', 'PreTrainedTokenizerFast'],
+        'scheduler': ['diffusers', scheduler.CLASS]},
+        steps=student.steps, time_scale=emoji.TIME_SCALE)
+
+
+def _write_tokenizer(folder: Path, length: int) -> None:
+    folder.mkdir()
+    tokenizer.load().save(str(folder / 'tokenizer.json'))
+    (folder / 'tokenizer_config.json').write_text(json.dumps({
+        'tokenizer_class': 'PreTrainedTokenizerFast', 'model_max_length': length,
+        'padding_side': 'right', 'truncation_side': 'right', 'pad_token': tokenizer.PAD,
+        'unk_token': tokenizer.UNK, 'bos_token': tokenizer.BOS}, indent=2) + '\n')

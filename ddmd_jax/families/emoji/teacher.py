@@ -1,0 +1,156 @@
+"""The embedded teacher: Lumina-Image-2.0's architecture at a tiny size, in pixel space.
+
+Conventions, all of them here and nowhere else:
+  * the network is given `TIME_SCALE * t`. The published network takes t in [0, 1] as it is,
+    where its sinusoids hardly turn; a small network trained for an hour wants finer ones;
+  * it predicts the velocity x - noise, as the published one does, without negation;
+  * pixels are their own latents (identity codec), in [-1, 1];
+  * no time shift: at 24 x 24 there is no resolution to make up for;
+  * the null prompt is the encoded empty caption, one [BOS] token, never zeros.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+
+from ddmd_jax.diffusion import process
+from ddmd_jax.families.base import Array, Cond, Teacher, TextEncoder, kernels_in
+from ddmd_jax.families.emoji import data, tokenizer
+from ddmd_jax.models import flops, nextdit
+from ddmd_jax.models.layers import functional
+from ddmd_jax.models.nextdit import NextDiT, NextDiTConfig
+from ddmd_jax.models.text.caption import CaptionEncoder, CaptionEncoderConfig
+from ddmd_jax.weights import flat
+
+TIME_SCALE = 100.0
+SHIFT = 1.0
+# Means over the distillation mixture: of the images' standard deviations, of their means and of
+# their variances; tests/test_data.py measures them.
+DATA_STD, DATA_MOMENTS = 0.467, (0.269, 0.227)
+SHAPE = (data.SIZE, data.SIZE, 3)
+WEIGHTS = data.FILES / 'teacher.safetensors'
+RESTORE_HINT = ('reinstall the package, or train it again with '
+                '`python -m ddmd_jax.main --config=configs/emoji_teacher.py --workdir=DIR`')
+RULES = (*nextdit.RULES, (r'to_qkv/kernel$', ('fsdp', 'tensor')),
+         (r'token/embedding$', ('fsdp', None)), (r'position$', ()))
+
+
+def model_configs(model: dict[str, Any]) -> tuple[NextDiTConfig, CaptionEncoderConfig]:
+    """Architecture of denoiser and text encoder from ``{'denoiser': {}, 'text': {}}``."""
+    denoiser = dict(model['denoiser'])
+    denoiser['axes_dim_rope'] = tuple(denoiser['axes_dim_rope'])
+    return NextDiTConfig(**denoiser), CaptionEncoderConfig(**model['text'])
+
+
+def init_params(model: dict[str, Any], key: Array) -> dict[str, Any]:
+    """Fresh ``{'denoiser': ..., 'text': ...}`` parameters (nested dicts of fp32 arrays)."""
+    denoiser_cfg, text_cfg = model_configs(model)
+    k1, k2 = jax.random.split(key)
+    pure = lambda m: nnx.to_pure_dict(nnx.state(m, nnx.Param))
+    return {'denoiser': pure(NextDiT(denoiser_cfg, nnx.Rngs(k1))),
+            'text': pure(CaptionEncoder(text_cfg, nnx.Rngs(k2)))}
+
+
+def make_denoiser(model: dict[str, Any]):
+    """`predict_clean(params, x_t, t, cond)` over denoiser parameters; see `Teacher`."""
+    network = _network(model, '__call__')
+
+    def predict_clean(params: Any, x_t: Array, t: Array, cond: Cond) -> Array:
+        t = jnp.broadcast_to(jnp.asarray(t, jnp.float32), x_t.shape[:1])
+        return process.to_clean(x_t, network(params, x_t, t, cond), t)
+
+    return predict_clean
+
+
+def make_features(model: dict[str, Any]):
+    """`features(params, x_t, t, cond)` over denoiser parameters; see `Teacher`."""
+    return _network(model, 'features')
+
+
+def _network(model: dict[str, Any], method: str):
+    """A method of the denoiser as ``(params, x_t, t [B], cond)``, in the project's time."""
+    cfg, _ = model_configs(model)
+    apply = functional(lambda: NextDiT(cfg, nnx.Rngs(0)), method)
+    return lambda params, x_t, t, cond: apply(
+        params, x_t, TIME_SCALE * t, cond['embeds'], cond['mask'])
+
+
+def make_text_encoder(model: dict[str, Any]):
+    """``(params, ids, mask) -> Cond`` over text parameters."""
+    _, cfg = model_configs(model)
+    network = functional(lambda: CaptionEncoder(cfg, nnx.Rngs(0)))
+    return lambda params, ids, mask: {'embeds': network(params, ids, mask), 'mask': mask}
+
+
+def text_encoder(model: dict[str, Any], params: Any, identity: str) -> TextEncoder:
+    """The text side over its own parameters; texts are cut at its `max_length`."""
+    _, cfg = model_configs(model)
+    run = make_text_encoder(model)
+
+    def tokenize(prompts: Sequence[str]) -> dict[str, np.ndarray]:
+        ids, mask = tokenizer.encode(prompts, cfg.max_length)
+        return {'ids': ids, 'mask': mask}
+
+    return TextEncoder('emoji', params, tokenize, lambda p, x: run(p, x['ids'], x['mask']),
+                       cfg.max_length, cfg.dim, RULES, identity,
+                       flops=functools.partial(flops.caption_forward, cfg))
+
+
+def teacher_from(model: dict[str, Any], params: dict[str, Any]) -> Teacher:
+    """Wraps ``{'denoiser', 'text'}`` parameters as a `Teacher`."""
+    denoiser_cfg, _ = model_configs(model)
+    identity = flat.identity(params)
+    text = text_encoder(model, params['text'], identity)
+    return Teacher('emoji', params['denoiser'], make_denoiser(model), text, lambda x: x,
+                   SHAPE, SHIFT, identity, RULES, DATA_STD, DATA_MOMENTS, make_features(model),
+                   cond_width=text.width,
+                   flops=functools.partial(flops.nextdit_forward, denoiser_cfg, SHAPE[:2]))
+
+
+def save(path: Path, model: dict[str, Any], params: dict[str, Any], steps: int,
+         dtype: Any = jnp.bfloat16) -> None:
+    """Ships a trained teacher: safetensors with its architecture in the metadata."""
+    meta = {'model': json.dumps(model), 'architecture': 'NextDiT', 'steps': str(steps)}
+    flat.save(path, params, meta, dtype=dtype)
+
+
+def read(path: str = '') -> tuple[dict[str, Any], dict[str, Any]]:
+    """(architecture, ``{'denoiser', 'text'}`` parameters) of the shipped file or one like it.
+
+    Raises:
+      WeightsError: missing, damaged, or not an emoji teacher.
+    """
+    file = Path(path) if path else WEIGHTS
+    params, meta = flat.load(file, RESTORE_HINT)
+    try:
+        model = json.loads(meta['model'])
+        expected = jax.eval_shape(lambda: init_params(model, jax.random.key(0)))
+        if jax.tree.map(jnp.shape, params) != jax.tree.map(jnp.shape, expected):
+            raise ValueError('its tensors are not those of the architecture it names')
+    except (KeyError, TypeError, ValueError) as e:
+        raise flat.WeightsError(f'not an emoji teacher: {file} ({e}); {RESTORE_HINT}') from e
+    return model, params
+
+
+def load(path: str = '', dtype: str = 'float32', remat: str = 'none',
+         param_dtype: str = 'float32') -> Teacher:
+    """The shipped teacher, or the one at `path`; `param_dtype` is that of the stored kernels.
+
+    Raises:
+      WeightsError: see `read`.
+    """
+    model, params = read(path)
+    # Distillation compiles six networks a step: scanned layers save minutes of compiling.
+    model['denoiser'] |= {'dtype': dtype, 'remat': remat, 'unroll': False}
+    teacher = teacher_from(model, params)
+    return dataclasses.replace(teacher, params=kernels_in(teacher.params, param_dtype))

@@ -1,0 +1,1 @@
+"""Mesh, sharding rules, and the processes of one run."""

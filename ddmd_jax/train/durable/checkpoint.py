@@ -1,0 +1,268 @@
+"""Reading Orbax checkpoints: state, data iterator and a manifest that says whose they are."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import json
+import sys
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+import orbax.checkpoint as ocp
+from jax.experimental import multihost_utils
+from tqdm import tqdm
+
+from ddmd_jax.train.durable import checksums
+from ddmd_jax.train.feed import Feed
+from ddmd_jax.weights import flat
+
+# What may differ between a checkpoint and the run that resumes it: how long, how loud,
+# how often, on which mesh, how it is sampled. Everything else would silently be another experiment.
+FREE_SECTIONS = ('log', 'checkpoint', 'eval', 'mesh')
+FREE_FIELDS = ('train.steps', 'student.sampler', 'teacher.remat', 'teacher.attention',
+               'train.teacher_passes', 'train.offload', 'train.on_nan', 'train.spike',
+               'train.on_health', 'resume', 'init_from', 'data.path')  # its identity counts
+PACKAGES = ('ddmd_jax', 'jax', 'flax', 'optax', 'orbax-checkpoint')
+INTERVAL = 'interval'  # beside the data's state: metrics that had not been logged yet
+VERSION = 'version.'  # in front of a package's name in a manifest; these only warn
+
+
+class CheckpointError(RuntimeError):
+    """A checkpoint that does not belong to this run, or cannot be read."""
+
+
+def versions() -> dict[str, str]:
+    """What a manifest says of the packages that wrote it."""
+    return {f'{VERSION}{name}': importlib.metadata.version(name) for name in PACKAGES}
+
+
+def comparable(config: Mapping[str, Any]) -> dict[str, Any]:
+    """The fields of a config that a checkpoint must agree with, flattened to dotted names."""
+    plain = json.loads(json.dumps(config))
+    kept = {k: v for k, v in plain.items() if k not in FREE_SECTIONS}
+    fields = {k.replace('/', '.'): v for k, v in flat.flatten(kept).items()}
+    return {k: v for k, v in fields.items() if k not in FREE_FIELDS}
+
+
+def differences(saved: Mapping[str, Any], current: Mapping[str, Any]) -> list[str]:
+    """``field: saved -> current`` for every field that differs."""
+    names = sorted(set(saved) | set(current))
+    show = lambda d, n: repr(d[n]) if n in d else 'absent'
+    return [f'{n}: {show(saved, n)} -> {show(current, n)}' for n in names
+            if saved.get(n) != current.get(n) or (n in saved) != (n in current)]
+
+
+def split_versions(manifest: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
+    """(what says whose the checkpoint is, what says which packages wrote it)."""
+    is_version = lambda name: name.startswith(VERSION)
+    return ({k: v for k, v in manifest.items() if not is_version(k)},
+            {k: v for k, v in manifest.items() if is_version(k)})
+
+
+def warn(text: str) -> None:
+    """One line on stderr, from process 0."""
+    if jax.process_index() == 0:
+        tqdm.write(f'warning: {text}', file=sys.stderr)
+
+
+def anywhere(flag: bool) -> bool:
+    """Whether `flag` is true in any process; all of them must ask."""
+    if jax.process_count() == 1:
+        return flag
+    return bool(np.any(multihost_utils.process_allgather(np.asarray(flag))))
+
+
+def first_line(error: BaseException) -> str:
+    """An error in one line."""
+    return (str(error).splitlines() or [type(error).__name__])[0]
+
+
+class UnreadableError(CheckpointError):
+    """A checkpoint that should be readable is not; `reason` is Orbax's."""
+
+    def __init__(self, folder: Path, reason: str):
+        super().__init__(f'checkpoint {folder} cannot be read ({reason}); delete that folder to '
+                         'fall back to the one before it')
+        self.reason = reason
+
+
+def restore(folder: Path, manifest: Mapping[str, Any], abstract: Any, shardings: Any,
+            data: Feed | None = None) -> tuple[Any, list[dict[str, Any]]]:
+    """(the state of the checkpoint in `folder`, read straight into `shardings`; its interval).
+
+    Raises:
+      CheckpointError: it is another run's, by `manifest`, or it cannot be read.
+    """
+    check_manifest(folder, manifest)
+    target = jax.tree.map(
+        lambda a, s: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=s), abstract, shardings)
+    parts = {'state': ocp.args.StandardRestore(target)}
+    if data is not None:
+        parts['data'] = ocp.args.JsonRestore()
+    restored, interval, reason = None, [], ''
+    try:
+        restored = _read(folder, parts)
+        if data is not None:
+            interval = [{k: np.float32(v) for k, v in x.items()}
+                        for x in restored.data.pop(INTERVAL, [])]
+            data.set_state(restored.data)
+    except Exception as e:  # Orbax raises many kinds; the user needs the folder and a cure
+        reason = first_line(e)
+    if anywhere(bool(reason)):
+        raise UnreadableError(folder, reason or 'by another process')
+    return restored.state, interval
+
+
+def _read(folder: Path, parts: Mapping[str, Any]) -> Any:
+    """Items of one checkpoint, by an Orbax that looks at no other."""
+    with ocp.Checkpointer(ocp.CompositeCheckpointHandler()) as reader:
+        return reader.restore(folder, args=ocp.args.Composite(**parts))
+
+
+def manifest_of(folder: Path) -> dict[str, Any]:
+    """The manifest of the checkpoint in `folder`.
+
+    Raises:
+      CheckpointError: it cannot be read.
+    """
+    try:
+        return _read(folder, {'manifest': ocp.args.JsonRestore()}).manifest
+    except Exception as e:
+        raise CheckpointError(f'checkpoint {folder} has no readable manifest; delete that folder '
+                              'or choose another --workdir') from e
+
+
+def check_manifest(folder: Path, manifest: Mapping[str, Any]) -> None:
+    """Refuses another run's checkpoint, naming each difference; other versions only warn.
+
+    Raises:
+      CheckpointError: it is another run's, or its manifest cannot be read.
+    """
+    (saved, wrote), (current, reads) = map(split_versions, (manifest_of(folder), manifest))
+    found = differences(saved, current)
+    if found:
+        raise CheckpointError(
+            f'checkpoint {folder} was written by another run; '
+            f'choose another --workdir, or set back: {"; ".join(found)}')
+    if wrote and reads and wrote != reads:
+        warn(f'checkpoint {folder} was written with other versions: '
+             f'{"; ".join(differences(wrote, reads)).replace(VERSION, "")}')
+
+
+def set_aside(directory: Path) -> None:
+    """Moves damaged checkpoints that are newer than the newest good one out of `directory`.
+
+    Raises:
+      CheckpointError: every checkpoint is damaged; then none is moved.
+    """
+    good, damaged = newest_good(directory)
+    if damaged:
+        move_aside(directory, damaged, good)
+
+
+def newest_good(directory: Path) -> tuple[int | None, dict[int, str]]:
+    """(newest checkpoint that is not damaged, what is wrong with those after it, by step).
+
+    Raises:
+      CheckpointError: there are checkpoints, and every one is damaged.
+    """
+    damaged: dict[int, str] = {}
+    for step in reversed(checksums.steps(directory)):
+        fault = damage(directory / str(step))
+        if not fault:
+            return step, damaged
+        damaged[step] = fault
+    if damaged:
+        raise CheckpointError(
+            f'every checkpoint in {directory} is damaged: '
+            f'{"; ".join(f"checkpoints/{s}: {why}" for s, why in damaged.items())}; copy one back, '
+            'or choose another --workdir')
+    return None, {}
+
+
+def damage(folder: Path) -> str:
+    """What is wrong with the files of a checkpoint, or ''; all processes read them together."""
+    fault = checksums.fault(folder, jax.process_index(), jax.process_count())
+    return (fault or 'found by another process') if anywhere(bool(fault)) else ''
+
+
+def move_aside(directory: Path, damaged: Mapping[int, str], good: int) -> None:
+    """Process 0 moves checkpoints to ``damaged/`` beside `directory`; everybody waits for it."""
+    if jax.process_index() == 0:
+        (directory.parent / 'damaged').mkdir(exist_ok=True)
+        for step, fault in damaged.items():
+            place = _free(directory.parent / 'damaged' / str(step))
+            (directory / str(step)).rename(place)
+            warn(f'checkpoint {directory / str(step)} is damaged ({fault}); moved to {place}, '
+                 f'going on from step {good}')
+    if jax.process_count() > 1:
+        multihost_utils.sync_global_devices('damaged checkpoints moved')
+
+
+def _free(place: Path) -> Path:
+    """`place`, or the first of place.1, place.2, ... that does not exist."""
+    names = (place.with_name(f'{place.name}.{i}') if i else place for i in range(10**6))
+    return next(name for name in names if not name.exists())
+
+
+def read_manifest(workdir: Path) -> tuple[int, dict[str, Any]]:
+    """``(newest step, manifest)`` of a run's folder, for commands that only read.
+
+    Raises:
+      CheckpointError: there is none, or it cannot be read.
+    """
+    directory = checkpoints_in(workdir)
+    steps = checksums.steps(directory)
+    if not steps:
+        raise CheckpointError(f'{directory} is empty: the run has saved nothing yet')
+    return steps[-1], manifest_of(directory / str(steps[-1]))
+
+
+def checkpoints_in(workdir: Path) -> Path:
+    """Raises `CheckpointError` if a run's folder has no folder of checkpoints."""
+    directory = workdir / 'checkpoints'
+    if not directory.is_dir():
+        raise CheckpointError(f'{workdir} holds no checkpoints; give the --workdir of a run')
+    return directory
+
+
+def restore_ema(workdir: Path, step: int, abstract: Any, shardings: Any) -> Any:
+    """The averaged student alone, straight into `shardings`; see `restore_part`."""
+    return restore_part(workdir / 'checkpoints' / str(step), 'ema', abstract, shardings)
+
+
+def restore_part(folder: Path, name: str, abstract: Any, shardings: Any) -> Any:
+    """One field of the state of the checkpoint in `folder`; nothing else is read.
+
+    Raises:
+      CheckpointError: it cannot be read, or has other shapes than `abstract`.
+    """
+    target = {name: jax.tree.map(
+        lambda a, s: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=s), abstract, shardings)}
+    handler = ocp.PyTreeCheckpointHandler()
+    try:
+        with ocp.Checkpointer(handler) as reader:
+            # A partial restore takes what is missing for given: it hands back the request.
+            must_match(handler.metadata(folder / 'state').tree[name], abstract)
+            return reader.restore(folder / 'state', args=ocp.args.PyTreeRestore(
+                target, restore_args=ocp.checkpoint_utils.construct_restore_args(target),
+                partial_restore=True))[name]
+    except Exception as e:
+        raise CheckpointError(f'{folder / "state"} holds no {WORDS.get(name, name)} of this shape '
+                              f'({first_line(e)})') from e
+
+
+WORDS = {'ema': 'student'}  # what a user calls a field of the state
+
+
+def must_match(saved: Any, abstract: Any) -> None:
+    """Raises `ValueError` naming the first leaf that is not in both trees with one shape."""
+    found, wanted = ({path: tuple(leaf.shape) for path, leaf in flat.flatten(tree).items()}
+                     for tree in (saved, abstract))
+    for path in sorted(found | wanted):
+        if found.get(path) != wanted.get(path):
+            raise ValueError(f'{path} is {found.get(path, "absent")}, not '
+                             f'{wanted.get(path, "wanted")}')

@@ -1,0 +1,168 @@
+"""Where a run's state comes from.
+
+| there is | kind | state | optimiser, counters, data | manifest |
+|---|---|---|---|---|
+| a checkpoint in the run's own workdir | `own` | from it | from it | must be equal |
+| else `config.resume` | `resume` | from it | from it | must be equal |
+| else `config.init_from` | `init` | student, critic, EMA from it | fresh | not asked |
+| else nothing | `scratch` | as the teacher's | fresh | none yet |
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import jax
+from jax.sharding import Mesh
+
+from ddmd_jax.parallel import sharding
+from ddmd_jax.train import state as st
+from ddmd_jax.train.durable import checkpoint as ckpt, checksums, saving
+from ddmd_jax.train.durable.checkpoint import CheckpointError
+from ddmd_jax.train.feed import Feed
+
+OWN, RESUME, INIT, SCRATCH = 'own', 'resume', 'init', 'scratch'
+WEIGHTS = ('student', 'critic', 'ema')
+
+
+@dataclasses.dataclass(frozen=True)
+class Source:
+    """One of the four kinds, and the folder of the checkpoint or weights it reads."""
+
+    kind: str
+    path: Path | None = None
+
+
+def choose(config: Any, checkpoints: saving.Checkpoints) -> Source:
+    """Which of the table's lines holds; looks at folders, reads no state.
+
+    Raises:
+      CheckpointError: see `origin`.
+    """
+    if checkpoints.latest is not None:
+        return Source(OWN, checkpoints.directory / str(checkpoints.latest))
+    return origin(config)
+
+
+def origin(config: Any) -> Source:
+    """Which of the lines after the first holds: where the run once began.
+
+    Raises:
+      CheckpointError: what `config.resume` or `config.init_from` names is not there, or has no
+        checkpoint that is not damaged.
+    """
+    if config.resume:
+        return Source(RESUME, _checkpoint('resume', config.resume))
+    if config.init_from:
+        return Source(INIT, _weights(config.init_from))
+    return Source(SCRATCH)
+
+
+def _checkpoint(field: str, named: str) -> Path:
+    """The checkpoint that a field names: itself, or the newest good one of a run's folder."""
+    path = Path(named).expanduser().absolute()
+    if path.name.isdigit() and (path / 'state').is_dir():
+        fault = ckpt.damage(path)
+        if fault:
+            raise CheckpointError(f'config.{field}: {path} is damaged ({fault}); name another')
+        return path
+    if not checksums.steps(path / 'checkpoints'):
+        raise CheckpointError(f'config.{field}: {path} holds no checkpoints; give the --workdir of '
+                              'a run, or one of its checkpoints')
+    step, damaged = ckpt.newest_good(path / 'checkpoints')
+    for bad, why in damaged.items():
+        ckpt.warn(f'checkpoint {path / "checkpoints" / str(bad)} is damaged ({why}); '
+                  f'taking step {step}')
+    return path / 'checkpoints' / str(step)
+
+
+def _weights(named: str) -> Path:
+    """A checkpoint, or a folder or file of weights as the teacher's family has them."""
+    path = Path(named).expanduser().absolute()
+    if (path / 'checkpoints').is_dir() or (path / 'state').is_dir():
+        return _checkpoint('init_from', named)
+    if (path / 'transformer' / 'config.json').is_file():  # what `export` has written
+        return path / 'transformer'
+    if not path.exists():
+        raise CheckpointError(f'config.init_from: no {path}; give the --workdir of a run, one of '
+                              'its checkpoints, or weights such as `export` writes')
+    return path
+
+
+def start(source: Source, checkpoints: saving.Checkpoints, make: Callable[..., st.TrainState],
+          rules: sharding.Rules, mesh: Mesh, inputs: tuple[Any, ...], host: tuple[str, ...],
+          feed: Feed, read_weights: Callable[[str], Any] | None) -> st.TrainState:
+    """The state that `source` says, and `feed` at its place; see `begin`."""
+    if source.kind == OWN:
+        return checkpoints.restore(*st.abstract_and_shardings(
+            make, rules, mesh, *inputs, host=host), feed)
+    state, checkpoints.interval = begin(source, checkpoints.manifest, make, rules, mesh, inputs,
+                                        host, feed, read_weights)
+    return state
+
+
+def begin(source: Source, manifest: Mapping[str, Any], make: Callable[..., st.TrainState],
+          rules: sharding.Rules, mesh: Mesh, inputs: tuple[Any, ...], host: tuple[str, ...],
+          feed: Feed, read_weights: Callable[[str], Any] | None
+          ) -> tuple[st.TrainState, list[dict[str, Any]]]:
+    """(the state of a run that has no checkpoint of its own; metrics not logged when it was saved).
+
+    Args:
+      manifest: what a checkpoint must say of itself if it is gone on from.
+      make, rules, mesh, inputs, host: see `state.create`.
+      read_weights: ``path -> parameters`` of weights that are no checkpoint; None if the task
+        cannot read any.
+
+    Raises:
+      CheckpointError: another run's, not readable, or of other shapes.
+      WeightsError: likewise, of weights.
+    """
+    if source.kind in (SCRATCH, INIT):
+        feed.start_prefetch()
+        state = st.create(make, rules, mesh, *inputs, host=host)
+        return (state if source.kind == SCRATCH else
+                with_weights(state, source.path, read_weights)), []
+    abstract, shardings = st.abstract_and_shardings(make, rules, mesh, *inputs, host=host)
+    return ckpt.restore(source.path, manifest, abstract, shardings, feed)
+
+
+def with_weights(state: st.TrainState, path: Path,
+                 read_weights: Callable[[str], Any] | None) -> st.TrainState:
+    """A fresh `state` with the weights at `path`: student, critic and EMA of a checkpoint, or
+    student and EMA alone where there is no more, the critic staying the teacher's."""
+    layout = lambda tree: jax.tree.map(lambda x: x.sharding, tree)
+    if (path / 'state').is_dir():
+        for name in WEIGHTS:
+            old = getattr(state, name)
+            if old is not None:
+                # One at a time: the others need not be there twice.
+                new = ckpt.restore_part(path, name, old, layout(old))
+                state = dataclasses.replace(state, **{name: new})
+        return state
+    if read_weights is None:
+        raise CheckpointError(f'config.init_from: {path} holds no checkpoint, and this task starts '
+                              'from those only')
+    found = read_weights(str(path))
+    try:
+        ckpt.must_match(found, state.student)
+    except ValueError as e:
+        raise CheckpointError(f'config.init_from: {path} holds no student of this shape '
+                              f'({e})') from e
+    # Copies in the state's types: its buffers are donated, and these may be another's.
+    put = lambda tree, like: jax.jit(
+        lambda t: jax.tree.map(lambda x, y: x.astype(y.dtype) + 0, t, like),
+        out_shardings=layout(like))(tree)
+    return dataclasses.replace(state, student=put(found, state.student),
+                               ema=put(found, state.ema))
+
+
+def words(source: Source, workdir: Path, step: int) -> str:
+    """What is said of where the state came from; '' of a run from scratch."""
+    if source.kind == OWN:
+        return f'resumed {workdir} at step {step}'
+    if source.kind == RESUME:
+        return f'resumed {source.path} at step {step}, in {workdir} from here on'
+    return f'weights from {source.path}, everything else fresh' if source.kind == INIT else ''

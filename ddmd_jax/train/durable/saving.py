@@ -1,0 +1,280 @@
+"""Writing a run's checkpoints: beside its steps, so many kept, failures told; by Orbax."""
+
+from __future__ import annotations
+
+import contextlib
+import shutil
+import sys
+import time
+from collections.abc import Mapping, Sequence
+from concurrent import futures
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jax
+import orbax.checkpoint as ocp
+from orbax.checkpoint import checkpoint_managers as policies
+from tqdm import tqdm
+
+from ddmd_jax.train.durable import checkpoint as ckpt, checksums, memory, noise
+from ddmd_jax.train.durable.checkpoint import CheckpointError
+from ddmd_jax.train.feed import Feed
+
+
+class Pinned(policies.PreservationPolicy):
+    """Keeps the checkpoints of a set that grows, which Orbax's own `CustomSteps` copies."""
+
+    def __init__(self, steps: set[int]):
+        self._steps = steps
+
+    def should_preserve(self, checkpoints: Sequence[Any], *, context: Any) -> list[bool]:
+        return [c.step in self._steps for c in checkpoints]
+
+
+def retention(keep: int, every: int = 0, best: str = '', mode: str = 'min',
+              pinned: set[int] = frozenset()) -> policies.PreservationPolicy:
+    """Which checkpoints stay: the newest `keep`, multiples of `every`, the best, `pinned`.
+
+    The best is the one with the least or greatest (`mode`) metric `best`; '' is none.
+    """
+    kept = [policies.LatestN(keep), Pinned(pinned)]
+    if every:
+        kept.append(policies.EveryNSteps(every))
+    if best:
+        kept.append(policies.BestN(get_metric_fn=lambda m: m[best], reverse=mode == 'min', n=1,
+                                   keep_checkpoints_without_metrics=False))
+    return policies.AnyPreservationPolicy(kept)
+
+
+class HungError(CheckpointError):
+    """A save does not come back. Its threads cannot be stopped, and an exit would wait for them:
+    only `os._exit` ends the process."""
+
+
+class _Save(NamedTuple):
+    """A save under way, or the last one."""
+
+    step: int
+    before: int | None  # newest checkpoint when it began
+    deadline: float  # by `time.monotonic`
+    written: futures.Future
+
+
+class Checkpoints:
+    """One run's checkpoints under ``workdir/checkpoints``; saving is asynchronous.
+
+    Checkpoints whose files are damaged are moved to ``workdir/damaged`` at first, with a warning
+    that names them, so that the newest of the others counts as the latest.
+
+    One thread does all that is Orbax's in a save: whoever asks for it waits for that thread, and
+    not for longer than `timeout`.
+
+    Args:
+      workdir: the run's folder.
+      keep, keep_every, best, best_mode, pinned: see `retention`.
+      manifest: what a checkpoint must say of itself to be this run's, and versions.
+      timeout: seconds within which a save has to be on disk.
+
+    Raises:
+      CheckpointError: there are checkpoints, and every one of them is damaged.
+
+    Attributes:
+      stalled: seconds that the last save has held up its caller.
+      pinned: steps that stay whatever else holds; more may be added.
+      interval: metrics of steps that had not been logged when the state restored was saved.
+    """
+
+    def __init__(self, workdir: Path, *, keep: int, manifest: Mapping[str, Any],
+                 keep_every: int = 0, best: str = '', best_mode: str = 'min',
+                 pinned: Sequence[int] = (), timeout: float = 1800):
+        self.manifest = dict(manifest)
+        self.directory = workdir / 'checkpoints'
+        self.best, self.interval, self.pinned = best, [], set(pinned)
+        self.timeout, self.stalled = timeout, 0.0
+        self._judged: dict[str, float] | None = None
+        self._failed = ''  # why the last save failed
+        self._committed: int | None = None  # the last one that Orbax has finished
+        self._save: _Save | None = None
+        self._worker = futures.ThreadPoolExecutor(1, 'checkpoints')
+        noise.hush()
+        memory.ask_once()
+        ckpt.set_aside(self.directory)
+        self.manager = ocp.CheckpointManager(self.directory, options=ocp.CheckpointManagerOptions(
+            enable_async_checkpointing=True, cleanup_tmp_directories=True,
+            # Never before ours: what it gives up on goes on hanging.
+            async_options=ocp.AsyncOptions(timeout_secs=2 * int(timeout) + 60),
+            # Only that there is such a function makes Orbax write metrics beside a checkpoint.
+            best_fn=(lambda m: m[best]) if best else None, best_mode=best_mode,
+            preservation_policy=retention(keep, keep_every, best, best_mode, self.pinned)))
+
+    @property
+    def latest(self) -> int | None:
+        return self.manager.latest_step()
+
+    def judge(self, values: Mapping[str, Any]) -> None:
+        """By these figures, a logged interval's, the next checkpoint saved may be the best.
+
+        Raises:
+          CheckpointError: they do not have the one that is asked for.
+        """
+        if not self.best:
+            return
+        if not isinstance(values.get(self.best), float):
+            numbers = [name for name, value in values.items() if isinstance(value, float)]
+            raise CheckpointError(f'checkpoint.best: {self.best!r} is no figure that is logged; '
+                                  f'there are {", ".join(numbers)}')
+        self._judged = {self.best: values[self.best]}
+
+    def save(self, step: int, state: Any, data: Feed,
+             interval: Sequence[Mapping[str, Any]] = ()) -> None:
+        """Starts saving; returns once the arrays are copied to the host.
+
+        Should the one before not be finished, it is waited for. What goes wrong is told by
+        `wait`: it does not end the run, and the checkpoints that stand are left alone.
+
+        Raises:
+          HungError: this save, or the one before, has been going on for longer than `timeout`.
+        """
+        if step == self.latest and not self._failed:
+            return
+        start = time.monotonic()
+        self._settle()
+        self._failed = ''
+        items = ocp.args.Composite(
+            state=ocp.args.StandardSave(state),
+            # One counter of global batches, the same in every process: Grain's own handler
+            # writes a file a process, which another number of processes could not read.
+            data=ocp.args.JsonSave(data.get_state() | {ckpt.INTERVAL: [
+                {name: float(value) for name, value in x.items()} for x in interval]}),
+            manifest=ocp.args.JsonSave(self.manifest))
+        before, deadline = self.latest, time.monotonic() + self.timeout
+        copied = self._worker.submit(self._copy, step, items, self._judged)
+        self._save = _Save(step, before, deadline, self._worker.submit(self._finish, step))
+        self._await(copied)
+        self.stalled = time.monotonic() - start
+
+    def _copy(self, step: int, items: Any, judged: Mapping[str, float] | None) -> None:
+        """In the thread: the part of a save that the next step has to wait for."""
+        if step == self._committed == self.latest:
+            return  # only its checksums are missing
+        try:
+            self.manager.save(step, metrics=judged, args=items)
+        except Exception as e:  # of the file system, by way of Orbax
+            self._failed = ckpt.first_line(e)
+
+    def _finish(self, step: int) -> None:
+        """In the thread: waits for a save and sums up its files, or says why it failed."""
+        folder = self.directory / str(step)
+        try:
+            self.manager.wait_until_finished()
+            if not self._failed:
+                self._committed = step
+            if jax.process_index() == 0 and not self._failed:
+                checksums.write(folder)
+        except Exception as e:
+            self._failed = self._failed or ckpt.first_line(e)
+        if self._failed:
+            tqdm.write(f'warning: checkpoint {folder} could not be written ({self._failed}); those '
+                       'before it stand', file=sys.stderr)
+            self.manager.reload()  # Orbax's list, to what is there
+            self._clear(step)
+        memory.give_back()
+
+    def _clear(self, step: int) -> None:
+        """Deletes what a save that failed has left: the next one may need that room."""
+        if jax.process_index() == 0:
+            for scratch in self.directory.glob(f'{step}.orbax-checkpoint-tmp*'):
+                shutil.rmtree(scratch, ignore_errors=True)
+
+    def _await(self, done: futures.Future) -> None:
+        """Waits for a part of the save under way, no longer than that may take."""
+        futures.wait([done], max(self._save.deadline - time.monotonic(), 0))
+        if not done.done():
+            raise self._hung()
+        done.result()
+
+    def _settle(self) -> None:
+        """Waits for a save under way."""
+        if self._save is not None:
+            self._await(self._save.written)
+
+    def _hung(self) -> HungError:
+        kept = self._save.before
+        return HungError(
+            f'checkpoint {self.directory / str(self._save.step)} was not on disk after '
+            f'{self.timeout:g} s (checkpoint.timeout): what writes it hangs and cannot be stopped; '
+            + ('nothing was saved before' if kept is None else
+               f'step {kept} is the newest checkpoint in {self.directory}')
+            + '; see to the disk, then run the same command to go on from there')
+
+    @property
+    def under_way(self) -> bool:
+        """Whether a save is being written, in this process.
+
+        Raises:
+          HungError: it has been going on for longer than `timeout`.
+        """
+        if self._save is None or self._save.written.done():
+            return False
+        if time.monotonic() > self._save.deadline:
+            raise self._hung()
+        return True
+
+    def wait(self) -> str:
+        """Blocks until saves under way are on disk, in every process; why one is not, or ''.
+
+        Raises:
+          HungError: one has been going on for longer than `timeout`.
+        """
+        self._settle()
+        if ckpt.anywhere(bool(self._failed)) and not self._failed:
+            self._failed = 'by another process'
+            self.manager.reload()
+        return self._failed
+
+    def restore(self, abstract: Any, shardings: Any,
+                data: Feed | None = None) -> Any:
+        """The newest state, read straight into `shardings`; `data` is moved to its place.
+
+        One that was never summed up, its run having been killed at that moment, and that turns
+        out not to be readable, is moved aside like those found damaged at first.
+
+        Raises:
+          CheckpointError: it was written by another config or teacher (each difference is
+            named), or it cannot be read.
+        """
+        while True:
+            folder = self.directory / str(self.latest)
+            try:
+                state, self.interval = ckpt.restore(
+                    folder, self.manifest, abstract, shardings, data)
+                return state
+            except ckpt.UnreadableError as e:
+                older = [step for step in self.manager.all_steps() if step < self.latest]
+                if not older or checksums.known(folder):
+                    raise
+                ckpt.move_aside(self.directory, {self.latest: e.reason}, older[-1])
+                self.manager.reload()
+
+    def close(self) -> None:
+        """Waits for a save under way.
+
+        Raises:
+          HungError: it has been going on for longer than `timeout`; says as well what error the
+            caller is about to end with.
+        """
+        ending = sys.exc_info()[1]
+        try:
+            self._settle()
+            self._worker.submit(self._close).result()
+        except HungError as e:
+            if ending is None or isinstance(ending, HungError):
+                raise
+            raise HungError(f'{ckpt.first_line(ending)}; {e}') from ending
+        finally:
+            self._worker.shutdown(wait=False)
+
+    def _close(self) -> None:
+        # What a failed save has left behind in Orbax's threads has been told.
+        with contextlib.suppress(*[Exception] if self._failed else []):
+            self.manager.close()

@@ -1,0 +1,158 @@
+"""Where a run's numbers and pictures go: terminal, `metrics.jsonl`, TensorBoard, a tracker."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import sys
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+from PIL import Image
+from tensorboardX import summary
+from tensorboardX.event_file_writer import EventsWriter
+from tensorboardX.proto.event_pb2 import Event, SessionLog
+from tqdm import tqdm
+
+from ddmd_jax.train.watch import trackers
+from ddmd_jax.util import jsonl as lines
+
+KEPT = 64  # logged intervals at either end of a run that are remembered: who asks needs no more
+FLUSHED = 120  # seconds after which TensorBoard's file is brought up to date
+
+
+class RunLog:
+    """Process 0 writes; on other processes every method is a no-op.
+
+    `history` holds intervals logged so far, those of the run being resumed included: the first
+    and the last `KEPT`, so that it does not grow with the run.
+
+    Raises:
+      OSError: `metrics.jsonl` cannot be read or written, here or in `scalars`. It holds whole
+        lines all the same.
+    """
+
+    def __init__(self, workdir: Path, start: int, total: int, description: str,
+                 config: Any = None):
+        self.active = jax.process_index() == 0
+        self.history: list[dict[str, Any]] = []
+        if not self.active:
+            return
+        self._file = workdir / 'metrics.jsonl'
+        # A resumed run writes again what comes after `start`.
+        self.history = lines.trim(
+            self._file, lambda x: isinstance(x.get('step'), int) and x['step'] <= start)
+        self._forget()
+        # Apart from the figures, which are the same whenever they were made.
+        self._times = workdir / 'times.jsonl'
+        lines.trim(self._times, lambda x: isinstance(x.get('step'), int) and x['step'] <= start)
+        self._pictures = workdir / 'pictures'
+        self._board = Board(workdir / 'tensorboard', start, self.say)
+        tracker = config.log.get('tracker', '') if config else ''
+        self._tracker = trackers.Told(tracker, config, workdir, self.say)
+        self.bar = tqdm(total=total, initial=start, desc=description, file=sys.stderr,
+                        dynamic_ncols=True, mininterval=1.0, smoothing=0.05)
+
+    def _forget(self) -> None:
+        del self.history[KEPT:-KEPT]
+
+    def tick(self, step: int) -> None:
+        if self.active:
+            self.bar.update(step - self.bar.n)
+
+    def scalars(self, step: int, values: dict[str, float], words: str = '') -> None:
+        """One line of JSON (`step` first), the same keys in TensorBoard, `words` in the bar."""
+        self.history.append({'step': step, **values})
+        self._forget()
+        if not self.active:
+            return
+        lines.append(self._file, {'step': step, **values})
+        lines.append(self._times, {'step': step, 'time': round(time.time(), 2)})
+        for name, value in values.items():
+            if not isinstance(value, str):
+                self._board.add(step, summary.scalar(name, value))
+        self._tracker.scalars(step, values)
+        if words:
+            self.bar.set_postfix_str(words)
+
+    def image(self, step: int, name: str, image: np.ndarray) -> None:
+        """``[H, W, 3]`` uint8."""
+        if self.active:
+            self._board.add(step, summary.image(name, image, dataformats='HWC'))
+            self._keep(step, name, image)
+            self._tracker.image(step, name, image)
+
+    def _keep(self, step: int, name: str, image: np.ndarray) -> None:
+        """A file of it, for reports; without room there is none, which TensorBoard's has told."""
+        with contextlib.suppress(OSError):
+            self._pictures.mkdir(exist_ok=True)
+            file = self._pictures / f'{name.replace("/", "_")}-{step:08d}.png'
+            scratch = file.with_suffix('.tmp')
+            Image.fromarray(image).save(scratch, 'PNG', optimize=True)
+            os.replace(scratch, file)
+
+    def say(self, text: str) -> None:
+        if self.active:
+            tqdm.write(text, file=sys.stderr)
+
+    def close(self) -> None:
+        if self.active:
+            self.bar.close()
+            self._board.close()
+            self._tracker.close()
+
+
+class Board:
+    """A file of TensorBoard's events, written by whoever calls.
+
+    No run ends for it: what cannot be written is told once, to `say`, and nothing is written
+    after it, since a reader stops at half a record. tensorboardX's own `SummaryWriter` has a
+    thread, which a full disk ends: nobody is told, and once its queue is full the run hangs.
+    """
+
+    def __init__(self, folder: Path, start: int, say: Callable[[str], None]):
+        self._folder, self._say, self._flushed = folder, say, time.monotonic()
+        self._writer: EventsWriter | None = None
+        with self._told():
+            folder.mkdir(parents=True, exist_ok=True)
+            # Named by the second: one that goes back within it must not write over its own.
+            self._writer = EventsWriter(str(folder / 'events'), f'.{start}')
+            # What an earlier go wrote from this step on is not to be shown.
+            again = {'step': start + 1, 'wall_time': time.time()}
+            self._writer.write_event(Event(file_version='brain.Event:2', **again))
+            self._writer.write_event(Event(session_log=SessionLog(status=SessionLog.START),
+                                           **again))
+
+    @contextlib.contextmanager
+    def _told(self) -> Iterator[None]:
+        try:
+            yield
+        except OSError as e:
+            self._writer = None
+            self._say(f'warning: {self._folder} cannot be written ({e.strerror}); figures are in '
+                      'metrics.jsonl, pictures are lost until the run is started again')
+
+    def add(self, step: int, value: summary.Summary) -> None:
+        """What `value` shows, at `step`."""
+        with self._told():
+            if self._writer is None:
+                return
+            self._writer.write_event(Event(step=step, wall_time=time.time(), summary=value))
+            if time.monotonic() - self._flushed > FLUSHED:
+                self._flushed = time.monotonic()
+                self._writer.flush()
+
+    def close(self) -> None:
+        with self._told():
+            if self._writer is not None:
+                self._writer.close()
+
+
+def means(metrics: list[dict[str, Any]]) -> dict[str, float]:
+    """Means over an interval of per-step device scalars; one transfer for all of them."""
+    host = jax.device_get(metrics)
+    return {k: float(np.mean([m[k] for m in host])) for k in host[0]}
