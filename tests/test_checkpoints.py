@@ -341,7 +341,7 @@ def test_a_run_is_not_pruned(tmp_path):
 
 
 def test_a_lock_is_refused_while_held_and_free_when_its_holder_dies(tmp_path):
-    code = ('import sys, time; from pathlib import Path; from ddmd_jax.train import lock\n'
+    code = ('import sys, time; from pathlib import Path; from ddmd_jax.train.durable import lock\n'
             'with lock.held(Path(sys.argv[1])): print("held", flush=True); time.sleep(60)')
     holder = subprocess.Popen([sys.executable, '-c', code, str(tmp_path)], cwd=tiny.ROOT,
                               text=True, stdout=subprocess.PIPE)

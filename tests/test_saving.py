@@ -204,7 +204,7 @@ def test_tensorstore_is_asked_once_a_folder(monkeypatch):
 
 def test_what_is_free_is_given_back():
     """Memory in pieces small enough for a heap, the last of which holds on to all before it."""
-    code = ('from pathlib import Path; from ddmd_jax.train import memory\n'
+    code = ('from pathlib import Path; from ddmd_jax.train.durable import memory\n'
             'rss = lambda: int(Path("/proc/self/statm").read_text().split()[1]) * 4096\n'
             'pieces = [bytes(10**5) for _ in range(2000)]\n'
             'pieces, last = None, pieces[-1]\n'
