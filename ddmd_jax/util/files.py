@@ -1,0 +1,57 @@
+"""Files that are there whole or not at all."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+
+@contextlib.contextmanager
+def replacing(path: Path, sync: bool = False, own: bool = False) -> Iterator[Path]:
+    """Yields a path to write a file or folder to, which then takes the place of `path`.
+
+    A process that is killed, or a disk that fills up, leaves `path` as it was. A folder can only
+    take the place of nothing, or of an empty one.
+
+    Args:
+      path: where the file or folder shall be; its parent exists.
+      sync: bring the bytes to the disk first, so that a machine that loses its power cannot
+        leave an empty file under the final name.
+      own: several processes may write `path` at once, so each needs a name of its own.
+    """
+    scratch = path.with_name(f'{path.name}.{os.getpid()}.tmp' if own else f'{path.name}.tmp')
+    try:
+        yield scratch
+        for file in [scratch, *scratch.rglob('*')] if sync else []:
+            if file.is_file():
+                with file.open('rb') as opened:
+                    os.fsync(opened.fileno())
+        os.replace(scratch, path)
+    except BaseException:
+        remove(scratch)
+        raise
+
+
+def write(path: Path, content: str | bytes, sync: bool = False) -> None:
+    """Writes text (UTF-8) or bytes; see `replacing`."""
+    with replacing(path, sync) as scratch:
+        scratch.write_bytes(content.encode() if isinstance(content, str) else content)
+
+
+def write_json(path: Path, value: Any, indent: int | None = 1, sync: bool = False) -> None:
+    """Writes a value as JSON, non-ASCII characters as themselves; see `replacing`."""
+    write(path, json.dumps(value, indent=indent, ensure_ascii=False), sync)
+
+
+def remove(path: Path) -> None:
+    """Removes a file or folder, as far as that is possible; nothing if it is not there."""
+    if path.is_dir():
+        shutil.rmtree(path, ignore_errors=True)
+    else:
+        with contextlib.suppress(OSError):
+            path.unlink()
