@@ -13,7 +13,7 @@ from typing import Any
 
 from absl import app
 
-from ddmd_jax.util import arguments
+from ddmd_jax.util import arguments, text
 
 COLUMNS = {'glyph_match': 3, 'glyph_match_held_out': 3, 'background_match': 3, 'frechet': 2,
            'colour_error': 2, 'variance': 3}
@@ -38,12 +38,12 @@ def cell(values: list[float], digits: int) -> str:
 def table(runs: list[dict[str, dict[str, Any]]]) -> str:
     """Markdown table over `runs`, in the row order of the first."""
     heads = ['', 'steps', 'evaluations', *(c.replace('_', ' ') for c in COLUMNS)]
-    lines = ['| ' + ' | '.join(heads) + ' |', '|---' * len(heads) + '|']
+    rows = []
     for name, first in runs[0].items():
         cells = [cell([run[name][c] for run in runs], d) for c, d in COLUMNS.items()]
         counts = [str(first[c] if first[c] is not None else '') for c in ('steps', 'evaluations')]
-        lines.append('| ' + ' | '.join([name.replace('_', ' '), *counts, *cells]) + ' |')
-    return '\n'.join(lines)
+        rows.append([name.replace('_', ' '), *counts, *cells])
+    return text.markdown(heads, rows)
 
 
 def main(argv: list[str]) -> None:

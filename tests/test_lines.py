@@ -66,7 +66,8 @@ def test_where_there_is_no_room_for_all_of_an_entry_nothing_of_it_stays(tmp_path
     path = tmp_path / 'x.jsonl'
     lines.append(path, {'first': 1})
     before = path.read_bytes()
-    code = ('import resource, sys; from pathlib import Path; from ddmd_jax.util import jsonl as lines\n'
+    code = ('import resource, sys; from pathlib import Path\n'
+            'from ddmd_jax.util import jsonl as lines\n'
             'resource.setrlimit(resource.RLIMIT_FSIZE, (int(sys.argv[2]), -1))\n'
             'try: lines.append(Path(sys.argv[1]), {"second": "x" * 100})\n'
             'except OSError as e: print(e.strerror)')

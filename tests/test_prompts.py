@@ -760,7 +760,8 @@ def test_a_disk_that_is_really_full(tmp_path):
 def test_jax_is_not_needed(tmp_path):
     """It takes seconds to start, and this command runs on machines without one."""
     path = put(tmp_path / 'a.txt', words(5))
-    code = ('import sys; from pathlib import Path; from ddmd_jax.data.prompts import build as prompts\n'
+    code = ('import sys; from pathlib import Path\n'
+            'from ddmd_jax.data.prompts import build as prompts\n'
             f'prompts.prepare(prompts.Settings(({str(path)!r},), teacher="emoji"), '
             f'Path({str(tmp_path / "out")!r}))\n'
             f'prompts.open_set({str(tmp_path / "out")!r})[0]\n'

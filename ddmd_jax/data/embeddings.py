@@ -27,6 +27,8 @@ import ml_dtypes
 import numpy as np
 
 from ddmd_jax.data import DataFileError
+from ddmd_jax.util import files
+from ddmd_jax.util.text import first_line
 
 FORMAT = 'ddmd_jax embeddings 1'
 CURE = 'write it again with `python -m ddmd_jax.prepare embed`'
@@ -102,7 +104,7 @@ class Job:
             raise DataFileError(f'{self.partial} was begun with other prompts or another encoder; '
                                 'delete it, or choose another --out')
         self.partial.mkdir(parents=True, exist_ok=True)
-        _whole(begun, lambda path: path.write_text(mine))
+        files.write(begun, mine, sync=True)
         return [s for s in self.shards() if not (self.partial / s[0]).exists()]
 
     def write_shard(self, name: str, texts: Sequence[str], parts: Sequence[Arrays]) -> None:
@@ -110,38 +112,27 @@ class Job:
         import safetensors.numpy
         from array_record.python.array_record_module import ArrayRecordWriter
 
-        def write(path: Path) -> None:
-            writer = ArrayRecordWriter(str(path), 'group_size:1')
+        with files.replacing(self.partial / name, sync=True) as scratch:
+            writer = ArrayRecordWriter(str(scratch), 'group_size:1')
             for text, part in zip(texts, parts, strict=True):
                 raw = np.frombuffer(text.encode(), np.uint8)
                 writer.write(safetensors.numpy.save({**part, 'prompt': raw}))
             writer.close()
 
-        _whole(self.partial / name, write)
-
     def finish(self, null: Arrays) -> None:
         """Index, null prompt and card; then the folder gets its name."""
         import safetensors.numpy
 
-        files = {'index': {'lengths': self.lengths.astype(np.int32)}, 'null': null}
-        for name, arrays in files.items():
+        parts = {'index': {'lengths': self.lengths.astype(np.int32)}, 'null': null}
+        for name, arrays in parts.items():
             raw = safetensors.numpy.save(arrays)
-            _whole(self.partial / f'{name}.safetensors',
-                   lambda path, raw=raw: path.write_bytes(raw))
+            files.write(self.partial / f'{name}.safetensors', raw, sync=True)
         card = {'format': FORMAT, 'count': len(self.lengths), **self.settings,
                 'files': [name for name, _, _ in self.shards()]}
         (self.partial / 'card.json').write_text(json.dumps(card, indent=1) + '\n')
         (self.partial / 'settings.json').unlink()
         os.replace(self.partial, self.out)
 
-
-def _whole(path: Path, write: Any) -> None:
-    """A file through a scratch name, on disk before it has its own."""
-    scratch = path.with_name(path.name + '.tmp')
-    write(scratch)
-    with scratch.open('rb') as file:
-        os.fsync(file.fileno())
-    os.replace(scratch, path)
 
 
 def room_for(job: Job) -> tuple[int, int]:
@@ -175,7 +166,7 @@ class Embeddings:
             self._records = ArrayRecordDataSource([str(folder / f) for f in self.card['files']])
             found = len(self._records)
         except Exception as e:  # array_record raises bare RuntimeError by cause
-            raise DataFileError(f'embeddings damaged: {folder} ({_reason(e)}); {CURE}') from e
+            raise DataFileError(f'embeddings damaged: {folder} ({first_line(e)}); {CURE}') from e
         if not found == len(self.lengths) == self.card['count']:
             raise DataFileError(f'embeddings damaged: {folder} has {found} records and '
                                 f'{len(self.lengths)} lengths of {self.card["count"]}; {CURE}')
@@ -200,7 +191,7 @@ class Embeddings:
             return [_arrays(record) for record in records]
         except Exception as e:
             raise DataFileError(f'embeddings damaged: {self.folder}, a record among '
-                                f'{min(rows)}..{max(rows)} ({_reason(e)}); {CURE}') from e
+                                f'{min(rows)}..{max(rows)} ({first_line(e)}); {CURE}') from e
 
 
 def _arrays(raw: bytes) -> Arrays:
@@ -224,8 +215,5 @@ def _card(folder: Path) -> dict[str, Any]:
             raise ValueError(f'its format is {card["format"]!r}')
         return card
     except (OSError, ValueError, KeyError, TypeError) as e:
-        raise DataFileError(f'{folder} is no folder of embeddings ({_reason(e)}); {CURE}') from e
+        raise DataFileError(f'{folder} is no folder of embeddings ({first_line(e)}); {CURE}') from e
 
-
-def _reason(error: Exception) -> str:
-    return (str(error).splitlines() or [type(error).__name__])[0]

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from pathlib import Path
 
+from ddmd_jax.util.text import first_line
+
 
 class PushError(RuntimeError):
     """The hub did not take it; the folder is as it was."""
@@ -22,8 +24,7 @@ def push(folder: Path, name: str, private: bool) -> str:
         api.create_repo(name, private=private, exist_ok=True)
         api.upload_folder(repo_id=name, folder_path=folder, commit_message='ddmd_jax.export')
     except Exception as e:  # network, login and naming errors have no common ancestor
-        lines = str(e).strip().splitlines() or [type(e).__name__]
-        raise PushError(f'{name} cannot be pushed ({lines[0]}); {folder} is complete: check the '
-                        f'name, the network and your login (hf auth login), then '
+        raise PushError(f'{name} cannot be pushed ({first_line(e)}); {folder} is complete: check '
+                        f'the name, the network and your login (hf auth login), then '
                         f'`hf upload {name} {folder}`') from e
     return f'{api.endpoint}/{name}'

@@ -44,6 +44,7 @@ from ddmd_jax.models.text.clip import ClipConfig, ClipText
 from ddmd_jax.models.text.gemma2 import Gemma2, Gemma2Config
 from ddmd_jax.models.text.qwen3 import Qwen3, Qwen3Config
 from ddmd_jax.parallel import sharding
+from ddmd_jax.util.text import first_line
 from ddmd_jax.weights import diffusers, fetch, transformers as folders
 from ddmd_jax.weights.flat import WeightsError
 from ddmd_jax.weights.names import (
@@ -385,7 +386,7 @@ def _tokenizer(folder: Path, how: Family) -> Any:
         # What is asked of it later must not fail only then: a pad token, a chat template.
         found([how.text(found, '')], padding='max_length', max_length=how.length, truncation=True)
     except Exception as e:  # no common ancestor: of JSON, of files, of templates, of Rust
-        reason = (str(e).splitlines() or [type(e).__name__])[0]
+        reason = first_line(e)
         raise WeightsError(f'no tokenizer can be made of {folder} ({reason}); {CURE}') from e
     return found
 

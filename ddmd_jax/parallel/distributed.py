@@ -21,6 +21,8 @@ from typing import Any
 
 import jax
 
+from ddmd_jax.util.text import first_line
+
 # What libraries say when a process they work with does not answer any more.
 PEER_LOST = ('Gloo', 'gloo', 'Connection closed by peer', 'Connection reset by peer', 'heartbeat',
              'Barrier', 'barrier', 'coordination service', 'CoordinationService')
@@ -90,7 +92,7 @@ def start(coordinator: str | None, num_processes: int | None, process_id: int | 
                 coordinator, num_processes, process_id, initialization_timeout=JOINING + 60,
                 heartbeat_timeout_seconds=2 * peer_timeout + 20)
     except Exception as e:  # grpc, sockets and cluster detection have no common ancestor
-        raise DistributedError(cannot.format(_first_line(e))) from e
+        raise DistributedError(cannot.format(first_line(e))) from e
     finally:
         late.cancel()
     global _peers
@@ -261,7 +263,7 @@ class Peers:
                 self._heard = self._words(), time.monotonic()
             except Exception as e:  # grpc has no exceptions of its own
                 if not self.left:
-                    end_now(f'process 0 does not answer ({_first_line(e)[:120]}); {RESTART}',
+                    end_now(f'process 0 does not answer ({first_line(e)[:120]}); {RESTART}',
                             tell=False)
         with contextlib.suppress(Exception):
             self._say(self._last)
@@ -337,13 +339,10 @@ def end_if_several(error: Exception) -> None:
     """Ends a process that is not alone: with one line if `error` is of another one's making."""
     if _peers is None:
         return
-    text = _first_line(error)[:200]
+    text = first_line(error)[:200]
     if any(words in str(error) for words in PEER_LOST):
         _peers.listen()
         end_now(f'another process is gone ({text}); {RESTART}')
     traceback.print_exception(error)
     end_now(f'{type(error).__name__}: {text}')
 
-
-def _first_line(error: Exception) -> str:
-    return (str(error).splitlines() or [type(error).__name__])[0]

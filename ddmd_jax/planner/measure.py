@@ -8,6 +8,7 @@ from typing import Any
 
 from ddmd_jax.planner import chips, costs
 from ddmd_jax.planner.programs import Program
+from ddmd_jax.util import text
 
 # The compiler's least effort takes a fifth of the time and comes to other temporaries: good enough
 # to compare batches and levers, see search.py.
@@ -66,4 +67,4 @@ def compiled_or_words(program: Program, effort: float = 0.0) -> Any:
     except Exception as e:  # XLA's own kind is not public; out of memory is what is expected
         if 'RESOURCE_EXHAUSTED' not in str(e):
             raise
-        return str(e).splitlines()[0]
+        return text.first_line(e)

@@ -5,7 +5,6 @@ from __future__ import annotations
 import base64
 import io
 import json
-import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -15,6 +14,7 @@ from markupsafe import Markup
 
 from ddmd_jax.report import figures
 from ddmd_jax.report.read import Run, read
+from ddmd_jax.util import files
 
 NAME = 'report.html'
 WIDE, STRIPS, ROWS = 1100, 12, 100  # pixels of a picture; pictures of a strip; lines of a table
@@ -37,9 +37,7 @@ def write(folder: Path) -> Path:
 
 def save(path: Path, runs: Sequence[Run]) -> None:
     """A page of one run, or of several side by side, through a temporary file and a rename."""
-    scratch = path.with_name(f'{path.name}.tmp')
-    scratch.write_text(render(runs))
-    os.replace(scratch, path)
+    files.write(path, render(runs))
 
 
 def render(runs: Sequence[Run]) -> str:

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import json
-import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
+
+from ddmd_jax.util.files import write_json
 
 CURVES = ('loss', 'fake_loss', 'dm_rel_gap', 'dm_cos', 'dm_to_ca', 'x_std', 'saturation', 'ema_std',
           'ema_cast', 'ema_match', 'ema_background', 'ema_colour_error', 'ema_variance',
@@ -37,9 +38,7 @@ def evaluated(workdir: Path) -> dict[str, Any]:
 
 def write(path: Path, result: Mapping[str, Any]) -> None:
     """Writes a run's result whole or not at all."""
-    scratch = path.with_suffix('.tmp')
-    scratch.write_text(json.dumps(dict(result)))
-    os.replace(scratch, path)
+    write_json(path, dict(result), indent=None)
 
 
 def read(folder: Path, names: Sequence[str]) -> dict[str, dict[int, dict[str, Any]]]:

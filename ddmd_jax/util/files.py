@@ -13,7 +13,7 @@ from typing import Any
 
 @contextlib.contextmanager
 def replacing(path: Path, sync: bool = False, own: bool = False) -> Iterator[Path]:
-    """Yields a path to write a file or folder to, which then takes the place of `path`.
+    """Yields a free path for a file or folder, which then takes the place of `path`.
 
     A process that is killed, or a disk that fills up, leaves `path` as it was. A folder can only
     take the place of nothing, or of an empty one.
@@ -25,6 +25,7 @@ def replacing(path: Path, sync: bool = False, own: bool = False) -> Iterator[Pat
       own: several processes may write `path` at once, so each needs a name of its own.
     """
     scratch = path.with_name(f'{path.name}.{os.getpid()}.tmp' if own else f'{path.name}.tmp')
+    remove(scratch)  # of a process that was killed
     try:
         yield scratch
         for file in [scratch, *scratch.rglob('*')] if sync else []:

@@ -13,6 +13,8 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
+from ddmd_jax.util import files
+
 
 def read(path: Path) -> list[dict[str, Any]]:
     """A file's entries, oldest first; none if it is not there.
@@ -38,9 +40,7 @@ def trim(path: Path, good: Callable[[dict[str, Any]], bool]) -> list[dict[str, A
             if (entry := _parsed(line)) is not None and good(entry)]
     text = b''.join(line + b'\n' for line, _ in kept)
     if path.is_file() and path.stat().st_size != len(text):
-        scratch = path.with_name(f'{path.name}.tmp')
-        scratch.write_bytes(text)
-        os.replace(scratch, path)
+        files.write(path, text)
     return [entry for _, entry in kept]
 
 

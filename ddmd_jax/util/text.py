@@ -9,8 +9,8 @@ UNITS = (('d', 86400), ('h', 3600), ('min', 60), ('s', 1))
 
 
 def first_line(error: BaseException) -> str:
-    """The first line of an error's message, or its type's name if it has no message."""
-    return (str(error).strip().splitlines() or [type(error).__name__])[0]
+    """The first line of an error's message that has words, or its type's name if none has."""
+    return next((x.strip() for x in str(error).splitlines() if x.strip(' *')), type(error).__name__)
 
 
 def aligned(rows: Sequence[Sequence[str]], numbers: int) -> str:

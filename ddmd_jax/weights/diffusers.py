@@ -11,8 +11,6 @@ import dataclasses
 import hashlib
 import json
 import math
-import os
-import shutil
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -21,6 +19,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from ddmd_jax.util import files
 from ddmd_jax.weights import flat
 from ddmd_jax.weights.flat import WeightsError
 from ddmd_jax.weights.names import Entry
@@ -250,25 +249,23 @@ def export_tree(tree: Any, entry: EntryOf, folder: Path, config: dict[str, Any],
 
     if folder.exists():
         raise WeightsError(f'{folder} exists already; choose another place or delete it')
-    scratch = folder.with_name(f'{folder.name}.tmp')
-    shutil.rmtree(scratch, ignore_errors=True)
-    scratch.mkdir(parents=True)
-    (scratch / 'config.json').write_text(json.dumps(config, indent=2, sort_keys=True) + '\n')
-    leaves = flat.flatten(tree)
-    plan = _plan(leaves, entry, np.dtype(dtype).itemsize, file_bytes)
-    where: dict[str, str] = {}
-    for number, parts in enumerate(plan, 1):
-        file = f'{stem}.safetensors' if len(plan) == 1 else (
-            f'{stem}-{number:05d}-of-{len(plan):05d}.safetensors')
-        tensors = {name: _fetch(leaves[path], layer, entry(path), dtype)
-                   for name, path, layer in parts}
-        safetensors.numpy.save_file(tensors, scratch / file, metadata={'format': 'pt'})
-        where |= dict.fromkeys(tensors, file)
-    if len(plan) > 1:
-        total = sum(math.prod(x.shape) for x in leaves.values()) * np.dtype(dtype).itemsize
-        index = {'metadata': {'total_size': total}, 'weight_map': dict(sorted(where.items()))}
-        (scratch / f'{stem}.safetensors.index.json').write_text(json.dumps(index, indent=2))
-    os.replace(scratch, folder)
+    with files.replacing(folder) as scratch:
+        scratch.mkdir(parents=True)
+        (scratch / 'config.json').write_text(json.dumps(config, indent=2, sort_keys=True) + '\n')
+        leaves = flat.flatten(tree)
+        plan = _plan(leaves, entry, np.dtype(dtype).itemsize, file_bytes)
+        where: dict[str, str] = {}
+        for number, parts in enumerate(plan, 1):
+            file = f'{stem}.safetensors' if len(plan) == 1 else (
+                f'{stem}-{number:05d}-of-{len(plan):05d}.safetensors')
+            tensors = {name: _fetch(leaves[path], layer, entry(path), dtype)
+                       for name, path, layer in parts}
+            safetensors.numpy.save_file(tensors, scratch / file, metadata={'format': 'pt'})
+            where |= dict.fromkeys(tensors, file)
+        if len(plan) > 1:
+            total = sum(math.prod(x.shape) for x in leaves.values()) * np.dtype(dtype).itemsize
+            index = {'metadata': {'total_size': total}, 'weight_map': dict(sorted(where.items()))}
+            (scratch / f'{stem}.safetensors.index.json').write_text(json.dumps(index, indent=2))
 
 
 def _plan(leaves: dict[str, Any], entry: EntryOf, itemsize: int,

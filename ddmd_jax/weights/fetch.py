@@ -8,6 +8,8 @@ import os
 from collections.abc import Sequence
 from pathlib import Path
 
+from ddmd_jax.util import files
+from ddmd_jax.util.text import first_line
 from ddmd_jax.weights.flat import WeightsError
 
 CACHE = 'DDMD_CACHE'  # environment variable: where files behind URLs are kept
@@ -40,7 +42,7 @@ def _from_hub(name: str, patterns: Sequence[str]) -> Path:
         return Path(huggingface_hub.snapshot_download(name, allow_patterns=list(patterns)))
     except Exception as e:  # network, login and naming errors have no common ancestor
         raise WeightsError(f'{name} is no folder here and cannot be fetched from the hub '
-                           f'({_first_line(e)}); check the name, the network and your login, or '
+                           f'({first_line(e)}); check the name, the network and your login, or '
                            'give a local folder') from e
 
 
@@ -57,7 +59,7 @@ def _from_url(url: str, patterns: Sequence[str]) -> Path:
         for file in found:
             _copy(fs, file, target / file[len(root) + 1:])
     except Exception as e:
-        raise WeightsError(f'{url} cannot be read ({_first_line(e)}); check the URL and your '
+        raise WeightsError(f'{url} cannot be read ({first_line(e)}); check the URL and your '
                            'access (gs:// needs `pip install gcsfs`)') from e
     if not found:
         raise WeightsError(f'{url} holds none of {", ".join(patterns)}; is it a diffusers folder?')
@@ -69,10 +71,6 @@ def _copy(fs, source: str, target: Path) -> None:
     if target.exists() and target.stat().st_size == fs.size(source):
         return
     target.parent.mkdir(parents=True, exist_ok=True)
-    scratch = target.with_name(f'{target.name}.{os.getpid()}.tmp')
-    fs.get_file(source, str(scratch))
-    os.replace(scratch, target)
+    with files.replacing(target, own=True) as scratch:
+        fs.get_file(source, str(scratch))
 
-
-def _first_line(error: Exception) -> str:
-    return (str(error).splitlines() or [type(error).__name__])[0]

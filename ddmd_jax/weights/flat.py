@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import hashlib
-import os
 from pathlib import Path
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+
+from ddmd_jax.util import files
 
 Tree = Any
 
@@ -40,10 +41,9 @@ def save(path: Path, tree: Tree, metadata: dict[str, str], dtype: Any = None) ->
     """Writes `tree`, cast to `dtype` if given, through a temporary file and a rename."""
     import safetensors.flax
 
-    cast = lambda x: jnp.asarray(x, dtype or x.dtype)
-    scratch = path.with_suffix('.tmp')
-    safetensors.flax.save_file({k: cast(v) for k, v in flatten(tree).items()}, scratch, metadata)
-    os.replace(scratch, path)
+    cast = {k: jnp.asarray(v, dtype or v.dtype) for k, v in flatten(tree).items()}
+    with files.replacing(path) as scratch:
+        safetensors.flax.save_file(cast, scratch, metadata)
 
 
 def load(path: Path, restore_hint: str) -> tuple[Tree, dict[str, str]]:

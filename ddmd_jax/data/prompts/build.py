@@ -14,7 +14,6 @@ from __future__ import annotations
 import contextlib
 import fcntl
 import json
-import os
 import shutil
 import sys
 from collections.abc import Iterator, Sequence
@@ -35,6 +34,7 @@ from ddmd_jax.data.prompts import (
 )
 from ddmd_jax.data.prompts.set import PromptSet, open_set
 from ddmd_jax.data.prompts.stages import Settings
+from ddmd_jax.util.files import replacing
 
 __all__ = ['PromptSet', 'Settings', 'open_set', 'prepare']
 EXAMPLES = 10  # pairs of near-duplicates that the card shows
@@ -120,17 +120,12 @@ def _build(settings: Settings, asked: dict[str, Any], sources: Sequence[files.So
     lines.take(np.unique(lines.ids, return_index=True)[1])
     unique = len(lines)
     examples, dropped = _drop_near(lines, settings.near_threshold)
-    whole = partial / 'set'
-    shutil.rmtree(whole, ignore_errors=True)  # of a run that was stopped while writing it
-    with _bar('writing', len(lines), ' prompts') as bar:
-        written = sets.write(lines, whole, bar.update)
-    card = cards.make(asked, inputs, unique, examples, dropped, written)
-    (whole / 'README.md').write_text(cards.text(card), 'utf-8')
-    (whole / sets.CARD).write_text(json.dumps(card, indent=2, ensure_ascii=False), 'utf-8')
-    for file in whole.iterdir():
-        with file.open('rb') as opened:
-            os.fsync(opened.fileno())
-    os.replace(whole, out)
+    with replacing(out, sync=True) as whole:
+        with _bar('writing', len(lines), ' prompts') as bar:
+            written = sets.write(lines, whole, bar.update)
+        card = cards.make(asked, inputs, unique, examples, dropped, written)
+        (whole / 'README.md').write_text(cards.text(card), 'utf-8')
+        (whole / sets.CARD).write_text(json.dumps(card, indent=2, ensure_ascii=False), 'utf-8')
     shutil.rmtree(partial)
     return card
 

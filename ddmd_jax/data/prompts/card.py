@@ -11,6 +11,7 @@ from typing import Any
 import ddmd_jax
 from ddmd_jax.data.prompts.set import FORMAT, SPLITS, Written
 from ddmd_jax.data.prompts.stages import DROPPED, Settings
+from ddmd_jax.util.text import markdown
 
 DUPLICATES = {'exact_duplicates': 'equal to another after normalisation',
               'near_duplicates': 'near-duplicates of another'}
@@ -82,9 +83,9 @@ def text(card: dict[str, Any]) -> str:
         f'# Prompts {card["identity"]}',
         f'Made by `python -m ddmd_jax.prepare prompts` of ddmd_jax {card["version"]} for the '
         f'teacher {card["teacher"]}. Settings: {settings}.',
-        '## Inputs', _table(['input', 'bytes', 'prompts', 'sha256'], inputs),
+        '## Inputs', markdown(['input', 'bytes', 'prompts', 'sha256'], inputs),
         '## What became of them',
-        _table(['', 'prompts'], [['read', card['counts']['read']], *stages,
+        markdown(['', 'prompts'], [['read', card['counts']['read']], *stages,
                                  *([f'**{s}**', n] for s, n in card['splits'].items())]),
         'Prompts are normalised (Unicode NFC, one line, single spaces) and stand in the order of '
         'their ids, the first 16 hex digits of their sha256. The split of a prompt depends on '
@@ -99,14 +100,11 @@ def text(card: dict[str, Any]) -> str:
     if card['near_examples']:
         pairs = [[f'{e["similarity"]:.3f}', e['dropped'], e['kept']] for e in card['near_examples']]
         blocks += ['## Near-duplicates', f'The first {len(pairs)}.',
-                   _table(['similarity', 'dropped', 'kept'], pairs)]
+                   markdown(['similarity', 'dropped', 'kept'], pairs)]
     return '\n\n'.join(blocks) + '\n'
 
 
 def _lengths(card: dict[str, Any], name: str, unit: str) -> str:
-    return _table([unit, 'prompts'], [[f'{low}-{high}', n] for low, high, n in card[name]])
+    return markdown([unit, 'prompts'], [[f'{low}-{high}', n] for low, high, n in card[name]])
 
 
-def _table(head: Sequence[str], rows: Sequence[Sequence[Any]]) -> str:
-    line = lambda cells: '| ' + ' | '.join(str(c).replace('|', '\\|') for c in cells) + ' |'
-    return '\n'.join([line(head), line(['---'] * len(head)), *map(line, rows)])

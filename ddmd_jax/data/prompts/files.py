@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from ddmd_jax.data import DataFileError
+from ddmd_jax.util.text import first_line
 
 ROWS = 1024  # rows that are decoded at a time
 TFDS = 'tfds:'
@@ -163,11 +164,8 @@ def _read_parquet(path: Path, field: str, advance: Advance) -> Iterator[str]:
             advance(size * len(batch) // rows)
             yield from (text or '' for text in batch.column(0).to_pylist())
     except (pa.ArrowException, OSError, UnicodeDecodeError) as e:
-        raise DataFileError(f'{path} cannot be read as parquet ({_first_line(e)})') from e
+        raise DataFileError(f'{path} cannot be read as parquet ({first_line(e)})') from e
 
-
-def _first_line(e: Exception) -> str:
-    return next((x.strip() for x in str(e).splitlines() if x.strip(' *')), type(e).__name__)
 
 
 def _find_tfds(name: str) -> Source:
@@ -182,7 +180,7 @@ def _find_tfds(name: str) -> Source:
         rows = builder.as_data_source(split)
         parts = builder.info.splits[split].file_instructions
     except Exception as e:  # of many kinds: no such data set, not prepared, no such split
-        raise DataFileError(f'{name} cannot be read ({_first_line(e)}); give a data set that is '
+        raise DataFileError(f'{name} cannot be read ({first_line(e)}); give a data set that is '
                             'prepared on this machine as array_record, or its folder') from e
     return Source(name, tuple(Path(p.filename) for p in parts),
                   functools.partial(_read_tfds, name, rows),
@@ -202,7 +200,7 @@ def _read_tfds(name: str, source: Any, field: str, advance: Advance) -> Iterator
         except AttributeError as e:
             raise DataFileError(f'{name}: {field!r} holds {features[field]}, not texts') from e
         except Exception as e:  # array_record raises bare RuntimeError/ValueError by cause
-            raise DataFileError(f'{name} is damaged near row {start} ({_first_line(e)})') from e
+            raise DataFileError(f'{name} is damaged near row {start} ({first_line(e)})') from e
         advance(size * len(rows) // len(source))
         yield from texts
 

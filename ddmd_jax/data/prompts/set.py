@@ -17,6 +17,7 @@ import numpy as np
 
 from ddmd_jax.data import DataFileError
 from ddmd_jax.data.prompts.stages import Lines
+from ddmd_jax.util.text import first_line
 
 FORMAT = 'ddmd_jax prompts 1'
 NAME, VERSION = 'prompts', '1.0.0'  # as TFDS has them
@@ -117,8 +118,7 @@ def read_card(path: Path) -> dict[str, Any]:
 
 
 def _damaged(path: Path, e: Exception) -> DataFileError:
-    reason = (str(e).splitlines() or [''])[0] or type(e).__name__
-    return DataFileError(f'set of prompts damaged: {path} ({reason}); {CURE}')
+    return DataFileError(f'set of prompts damaged: {path} ({first_line(e)}); {CURE}')
 
 
 @dataclasses.dataclass(frozen=True)

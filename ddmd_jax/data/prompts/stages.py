@@ -16,13 +16,14 @@ import os
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import IO, Any
+from typing import Any
 
 import numpy as np
 
 from ddmd_jax.data import DataFileError
 from ddmd_jax.data.prompts import files as prompt_files, tokens as prompt_tokens
 from ddmd_jax.data.prompts.text import digest, in_validation, normalise
+from ddmd_jax.util.files import write_json
 
 VERSION = 1  # of normalisation, filters and stage files; another one reads the inputs again
 DROPPED = {'empty': 'empty', 'too_short': 'shorter than --min_chars',
@@ -68,18 +69,8 @@ def stage(source: prompt_files.Source, settings: Settings,
         lines.unlink(missing_ok=True)
         raise
     found = {'input': source.name, 'bytes': source.size, 'sha256': source.checksum(), **counts}
-    scratch = record.with_suffix('.tmp')
-    with scratch.open('w') as file:
-        json.dump(found, file)
-        sync(file)
-    os.replace(scratch, record)
+    write_json(record, found, sync=True)
     return lines, found
-
-
-def sync(file: IO) -> None:
-    """Waits until what was written lies on the disk."""
-    file.flush()
-    os.fsync(file.fileno())
 
 
 def _write(source: prompt_files.Source, settings: Settings,
@@ -98,7 +89,8 @@ def _write(source: prompt_files.Source, settings: Settings,
                     continue
                 counts['kept'] += 1
                 file.write(f'{number}\t{prompt}\n')
-        sync(file)  # its record must not outlive it
+        file.flush()
+        os.fsync(file.fileno())  # its record must not outlive it
     if counts['read'] == counts['empty']:
         raise DataFileError(f'{source.name} ' + (f'holds only empty prompts ({counts["read"]})'
                                                  if counts['read'] else 'holds no prompts'))

@@ -16,6 +16,7 @@ from pathlib import Path
 import numpy as np
 
 from ddmd_jax.data import DataFileError
+from ddmd_jax.util.text import first_line
 
 SIZE = 24
 FILES = Path(__file__).parent / 'files'
@@ -88,7 +89,7 @@ def load_pairs(path: Path = GLYPHS) -> Pairs:
         source = tfds.builder_from_directory(path).as_data_source('train')
         rows = [source[i] for i in range(len(source))]
     except Exception as e:  # array_record raises bare RuntimeError/ValueError by cause
-        reason = (str(e).splitlines() or [type(e).__name__])[0]
+        reason = first_line(e)
         raise DataFileError(f'data set damaged: {path} ({reason}); {RESTORE_HINT}') from e
     names = tuple(r['name'].decode() if isinstance(r['name'], bytes) else r['name'] for r in rows)
     glyph, colour = np.divmod(np.arange(len(rows) * len(COLOURS)), len(COLOURS))

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import json
-import os
 import time
 from collections.abc import Mapping
 from pathlib import Path
@@ -20,6 +18,7 @@ from ddmd_jax.evaluation import measures, pictures
 from ddmd_jax.families import Teacher
 from ddmd_jax.families.emoji import data as emoji, judge as classifier
 from ddmd_jax.parallel import sharding
+from ddmd_jax.util import files, text
 
 SHEET_ROWS = 10
 SETTINGS = ('steps', 'evaluations', 'guidance')  # of a sampler
@@ -121,9 +120,7 @@ def table(rows: list[dict[str, Any]]) -> str:
     heads = ('', *(c.replace('_', ' ') for c in COLUMNS))
     show = lambda v: '-' if v is None else f'{v:.3f}' if isinstance(v, float) else str(v)
     cells = [heads, *((r['name'], *(show(r[c]) for c in COLUMNS)) for r in rows)]
-    widths = [max(len(row[i]) for row in cells) for i in range(len(heads))]
-    return '\n'.join('  '.join(c.rjust(w) if i else c.ljust(w) for i, (c, w) in
-                               enumerate(zip(row, widths))) for row in cells)
+    return text.aligned(cells, numbers=len(COLUMNS))
 
 
 def _sheet_rows(held: np.ndarray) -> np.ndarray:
@@ -168,9 +165,7 @@ def final(config: Any, teacher: Teacher, student: Any, mesh: Mesh, workdir: Path
                                  workdir / 'samples.png')
         result = {'rows': rows, 'seconds': {**seconds, 'total': total.seconds},
                   'seed': config.seed, 'config': config.to_dict()}
-        scratch = workdir / 'eval.json.tmp'
-        scratch.write_text(json.dumps(result, indent=1))
-        os.replace(scratch, workdir / 'eval.json')
+        files.write_json(workdir / 'eval.json', result)
         print(f'{table(rows)}\n\n{workdir / "eval.json"}\n{workdir / "samples.png"}  '
               '(* pair held out of all training)')
 

@@ -14,6 +14,7 @@ from ddmd_jax.families.lumina import teacher as lumina
 from ddmd_jax.models.layers import abstract_params
 from ddmd_jax.models.nextdit import NextDiT
 from ddmd_jax.train.durable.checkpoint import warn
+from ddmd_jax.util import files
 from ddmd_jax.weights import diffusers, fetch, scheduler
 
 NAMES = {'diffusers': ('transformer', 'scheduler', 'vae', 'text_encoder', 'tokenizer',
@@ -79,11 +80,9 @@ def write_pipeline(student: Student, params: Any, out: Path, dtype: str, sampler
 
 
 def _copy(source: Path, target: Path) -> None:
-    """A component's files, through a scratch folder and a rename; links become files."""
-    scratch = target.with_name(f'{target.name}.tmp')
-    shutil.rmtree(scratch, ignore_errors=True)
-    scratch.mkdir(parents=True)
-    for file in sorted(source.iterdir()):
-        if file.suffix in SUFFIXES and file.is_file():
-            shutil.copyfile(file, scratch / file.name)
-    scratch.rename(target)
+    """A component's files, all of them or none; links become files."""
+    with files.replacing(target) as scratch:
+        scratch.mkdir(parents=True)
+        for file in sorted(source.iterdir()):
+            if file.suffix in SUFFIXES and file.is_file():
+                shutil.copyfile(file, scratch / file.name)

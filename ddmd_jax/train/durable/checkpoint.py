@@ -17,6 +17,7 @@ from tqdm import tqdm
 
 from ddmd_jax.train.durable import checksums
 from ddmd_jax.train.feed import Feed
+from ddmd_jax.util.text import first_line
 from ddmd_jax.weights import flat
 
 # What may differ between a checkpoint and the run that resumes it: how long, how loud,
@@ -73,11 +74,6 @@ def anywhere(flag: bool) -> bool:
     if jax.process_count() == 1:
         return flag
     return bool(np.any(multihost_utils.process_allgather(np.asarray(flag))))
-
-
-def first_line(error: BaseException) -> str:
-    """An error in one line."""
-    return (str(error).splitlines() or [type(error).__name__])[0]
 
 
 class UnreadableError(CheckpointError):

@@ -7,9 +7,11 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 from pathlib import Path
 from typing import Any
+
+from ddmd_jax.util.files import write_json
+from ddmd_jax.util.text import first_line
 
 NAME = 'checksums.json'
 ITEMS = ('state', 'data', 'manifest')
@@ -42,12 +44,7 @@ def write(folder: Path) -> None:
     """
     found = {name: {'sha256': digest(path), 'size': path.stat().st_size}
              for name, path in files(folder).items()}
-    scratch = folder / f'{NAME}.tmp'
-    with scratch.open('w') as f:
-        json.dump(found, f, indent=1)
-        f.flush()
-        os.fsync(f.fileno())
-    os.replace(scratch, folder / NAME)
+    write_json(folder / NAME, found, sync=True)
 
 
 def known(folder: Path) -> bool:
@@ -74,7 +71,7 @@ def fault(folder: Path, part: int = 0, parts: int = 1) -> str:
             if words:
                 return f'{name} {words}'
     except (ValueError, KeyError, TypeError, OSError) as e:
-        return f'{NAME} cannot be read: {(str(e).splitlines() or [type(e).__name__])[0]}'
+        return f'{NAME} cannot be read: {first_line(e)}'
     return ''
 
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import os
 import sys
 import time
 from collections.abc import Callable, Iterator
@@ -19,7 +18,7 @@ from tensorboardX.proto.event_pb2 import Event, SessionLog
 from tqdm import tqdm
 
 from ddmd_jax.train.watch import trackers
-from ddmd_jax.util import jsonl as lines
+from ddmd_jax.util import files, jsonl as lines
 
 KEPT = 64  # logged intervals at either end of a run that are remembered: who asks needs no more
 FLUSHED = 120  # seconds after which TensorBoard's file is brought up to date
@@ -91,9 +90,8 @@ class RunLog:
         with contextlib.suppress(OSError):
             self._pictures.mkdir(exist_ok=True)
             file = self._pictures / f'{name.replace("/", "_")}-{step:08d}.png'
-            scratch = file.with_suffix('.tmp')
-            Image.fromarray(image).save(scratch, 'PNG', optimize=True)
-            os.replace(scratch, file)
+            with files.replacing(file) as scratch:
+                Image.fromarray(image).save(scratch, 'PNG', optimize=True)
 
     def say(self, text: str) -> None:
         if self.active:

@@ -9,6 +9,8 @@ from typing import Any
 
 import jax
 
+from ddmd_jax.util.text import first_line
+
 Profiled = tuple[int, int] | None
 
 
@@ -60,6 +62,6 @@ class Window:
             act()
         except Exception as e:  # of the profiler, or a disk
             self._steps = None
-            self._say(f'warning: no profile in {self._folder} ({str(e).splitlines()[0]})')
+            self._say(f'warning: no profile in {self._folder} ({first_line(e)})')
             return False
         return True

@@ -16,6 +16,8 @@ from typing import Any, Protocol
 
 import numpy as np
 
+from ddmd_jax.util.text import first_line
+
 PROJECT = 'ddmd_jax'  # WANDB_PROJECT names another
 FILE = 'tracker.json'  # in the workdir: which run of the tracker this is, for one that goes on
 
@@ -124,10 +126,9 @@ class Told:
         try:
             act()
         except Exception as e:  # of whatever the tracker is made of
-            lines = str(e).strip().splitlines() or [type(e).__name__]
             self._tracker = None
-            self._say(f'warning: log.tracker {self._name!r} has failed ({lines[0]}) and is asked '
-                      'no more; figures are in metrics.jsonl and TensorBoard')
+            self._say(f'warning: log.tracker {self._name!r} has failed ({first_line(e)}) and is '
+                      'asked no more; figures are in metrics.jsonl and TensorBoard')
 
     def scalars(self, step: int, values: Mapping[str, Any]) -> None:
         if self._tracker:
