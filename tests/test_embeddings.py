@@ -1,6 +1,7 @@
 """Encoded prompts on disk: what is read is what was encoded, and only what is whole is read."""
 
 import json
+import os
 
 import jax
 import ml_dtypes
@@ -254,17 +255,17 @@ def test_a_full_disk_keeps_what_is_finished(tmp_path, text, mesh, stored, monkey
     monkeypatch.setattr(embeddings, 'SHARD_BYTES', 600)
     job, null = embedding.plan(stored, 'train', text, tmp_path / 'e')
     assert len(job.shards()) > 2
-    written = []
+    written, replace = [], os.replace
 
-    def full(path, write):
+    def full(scratch, path):
         if path.suffix == '.array_record':
             if written:
                 raise OSError(28, 'No space left on device')
             written.append(path.name)
-        write(path)
+        replace(scratch, path)
 
     with monkeypatch.context() as m:
-        m.setattr(embeddings, '_whole', full)
+        m.setattr(os, 'replace', full)
         with pytest.raises(DataFileError, match='No space left on device.*make room and run'):
             embedding.write(job, null, stored, text, mesh, 4)
     assert not (tmp_path / 'e').exists() and (job.partial / written[0]).exists()
