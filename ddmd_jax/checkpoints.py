@@ -16,7 +16,7 @@ from typing import Any
 
 from absl import app, flags, logging
 
-from ddmd_jax.util import arguments
+from ddmd_jax.util import arguments, text
 
 FLAGS = flags.FLAGS
 # What of a manifest is shown: enough to tell runs apart.
@@ -32,35 +32,23 @@ def define_flags() -> None:
     flags.DEFINE_integer('every', 0, 'Multiples of this are kept too; 0 is off.', lower_bound=0)
 
 
-def rows(directory: Path, verify: bool) -> list[tuple[int, str, str]]:
-    """(step, fault or '', line) of each checkpoint, ascending; faults only if asked for."""
+def listing(directory: Path, verify: bool) -> tuple[str, list[int]]:
+    """(a table of the checkpoints, steps of the damaged ones, which only `verify` finds)."""
     from ddmd_jax.train.durable import checksums
 
-    found = []
+    rows, damaged = [], []
     for step in checksums.steps(directory):
         folder = directory / str(step)
-        fault = checksums.fault(folder) if verify else ''
-        found.append((step, fault, '  '.join(_cells(folder, verify, fault))))
-    return found
-
-
-def _cells(folder: Path, verify: bool, fault: str) -> list[str]:
-    from ddmd_jax.parallel.sharding import in_units
-    from ddmd_jax.train.durable import checksums
-
-    size = sum(path.stat().st_size for path in checksums.files(folder).values())
-    state = f'damaged: {fault}' if fault else 'good' if checksums.known(folder) else 'readable'
-    cells = [f'{folder.name:>8}', f'{in_units(size):>10}', f'{_age(folder):>6}']
-    return cells + ([state] if verify else []) + [_summary(folder)]
-
-
-def _age(folder: Path) -> str:
-    """Time since a folder was finished, in its largest unit."""
-    seconds = max(time.time() - folder.stat().st_mtime, 0)
-    for unit, length in (('d', 86400), ('h', 3600), ('min', 60)):
-        if seconds >= length:
-            return f'{seconds // length:.0f} {unit}'
-    return f'{seconds:.0f} s'
+        size = sum(path.stat().st_size for path in checksums.files(folder).values())
+        age = text.duration(time.time() - folder.stat().st_mtime)
+        row = [str(step), text.in_units(size), age]
+        if verify:
+            fault = checksums.fault(folder)
+            damaged += [step] if fault else []
+            row.append(f'damaged: {fault}' if fault else
+                       'good' if checksums.known(folder) else 'readable')
+        rows.append([*row, _summary(folder)])
+    return text.aligned(rows, numbers=0), damaged
 
 
 def _summary(folder: Path) -> str:
@@ -113,16 +101,14 @@ def main(argv: list[str]) -> None:
         if FLAGS.prune:
             gone = prune(directory, FLAGS.keep, FLAGS.every)
             print(f'deleted: {", ".join(map(str, gone)) or "none"}')
-        found = rows(directory, FLAGS.verify)
+        table, damaged = listing(directory, FLAGS.verify)
     except (CheckpointError, LockError) as e:
         sys.exit(f'checkpoints: {e}')
     except OSError as e:
         sys.exit(f'checkpoints: {e.filename} cannot be changed ({e.strerror})')
-    for _, _, line in found:
-        print(line)
-    damaged = [str(step) for step, fault, _ in found if fault]
+    print(table)
     if damaged:
-        sys.exit(f'checkpoints: damaged: {", ".join(damaged)}; resuming moves them aside')
+        sys.exit(f'checkpoints: damaged: {", ".join(map(str, damaged))}; resuming moves them aside')
 
 
 if __name__ == '__main__':

@@ -23,6 +23,7 @@ from ddmd_jax.data.prompts import build as prompt_sets
 from ddmd_jax.families import TextEncoder
 from ddmd_jax.parallel import sharding
 from ddmd_jax.train import prompts as sources
+from ddmd_jax.util.text import in_units
 
 STEP = 32  # batches are cut to multiples of so many tokens: few programs, little padding
 
@@ -112,7 +113,7 @@ def embed(prompts: Path, split: str, text: TextEncoder, mesh: Mesh, out: Path, r
         return job, True
     need, free = embeddings.room_for(job)
     words = (f'{len(job.lengths)} prompts of {job.lengths.mean():.0f} tokens on average: '
-             f'{sharding.in_units(need)} to write to {out}, {sharding.in_units(free)} free')
+             f'{in_units(need)} to write to {out}, {in_units(free)} free')
     if need > free:
         raise DataFileError(f'{words}: there is no room; choose another --out, or train online '
                             "(config.data.name='prompts')")

@@ -67,7 +67,7 @@ def main(argv: list[str]) -> None:
         sys.exit('plan: no --config given; try --config=configs/lumina.py')
     from ddmd_jax import config as config_lib
     from ddmd_jax.parallel import sharding
-    from ddmd_jax.planner import layout, programs, report
+    from ddmd_jax.planner import layout, plan, programs
     from ddmd_jax.weights.flat import WeightsError
 
     try:
@@ -80,13 +80,13 @@ def main(argv: list[str]) -> None:
         if FLAGS.layout:
             print(layout.layout(c, *parts_for(c, mesh)))
             return
-        found = report.report(c, parts_for, mesh, FLAGS.topology, FLAGS.search, FLAGS.only)
+        found = plan.plan(c, parts_for, mesh, FLAGS.topology, FLAGS.search, FLAGS.only)
     except config_lib.ConfigError as e:
         print(e, file=sys.stderr)
         sys.exit(2)
     except (programs.PlanError, sharding.ShardingError, WeightsError) as e:
         sys.exit(f'plan: {e}')
-    print(json.dumps(found, indent=1) if FLAGS.json else report.table(found))
+    print(json.dumps(found, indent=1) if FLAGS.json else plan.table(found))
 
 
 if __name__ == '__main__':

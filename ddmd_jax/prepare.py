@@ -16,6 +16,7 @@ import os
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 from absl import app, flags, logging
 
@@ -121,7 +122,7 @@ def run_prompts() -> None:
     names = [f.name for f in dataclasses.fields(prompts.Settings) if f.name != 'input']
     settings = prompts.Settings(_inputs(FLAGS.input), **{n: FLAGS[n].value for n in names})
     try:
-        card, there = prompts.prepare(settings, Path(FLAGS.out))
+        card, there = prompts.prepare(settings, Path(FLAGS.out), _own_counter(settings.teacher))
     except DataFileError as e:
         sys.exit(f'prepare: {e}')
     except KeyboardInterrupt:
@@ -131,6 +132,15 @@ def run_prompts() -> None:
     sizes = ', '.join(f'{n} {split}' for split, n in card['splits'].items())
     print(f'{FLAGS.out} {"is done already" if there else "written"}: {sizes}; '
           f'identity {card["identity"]}')
+
+
+def _own_counter(teacher: str) -> Any:
+    """Counts tokens with the tokenizer that the teacher ships with; None if it ships without."""
+    if teacher != 'emoji':
+        return None
+    from ddmd_jax.families.emoji import tokenizer
+
+    return tokenizer.counter()
 
 
 def _agreed(words: str) -> bool:

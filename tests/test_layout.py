@@ -14,6 +14,7 @@ from ddmd_jax.parallel import sharding
 from ddmd_jax.parallel.sharding import AXES
 from ddmd_jax.planner import layout as planner, programs
 from ddmd_jax.train import distill
+from ddmd_jax.util import text
 
 MESH = AbstractMesh((2, 2, 2), AXES)
 TREES = ['critic', 'critic_opt/1/0/mu', 'critic_opt/1/0/nu', 'ema', 'student',
@@ -31,14 +32,14 @@ def small():
 
 
 def test_a_row_says_where_a_leaf_lies():
-    kernel, b = sharding.layout(*small())
-    assert kernel == sharding.Row('a/kernel', (3, 8, 4), 'float32', P(None, 'fsdp', 'tensor'),
+    kernel, b = planner.rows_of(*small())
+    assert kernel == planner.Row('a/kernel', (3, 8, 4), 'float32', P(None, 'fsdp', 'tensor'),
                                   'device', 384, 96)
     assert (b.path, b.dtype, b.memory, b.size, b.per_device) == ('b', 'bfloat16', 'host', 12, 12)
 
 
 def test_a_table_is_aligned_and_ends_with_its_totals():
-    head, kernel, b, total = sharding.layout_table(sharding.layout(*small())).splitlines()
+    head, kernel, b, total = planner.table(planner.rows_of(*small())).splitlines()
     assert re.split('  +', kernel) == ['a/kernel', '3x8x4', 'float32', '- fsdp tensor', '384 B',
                                        '96 B']
     assert re.split('  +', b) == ['b', '6', 'bfloat16', 'whole', '12 B', '12 B']
@@ -47,15 +48,8 @@ def test_a_table_is_aligned_and_ends_with_its_totals():
     assert head.index('shape') == kernel.index('3x8x4') == b.index('6')
 
 
-@pytest.mark.parametrize('size, words', [
-    (0, '0 B'), (1023, '1023 B'), (1024, '1.00 KiB'), (3 * 2**19, '1.50 MiB'),
-    (2**30, '1.00 GiB'), (5 * 2**40, '5120.00 GiB')])
-def test_bytes_in_units(size, words):
-    assert sharding.in_units(size) == words
-
-
 def test_an_axis_of_two_names_is_one_word():
-    assert sharding.spec_words(sharding.BATCH) == 'data+fsdp'
+    assert planner.spec_text(sharding.BATCH) == 'data+fsdp'
 
 
 # --- A distillation's ---
@@ -63,8 +57,8 @@ def test_an_axis_of_two_names_is_one_word():
 
 @pytest.fixture(scope='module')
 def teacher():
-    text = {'vocab_size': tokenizer.load().get_vocab_size(), 'max_length': TOKENS}
-    model = {'denoiser': tiny.MODEL['denoiser'], 'text': tiny.MODEL['text'] | text}
+    sizes = {'vocab_size': tokenizer.load().get_vocab_size(), 'max_length': TOKENS}
+    model = {'denoiser': tiny.MODEL['denoiser'], 'text': tiny.MODEL['text'] | sizes}
     return emoji.teacher_from(model, tiny.random_params(model, 0))
 
 
@@ -75,7 +69,7 @@ def printed(teacher):
 
 def test_parameters_are_listed_once_and_trees_have_a_line_each(printed, teacher):
     first = [line.split()[0] for line in printed.splitlines() if line]
-    for row in sharding.layout(teacher.params, sharding.shard_tree(
+    for row in planner.rows_of(teacher.params, sharding.shard_tree(
             teacher.params, teacher.rules, MESH)):
         assert first.count(row.path) == 1
         assert not any(x.endswith('/' + row.path) for x in first)
@@ -94,7 +88,7 @@ def test_the_totals_are_what_a_device_holds(printed, teacher):
     whole = sum(math.prod(x.shape) * x.dtype.itemsize for x in jax.tree.leaves((p.state, frozen)))
     last = re.split('  +', printed.splitlines()[-1])
     assert last[0] == 'all'
-    assert last[-2:] == [sharding.in_units(whole), sharding.in_units(each)]
+    assert last[-2:] == [text.in_units(whole), text.in_units(each)]
 
 
 def test_what_stays_with_the_hosts_is_counted_apart(teacher):
@@ -107,7 +101,7 @@ def test_what_stays_with_the_hosts_is_counted_apart(teacher):
 
 
 def test_a_tree_that_is_split_otherwise_is_told():
-    row = lambda path, spec: sharding.Row(path, (4, 4), 'float32', spec, 'device', 64, 32)
+    row = lambda path, spec: planner.Row(path, (4, 4), 'float32', spec, 'device', 64, 32)
     params = [row('x/kernel', P('fsdp', None))]
     trees = planner.by_tree([row('student/x/kernel', P('fsdp', None)),
                              row('opt/mu/x/kernel', P(None, 'fsdp')), row('step', P())],

@@ -17,7 +17,7 @@ import tiny
 from hypothesis import given, strategies as hs
 from jax.sharding import AxisType, NamedSharding, PartitionSpec as P
 
-from ddmd_jax.planner import chips, costs, hlo, runs
+from ddmd_jax.planner import chips, costs, hlo, repeats
 
 BF16 = jnp.bfloat16
 
@@ -75,7 +75,7 @@ def test_nested_scans_multiply(edit):
     module = hlo.parse(edit(text_of(fn, arg(64, 32), arg(32, 32))))
     assert costs.flops(module) == 15 * 2 * 64 * 32 * 32
     # the inner condition: once too often
-    assert costs.runs_of(module).counts.most_common(1)[0][1] == 3 * 6
+    assert costs.repeats_in(module).counts.most_common(1)[0][1] == 3 * 6
 
 
 def test_a_loop_that_depends_on_data_is_reported():
@@ -270,7 +270,7 @@ def loop(text=LOOP, start=0, step=1, direction='LT', limit='n', config=''):
 def test_trip_counts(options, trips):
     module = loop(**options)
     assert costs.flops(module) == trips * 2 * 8**3
-    assert not costs.runs_of(module).unknown_loops
+    assert not costs.repeats_in(module).unknown_loops
 
 
 @pytest.mark.parametrize('inner, trips, unknown', [('n', 20 * 19, []), ('j', 20, ['w'])])
@@ -278,14 +278,14 @@ def test_an_inner_loop_knows_what_the_outer_one_hands_on_unchanged(inner, trips,
     text = LOOP.replace('body=body CONFIG', 'body=outer').replace('ENTRY', OUTER)
     module = loop(text.replace('INNER', inner))
     assert costs.flops(module) == trips * 2 * 8**3
-    assert costs.runs_of(module).unknown_loops == unknown
+    assert costs.repeats_in(module).unknown_loops == unknown
 
 
 @pytest.mark.parametrize('options', [{'limit': 'k'}, {'step': 0}], ids=['argument', 'endless'])
 def test_unknown_trip_counts(options, monkeypatch):
-    monkeypatch.setattr(runs, 'MAX_TRIPS', 1000)
+    monkeypatch.setattr(repeats, 'MAX_TRIPS', 1000)
     module = loop(**options)
-    assert costs.runs_of(module).unknown_loops == ['w']
+    assert costs.repeats_in(module).unknown_loops == ['w']
     assert costs.flops(module) == 2 * 8**3
 
 
@@ -302,7 +302,7 @@ def test_computations_that_are_called():
           ROOT d = f32[8,8] map(c), dimensions={0,1}, to_apply=square
         }''')
     # not what is applied to each element
-    assert costs.runs_of(module).counts == {'main': 1, 'square': 2}
+    assert costs.repeats_in(module).counts == {'main': 1, 'square': 2}
     assert costs.flops(module) == 2 * 2 * 8**3
 
 
@@ -404,7 +404,7 @@ ENTRY %main (k: s32[], p: bf16[8,128], a: bf16[128,128]) -> bf16[32,128] {
 
 def test_a_collective_spread_over_fusions_counts_once():
     module = module_of(CHAIN)
-    assert costs.runs_of(module).branches == {'r': 'branch'}
+    assert costs.repeats_in(module).branches == {'r': 'branch'}
     assert [(c.name, c.kind, c.count, c.sent) for c in costs.collectives(module)] == [
         ('ag.1', 'all-gather', 1, 3 * 8 * 128 * 2)]
     assert costs.flops(module) == 2 * 128**3
@@ -746,7 +746,7 @@ def print_tpu():
         topology.devices[0]))
     pallas = costs.pallas_calls(hlo.parse(text_of(product, one, one)))
     print('costs', json.dumps({
-        'known': 'known_trip_count' in text, 'unknown': costs.runs_of(module).unknown_loops,
+        'known': 'known_trip_count' in text, 'unknown': costs.repeats_in(module).unknown_loops,
         'flops': costs.flops(module), 'hbm': costs.hbm_bytes(module),
         'sums': costs.collective_bytes(module),
         'gathers': [(c.count, c.group, c.sent) for c in costs.collectives(module)

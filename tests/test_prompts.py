@@ -32,6 +32,7 @@ from ddmd_jax.data.prompts import (
     set as prompt_set,
 )
 from ddmd_jax.data.prompts.text import digest, in_validation, normalise
+from ddmd_jax.families.emoji import tokenizer
 
 # Every kind of what a keyboard, a web page or a broken file may hold.
 TEXT = st.text(st.characters(exclude_categories=()), max_size=40)
@@ -80,7 +81,9 @@ def put(path, texts):
 
 def make(out, *inputs, **settings):
     settings = {'near_threshold': 1.0, 'validation': 0.2, 'field': 'caption'} | settings
-    return prompts.prepare(prompts.Settings(tuple(map(str, inputs)), **settings), Path(out))[0]
+    counter = tokenizer.counter() if settings.get('teacher') == 'emoji' else None
+    return prompts.prepare(prompts.Settings(tuple(map(str, inputs)), **settings), Path(out),
+                           counter)[0]
 
 
 def both(path):

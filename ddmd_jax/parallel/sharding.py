@@ -8,7 +8,6 @@ stacked layers add dimensions in front, which stay whole.
 
 from __future__ import annotations
 
-import dataclasses
 import math
 import re
 from collections.abc import Mapping, Sequence
@@ -111,60 +110,6 @@ def shard_tree(tree: Any, rules: Rules, mesh: Mesh) -> Any:
         name = jax.tree_util.keystr(path, simple=True, separator='/')
         return NamedSharding(mesh, spec_for(name, tuple(leaf.shape), rules, mesh))
     return jax.tree_util.tree_map_with_path(one, tree)
-
-
-@dataclasses.dataclass(frozen=True)
-class Row:
-    """Where one leaf of a tree lies: `size` and `per_device` in bytes."""
-
-    path: str
-    shape: tuple[int, ...]
-    dtype: str
-    spec: P
-    memory: str  # 'device' or 'host'
-    size: int
-    per_device: int
-
-
-def layout(tree: Any, shardings: Any) -> list[Row]:
-    """A row for each leaf of a tree of arrays or `ShapeDtypeStruct`s, in the tree's order."""
-    def row(path, leaf, sharding):
-        name = jax.tree_util.keystr(path, simple=True, separator='/')
-        shape, width = tuple(leaf.shape), leaf.dtype.itemsize
-        memory = 'host' if sharding.memory_kind == 'pinned_host' else 'device'
-        return Row(name, shape, leaf.dtype.name, sharding.spec, memory, math.prod(shape) * width,
-                   math.prod(sharding.shard_shape(shape)) * width)
-    return jax.tree.leaves(jax.tree_util.tree_map_with_path(row, tree, shardings))
-
-
-def layout_table(rows: Sequence[Row]) -> str:
-    """Rows of a layout in aligned columns, and their totals."""
-    cells = [('parameter', 'shape', 'dtype', 'split over', 'bytes', 'per device')]
-    cells += [(r.path, 'x'.join(map(str, r.shape)) or 'scalar', r.dtype, spec_words(r.spec),
-               in_units(r.size), in_units(r.per_device)) for r in rows]
-    cells.append((f'all {len(rows)}', '', '', '', in_units(sum(r.size for r in rows)),
-                  in_units(sum(r.per_device for r in rows))))
-    return aligned(cells, numbers=2)
-
-
-def spec_words(spec: P) -> str:
-    """``- fsdp tensor`` for ``P(None, 'fsdp', 'tensor')``; `whole` where nothing is split."""
-    word = lambda axis: '-' if axis is None else axis if isinstance(axis, str) else '+'.join(axis)
-    return ' '.join(map(word, spec)) if any(spec) else 'whole'
-
-
-def in_units(size: int) -> str:
-    """Bytes as B, KiB, MiB or GiB."""
-    power = min(max(size.bit_length() - 1, 0) // 10, 3)
-    return f'{size} B' if power == 0 else f'{size / 1024**power:.2f} {"KMG"[power - 1]}iB'
-
-
-def aligned(cells: Sequence[Sequence[str]], numbers: int) -> str:
-    """Lines of columns two spaces apart; the last `numbers` columns stand to the right."""
-    widths = [max(map(len, column)) for column in zip(*cells)]
-    left = len(widths) - numbers
-    pad = lambda i, cell: cell.ljust(widths[i]) if i < left else cell.rjust(widths[i])
-    return '\n'.join('  '.join(pad(i, c) for i, c in enumerate(line)).rstrip() for line in cells)
 
 
 def replicated(mesh: Mesh) -> NamedSharding:

@@ -1,6 +1,6 @@
 """What a program costs one device: products, bytes sent, bytes through memory.
 
-Each instruction counts as often as its computation runs (`runs.py`). What an estimate leaves
+Each instruction counts as often as its computation runs (`repeats.py`). What an estimate leaves
 out is said at each function.
 """
 
@@ -27,13 +27,13 @@ from ddmd_jax.planner.hlo import (
     leaves,
     parse,
 )
-from ddmd_jax.planner.runs import Runs, run_counts
+from ddmd_jax.planner.repeats import Repeats, count_repeats
 
 
 @functools.lru_cache(maxsize=4)
-def runs_of(module: Module) -> Runs:
+def repeats_in(module: Module) -> Repeats:
     """Of a conditional the branch with the most FLOPs; of equals, with the most HBM traffic."""
-    return run_counts(module, lambda part, runs: (_flops(part, runs), _hbm(part, runs)))
+    return count_repeats(module, lambda part, repeats: (_flops(part, repeats), _hbm(part, repeats)))
 
 
 # --- FLOPs ---
@@ -69,13 +69,13 @@ def flops(module: Module) -> int:
     into a reduction. A product counts once whatever its precision, though TPU takes several
     passes for more than bf16.
     """
-    return _flops(module, runs_of(module))
+    return _flops(module, repeats_in(module))
 
 
 def pallas_calls(module: Module) -> tuple[PallasCall, ...]:
     """Every call of a Pallas kernel on TPU, those of ENTRY first."""
     found = []
-    for name, count in runs_of(module).counts.items():
+    for name, count in repeats_in(module).counts.items():
         for i in module[name].instructions.values():
             if call_target(i) == 'tpu_custom_call':
                 found.append(PallasCall(kernels.name(i), count, _kernel_flops(i),
@@ -83,8 +83,8 @@ def pallas_calls(module: Module) -> tuple[PallasCall, ...]:
     return tuple(found)
 
 
-def _flops(module: Module, runs: Runs) -> int:
-    return sum(count * _own_flops(module[name]) for name, count in runs.counts.items())
+def _flops(module: Module, repeats: Repeats) -> int:
+    return sum(count * _own_flops(module[name]) for name, count in repeats.counts.items())
 
 
 @functools.lru_cache(maxsize=4096)
@@ -164,7 +164,7 @@ class Collective:
 def collectives(module: Module) -> tuple[Collective, ...]:
     """Every collective of a program, those of ENTRY first; see `collective_bytes`."""
     found = []
-    for name, count in runs_of(module).counts.items():
+    for name, count in repeats_in(module).counts.items():
         comp = module[name]
         for i in comp.instructions.values():
             if collective_kind(i) and not module.resumes(comp, i):
@@ -261,12 +261,12 @@ def hbm_bytes(module: Module) -> int:
     of what it is given in some other way, and below it where an operand does not fit into VMEM
     and is read again for each block (large products, attention kernels).
     """
-    return _hbm(module, runs_of(module))
+    return _hbm(module, repeats_in(module))
 
 
-def _hbm(module: Module, runs: Runs) -> int:
+def _hbm(module: Module, repeats: Repeats) -> int:
     return sum(count * sum(_traffic(module, i) for i in module[name].instructions.values())
-               for name, count in runs.counts.items() if name not in module.fused)
+               for name, count in repeats.counts.items() if name not in module.fused)
 
 
 def _traffic(module: Module, i: Instruction) -> int:
@@ -398,8 +398,8 @@ def summary(text: str) -> Summary:
     """
     try:
         module = parse(text)
-        runs = runs_of(module)
+        repeats = repeats_in(module)
         return Summary(flops(module), pallas_calls(module), collective_bytes(module),
-                       hbm_bytes(module), tuple(runs.unknown_loops), runs.branches)
+                       hbm_bytes(module), tuple(repeats.unknown_loops), repeats.branches)
     except (KeyError, IndexError, TypeError, AttributeError, RecursionError) as error:
         raise HloError(f'HLO text in an unknown spelling: {error!r}') from error

@@ -1,6 +1,6 @@
 """What the optimised HLO text of a compiled program says, of the TPU or CPU backend.
 
-    text --parse--> Module --runs.run_counts--> Runs --costs--> flops, collectives, ... Summary
+    text --parse--> Module --count_repeats--> Repeats --costs--> flops, collectives, ... Summary
 
 All shapes are those of one device: a partitioned program's text has a device's part. Read in
 the text of libtpu 0.0.42.1 and jaxlib 0.10.2; what the format leaves open is said at each

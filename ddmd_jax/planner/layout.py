@@ -3,23 +3,64 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections.abc import Collection, Sequence
 from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jax.sharding import Mesh
+from jax.sharding import Mesh, PartitionSpec as P
 
 from ddmd_jax import families as teachers
 from ddmd_jax.parallel import sharding
-from ddmd_jax.parallel.sharding import Row
 from ddmd_jax.train import distill
+from ddmd_jax.util import text
 
 REST = 'counters, null prompt'
 
 
+@dataclasses.dataclass(frozen=True)
+class Row:
+    """Where one leaf of a tree lies: `size` and `per_device` in bytes."""
+
+    path: str
+    shape: tuple[int, ...]
+    dtype: str
+    spec: P
+    memory: str  # 'device' or 'host'
+    size: int
+    per_device: int
+
+
+def rows_of(tree: Any, shardings: Any) -> list[Row]:
+    """A row for each leaf of a tree of arrays or `ShapeDtypeStruct`s, in the tree's order."""
+    def row(path, leaf, sharding):
+        name = jax.tree_util.keystr(path, simple=True, separator='/')
+        shape, width = tuple(leaf.shape), leaf.dtype.itemsize
+        memory = 'host' if sharding.memory_kind == 'pinned_host' else 'device'
+        return Row(name, shape, leaf.dtype.name, sharding.spec, memory, math.prod(shape) * width,
+                   math.prod(sharding.shard_shape(shape)) * width)
+    return jax.tree.leaves(jax.tree_util.tree_map_with_path(row, tree, shardings))
+
+
+def table(rows: Sequence[Row]) -> str:
+    """Rows of a layout in aligned columns, and their totals."""
+    cells = [('parameter', 'shape', 'dtype', 'split over', 'bytes', 'per device')]
+    cells += [(r.path, 'x'.join(map(str, r.shape)) or 'scalar', r.dtype, spec_text(r.spec),
+               text.in_units(r.size), text.in_units(r.per_device)) for r in rows]
+    cells.append((f'all {len(rows)}', '', '', '', text.in_units(sum(r.size for r in rows)),
+                  text.in_units(sum(r.per_device for r in rows))))
+    return text.aligned(cells, numbers=2)
+
+
+def spec_text(spec: P) -> str:
+    """``- fsdp tensor`` for ``P(None, 'fsdp', 'tensor')``; `whole` where nothing is split."""
+    word = lambda axis: '-' if axis is None else axis if isinstance(axis, str) else '+'.join(axis)
+    return ' '.join(map(word, spec)) if any(spec) else 'whole'
+
+
 def layout(config: Any, teacher: teachers.Teacher, mesh: Mesh, tokens: int,
-           text: teachers.TextEncoder | None = None) -> str:
+           encoder: teachers.TextEncoder | None = None) -> str:
     """The student's parameters one by one, then a line for every tree of their shape.
 
     Args:
@@ -27,7 +68,7 @@ def layout(config: Any, teacher: teachers.Teacher, mesh: Mesh, tokens: int,
       teacher: with shapes or arrays as parameters.
       mesh: what they are laid out over.
       tokens: length of a caption.
-      text: the text encoder, if prompts are encoded on the mesh, likewise.
+      encoder: the text encoder, if prompts are encoded on the mesh, likewise.
 
     Raises:
       ShardingError: a parameter that no rule fits, or that does not divide.
@@ -37,15 +78,15 @@ def layout(config: Any, teacher: teachers.Teacher, mesh: Mesh, tokens: int,
     p = distill.plan(config, teacher, null, mesh)
     fields = lambda state: {f.name: getattr(state, f.name) for f in dataclasses.fields(state)}
     shapes = fields(p.state) | {'teacher': jax.eval_shape(lambda: teacher.params), 'null': null}
-    rows = sharding.layout(shapes, fields(p.state_shardings) | p.frozen_shardings)
-    params = sharding.layout(p.state.student, p.state_shardings.student)
+    rows = rows_of(shapes, fields(p.state_shardings) | p.frozen_shardings)
+    params = rows_of(p.state.student, p.state_shardings.student)
     trees = by_tree(rows, {row.path for row in params})
-    if text:
-        trees['text encoder'] = sharding.layout(
-            text.params, sharding.shard_tree(text.params, text.rules, mesh))
+    if encoder:
+        trees['text encoder'] = rows_of(
+            encoder.params, sharding.shard_tree(encoder.params, encoder.rules, mesh))
     sizes = ' '.join(f'{axis}={size}' for axis, size in mesh.shape.items())
     return '\n'.join([
-        f'{mesh.size} devices ({sizes}). The student:', '', sharding.layout_table(params), '',
+        f'{mesh.size} devices ({sizes}). The student:', '', table(params), '',
         'All that stays between the steps, each tree laid out as the student is:', '',
         tree_table(trees), *otherwise(trees, params)])
 
@@ -70,11 +111,11 @@ def tree_table(trees: dict[str, list[Row]]) -> str:
     """A line of totals per tree, and one per kind of memory."""
     line = lambda name, rows: (
         name, str(len(rows)), '+'.join(sorted({r.dtype for r in rows})),
-        '+'.join(sorted({r.memory for r in rows})), sharding.in_units(sum(r.size for r in rows)),
-        sharding.in_units(sum(r.per_device for r in rows)))
+        '+'.join(sorted({r.memory for r in rows})), text.in_units(sum(r.size for r in rows)),
+        text.in_units(sum(r.per_device for r in rows)))
     everything = [row for rows in trees.values() for row in rows]
     kinds = sorted({row.memory for row in everything})
-    return sharding.aligned(
+    return text.aligned(
         [('tree', 'arrays', 'dtype', 'memory', 'bytes', 'per device')]
         + [line(name, rows) for name, rows in trees.items()]
         + [line('all', [r for r in everything if r.memory == kind]) for kind in kinds], numbers=2)
@@ -85,4 +126,4 @@ def otherwise(trees: dict[str, list[Row]], params: Sequence[Row]) -> list[str]:
     specs = {row.path: row.spec for row in params}
     odd = [dataclasses.replace(row, path=f'{name}/{row.path}') for name, rows in trees.items()
            for row in rows if row.spec != specs.get(row.path, row.spec)]
-    return ['', 'Except:', '', sharding.layout_table(odd)] if odd else []
+    return ['', 'Except:', '', table(odd)] if odd else []

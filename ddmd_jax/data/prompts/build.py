@@ -40,8 +40,14 @@ __all__ = ['PromptSet', 'Settings', 'open_set', 'prepare']
 EXAMPLES = 10  # pairs of near-duplicates that the card shows
 
 
-def prepare(settings: Settings, out: Path) -> tuple[dict[str, Any], bool]:
+def prepare(settings: Settings, out: Path, counter: prompt_tokens.Counter | None = None,
+            ) -> tuple[dict[str, Any], bool]:
     """The card of the set of prompts at `out`, and whether it was there already.
+
+    Args:
+      settings: of the set.
+      out: its folder.
+      counter: counts the teacher's tokens, unless `settings.tokenizer` names another tokenizer.
 
     Raises:
       DataFileError: an input or the tokenizer is not as it should be, no prompt is left, `out`
@@ -53,7 +59,8 @@ def prepare(settings: Settings, out: Path) -> tuple[dict[str, Any], bool]:
         raise DataFileError(f'--out {out}: {sets.PARTIAL} is how unfinished sets are called; '
                             'choose another')
     sources = [files.find(name) for name in settings.input]
-    counter = prompt_tokens.load(settings.tokenizer, settings.teacher)
+    if settings.tokenizer:
+        counter = prompt_tokens.of_folder(Path(settings.tokenizer).expanduser())
     if settings.max_tokens is not None and counter is None:
         raise DataFileError(f'--max_tokens needs --tokenizer: {settings.teacher} has none here')
     asked = cards.settings_of(settings, counter.identity if counter else '')

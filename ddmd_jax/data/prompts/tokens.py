@@ -1,4 +1,4 @@
-"""Counting the tokens of prompts, with a teacher's own tokenizer."""
+"""Counting the tokens of prompts."""
 
 from __future__ import annotations
 
@@ -21,27 +21,12 @@ class Counter(NamedTuple):
     count: Callable[[Sequence[str]], list[int]]
 
 
-def load(folder: str, teacher: str) -> Counter | None:
-    """The tokenizer of a transformers `folder`; else the embedded teacher's own; else None.
+def of_folder(folder: Path) -> Counter:
+    """The tokenizer in a folder that transformers wrote.
 
     Raises:
       DataFileError: it is missing or cannot be read.
     """
-    if folder:
-        return _from_folder(Path(folder).expanduser())
-    return _embedded() if teacher == 'emoji' else None
-
-
-def _embedded() -> Counter:
-    from ddmd_jax.families.emoji import tokenizer
-    from ddmd_jax.families.emoji.data import TOKENIZER
-
-    library = tokenizer.load()
-    return Counter(hashlib.sha256(TOKENIZER.read_bytes()).hexdigest(),
-                   lambda texts: [len(e.ids) for e in library.encode_batch(list(texts))])
-
-
-def _from_folder(folder: Path) -> Counter:
     files = sorted({f for part in PARTS for f in folder.glob(part) if f.is_file()})
     if not files:
         raise DataFileError(f'--tokenizer {folder} holds no tokenizer; give a folder that '

@@ -1,4 +1,4 @@
-"""The planner's report: every program measured, the largest batch, advice, and the whole run."""
+"""The plan of a run: every program measured, the largest batch, advice, and the whole run."""
 
 from __future__ import annotations
 
@@ -14,12 +14,13 @@ from ddmd_jax.parallel import sharding
 from ddmd_jax.planner import chips, search
 from ddmd_jax.planner.measure import measure, quick_peak
 from ddmd_jax.planner.programs import PlanError, Program, programs
+from ddmd_jax.util.text import in_units
 
 STEPS = ('generator_step', 'critic_step')
 
 
-def report(config: Any, parts_of: Any, mesh: Mesh, name: str, look: bool = True,
-           only: Sequence[str] = ()) -> dict[str, Any]:
+def plan(config: Any, parts_of: Any, mesh: Mesh, name: str, look: bool = True,
+         only: Sequence[str] = ()) -> dict[str, Any]:
     """All that is known of a distillation on the topology `name`, per chip; see docs/scaling.md.
 
     Args:
@@ -141,11 +142,11 @@ def whole_run(config: Any, measured: dict[str, Any], count: int) -> dict[str, fl
 
 
 def table(found: dict[str, Any]) -> str:
-    """The report in words and GiB."""
-    lines = [f'{found["topology"]}: {found["chips"]} chips of {_gib(found["hbm_bytes_per_chip"])} '
-             f'({_gib(found["usable_bytes_per_chip"])} for programs), global batch '
-             f'{found["global_batch"]}; per chip:',
-             f'  resident: {_gib(found["resident_bytes"])}']
+    """The plan for the terminal."""
+    hbm, usable = (in_units(found[f'{name}_bytes_per_chip']) for name in ('hbm', 'usable'))
+    lines = [f'{found["topology"]}: {found["chips"]} chips of {hbm} ({usable} for programs), '
+             f'global batch {found["global_batch"]}; per chip:',
+             f'  resident: {in_units(found["resident_bytes"])}']
     lines += [_program_words(name, p) for name, p in found['programs'].items()]
     if 'largest_batch' in found:
         lines.append(f'  largest global batch: {found["largest_batch"]}' if found['largest_batch']
@@ -154,7 +155,7 @@ def table(found: dict[str, Any]) -> str:
         lines.append(f'  {name} would fit with' if levers else
                      f'  {name}: no lever makes it fit, nor do all together: take more chips')
         lines += [f'    {" ".join(f"--config.{k}={v}" for k, v in one["fields"].items())}: about '
-                  f'{_gib(one["peak_bytes"])}; costs {one["costs"]}' for one in levers]
+                  f'{in_units(int(one["peak_bytes"]))}; costs {one["costs"]}' for one in levers]
     if 'run' in found:
         r = found['run']
         lines.append(f'  at best (all at peak rates): {r["seconds_per_step"]:.1f} s a step, '
@@ -164,20 +165,16 @@ def table(found: dict[str, Any]) -> str:
     return '\n'.join(lines)
 
 
-def _gib(size: float) -> str:
-    return f'{size / 2**30:.2f} GiB'
-
-
 def _program_words(name: str, p: dict[str, Any]) -> str:
     if 'error' in p:
         return f'  {name}: does not fit: {p["error"]}'
     silent = p['kernel_calls_without_flops']
     return (
-        f'  {name}: {"fits" if p["fits"] else "does not fit"}, peak {_gib(p["peak_bytes"])} '
-        f'(temporaries {_gib(p["temp_bytes"])}, headroom {_gib(p["headroom_bytes"])}); '
+        f'  {name}: {"fits" if p["fits"] else "does not fit"}, peak {in_units(p["peak_bytes"])} '
+        f'(temporaries {in_units(p["temp_bytes"])}, headroom {in_units(p["headroom_bytes"])}); '
         f'{p["flops"] / 1e12:.2f} TFLOP'
         + (f' without {silent} kernels' if silent else '')
-        + f', {p["flops"] / p["analytic_flops"]:.2f} x analytic; {_gib(p["hbm_bytes"])} through '
-        f'memory, {_gib(sum(p["collective_bytes"].values()))} sent; at least '
+        + f', {p["flops"] / p["analytic_flops"]:.2f} x analytic; {in_units(p["hbm_bytes"])} '
+        f'through memory, {in_units(sum(p["collective_bytes"].values()))} sent; at least '
         f'{p["roofline_seconds"]:.2f} s, bound by {p["bound_by"]}; compiled in '
         f'{p["compile_seconds"]:.0f} s')

@@ -17,7 +17,7 @@ MAX_TRIPS = 100_000  # a loop that is still running after so many is reported as
 
 
 @dataclasses.dataclass
-class Runs:
+class Repeats:
     """How often computations run in one run of the program.
 
     Attributes:
@@ -31,7 +31,7 @@ class Runs:
     unknown_loops: list[str] = dataclasses.field(default_factory=list)
     branches: dict[str, str] = dataclasses.field(default_factory=dict)
 
-    def add(self, other: Runs, times: int) -> None:
+    def add(self, other: Repeats, times: int) -> None:
         for name, count in other.counts.items():
             self.counts[name] += count * times
         self.unknown_loops += [n for n in other.unknown_loops if n not in self.unknown_loops]
@@ -39,11 +39,11 @@ class Runs:
 
 
 # What a part of a program costs, given how often its computations run; compared by max().
-Cost = Callable[[Module, Runs], Any]
+Cost = Callable[[Module, Repeats], Any]
 
 
-def run_counts(module: Module, cost: Cost) -> Runs:
-    """Runs of every computation, from ENTRY through fusions, calls, loops and conditionals.
+def count_repeats(module: Module, cost: Cost) -> Repeats:
+    """How often each computation runs, from ENTRY through fusions, calls, loops and conditionals.
 
     Of a conditional's branches the one of the highest `cost` counts.
 
@@ -54,38 +54,38 @@ def run_counts(module: Module, cost: Cost) -> Runs:
     return _walk(module, module.entry, [], cost)
 
 
-def _walk(module: Module, comp: Computation, args: list[Any], cost: Cost) -> Runs:
-    """Runs of `comp` and what it calls, for one run of it with these parameters."""
-    runs = Runs(collections.Counter({comp.name: 1}))
+def _walk(module: Module, comp: Computation, args: list[Any], cost: Cost) -> Repeats:
+    """The same for `comp` and what it calls, in one run of it with these parameters."""
+    repeats = Repeats(collections.Counter({comp.name: 1}))
     scope = _Scope(module, comp, args)
     for i in comp.instructions.values():
         if i.opcode == 'while':
-            _walk_loop(runs, scope, i, cost)
+            _walk_loop(repeats, scope, i, cost)
         elif i.opcode == 'conditional':
-            _walk_conditional(runs, scope, i, cost)
+            _walk_conditional(repeats, scope, i, cost)
         elif i.opcode in ('fusion', 'call', 'async-start', 'custom-call'):
             # Not `to_apply` of a reduction: its scalar function has no cost worth counting.
             names = i.names('calls') + i.names('called_computations')
             names += i.names('to_apply') if i.opcode == 'call' else []
             values = [scope.value(o) for o in i.operands] if names else []
             for name in names:
-                runs.add(_walk(module, module[name], values, cost), 1)
-    return runs
+                repeats.add(_walk(module, module[name], values, cost), 1)
+    return repeats
 
 
-def _walk_loop(runs: Runs, scope: _Scope, loop: Instruction, cost: Cost) -> None:
+def _walk_loop(repeats: Repeats, scope: _Scope, loop: Instruction, cost: Cost) -> None:
     """Adds a loop's body and condition."""
     module = scope.module
     (body,), (condition,) = loop.names('body'), loop.names('condition')
     state = scope.value(loop.operands[0])
     trips = _trips(module, loop, state)
     if trips is None:
-        runs.unknown_loops.append(loop.name)
+        repeats.unknown_loops.append(loop.name)
         trips = 1
     # Inside, only what the body hands on unchanged is known: the bounds of nested loops.
     kept = [_unchanged(module[body], state)]
-    runs.add(_walk(module, module[body], kept, cost), trips)
-    runs.add(_walk(module, module[condition], kept, cost), trips + 1)
+    repeats.add(_walk(module, module[body], kept, cost), trips)
+    repeats.add(_walk(module, module[condition], kept, cost), trips + 1)
 
 
 def _unchanged(body: Computation, state: Any) -> Any:
@@ -102,7 +102,7 @@ def _unchanged(body: Computation, state: Any) -> Any:
                  for index, (value, name) in enumerate(zip(state, body.root.operands)))
 
 
-def _walk_conditional(runs: Runs, scope: _Scope, i: Instruction, cost: Cost) -> None:
+def _walk_conditional(repeats: Repeats, scope: _Scope, i: Instruction, cost: Cost) -> None:
     """Adds the branch of the highest cost."""
     module = scope.module
     names = (i.names('branch_computations')
@@ -112,8 +112,8 @@ def _walk_conditional(runs: Runs, scope: _Scope, i: Instruction, cost: Cost) -> 
     if not walked:
         raise HloError(f'conditional {i.name} names no branches')
     worst = max(walked, key=lambda name: cost(module, walked[name]))
-    runs.add(walked[worst], 1)
-    runs.branches[i.name] = worst
+    repeats.add(walked[worst], 1)
+    repeats.branches[i.name] = worst
 
 
 def _trips(module: Module, loop: Instruction, state: Any) -> int | None:
