@@ -2,8 +2,7 @@
 
     python benchmarks/scaling.py plans     # benchmarks/plans/*.json: ddmd_jax.plan on each topology
     python benchmarks/scaling.py levers    # benchmarks/levers.json: one field changed at a time
-    python benchmarks/scaling.py growth    # benchmarks/growth.json: more chips, equal rows a chip
-    python benchmarks/scaling.py tables    # writes all three as tables into docs/scaling.md
+    python benchmarks/scaling.py tables    # writes both as tables into docs/scaling.md
 """
 
 from __future__ import annotations
@@ -23,7 +22,6 @@ CONFIG = 'configs/lumina.py'
 PLANS = (('v5e:4x4', 64, ()), ('v5p:2x2x4', 64, ('--nosearch',)),
          ('v6e:4x4', 64, ('--nosearch',)),
          ('v5e:16x16', 1024, ('--nosearch', '--only=generator_step,critic_step')))
-GROWTH = (('v5e:4x4', 64), ('v5e:16x16', 1024))
 ROOMY = 'v5p:2x2x4'  # where every lever's program fits
 LEVERS = (
     {}, {'teacher.remat': 'dots'}, {'teacher.remat': 'none'}, {'teacher.attention': 'xla'},
@@ -65,14 +63,6 @@ def levers() -> None:
         {'topology': ROOMY, 'config': CONFIG, 'effort': -1, 'levers': found}, indent=1) + '\n')
 
 
-def growth() -> None:
-    """Both steps on `GROWTH`, compiled with the least effort: what a chip of a larger pod sends."""
-    found = [{'topology': topology, 'global_batch': batch, 'program': which, **_quick(
-        {'data.global_batch': batch}, topology, which)[0]}
-        for which in ('generator_step', 'critic_step') for topology, batch in GROWTH]
-    (HERE / 'growth.json').write_text(json.dumps(found, indent=1) + '\n')
-
-
 def _quick(changed: dict[str, Any], topology: str, which: str) -> tuple[dict[str, Any], int]:
     """(One program of the config with fields changed, by the least effort; resident bytes)."""
     os.environ['JAX_PLATFORMS'] = 'cpu'
@@ -96,20 +86,17 @@ def _gib(size: float) -> str:
 
 def plans_table() -> str:
     """One line for each program of each plan."""
-    lines = ['| topology, batch | program | peak GiB | of | temporaries GiB | TFLOP | x analytic | '
-             'memory GiB | sent GiB | least s | bound by | compiled in s |', '|' + '---|' * 12]
+    lines = ['| topology, batch | program | peak GiB | of | TFLOP | sent GiB | least s |',
+             '|' + '---|' * 7]
     for topology, batch, _ in PLANS:
         file = HERE / 'plans' / f'{topology.replace(":", "_")}_{batch}.json'
         found = json.loads(file.read_text())
         for name, p in found['programs'].items():
             lines.append('| ' + ' | '.join([
                 f'{topology}, {batch}', f'`{name}`', _gib(p['peak_bytes']),
-                _gib(found['usable_bytes_per_chip']), _gib(p['temp_bytes']),
-                f'{p["flops"] / 1e12:.1f}', f'{p["flops"] / p["analytic_flops"]:.2f}',
-                f'{p["hbm_bytes"] / 2**30:.0f}',
+                _gib(found['usable_bytes_per_chip']), f'{p["flops"] / 1e12:.1f}',
                 f'{sum(p["collective_bytes"].values()) / 2**30:.1f}',
-                f'{p["roofline_seconds"]:.2f}', p['bound_by'],
-                f'{p["compile_seconds"]:.0f}']) + ' |')
+                f'{p["roofline_seconds"]:.2f}']) + ' |')
     return '\n'.join(lines)
 
 
@@ -133,22 +120,10 @@ def levers_table() -> str:
     return '\n'.join(lines)
 
 
-def growth_table() -> str:
-    """One line for each program on each topology."""
-    found = json.loads((HERE / 'growth.json').read_text())
-    lines = ['| program | topology, batch | peak GiB | sent GiB | of the first |', '|' + '---|' * 5]
-    sent = lambda p: sum(p['collective_bytes'].values())
-    for p in found:
-        first = next(x for x in found if x['program'] == p['program'])
-        lines.append(f'| `{p["program"]}` | {p["topology"]}, {p["global_batch"]} | '
-                     f'{_gib(p["peak_bytes"])} | {_gib(sent(p))} | {sent(p) / sent(first):.3f} |')
-    return '\n'.join(lines)
-
-
 def tables() -> None:
-    """Puts all tables between their marks in docs/scaling.md."""
+    """Puts both tables between their marks in docs/scaling.md."""
     text = DOCS.read_text()
-    made_by = {'plans': plans_table, 'levers': levers_table, 'growth': growth_table}
+    made_by = {'plans': plans_table, 'levers': levers_table}
     for name, made in ((name, make()) for name, make in made_by.items()):
         start, end = f'<!-- {name}: benchmarks/scaling.py -->', f'<!-- end of {name} -->'
         before, rest = text.split(start)
@@ -157,7 +132,7 @@ def tables() -> None:
 
 
 def main(argv: list[str]) -> Any:
-    known = {'plans': plans, 'levers': levers, 'growth': growth, 'tables': tables}
+    known = {'plans': plans, 'levers': levers, 'tables': tables}
     if len(argv) != 1 or argv[0] not in known:
         sys.exit(f'scaling: say one of {", ".join(known)}')
     known[argv[0]]()

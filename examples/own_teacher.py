@@ -3,7 +3,7 @@
 ``python examples/own_teacher.py DIR``: eight by eight pixels, captions such as 'red left'. A
 perceptron is taught to draw them by flow matching, wrapped as a `Teacher`, and distilled into two
 steps by the package's own loop. What a family has to bring is `load_teacher`;
-docs/adding_a_teacher.md goes through it.
+docs/extending.md goes through it.
 """
 
 from __future__ import annotations

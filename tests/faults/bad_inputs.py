@@ -1,6 +1,6 @@
-"""The table of bad inputs in docs/errors.md: what each ends with, from processes that had it.
+"""The table of bad inputs in docs/bad_inputs.md: what each ends with, from processes that had it.
 
-    python tests/faults/bad_inputs.py      # writes the table into docs/errors.md
+    python tests/faults/bad_inputs.py      # writes the table into docs/bad_inputs.md
 
 One process imports what all need and forks one for each case before JAX has any device; there
 the command runs as ``python -m`` runs it. Exit codes and lines are therefore those of processes.
@@ -22,7 +22,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[2]
-DOCS = ROOT / 'docs' / 'errors.md'
+DOCS = ROOT / 'docs' / 'bad_inputs.md'
 MARKS = '<!-- table -->', '<!-- end -->'
 RUN = ('--config=configs/emoji.py', '--workdir=DIR/run')
 
@@ -204,7 +204,7 @@ def table(found: list[tuple[int, str]]) -> str:
 
 
 def in_docs() -> str:
-    """The table that docs/errors.md holds."""
+    """The table that docs/bad_inputs.md holds."""
     return DOCS.read_text().split(MARKS[0])[1].split(MARKS[1])[0].strip()
 
 

@@ -1,4 +1,4 @@
-"""The table of bad inputs in docs/errors.md is what processes say that are given them."""
+"""The table of bad inputs in docs/bad_inputs.md is what processes say that are given them."""
 
 import bad_inputs
 import pytest
@@ -13,7 +13,7 @@ def test_the_table_in_the_docs_is_what_happens():
         assert 'Traceback' not in told and 'EXECUTED' not in told, f'{case.what}: {told}'
         assert ' / ' not in told, f'{case.what} takes more than one line: {told}'
     assert bad_inputs.table(found) == bad_inputs.in_docs(), (
-        'docs/errors.md has another table; run python tests/faults/bad_inputs.py')
+        'docs/bad_inputs.md has another table; run python tests/faults/bad_inputs.py')
 
 
 def test_there_are_as_many_as_were_asked_for():
