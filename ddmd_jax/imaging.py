@@ -181,7 +181,7 @@ def load(model: Model, whose: Sequence[str], mesh: Mesh) -> tuple[Teacher, dict[
     # Kernels in the type of the products: predictions are the same, and half is read.
     teacher = teachers.load_family(model.family, model.path, mesh, model.dtype, model.size,
                                    param_dtype=model.dtype)
-    if teacher.decode is None:
+    if teacher.latents.decode is None:
         raise RequestError(f'{model.path} has no autoencoder beside its transformer; give the '
                            "pipeline's folder with --teacher_path")
     if model.identity not in (None, teacher.identity) and 'student' in whose:

@@ -89,7 +89,7 @@ class Column:
 
 def columns(model: Any, teacher: Any) -> list[Column]:
     """What the flags ask for; the last is what is written image by image."""
-    from ddmd_jax.diffusion import drawing
+    from ddmd_jax.diffusion import drawing, time as time_maps
     from ddmd_jax.train.durable import checkpoint as ckpt
 
     steps = FLAGS.steps or model.steps
@@ -98,7 +98,7 @@ def columns(model: Any, teacher: Any) -> list[Column]:
     if steps != model.steps:
         ckpt.warn(f'the student was trained for {model.steps} steps, not for {steps}')
     student = Column(f'student\n{steps} steps', 'student', drawing.of_student(
-        teacher, steps, model.shift, FLAGS.sampler), FLAGS.sampler)
+        teacher, steps, time_maps.chosen(teacher.time, model.shift), FLAGS.sampler), FLAGS.sampler)
     if not FLAGS.compare_teacher:
         return [student]
     few = drawing.of_teacher(teacher, steps, noises=steps)

@@ -16,6 +16,7 @@ from PIL import Image
 from ddmd_jax import families as teachers
 from ddmd_jax.data import conditioning
 from ddmd_jax.diffusion import drawing, process
+from ddmd_jax.diffusion.time import Shift
 from ddmd_jax.losses.cfg_augmentation import ca_direction
 from ddmd_jax.method import schedules
 
@@ -33,7 +34,7 @@ def draw_schedules() -> None:
     from matplotlib import pyplot as plt
 
     fig, axes = plt.subplots(2, 4, figsize=(11, 4), sharex=True, layout='constrained')
-    t = jnp.repeat(process.step_times(STEPS), 4000)
+    t = jnp.repeat(Shift().steps(STEPS), 4000)
     for i, (column, (name, schedule)) in enumerate(zip(axes.T, schedules.SCHEDULES.items())):
         levels = schedules.draw_levels(jax.random.key(0), schedule, t, SEEN, SEEN, 1.0)
         for ax, term, tau in zip(column, ('CA', 'DM'), levels):

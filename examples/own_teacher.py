@@ -20,9 +20,12 @@ import optax
 from flax import nnx
 from ml_collections import config_flags
 
+from ddmd_jax.data.batch import CondSpec
 from ddmd_jax.diffusion import drawing, process
+from ddmd_jax.diffusion.time import Shift
 from ddmd_jax.evaluation import pictures
 from ddmd_jax.families import Teacher, TextEncoder
+from ddmd_jax.families.base import Latents
 from ddmd_jax.models.layers import functional
 from ddmd_jax.parallel import sharding
 from ddmd_jax.train import distill, loop
@@ -82,9 +85,10 @@ def load_teacher(params) -> Teacher:
 
     identity = flat.identity(params)
     text = TextEncoder('shapes', params['text'], tokenize, embed, TOKENS, WIDTH, RULES, identity)
-    return Teacher('shapes', params['denoiser'], predict_clean, text, decode=lambda x: x,
-                   sample_shape=(SIZE, SIZE, 3), shift=1.0, identity=identity, rules=RULES,
-                   data_std=float(np.mean([draw(c).std() for c in CAPTIONS])), cond_width=WIDTH)
+    latents = Latents((SIZE, SIZE, 3), decode=lambda x: x,
+                      std=float(np.mean([draw(c).std() for c in CAPTIONS])))
+    return Teacher('shapes', params['denoiser'], predict_clean, latents, CondSpec.text(WIDTH),
+                   Shift(), identity, RULES, text)
 
 
 def pretrain(steps: int = 3000, batch: int = 128):

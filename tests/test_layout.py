@@ -79,7 +79,7 @@ def test_parameters_are_listed_once_and_trees_have_a_line_each(printed, teacher)
 
 
 def test_the_totals_are_what_a_device_holds(printed, teacher):
-    null = {'embeds': jax.ShapeDtypeStruct((1, TOKENS, teacher.cond_width), jnp.float16),
+    null = {'embeds': jax.ShapeDtypeStruct((1, TOKENS, teacher.cond.width), jnp.float16),
             'mask': jax.ShapeDtypeStruct((1, TOKENS), bool)}
     p = distill.plan(tiny.load_config('emoji'), teacher, null, MESH)
     frozen = {'teacher': teacher.params, 'null': null}

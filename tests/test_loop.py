@@ -195,6 +195,6 @@ def test_pretraining_writes_a_teacher_that_loads(tmp_path):
     main.run(config, tmp_path)
     teacher = teachers.load('emoji', str(tmp_path / 'teacher.safetensors'))
     cond = teacher.encode(['red apple', ''])
-    x_hat = teacher.predict_clean(teacher.params, np.zeros((2, *teacher.sample_shape)), 0.5, cond)
+    x_hat = teacher.predict_clean(teacher.params, np.zeros((2, *teacher.latents.shape)), 0.5, cond)
     assert x_hat.shape == (2, 24, 24, 3) and np.isfinite(np.asarray(x_hat)).all()
     assert lines(tmp_path)[-1]['step'] == 2

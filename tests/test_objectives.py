@@ -6,6 +6,7 @@ network, whether it adds up the right ones.
 """
 
 import dataclasses
+import functools
 
 import jax
 import jax.numpy as jnp
@@ -16,7 +17,8 @@ import tiny
 from hypothesis import given, strategies as st
 
 from ddmd_jax.data.conditioning import REAL
-from ddmd_jax.diffusion import process, sampling
+from ddmd_jax.diffusion import sampling
+from ddmd_jax.diffusion.time import FewSteps, Shift
 from ddmd_jax.families.emoji import teacher as emoji
 from ddmd_jax.losses.gan import critic_gan_loss, r1_penalty, student_gan_loss
 from ddmd_jax.losses.mean_variance import mean_variance_kl, moments
@@ -270,9 +272,11 @@ def test_a_drawn_alpha_scales_each_examples_ca():
 def classic_dmd2(m, student, key, cond):
     """DMD2's loss written out with its own names, on the draws that the key gives."""
     k_sim, k_tau, k_noise, _ = jax.random.split(key, 4)
-    z, k = sampling.student_inputs(spy_predict, student, cond, m.times, k_sim, SHAPE)
+    z, k = sampling.student_inputs(
+        functools.partial(spy_predict, student), cond, FewSteps(Shift(m.shift), m.num_steps), k_sim,
+        SHAPE)
     latents = spy_predict(student, z, m.times[k], cond)
-    t = process.step_times(m.num_steps)[k]
+    t = Shift().steps(m.num_steps)[k]
     tau, _ = schedules.draw_levels(k_tau, schedules.SCHEDULES['coupled_shared'], t, m.tau_ca,
                                    m.tau_dm, m.shift)
     noise = jax.random.normal(k_noise, SHAPE)

@@ -12,6 +12,7 @@ from saved import save
 
 from ddmd_jax import export, families as teachers
 from ddmd_jax.diffusion import drawing, sampling
+from ddmd_jax.diffusion.time import Shift, chosen
 from ddmd_jax.evaluation import pictures
 from ddmd_jax.families.lumina import teacher as lumina
 
@@ -48,8 +49,8 @@ def drawn(noises):
 
 def ours(teacher, params, cond, mode, key, shift=None):
     """(our latents, the noises they were drawn with)."""
-    sampler = drawing.of_student(teacher, STEPS, shift, mode)
-    shape = (len(cond['mask']), *teacher.sample_shape)
+    sampler = drawing.of_student(teacher, STEPS, chosen(teacher.time, shift), mode)
+    shape = (len(cond['mask']), *teacher.latents.shape)
     with jax.default_matmul_precision('highest'):
         latents = jax.jit(sampler.draw)(params, cond, None, key)
     return np.asarray(latents), np.asarray(sampling.step_noise(key, STEPS, shape))
@@ -151,5 +152,5 @@ def test_a_pipeline_that_was_exported_is_a_teachers_folder(folder, tmp_path):
                                          'tokenizer', 'model_index.json', 'README.md']
     assert not list((tmp_path / 'out').rglob('*.bin')) + list((tmp_path / 'out').rglob('*.tmp'))
     again = teachers.load(str(tmp_path / 'out'), size=(16, 16))
-    assert again.shift == teacher.shift == lumina.SHIFT and again.decode is not None
+    assert again.time == teacher.time == Shift(lumina.SHIFT) and again.latents.decode is not None
     assert teachers.load_text('lumina', str(tmp_path / 'out')).width == 24

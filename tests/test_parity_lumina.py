@@ -1,5 +1,6 @@
 """Lumina-Image-2.0 in and out: folders, sampler and a whole run, against diffusers itself."""
 
+import functools
 import json
 import shutil
 import subprocess
@@ -15,6 +16,7 @@ import tiny
 
 from ddmd_jax import families as teachers
 from ddmd_jax.diffusion import sampling
+from ddmd_jax.diffusion.time import Shift
 from ddmd_jax.families.lumina import teacher as lumina
 from ddmd_jax.models import autoencoder_kl
 from ddmd_jax.models.layers import abstract_params
@@ -64,10 +66,10 @@ def test_sampler_gives_the_pipelines_latents(theirs, ours, guidance, normalise):
     half = lambda rows: {'embeds': jnp.asarray(embeds[rows]), 'mask': jnp.asarray(mask[rows])}
     with jax.default_matmul_precision('highest'):
         got = sampling.sample_teacher(
-            ours.predict_clean, ours.params, half(slice(0, 2)), half(slice(2, 4)), noise,
-            sampling.teacher_times(5, ours.shift), guidance,
-            rescale=ours.rescale if normalise else None)
-    assert ours.shift == 6.0
+            functools.partial(ours.predict_clean, ours.params), half(slice(0, 2)), noise,
+            ours.time.grid(5), sampling.Guidance(
+                guidance, half(slice(2, 4)), ours.rescale if normalise else None))
+    assert ours.time == Shift(6.0)
     assert np.abs(got - want).max() <= 1e-3 * np.sqrt(np.mean(want**2))
 
 
@@ -80,7 +82,7 @@ def test_decode_gives_the_pipelines_images(theirs, ours, height, width):
         z = z / theirs.vae.config.scaling_factor + theirs.vae.config.shift_factor
         want = theirs.vae.decode(z).sample.numpy().transpose(0, 2, 3, 1)
     with jax.default_matmul_precision('highest'):
-        got = np.asarray(ours.decode(latents))
+        got = np.asarray(ours.latents.decode(latents))
     assert np.abs(got - want).max() <= 1e-4 * np.sqrt(np.mean(want**2))
 
 

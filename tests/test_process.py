@@ -4,8 +4,10 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from hypothesis import given, strategies as st
+from tiny import unshift
 
 from ddmd_jax.diffusion import process
+from ddmd_jax.diffusion.time import Shift
 
 SHAPE = (3, 2, 2, 4)
 seeds = st.integers(0, 2**16)
@@ -73,20 +75,20 @@ def test_velocity_is_finite_at_the_clean_end():
 
 @given(unit, shifts)
 def test_unshift_inverts_shift(t, shift):
-    close(process.unshift_time(process.shift_time(t, shift), shift), t)
-    close(process.shift_time(process.unshift_time(t, shift), shift), t)
+    close(unshift(Shift(shift)(t), shift), t)
+    close(Shift(shift)(unshift(t, shift)), t)
 
 
 def test_the_authors_example():
     """METHOD, section 3: the last of four steps is at .75, which shift 3 turns into .5."""
-    assert float(process.step_times(4)[-1]) == 0.75
-    assert float(process.shift_time(0.75, 3.0)) == pytest.approx(0.5, abs=1e-7)
+    assert float(Shift().steps(4)[-1]) == 0.75
+    assert float(Shift(3.0)(0.75)) == pytest.approx(0.5, abs=1e-7)
 
 
 @given(st.lists(unit, min_size=2, max_size=2, unique=True).map(sorted), shifts)
 def test_shift_is_monotone(pair, shift):
     """Order must survive, or 'cleaner than t' before the shift would not mean so after it."""
-    low, high = np.asarray(process.shift_time(np.float32(pair), shift))
+    low, high = np.asarray(Shift(shift)(np.float32(pair)))
     assert high >= low - 1e-7
     if pair[1] - pair[0] > 1e-3:
         assert high > low
@@ -94,25 +96,25 @@ def test_shift_is_monotone(pair, shift):
 
 @given(st.floats(np.float32(0.01), np.float32(0.99), width=32), st.floats(1.5, 8.0, width=32))
 def test_shift_above_one_moves_towards_noise(t, shift):
-    assert float(process.shift_time(t, shift)) < t < float(process.unshift_time(t, shift))
+    assert float(Shift(shift)(t)) < t < float(unshift(t, shift))
 
 
 @given(shifts)
 def test_ends_stay_where_they_are(shift):
     """The shift's exactly: samplers compare times with 1.0, and end on it."""
     ends = jnp.array([0.0, 1.0])
-    np.testing.assert_array_equal(process.shift_time(ends, shift), ends)
-    close(process.unshift_time(ends, shift), ends)
+    np.testing.assert_array_equal(Shift(shift)(ends), ends)
+    close(unshift(ends, shift), ends)
 
 
 @given(st.sampled_from([1, 2, 4, 7, 50]))
 def test_step_times(steps):
     """Noise first, evenly spaced, the clean end left out."""
     np.testing.assert_allclose(
-        process.step_times(steps), np.linspace(0, 1, steps, endpoint=False), atol=1e-7)
+        Shift().steps(steps), np.linspace(0, 1, steps, endpoint=False), atol=1e-7)
 
 
 @pytest.mark.parametrize('steps', [0, -1])
 def test_step_times_refuses(steps):
-    with pytest.raises(ValueError, match='num_steps'):
-        process.step_times(steps)
+    with pytest.raises(ValueError, match='at least 1 step'):
+        Shift().steps(steps)

@@ -14,7 +14,8 @@ import pytest
 import tiny
 from PIL import Image
 
-from ddmd_jax.diffusion import process, sampling
+from ddmd_jax.diffusion import sampling
+from ddmd_jax.diffusion.time import Shift
 from ddmd_jax.method import health as diagnostics, schedules
 from ddmd_jax.report import figures, page, read
 from ddmd_jax.train import step as steps
@@ -217,7 +218,7 @@ def test_levels_are_those_that_the_step_draws(changes):
     key = jax.random.fold_in(jax.random.fold_in(jax.random.key(seed), 0), at)
     keys = [key] if m.accumulate == 1 else list(jax.random.split(key, m.accumulate))
     part, now = batch // m.accumulate, m.at(jnp.int32(at), jnp.ones(()))
-    t = process.step_times(m.num_steps)[sampling.step_assignment(part, m.num_steps)]
+    t = Shift().steps(m.num_steps)[sampling.step_assignment(part, m.num_steps)]
     want = [schedules.draw_levels(jax.random.split(k, 4)[1], schedules.SCHEDULES[m.schedule], t,
                                   now.tau_ca, now.tau_dm, m.shift) for k in keys]
     for i, name in enumerate(('tau_ca', 'tau_dm')):

@@ -19,6 +19,7 @@ from test_export import save
 from ddmd_jax import families as teachers, imaging, sample
 from ddmd_jax.data.prompts import build as prompts
 from ddmd_jax.diffusion import drawing, sampling
+from ddmd_jax.diffusion.time import Shift
 from ddmd_jax.evaluation import pictures
 from ddmd_jax.families.emoji import teacher as emoji, tokenizer
 from ddmd_jax.families.lumina import teacher as lumina
@@ -208,12 +209,12 @@ def test_noise_of_a_key_for_each_row_is_each_rows_own():
 def test_evaluations_are_counted_right(guidance, solver):
     rows = []
 
-    def predict(params, x, t, cond):
+    def denoise(x, t, cond):
         jax.debug.callback(lambda _: rows.append(x.shape[0]), x[0, 0])
         return x * 0.5
 
-    sampling.sample_teacher(predict, None, {'c': jnp.ones(2)}, {'c': jnp.zeros(2)},
-                            jnp.ones((2, 3)), sampling.teacher_times(3, 1.0), guidance, solver)
+    sampling.sample_teacher(denoise, {'c': jnp.ones(2)}, jnp.ones((2, 3)), Shift().grid(3),
+                            sampling.Guidance(guidance, {'c': jnp.zeros(2)}), solver)
     jax.effects_barrier()
     assert sum(rows) == 2 * sampling.evaluations(3, guidance, solver)
 

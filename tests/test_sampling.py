@@ -4,12 +4,15 @@ On Gaussian data N(m, s^2) the best clean prediction is known, and so is where t
 probability-flow ODE ends: at ``m + s * noise``.
 """
 
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
 from ddmd_jax.diffusion import process, sampling
+from ddmd_jax.diffusion.time import FewSteps, Shift
 from ddmd_jax.families.lumina import teacher as lumina
 
 SHAPE = (4, 2, 2, 3)
@@ -49,6 +52,10 @@ class Spy:
         return self.predict(params, x_t, t, cond)
 
 
+def denoise(predict, params=None):
+    return functools.partial(predict, params)
+
+
 def close(a, b, atol=1e-5):
     np.testing.assert_allclose(np.asarray(a), np.asarray(b), atol=atol, rtol=1e-5)
 
@@ -59,8 +66,8 @@ def close(a, b, atol=1e-5):
 def teacher_error(steps, solver, guidance=1.0, shift=1.0):
     """Largest distance to the exact end of the ODE."""
     noise = jax.random.normal(jax.random.key(0), SHAPE)
-    times = sampling.teacher_times(steps, shift)
-    got = sampling.sample_teacher(gaussian, None, COND, NULL, noise, times, guidance, solver)
+    got = sampling.sample_teacher(denoise(gaussian), COND, noise, Shift(shift).grid(steps),
+                                  sampling.Guidance(guidance, NULL), solver)
     # Equal widths: guidance moves the mean along the line from null to prompt, and beyond.
     m = NULL['m'] + guidance * (COND['m'] - NULL['m'])
     return float(jnp.abs(got - (m[:, None, None, None] + WIDTH * noise)).max())
@@ -81,9 +88,9 @@ def test_heun_is_clearly_better():
     assert coarse / fine > 8.0
 
 
-def sampled(null, guidance, predict=gaussian, steps=4, **kwargs):
-    return sampling.sample_teacher(predict, None, COND, null, jnp.ones(SHAPE),
-                                   sampling.teacher_times(steps, 1.0), guidance, **kwargs)
+def sampled(null, guidance, predict=gaussian, steps=4, rescale=None, **kwargs):
+    return sampling.sample_teacher(denoise(predict), COND, jnp.ones(SHAPE), Shift().grid(steps),
+                                   sampling.Guidance(guidance, null, rescale), **kwargs)
 
 
 def test_no_guidance_does_not_call_the_null_prompt():
@@ -142,9 +149,9 @@ def test_lumina_rescales_in_the_sampler():
 @pytest.mark.parametrize('shift', [1.0, 3.0])
 def test_times(shift):
     """The teacher's rise from 0 to exactly 1; the student's are every fourth of them."""
-    times = np.asarray(sampling.teacher_times(16, shift))
+    times = np.asarray(Shift(shift).grid(16))
     assert times[0] == 0.0 and times[-1] == 1.0 and (np.diff(times) > 0).all()
-    close(sampling.student_times(4, shift), times[:-1:4])
+    close(FewSteps(Shift(shift), 4).times, times[:-1:4])
 
 
 # --- The student's sampler ---
@@ -152,7 +159,7 @@ def test_times(shift):
 
 def student_case(steps, batch=4):
     cond = {'c': jnp.linspace(-1, 1, batch)}
-    return jnp.float32(0.8), cond, sampling.student_times(steps, 3.0), jax.random.key(5)
+    return jnp.float32(0.8), cond, FewSteps(Shift(3.0), steps), jax.random.key(5)
 
 
 def by_hand(params, cond, times, key, shape, mode):
@@ -172,17 +179,17 @@ def by_hand(params, cond, times, key, shape, mode):
 @pytest.mark.parametrize('mode', sampling.STUDENT_MODES)
 @pytest.mark.parametrize('steps', [1, 2, 4])
 def test_sample_student_is_the_plain_loop(mode, steps):
-    params, cond, times, key = student_case(steps)
-    got = sampling.sample_student(wobble, params, cond, times, key, SHAPE, mode)
-    close(got, by_hand(params, cond, times, key, SHAPE, mode)[1])
+    params, cond, few, key = student_case(steps)
+    got = sampling.sample_student(denoise(wobble, params), cond, few, key, SHAPE, mode)
+    close(got, by_hand(params, cond, few.times, key, SHAPE, mode)[1])
 
 
 def test_deterministic_student_is_eulers_method():
     """Two ways to the same ODE step: to the student's sampler and to the teacher's."""
-    times, key = sampling.student_times(4, 1.0), jax.random.key(1)
-    got = sampling.sample_student(gaussian, None, COND, times, key, SHAPE, 'deterministic')
+    few, key = FewSteps(Shift(), 4), jax.random.key(1)
+    got = sampling.sample_student(denoise(gaussian), COND, few, key, SHAPE, 'deterministic')
     noise = jax.random.normal(jax.random.split(key, 4)[0], SHAPE)
-    want = sampling.sample_teacher(gaussian, None, COND, None, noise, jnp.append(times, 1.0), 1.0)
+    want = sampling.sample_teacher(denoise(gaussian), COND, noise, jnp.append(few.times, 1.0))
     close(got, want)
 
 
@@ -191,16 +198,17 @@ def test_the_last_step_returns_the_prediction_itself():
     constant = lambda params, x_t, t, cond: jnp.full_like(x_t, 0.25)
     for mode in sampling.STUDENT_MODES:
         got = sampling.sample_student(
-            constant, None, None, sampling.student_times(3, 3.0), jax.random.key(0), SHAPE, mode)
+            denoise(constant), None, FewSteps(Shift(3.0), 3), jax.random.key(0), SHAPE, mode)
         close(got, np.full(SHAPE, 0.25))
 
 
 def test_unknown_names_are_refused():
     with pytest.raises(ValueError, match='unknown mode .*renoise'):
-        sampling.sample_student(wobble, *student_case(2), SHAPE, 'ddim')
+        params, *case = student_case(2)
+        sampling.sample_student(denoise(wobble, params), *case, SHAPE, 'ddim')
     with pytest.raises(ValueError, match='unknown solver .*heun'):
-        sampling.sample_teacher(gaussian, None, COND, None, jnp.ones(SHAPE),
-                                sampling.teacher_times(2, 1.0), 1.0, 'rk4')
+        sampling.sample_teacher(denoise(gaussian), COND, jnp.ones(SHAPE), Shift().grid(2),
+                                solver='rk4')
 
 
 # --- Backward simulation ---
@@ -210,9 +218,9 @@ def test_unknown_names_are_refused():
 def test_backward_simulation_is_the_full_batch_loop(steps):
     """Row b stands at step b mod N, and is what running all rows through all steps gives."""
     shape = (8, *SHAPE[1:])
-    params, cond, times, key = student_case(steps, batch=8)
-    z, k = sampling.student_inputs(wobble, params, cond, times, key, shape)
-    seen, _ = by_hand(params, cond, times, key, shape, 'renoise')
+    params, cond, few, key = student_case(steps, batch=8)
+    z, k = sampling.student_inputs(denoise(wobble, params), cond, few, key, shape)
+    seen, _ = by_hand(params, cond, few.times, key, shape, 'renoise')
     np.testing.assert_array_equal(k, np.arange(8) % steps)
     for b in range(8):
         close(z[b], seen[b % steps][b])
@@ -220,23 +228,23 @@ def test_backward_simulation_is_the_full_batch_loop(steps):
 
 def test_backward_simulation_meets_what_inference_meets():
     """Train / inference mismatch: the last row's z, predicted once more, is the sample."""
-    params, cond, times, key = student_case(4)
-    z, k = sampling.student_inputs(wobble, params, cond, times, key, SHAPE)
-    sample = sampling.sample_student(wobble, params, cond, times, key, SHAPE)
-    close(wobble(params, z, times[k], cond)[3], sample[3])
+    params, cond, few, key = student_case(4)
+    z, k = sampling.student_inputs(denoise(wobble, params), cond, few, key, SHAPE)
+    sample = sampling.sample_student(denoise(wobble, params), cond, few, key, SHAPE)
+    close(wobble(params, z, few.times[k], cond)[3], sample[3])
 
 
 def test_backward_simulation_runs_only_the_rows_it_needs():
     spy = Spy(wobble)
-    params, cond, times, key = student_case(4, batch=8)
-    sampling.student_inputs(spy, params, cond, times, key, (8, 2, 2, 3))
+    params, cond, few, key = student_case(4, batch=8)
+    sampling.student_inputs(denoise(spy, params), cond, few, key, (8, 2, 2, 3))
     assert spy.rows == [6, 4, 2]  # N (N - 1) / 2 for each of the two groups
 
 
 def test_no_gradient_flows_through_the_simulation():
-    _, cond, times, key = student_case(4)
+    _, cond, few, key = student_case(4)
     total = lambda params: sampling.student_inputs(
-        wobble, params, cond, times, key, SHAPE)[0].sum()
+        denoise(wobble, params), cond, few, key, SHAPE)[0].sum()
     assert float(jax.grad(total)(jnp.float32(0.8))) == 0.0
 
 

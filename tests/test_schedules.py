@@ -5,8 +5,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from hypothesis import given, strategies as st
+from tiny import unshift
 
-from ddmd_jax.diffusion import process
+from ddmd_jax.diffusion.time import Shift
 from ddmd_jax.method.schedules import SCHEDULES, draw_levels, draw_tau
 
 STEPS, DRAWS = 4, 2000
@@ -21,9 +22,9 @@ names = pytest.mark.parametrize('name', NAMES)
 
 def draw(name, shift, ca=FULL, dm=FULL, seed=0):
     """Pre-shift steps ``[S]`` and shifted levels ``[S, DRAWS]`` of both terms."""
-    t = jnp.repeat(process.step_times(STEPS), DRAWS)
+    t = jnp.repeat(Shift().steps(STEPS), DRAWS)
     levels = draw_levels(jax.random.key(seed), SCHEDULES[name], t, ca, dm, shift)
-    return np.asarray(process.step_times(STEPS)), [np.asarray(v).reshape(STEPS, -1) for v in levels]
+    return np.asarray(Shift().steps(STEPS)), [np.asarray(v).reshape(STEPS, -1) for v in levels]
 
 
 def distance_from_uniform(u):
@@ -41,7 +42,7 @@ def test_the_four_schedules():
 def test_bounded_levels_are_cleaner_than_the_step(name, shift):
     """After the shift: one peer read this in a noise-is-1 convention and re-noised noisier."""
     t, levels = draw(name, shift)
-    step = np.asarray(process.shift_time(t, shift))[:, None]
+    step = np.asarray(Shift(shift)(t))[:, None]
     for tau, bounded in zip(levels, BOUNDED[name], strict=True):
         assert tau.min() >= 0.0 and tau.max() <= 1.0
         if bounded:
@@ -53,7 +54,7 @@ def test_bounded_levels_are_cleaner_than_the_step(name, shift):
 def test_unbounded_levels_reach_below_the_step(name, shift):
     """Uniform on [0, 1] before the shift: a share t of the draws is noisier than the step."""
     t, levels = draw(name, shift)
-    step = np.asarray(process.shift_time(t, shift))[:, None]
+    step = np.asarray(Shift(shift)(t))[:, None]
     for tau, bounded in zip(levels, BOUNDED[name], strict=True):
         if not bounded:
             np.testing.assert_allclose((tau < step).mean(axis=1), t, atol=0.04)
@@ -66,7 +67,7 @@ def test_levels_are_uniform_before_the_shift(name, shift):
     t, levels = draw(name, shift)
     for tau, bounded in zip(levels, BOUNDED[name], strict=True):
         low = t[:, None] * bounded
-        u = (np.asarray(process.unshift_time(tau, shift)) - low) / (1.0 - low)
+        u = (np.asarray(unshift(tau, shift)) - low) / (1.0 - low)
         worst = max(distance_from_uniform(row) for row in u)
         assert worst < 1.95 / np.sqrt(DRAWS)  # one in a thousand, for fixed draws
 
@@ -93,12 +94,12 @@ def test_shared_levels_are_one_and_others_are_independent(name):
        st.tuples(st.floats(0.0, 0.4), st.floats(0.9, 1.0)), st.integers(0, 2**16))
 def test_spans_are_respected(name, steps, shift, ca, dm, seed):
     """Each term keeps to its own span, its lower end raised to the step where bounded."""
-    t = jnp.repeat(process.step_times(steps), 64)
+    t = jnp.repeat(Shift().steps(steps), 64)
     levels = draw_levels(jax.random.key(seed), SCHEDULES[name], t, ca, dm, shift)
     spans = (ca, ca) if name == 'coupled_shared' else (ca, dm)
     for tau, (low, high), bounded in zip(levels, spans, BOUNDED[name], strict=True):
         low = np.maximum(low, np.asarray(t)) if bounded else np.full(t.shape, low)
-        u = np.asarray(process.unshift_time(tau, shift))
+        u = np.asarray(unshift(tau, shift))
         assert (u >= low - 1e-5).all() and (u <= high + 1e-5).all()
 
 

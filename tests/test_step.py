@@ -11,7 +11,7 @@ import optax
 import pytest
 import tiny
 
-from ddmd_jax.diffusion import process
+from ddmd_jax.diffusion.time import Shift
 from ddmd_jax.method import schedules
 from ddmd_jax.parallel import sharding
 from ddmd_jax.train import state as st
@@ -129,7 +129,7 @@ def test_tau_ca_is_cleaner_than_the_step_in_the_step_itself(name, cond):
         tau_ca = spy.of(TEACHER)[0][2][0::3]
         assert (tau_ca >= SHIFTED - 1e-6).all()
         # The span's upper end was drawn before the shift as well.
-        assert (tau_ca <= float(process.shift_time(0.98, 3.0)) + 1e-6).all()
+        assert (tau_ca <= float(Shift(3.0)(0.98)) + 1e-6).all()
 
 
 def test_the_critic_learns_on_fresh_samples_of_the_student(cond):
@@ -139,7 +139,7 @@ def test_the_critic_learns_on_fresh_samples_of_the_student(cond):
     (_, x_t, tau, seen, _), = spy.of(CRITIC)
     noise = noise_in(x_t, tau, spy.of(STUDENT)[-1][-1])
     assert abs(noise.mean()) < 0.15 and abs(noise.std() - 1) < 0.1
-    before = np.asarray(process.unshift_time(tau, 3.0))
+    before = np.asarray(tiny.unshift(tau, 3.0))
     assert (before >= 0.2 - 1e-5).all() and (before <= 0.6 + 1e-5).all()
     assert same(seen, cond)
     np.testing.assert_allclose(spy.of(STUDENT)[-1][2], SHIFTED, atol=1e-6)

@@ -124,6 +124,12 @@ def run_on_devices(script: str | Path, devices: int = 8, *args: str) -> str:
     return done.stdout + done.stderr
 
 
+def unshift(t, shift):
+    """Uniform time of a shifted one: the inverse of `time.Shift`, in numpy."""
+    t = np.asarray(t, np.float64)
+    return shift * t / (1 + (shift - 1) * t)
+
+
 def load_config(name: str, *args: str) -> Any:
     """`get_config(*args)` of ``configs/<name>.py``."""
     spec = importlib.util.spec_from_file_location(name, ROOT / 'configs' / f'{name}.py')

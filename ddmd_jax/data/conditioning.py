@@ -7,12 +7,11 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-import jax.numpy as jnp
 import numpy as np
 
 from ddmd_jax.data import DataFileError, embeddings
+from ddmd_jax.data.batch import Cond
 
-Cond = dict[str, np.ndarray]
 REAL = 'real'  # beside a batch's `Cond`: real latents of its prompts, for a GAN
 
 
@@ -42,17 +41,6 @@ def encoded(rows: np.ndarray, lookup: Callable[[np.ndarray, int | None], Cond],
             **fields: Any) -> Prompts:
     """`Prompts` whose `lookup` gives a `Cond` as it is."""
     return Prompts(rows, lookup, lambda rows: lookup(rows, None), **fields)
-
-
-def null_like(null: Any, cond: Any) -> Any:
-    """The null prompt's row at every row of `cond`, cut to its number of tokens.
-
-    What is cut is padding: no batch has fewer tokens than the null prompt (`check_buckets`).
-    """
-    rows = next(iter(cond.values())).shape[0]
-    one = lambda n, c: jnp.broadcast_to(
-        n if n.ndim < 2 or n.shape[1] == c.shape[1] else n[:, :c.shape[1]], (rows, *c.shape[1:]))
-    return {name: one(null[name], c) for name, c in cond.items()}
 
 
 def check_buckets(buckets: Sequence[int], prompts: Prompts) -> None:

@@ -7,6 +7,7 @@ function of the name alone, so that it is the same image whatever it is drawn wi
 from __future__ import annotations
 
 import dataclasses
+import functools
 import re
 import time
 import unicodedata
@@ -19,8 +20,9 @@ import jax
 import numpy as np
 from jax.sharding import Mesh
 
-from ddmd_jax.data import conditioning
+from ddmd_jax.data.batch import null_like
 from ddmd_jax.diffusion import sampling
+from ddmd_jax.diffusion.time import FewSteps, TimeMap
 from ddmd_jax.families import Teacher
 from ddmd_jax.parallel import sharding
 
@@ -41,14 +43,14 @@ class Sampler:
     draw: Callable[[Any, Any, Any, jax.Array], jax.Array]
 
 
-def of_student(teacher: Teacher, steps: int, shift: float | None = None,
+def of_student(teacher: Teacher, steps: int, time: TimeMap | None = None,
                mode: str = 'renoise') -> Sampler:
-    """Few steps without guidance; `shift` None is the teacher's, `mode` of `STUDENT_MODES`."""
-    shift = teacher.shift if shift is None else shift
+    """Few steps without guidance; `time` None is the teacher's, `mode` of `STUDENT_MODES`."""
+    schedule = FewSteps(time or teacher.time, steps)
 
     def draw(params: Any, cond: Any, null: Any, key: jax.Array) -> jax.Array:
         return sampling.sample_student(
-            teacher.predict_clean, params, cond, sampling.student_times(steps, shift), key,
+            functools.partial(teacher.predict_clean, params), cond, schedule, key,
             _shape(teacher, cond), mode)
 
     return Sampler(steps, steps, 1.0, draw)
@@ -60,14 +62,14 @@ def of_teacher(teacher: Teacher, steps: int, guidance: float = 1.0, solver: str 
     def draw(params: Any, cond: Any, null: Any, key: jax.Array) -> jax.Array:
         noise = sampling.step_noise(key, noises, _shape(teacher, cond))[0]
         return sampling.sample_teacher(
-            teacher.predict_clean, params, cond, null, noise,
-            sampling.teacher_times(steps, teacher.shift), guidance, solver, teacher.rescale)
+            functools.partial(teacher.predict_clean, params), cond, noise,
+            teacher.time.grid(steps), sampling.Guidance(guidance, null, teacher.rescale), solver)
 
     return Sampler(steps, sampling.evaluations(steps, guidance, solver), guidance, draw)
 
 
 def _shape(teacher: Teacher, cond: Any) -> tuple[int, ...]:
-    return (jax.tree.leaves(cond)[0].shape[0], *teacher.sample_shape)
+    return (jax.tree.leaves(cond)[0].shape[0], *teacher.latents.shape)
 
 
 # --- Names ---
@@ -145,7 +147,7 @@ def generate(sampler: Sampler, teacher: Teacher, params: Any, cond: Any, null: A
       times: added to.
     """
     def draw(params: Any, cond: Any, null: Any, rows: jax.Array) -> jax.Array:
-        blank = conditioning.null_like(null, cond)
+        blank = null_like(null, cond)
         return sampler.draw(sharding.on_device(params), cond, blank, keys(rows))
 
     split, program = sharding.batch_sharding(mesh), None
@@ -163,7 +165,7 @@ def generate(sampler: Sampler, teacher: Teacher, params: Any, cond: Any, null: A
         latents = np.asarray(program(params, part[0], null, part[1]))[:len(at)]
         times.drawing += time.monotonic() - clock
         clock = time.monotonic()
-        images = np.clip(np.asarray(teacher.decode(latents)), -1, 1)
+        images = np.clip(np.asarray(teacher.latents.decode(latents)), -1, 1)
         times.decoding += time.monotonic() - clock
         times.images += len(at)
         yield images

@@ -46,30 +46,3 @@ def to_velocity(x_t: Array, x_hat: Array, t: Array, min_noise: float = 1e-3) -> 
     x_t = x_t.astype(jnp.float32)
     gap = jnp.maximum(1.0 - expand_time(t, x_t), min_noise)
     return (x_hat.astype(jnp.float32) - x_t) / gap
-
-
-def shift_time(t: Array, shift: float) -> Array:
-    """The authors' time shift ``t' = t / (t + s (1 - t))``; s > 1 moves times towards noise.
-
-    Schedules and bounds are written in *pre-shift* time and shifted last (METHOD: the
-    authors' answer to users): with s = 3, .75 becomes .5.
-    """
-    t = jnp.asarray(t, jnp.float32)
-    return t / (t + shift * (1.0 - t))
-
-
-def unshift_time(t: Array, shift: float) -> Array:
-    """Inverse of `shift_time`."""
-    t = jnp.asarray(t, jnp.float32)
-    return shift * t / (1.0 + (shift - 1.0) * t)
-
-
-def step_times(num_steps: int) -> Array:
-    """Pre-shift times of an N-step generator, noise first: ``[0, 1/N, ..., (N-1)/N]``.
-
-    Raises:
-      ValueError: if `num_steps` < 1.
-    """
-    if num_steps < 1:
-        raise ValueError(f'num_steps must be at least 1, got {num_steps}')
-    return jnp.arange(num_steps, dtype=jnp.float32) / num_steps

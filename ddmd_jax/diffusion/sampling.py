@@ -1,21 +1,25 @@
 """Sampling: backward simulation, the few-step student, the multi-step guided teacher.
 
-`predict` is always ``predict(params, x_t [B, ...], t [B], cond) -> x_hat``, times are the
-paper's and already shifted, latents are fp32.
+A network is a function ``denoise(x_t [B, ...], t [B], cond) -> x_hat``; t is the paper's, latents
+are fp32.
 """
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 
+from ddmd_jax.data.batch import Cond
 from ddmd_jax.diffusion import process
+from ddmd_jax.diffusion.time import FewSteps
 
 Array = jax.Array
-Predict = Callable[[Any, Array, Array, Any], Array]
+Predict = Callable[[Any, Array, Array, Cond], Array]  # (params, x_t, t, cond) -> x_hat
+Denoise = Callable[[Array, Array, Cond], Array]  # a `Predict` with its parameters
 
 STUDENT_MODES = ('renoise', 'deterministic')
 SOLVERS = ('euler', 'heun')
@@ -51,36 +55,36 @@ def step_assignment(batch: int, num_steps: int) -> Array:
     return jnp.arange(batch, dtype=jnp.int32) % num_steps
 
 
-def student_inputs(predict: Predict, params: Any, cond: Any, times: Array, key: Array,
+def student_inputs(denoise: Denoise, cond: Cond, steps: FewSteps, key: Array,
                    shape: tuple[int, ...]) -> tuple[Array, Array]:
     """Backward simulation (Algorithm 1): z_t reached by the student's own earlier steps.
 
-    Rows of step k run k earlier steps, no more: N (N - 1) / 2 of N rows' forward passes
-    rather than N (N - 1). No gradient flows into the result.
+    Rows of step k run k earlier steps, no more: N (N - 1) / 2 of N rows' forward passes rather
+    than N (N - 1).
 
     Args:
-      predict, params: the student.
+      denoise: the student; no gradient flows into the result.
       cond: conditioning ``[B, ...]``.
-      times: ``[N]`` shifted times of the few-step schedule, noise first.
+      steps: the student's schedule of N steps.
       key: PRNG key of the noises.
       shape: ``[B, ...]`` of the latents; B a multiple of N.
 
     Returns:
       ``(z [B, ...], k [B])``: inputs and the step each stands at.
     """
-    n = times.shape[0]
+    n, times = steps.n, steps.times
     k = step_assignment(shape[0], n)
     group = lambda x: x.reshape(-1, n, *x.shape[1:])
     merge = lambda x: x.reshape(-1, *x.shape[2:])
-    keys = jax.random.split(key, n)
-    noises = [group(jax.random.normal(one, shape)) for one in keys]
+    noises = [group(jax.random.normal(one, shape)) for one in jax.random.split(key, n)]
     grouped = jax.tree.map(group, cond)
-    z, done = noises[0], []
+    # Column j of a group is to end at step j: it leaves the simulation there, the others go on.
+    z, done = steps.time.first_input(noises[0]), []
     for j in range(n - 1):
         done.append(z[:, :1])
         cond_j = jax.tree.map(lambda x, j=j: merge(x[:, j + 1:]), grouped)
         z_j = merge(z[:, 1:])
-        x_hat = predict(params, z_j, jnp.full(z_j.shape[:1], times[j]), cond_j)
+        x_hat = denoise(z_j, jnp.full(z_j.shape[:1], times[j]), cond_j)
         z_next = process.renoise(x_hat, times[j + 1], merge(noises[j + 1][:, j + 1:]))
         z = z_next.reshape(z[:, 1:].shape)
     z = jnp.concatenate(done + [z], axis=1)
@@ -99,7 +103,7 @@ def step_noise(key: Array, steps: int, shape: tuple[int, ...]) -> Array:
     return jax.vmap(lambda one: jax.random.normal(one, shape))(keys)
 
 
-def sample_student(predict: Predict, params: Any, cond: Any, times: Array, key: Array,
+def sample_student(denoise: Denoise, cond: Cond, steps: FewSteps, key: Array,
                    shape: tuple[int, ...], mode: str = 'renoise') -> Array:
     """Few-step generation without guidance: one network evaluation a step.
 
@@ -111,18 +115,32 @@ def sample_student(predict: Predict, params: Any, cond: Any, times: Array, key: 
     """
     if mode not in STUDENT_MODES:
         raise ValueError(f'unknown mode {mode!r}; known: {", ".join(STUDENT_MODES)}')
-    noise = step_noise(key, times.shape[0], shape)
+    noise, times = step_noise(key, steps.n, shape), steps.times
     following = jnp.append(times[1:], 1.0)
 
     def body(z: Array, inputs: tuple[Array, ...]) -> tuple[Array, None]:
         t, t_next, fresh = inputs
-        x_hat = predict(params, z, jnp.full(shape[:1], t), cond)
+        x_hat = denoise(z, jnp.full(shape[:1], t), cond)
         if mode == 'deterministic':
             fresh = (z - t * x_hat) / jnp.maximum(1.0 - t, 1e-6)
         return process.renoise(x_hat, t_next, fresh), None
 
     # The noise of step i + 1 is added after step i; the last renoise (t = 1) adds none.
-    return jax.lax.scan(body, noise[0], (times, following, jnp.roll(noise, -1, axis=0)))[0]
+    first = steps.time.first_input(noise[0])
+    return jax.lax.scan(body, first, (times, following, jnp.roll(noise, -1, axis=0)))[0]
+
+
+@dataclasses.dataclass(frozen=True)
+class Guidance:
+    """Classifier-free guidance of a teacher's sampler.
+
+    `scale` is w of ``uncond + w (cond - uncond)``, 1 is none; `null` the null prompt's conditioning
+    ``[B, ...]``; `rescale(v, v_cond)` a family's own habit with guided velocities.
+    """
+
+    scale: float
+    null: Cond
+    rescale: Callable[[Array, Array], Array] | None = None
 
 
 def guided(cond: Array, uncond: Array, guidance: float) -> Array:
@@ -130,35 +148,34 @@ def guided(cond: Array, uncond: Array, guidance: float) -> Array:
     return uncond + guidance * (cond - uncond)
 
 
-def sample_teacher(predict: Predict, params: Any, cond: Any, null: Any, noise: Array,
-                   times: Array, guidance: float, solver: str = 'euler',
-                   rescale: Callable[[Array, Array], Array] | None = None) -> Array:
+def sample_teacher(denoise: Denoise, cond: Cond, noise: Array, times: Array,
+                   guidance: Guidance | None = None, solver: str = 'euler') -> Array:
     """Multi-step sampling of the probability-flow ODE from noise to clean data.
 
     Args:
-      predict, params: the teacher.
-      cond, null: conditioning ``[B, ...]`` and the null prompt's, same shapes.
+      denoise: the teacher.
+      cond: conditioning ``[B, ...]``.
       noise: ``[B, ...]`` start.
-      times: ``[S + 1]`` shifted, rising from 0 to 1.
-      guidance: scale w; at 1 the null prompt is not evaluated.
+      times: ``[S + 1]`` of t, rising from 0 to 1 (`TimeMap.grid`).
+      guidance: None, or scale 1, evaluates `cond` alone.
       solver: 'euler' (one evaluation a step) or 'heun' (two, but for the last step).
-      rescale: ``(guided velocity, conditional velocity) -> velocity``, a family's own habit.
 
     Raises:
       ValueError: unknown solver.
     """
     if solver not in SOLVERS:
         raise ValueError(f'unknown solver {solver!r}; known: {", ".join(SOLVERS)}')
-    both = interleave(cond, null) if guidance != 1.0 else None
+    unguided = guidance is None or guidance.scale == 1.0
+    both = None if unguided else interleave(cond, guidance.null)
 
     def slope(x: Array, t: Array) -> Array:
         at = lambda rows: jnp.full((rows,), t)
-        if both is None:
-            return process.to_velocity(x, predict(params, x, at(x.shape[0]), cond), t)
-        out = predict(params, interleave(x, x), at(2 * x.shape[0]), both)
+        if unguided:
+            return process.to_velocity(x, denoise(x, at(x.shape[0]), cond), t)
+        out = denoise(interleave(x, x), at(2 * x.shape[0]), both)
         v_cond, v_uncond = (process.to_velocity(x, o, t) for o in deinterleave(out, 2))
-        v = guided(v_cond, v_uncond, guidance)
-        return v if rescale is None else rescale(v, v_cond)
+        v = guided(v_cond, v_uncond, guidance.scale)
+        return v if guidance.rescale is None else guidance.rescale(v, v_cond)
 
     def body(x: Array, span: tuple[Array, Array]) -> tuple[Array, None]:
         t, t_next = span
@@ -177,13 +194,3 @@ def evaluations(steps: int, guidance: float = 1.0, solver: str = 'euler') -> int
     """Network evaluations of one image by `sample_teacher`."""
     at_once = 1 if guidance == 1 else 2
     return at_once * (2 * steps - 1 if solver == 'heun' else steps)
-
-
-def teacher_times(steps: int, shift: float) -> Array:
-    """``[steps + 1]`` shifted times from 0 to 1 for `sample_teacher`."""
-    return process.shift_time(jnp.linspace(0.0, 1.0, steps + 1), shift)
-
-
-def student_times(steps: int, shift: float) -> Array:
-    """``[steps]`` shifted times of the few-step schedule, noise first."""
-    return process.shift_time(process.step_times(steps), shift)

@@ -9,11 +9,13 @@ from typing import Any
 
 import jax
 import numpy as np
+from jax.sharding import Mesh
 
+from ddmd_jax.data.batch import Cond, CondSpec
+from ddmd_jax.diffusion.time import TimeMap
 from ddmd_jax.parallel.sharding import Rules
 
 Array = jax.Array
-Cond = dict[str, Any]  # {'embeds': [B, L, D], 'mask': [B, L] bool}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -57,49 +59,95 @@ class TextEncoder:
 
 
 @dataclasses.dataclass(frozen=True)
+class Latents:
+    """The space a teacher draws in.
+
+    Attributes:
+      shape: of one latent, ``(H, W, C)``.
+      decode: ``latents [B, H, W, C] -> images [B, H', W', 3]`` in [-1, 1]; None without a decoder.
+      limit: magnitude beyond which a value of a latent counts as saturated.
+      shape_of: ``(height, width) in pixels -> shape``; None where there is but one size.
+      std: mean per-sample standard deviation of real latents, where it is known: health measures
+        contrast against it.
+      moments: means over real latents of their means and of their variances, where known.
+      decoder: the program that `decode` runs, for the planner.
+    """
+
+    shape: tuple[int, int, int]
+    decode: Callable[[Array], Array] | None = None
+    limit: float = 1.0
+    shape_of: Callable[[Sequence[int]], tuple[int, int, int]] | None = None
+    std: float | None = None
+    moments: tuple[float, float] | None = None
+    decoder: Decoder | None = None
+
+
+@dataclasses.dataclass(frozen=True)
 class Teacher:
     """A frozen text-to-image model in the project's one convention.
 
-    `predict_clean(params, x_t, t, cond)` takes latents ``[B, H, W, C]``, the paper's times
-    ``[B]`` (0 noise, 1 clean, after any shift) and a `Cond`; it returns x_hat in fp32. `text` is
-    the text side where it comes with the weights, and None where it is loaded apart (`load_text`).
-    `sample_shape` is of one latent, `shape_of((height, width))` that of another size in pixels,
-    None where there is but one. `decode(latents)` gives images in [-1, 1]; it is None where no
-    decoder came with the weights. `data_std` is the mean standard deviation of one real latent,
-    where it is known: what health measures contrast against. `rescale(v, v_cond)` is what the
-    family's own sampler does to a guided velocity; it belongs to sampling and never enters CA.
-    `features(params, x_t, t, cond)` are the trunk's tokens ``[B, S, D]``, for a GAN's head; None
-    where there are none to be had. `data_moments` are the mean over real latents of their means and
-    of their variances, where they are known.
-    `cond_width` is D of the `Cond`, `limit` the magnitude beyond which a value of a latent is
-    saturated. `flops(tokens)` is what one row of `predict_clean` costs with captions of so many,
-    `decoder` what `decode` runs; both are the planner's.
+    Attributes:
+      family: name of the family it belongs to; checkpoints record it.
+      params: of the denoiser, a nested dict of arrays.
+      predict_clean: ``(params, x_t [B, H, W, C], t [B], cond) -> x_hat`` in fp32, t the paper's
+        (0 noise, 1 clean).
+      latents: the space it draws in.
+      cond: names and shapes of what conditions it.
+      time: its map from uniform time to t.
+      identity: names the weights.
+      rules: lay `params`, and trees of their shape, out over a mesh.
+      text: the text side where it comes with the weights; None where it is loaded apart.
+      features: ``(params, x_t, t, cond) -> tokens [B, S, D]`` of the trunk, for a GAN's head.
+      rescale: ``(v, v_cond) -> v``, a habit of the family's own sampler with guided velocities; it
+        belongs to sampling and never enters CA.
+      flops: of one row of `predict_clean` with captions of so many tokens, for the planner.
     """
 
-    name: str
+    family: str
     params: Any
     predict_clean: Callable[[Any, Array, Array, Cond], Array]
-    text: TextEncoder | None
-    decode: Callable[[Array], Array] | None
-    sample_shape: tuple[int, int, int]
-    shift: float
+    latents: Latents
+    cond: CondSpec
+    time: TimeMap
     identity: str
     rules: Rules
-    data_std: float | None = None
-    data_moments: tuple[float, float] | None = None
+    text: TextEncoder | None = None
     features: Callable[[Any, Array, Array, Cond], Array] | None = None
     rescale: Callable[[Array, Array], Array] | None = None
-    cond_width: int | None = None
-    limit: float = 1.0
     flops: Callable[[int], int] | None = None
-    decoder: Decoder | None = None
-    shape_of: Callable[[Sequence[int]], tuple[int, int, int]] | None = None
 
     def encode(self, prompts: Sequence[str]) -> Cond:
-        """Numpy `Cond` of a list of prompts by the text side that came with the weights."""
+        """Numpy `Cond` of a list of prompts by the text side that came with the weights.
+
+        Raises:
+          ValueError: there is none.
+        """
         if self.text is None:
-            raise ValueError(f'{self.name} has its text side apart: load_text')
+            raise ValueError(f'{self.family} loads its text side apart: load_text')
         return encode(self.text, prompts)
+
+
+@dataclasses.dataclass(frozen=True)
+class LoadOptions:
+    """How a family loads a teacher or its text side.
+
+    Attributes:
+      path: a folder, file, URL or hub id; '' is the family's own shipped weights.
+      mesh: where the weights go, in the family's layout; None is one device.
+      dtype: of activations and matrix products.
+      size: pixels, height first; None takes the family's own.
+      remat: what the network's gradient recomputes, a key of `layers.REMAT_POLICIES` or 'none'.
+      attention: one of `attention.KINDS`; 'auto' takes the kernel where the mesh has one.
+      param_dtype: of the stored kernels. A student of them starts as their fp32 copy.
+    """
+
+    path: str = ''
+    mesh: Mesh | None = None
+    dtype: str = 'float32'
+    size: Sequence[int] | None = None
+    remat: str = 'none'
+    attention: str = 'auto'
+    param_dtype: str = 'float32'
 
 
 @functools.lru_cache(maxsize=8)

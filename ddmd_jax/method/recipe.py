@@ -10,7 +10,8 @@ import jax
 import jax.numpy as jnp
 
 from ddmd_jax import families as teachers
-from ddmd_jax.diffusion import process, sampling
+from ddmd_jax.diffusion import process, time
+from ddmd_jax.diffusion.time import FewSteps, Shift
 from ddmd_jax.method import schedules
 from ddmd_jax.models import discriminator
 
@@ -80,7 +81,7 @@ class Method:
 
     @property
     def times(self) -> Array:
-        return sampling.student_times(self.num_steps, self.shift)
+        return FewSteps(Shift(self.shift), self.num_steps).times
 
     def at(self, step: Array, alpha_share: Array) -> Method:
         """The recipe at student update `step`, with so much of ``alpha - 1``; see `TrainState`."""
@@ -107,9 +108,9 @@ def method_from(config: Any, teacher: teachers.Teacher) -> Method:
         schedule=m.schedule, alpha=m.alpha, weight_ca=m.weight_ca, weight_dm=m.weight_dm,
         tau_ca=tuple(m.tau_ca), tau_dm=tuple(m.tau_dm), tau_critic=tuple(c.tau),
         normaliser=m.normaliser, floor=m.floor, critic_weighting=c.weighting,
-        num_steps=config.student.steps, shift=teacher.shift if m.shift is None else m.shift,
+        num_steps=config.student.steps, shift=time.chosen(teacher.time, m.shift).shift,
         ema=config.student.ema, ema_ramp=config.student.ema_ramp,
-        accumulate=config.train.accumulate, limit=teacher.limit,
+        accumulate=config.train.accumulate, limit=teacher.latents.limit,
         teacher_passes=config.train.teacher_passes,
         alpha_range=tuple(m.alpha_range), alpha_ramp=m.alpha_ramp,
         tau_ca_end=tuple(m.tau_ca_end), tau_dm_end=tuple(m.tau_dm_end), tau_relax=m.tau_relax,
@@ -121,7 +122,7 @@ def _mean_variance(c: Any, teacher: teachers.Teacher) -> MeanVariance | None:
     """Moments that a config leaves open are those of the teacher's data."""
     if not c.weight:
         return None
-    known = teacher.data_moments or (None, None)
+    known = teacher.latents.moments or (None, None)
     mean, variance = (k if x is None else x for x, k in zip((c.mean, c.variance), known))
     return MeanVariance(c.weight, mean, variance)
 
@@ -135,8 +136,8 @@ def _gan(c: Any, teacher: teachers.Teacher) -> Gan | None:
 
 def feature_width(teacher: teachers.Teacher) -> int:
     """D of `Teacher.features`."""
-    x = jax.ShapeDtypeStruct((1, *teacher.sample_shape), jnp.float32)
-    cond = {'embeds': jax.ShapeDtypeStruct((1, 1, teacher.cond_width), jnp.float32),
+    x = jax.ShapeDtypeStruct((1, *teacher.latents.shape), jnp.float32)
+    cond = {'embeds': jax.ShapeDtypeStruct((1, 1, teacher.cond.width), jnp.float32),
             'mask': jax.ShapeDtypeStruct((1, 1), bool)}
     t = jax.ShapeDtypeStruct((1,), jnp.float32)
     return jax.eval_shape(teacher.features, teacher.params, x, t, cond).shape[-1]

@@ -15,7 +15,7 @@ import dataclasses
 import jax
 import jax.numpy as jnp
 
-from ddmd_jax.diffusion.process import shift_time
+from ddmd_jax.diffusion.time import Shift
 
 Array = jax.Array
 Span = tuple[float | Array, float | Array]
@@ -55,7 +55,7 @@ def draw_tau(key: Array, t: Array, bounded: bool, span: Span, shift: float) -> A
     lower = jnp.maximum(low, t) if bounded else jnp.full_like(t, low)
     lower = jnp.minimum(lower, high)
     tau = lower + (high - lower) * jax.random.uniform(key, t.shape)
-    return shift_time(tau, shift)
+    return Shift(shift)(tau)
 
 
 def draw_levels(key: Array, schedule: Schedule, t: Array, tau_ca: Span, tau_dm: Span,

@@ -73,7 +73,7 @@ def layout(config: Any, teacher: teachers.Teacher, mesh: Mesh, tokens: int,
     Raises:
       ShardingError: a parameter that no rule fits, or that does not divide.
     """
-    null = {'embeds': jax.ShapeDtypeStruct((1, tokens, teacher.cond_width), jnp.bfloat16),
+    null = {'embeds': jax.ShapeDtypeStruct((1, tokens, teacher.cond.width), jnp.bfloat16),
             'mask': jax.ShapeDtypeStruct((1, tokens), bool)}
     p = distill.plan(config, teacher, null, mesh)
     fields = lambda state: {f.name: getattr(state, f.name) for f in dataclasses.fields(state)}

@@ -108,12 +108,12 @@ def programs(config: Any, teacher: teachers.Teacher, mesh: Mesh, tokens: int,
       text: the text encoder, if there is to be one, likewise.
     """
     cond = lambda rows: {
-        'embeds': jax.ShapeDtypeStruct((rows, tokens, teacher.cond_width), jnp.bfloat16),
+        'embeds': jax.ShapeDtypeStruct((rows, tokens, teacher.cond.width), jnp.bfloat16),
         'mask': jax.ShapeDtypeStruct((rows, tokens), bool)}
     p = distill.plan(config, teacher, cond(1), mesh)
-    steps = p.steps[teacher.sample_shape]
+    steps = p.steps[teacher.latents.shape]
     frozen = {'teacher': jax.eval_shape(lambda: teacher.params), 'null': cond(1)}
-    decoder = teacher.decoder
+    decoder = teacher.latents.decoder
     resident = (in_device_memory(p.state, p.state_shardings)
                 + in_device_memory(frozen, p.frozen_shardings)
                 + (in_device_memory(decoder.params, decoder.shardings) if decoder else 0))

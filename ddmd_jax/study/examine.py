@@ -85,9 +85,9 @@ def looked_at(config: Any, teacher: Teacher, mesh: Mesh,
              'bands_live': band_shares(change), 'bands_ema': band_shares(ema - start),
              'guided_share': share_of_way(change, guided - start),
              'observer_cos': cosine(real - fake, change)}
-    if teacher.decode is None:
+    if teacher.latents.decode is None:
         return found, None
-    shown = [np.asarray(teacher.decode(x[:SHOWN])) for x in (start, ema, live, real, fake)]
+    shown = [np.asarray(teacher.latents.decode(x[:SHOWN])) for x in (start, ema, live, real, fake)]
     return found, pictures.rows_of_images([*shown, shown[3] - shown[4]])
 
 
@@ -125,7 +125,7 @@ def main(argv: list[str]) -> None:
     config = ConfigDict(json.loads((workdir / 'config.json').read_text()))
     mesh = sharding.make_mesh(config.mesh)
     teacher = distill.load_teacher(config, mesh)
-    found, grid = {'fields': fields, 'data_std': teacher.data_std}, None
+    found, grid = {'fields': fields, 'data_std': teacher.latents.std}, None
     if argv[4:] != ['curves']:
         found['figures'], grid = looked_at(config, teacher, mesh, workdir)
     if grid is not None:

@@ -17,6 +17,7 @@ from ddmd_jax import families as teachers
 from ddmd_jax.data import conditioning, loader
 from ddmd_jax.data.order import Order, Shape
 from ddmd_jax.diffusion import process, sampling
+from ddmd_jax.diffusion.time import FewSteps, Shift
 from ddmd_jax.evaluation import pictures
 from ddmd_jax.method import health as diagnostics
 from ddmd_jax.method.recipe import Method, feature_width, method_from
@@ -94,8 +95,9 @@ def make_sampler(config: Any, teacher: teachers.Teacher, m: Method, mesh: Mesh, 
     def draw(params: Any, cond: Any) -> jax.Array:
         cond = jax.lax.with_sharding_constraint(cond, sharding.batch_sharding(mesh))
         x = sampling.sample_student(
-            teacher.predict_clean, sharding.on_device(params), cond, m.times, key,
-            (rows, *teacher.sample_shape), config.student.sampler)
+            functools.partial(teacher.predict_clean, sharding.on_device(params)), cond,
+            FewSteps(Shift(m.shift), m.num_steps), key, (rows, *teacher.latents.shape),
+            config.student.sampler)
         return x[:count]
 
     return draw
@@ -113,7 +115,7 @@ def predict_noised(teacher: teachers.Teacher, m: Method, key: jax.Array, params:
 
     The same `key` gives the same noise, so that teacher and critic can be compared.
     """
-    tau = process.shift_time(jnp.full(x.shape[:1], PANEL_TAU), m.shift)
+    tau = Shift(m.shift)(jnp.full(x.shape[:1], PANEL_TAU))
     x_tau = process.renoise(x, tau, jax.random.normal(jax.random.fold_in(key, 1), x.shape))
     return teacher.predict_clean(sharding.on_device(params), x_tau, tau, cond)
 
@@ -121,7 +123,7 @@ def predict_noised(teacher: teachers.Teacher, m: Method, key: jax.Array, params:
 def make_pictures(config: Any, teacher: teachers.Teacher, prompts: conditioning.Prompts,
                   frozen: Any, m: Method, mesh: Mesh) -> Callable:
     """Sample grids and student / real / fake / difference panels for TensorBoard."""
-    if teacher.decode is None:
+    if teacher.latents.decode is None:
         return lambda state, step, log: None
     rows = drawn_rows(GRID, mesh)
     shown = shown_rows(prompts, GRID, config.seed)
@@ -131,13 +133,13 @@ def make_pictures(config: Any, teacher: teachers.Teacher, prompts: conditioning.
 
     @functools.partial(jax.jit, out_shardings=sharding.replicated(mesh))
     def predict(params: Any, x: jax.Array, cond: Any) -> jax.Array:
-        x = jnp.resize(x, (rows, *teacher.sample_shape))
+        x = jnp.resize(x, (rows, *teacher.latents.shape))
         return predict_noised(teacher, m, key, params, x, cond)[:GRID]
 
     def show(state: st.TrainState, step: int, log: Any) -> None:
         x = draw(state.ema, cond)
         real, fake = (predict(p, x, cond) for p in (frozen['teacher'], state.critic))
-        x, real, fake = (np.asarray(teacher.decode(z)) for z in (x, real, fake))
+        x, real, fake = (np.asarray(teacher.latents.decode(z)) for z in (x, real, fake))
         log.image(step, 'panels/student_real_fake_difference',
                   pictures.rows_of_images([x, real, fake, real - fake]))
 
@@ -178,7 +180,7 @@ def make_judge(config: Any, teacher: teachers.Teacher, m: Method,
                                                           drawn_rows(count, mesh))])
     key = jax.random.fold_in(jax.random.key(config.seed), 3)
     draw = make_sampler(config, teacher, m, mesh, count, key)
-    return lambda state: judged(np.clip(teacher.decode(draw(state.ema, cond)), -1, 1))
+    return lambda state: judged(np.clip(teacher.latents.decode(draw(state.ema, cond)), -1, 1))
 
 
 def shown_rows(prompts: conditioning.Prompts, count: int, seed: int) -> np.ndarray:
@@ -212,7 +214,7 @@ def shapes(config: Any, teacher: teachers.Teacher) -> tuple[Shape, ...]:
       WeightsError: a size that the teacher cannot have.
     """
     sizes = config.data.get('sizes', ())
-    return tuple(map(teacher.shape_of, sizes)) or (teacher.sample_shape,)
+    return tuple(map(teacher.latents.shape_of, sizes)) or (teacher.latents.shape,)
 
 
 def plan(config: Any, teacher: teachers.Teacher, null: Any, mesh: Mesh) -> Plan:
@@ -305,11 +307,11 @@ def make_task(config: Any, teacher: teachers.Teacher, mesh: Mesh,
         place=prompt_sources.placer(prompts, mesh),
         advance=make_advance(steps, frozen, config.critic.updates, config.critic.warmup),
         words=words, probe=lambda state: probe(state) | judge(state),
-        annotate=make_annotate(teacher.data_std),
+        annotate=make_annotate(teacher.latents.std),
         pictures=make_pictures(config, teacher, prompts, frozen, m, mesh), startup=startup,
         host=host_fields(config), data_identity=prompts.identity, order=order,
         read_weights=lambda path: load_teacher(config, mesh, path).params,
-        draws=functools.partial(draws.write, m, config.seed, batch, teacher.data_std))
+        draws=functools.partial(draws.write, m, config.seed, batch, teacher.latents.std))
 
 
 def load_teacher(config: Any, mesh: Mesh, path: str = '') -> teachers.Teacher:
@@ -334,9 +336,9 @@ def run(config: Any, workdir: Path, mesh: Mesh, beside: Beside = NOTHING) -> Non
     total = report.Stopwatch()
     teacher, task = prepare(config, mesh)
     state, seconds = loop.run(task, config, workdir, mesh, teacher.identity, beside)
-    if teacher.name == 'emoji':  # whose prompts can be judged, whatever it was distilled on
+    if teacher.family == 'emoji':  # whose prompts can be judged, whatever it was distilled on
         report.final(config, teacher, state.ema, mesh, workdir, seconds._asdict(), total)
-    elif teacher.decode is not None:
+    elif teacher.latents.decode is not None:
         report.sheet(config, teacher, state.ema, prompt_sources.load(config, teacher, mesh), mesh,
                      workdir)
 

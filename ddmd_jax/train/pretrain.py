@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -16,6 +17,7 @@ from jax.sharding import Mesh
 from ddmd_jax.data import loader
 from ddmd_jax.data.order import Order
 from ddmd_jax.diffusion import process, sampling
+from ddmd_jax.diffusion.time import Shift
 from ddmd_jax.evaluation import pictures
 from ddmd_jax.families.emoji import data as emoji, teacher, tokenizer
 from ddmd_jax.parallel import sharding
@@ -89,9 +91,9 @@ def make_pictures(config: Any, pairs: emoji.Pairs, ids: np.ndarray, mask: np.nda
     def draw(params: Any, noise: Array):
         cond = encode(params['text'], ids[rows], mask[rows])
         null = encode(params['text'], null_ids, null_mask)
-        times = sampling.teacher_times(PICTURE_STEPS, teacher.SHIFT)
         return sampling.sample_teacher(
-            predict, params['denoiser'], cond, null, noise, times, PICTURE_GUIDANCE)
+            functools.partial(predict, params['denoiser']), cond, noise,
+            Shift(teacher.SHIFT).grid(PICTURE_STEPS), sampling.Guidance(PICTURE_GUIDANCE, null))
 
     def show(state: st.TrainState, step: int, log: Any) -> None:
         noise = jax.random.normal(jax.random.key(config.seed), (GRID, *teacher.SHAPE))

@@ -36,7 +36,7 @@ def load(config: Any, teacher: Teacher, mesh: Mesh) -> Prompts:
     if config.data.name == 'emoji':
         return _captions(config, teacher)
     if config.data.name == 'embeddings':
-        found = conditioning.open_embeddings(config.data.path, teacher.cond_width)
+        found = conditioning.open_embeddings(config.data.path, teacher.cond.width)
     else:
         text = teacher.text or teachers.load_text(
             config.teacher.name, config.teacher.path, mesh, config.teacher.dtype)

@@ -8,6 +8,7 @@ resumed run draws what the uninterrupted one would have drawn.
 from __future__ import annotations
 
 import dataclasses
+import functools
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -16,10 +17,11 @@ import jax.numpy as jnp
 import optax
 from jax.sharding import Mesh
 
-from ddmd_jax.data import conditioning
+from ddmd_jax.data.batch import null_like
 from ddmd_jax.data.conditioning import REAL
 from ddmd_jax.diffusion import process, sampling
 from ddmd_jax.diffusion.sampling import Predict, deinterleave, interleave
+from ddmd_jax.diffusion.time import FewSteps, Shift
 from ddmd_jax.losses.critic import critic_loss
 from ddmd_jax.losses.decoupled import Predictions, decoupled_loss, decoupled_update
 from ddmd_jax.losses.gan import critic_gan_loss, r1_penalty, student_gan_loss
@@ -36,9 +38,10 @@ Metrics = dict[str, Array]
 def _student_samples(predict: Predict, student: Any, cond: Any, m: Method, key: Array,
                      shape: tuple[int, ...]) -> tuple[Array, Array]:
     """``(x_hat [B, ...], pre-shift t [B])``: backward simulation, then the student's step."""
+    few = FewSteps(Shift(m.shift), m.num_steps)
     z, k = sampling.student_inputs(
-        predict, jax.lax.stop_gradient(student), cond, m.times, key, shape)
-    return predict(student, z, m.times[k], cond), process.step_times(m.num_steps)[k]
+        functools.partial(predict, jax.lax.stop_gradient(student)), cond, few, key, shape)
+    return predict(student, z, few.times[k], cond), few.uniform[k]
 
 
 def _several(predict: Predict, params: Any, inputs: Sequence[tuple[Array, Array, Any]],
@@ -57,7 +60,7 @@ def _predictions(predict: Predict, frozen: Any, critic: Any, x: Array, cond: Any
     With a shared level the teacher's conditional prediction serves both terms.
     """
     (tau_ca, tau_dm), (noise_ca, noise_dm) = levels, noises
-    null = conditioning.null_like(frozen['null'], cond)
+    null = null_like(frozen['null'], cond)
     x_ca, x_dm = process.renoise(x, tau_ca, noise_ca), process.renoise(x, tau_dm, noise_dm)
     inputs = [(x_ca, tau_ca, cond), (x_ca, tau_ca, null)]
     if not schedules.SCHEDULES[m.schedule].shared:

@@ -1,6 +1,6 @@
 """A diffusers scheduler that takes our student's steps.
 
-Ours (`sampling.student_times`) are equally far apart before the shift, from t = 0: sigma = 1, 1 -
+Ours (`time.FewSteps`) are equally far apart before the shift, from t = 0: sigma = 1, 1 -
 1/n, ..., 1/n, which is what `Lumina2Pipeline` hands its scheduler for n steps. From the prediction
 x at sigma, `deterministic` goes along the line from it to the noisy sample, an Euler step;
 `renoise` draws new noise, ``(1 - sigma') x + sigma' noise``: `stochastic_sampling` there.

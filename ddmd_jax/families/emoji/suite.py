@@ -12,7 +12,7 @@ import numpy as np
 from jax.sharding import Mesh
 
 from ddmd_jax.data import conditioning
-from ddmd_jax.diffusion import drawing
+from ddmd_jax.diffusion import drawing, time as time_maps
 from ddmd_jax.diffusion.drawing import Sampler
 from ddmd_jax.evaluation import measures, pictures
 from ddmd_jax.families import Teacher
@@ -52,8 +52,9 @@ def samplers(config: Any, teacher: Teacher) -> dict[str, Sampler]:
     return {'teacher_guided': drawing.of_teacher(teacher, e.teacher_steps, e.guidance, e.solver,
                                                  noises=n),
             'teacher_few_step': drawing.of_teacher(teacher, n, noises=n),
-            'student': drawing.of_student(teacher, n, config.method.shift,
-                                          config.student.sampler)}
+            'student': drawing.of_student(
+                teacher, n, time_maps.chosen(teacher.time, config.method.shift),
+                config.student.sampler)}
 
 
 def generate(draw: Any, params: Any, cond: Any, null: Any, total: int, batch: int,
@@ -144,7 +145,7 @@ def evaluate(config: Any, teacher: Teacher, student: Any,
         params = student if name == 'student' else teacher.params
         latents = generate(sampler.draw, params, cond, null, len(rows), e.batch, config.seed, mesh)
         # What is judged is what would be shown: clipped to the range of a screen.
-        images[name] = np.clip(teacher.decode(latents), -1, 1)
+        images[name] = np.clip(teacher.latents.decode(latents), -1, 1)
         settings[name] = {what: getattr(sampler, what) for what in SETTINGS}
     result = [{'name': name, **settings[name], **measure(x, pairs, rows, judge, reference)}
               for name, x in images.items()]
@@ -183,7 +184,7 @@ def sheet(config: Any, teacher: Teacher, student: Any, prompts: conditioning.Pro
         params = student if name == 'student' else teacher.params
         latents = generate(sampler.draw, params, prompts.cond(rows), prompts.null, len(rows),
                            config.eval.batch, config.seed, mesh)
-        images.append(np.clip(np.asarray(teacher.decode(latents)), -1, 1))
+        images.append(np.clip(np.asarray(teacher.latents.decode(latents)), -1, 1))
     if jax.process_index() == 0:
         captions = [prompts.caption(int(i)) for i in rows]
         pictures.captioned_sheet(captions, titles, images, workdir / 'samples.png')

@@ -23,8 +23,10 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
+from ddmd_jax.data.batch import CondSpec
 from ddmd_jax.diffusion import process
-from ddmd_jax.families.base import Array, Cond, Teacher, TextEncoder, kernels_in
+from ddmd_jax.diffusion.time import Shift
+from ddmd_jax.families.base import Array, Cond, Latents, Teacher, TextEncoder, kernels_in
 from ddmd_jax.families.emoji import data, tokenizer
 from ddmd_jax.models import flops, nextdit
 from ddmd_jax.models.layers import functional
@@ -111,10 +113,11 @@ def teacher_from(model: dict[str, Any], params: dict[str, Any]) -> Teacher:
     denoiser_cfg, _ = model_configs(model)
     identity = flat.identity(params)
     text = text_encoder(model, params['text'], identity)
-    return Teacher('emoji', params['denoiser'], make_denoiser(model), text, lambda x: x,
-                   SHAPE, SHIFT, identity, RULES, DATA_STD, DATA_MOMENTS, make_features(model),
-                   cond_width=text.width,
-                   flops=functools.partial(flops.nextdit_forward, denoiser_cfg, SHAPE[:2]))
+    latents = Latents(SHAPE, decode=lambda x: x, std=DATA_STD, moments=DATA_MOMENTS)
+    return Teacher(
+        'emoji', params['denoiser'], make_denoiser(model), latents, CondSpec.text(text.width),
+        Shift(SHIFT), identity, RULES, text, make_features(model),
+        flops=functools.partial(flops.nextdit_forward, denoiser_cfg, SHAPE[:2]))
 
 
 def save(path: Path, model: dict[str, Any], params: dict[str, Any], steps: int,

@@ -28,8 +28,10 @@ import numpy as np
 from flax import nnx
 from jax.sharding import Mesh
 
+from ddmd_jax.data.batch import CondSpec
 from ddmd_jax.diffusion import process
-from ddmd_jax.families.base import Array, Cond, Decoder, Teacher, kernels_in
+from ddmd_jax.diffusion.time import Shift
+from ddmd_jax.families.base import Array, Cond, Decoder, Latents, Teacher, kernels_in
 from ddmd_jax.models import autoencoder_kl, flops, nextdit
 from ddmd_jax.models.attention import resolve
 from ddmd_jax.models.autoencoder_kl import AutoencoderKLConfig
@@ -176,12 +178,13 @@ def load(path: str, mesh: Mesh, dtype: str = 'float32', size: Sequence[int] | No
     diffusers.check(transformer, abstract, names.entry)
     # Everything is checked before the first byte of weights goes to a device.
     factor, decode = (FACTOR, None) if vae is None else _decoder(vae, mesh)
+    latents = Latents(_latent_shape(size or SIZE, cfg, factor), decode, LIMIT,
+                      functools.partial(_latent_shape, cfg=cfg, factor=factor))
     return Teacher(
         'lumina', diffusers.import_tree(transformer, abstract, layout, names.entry),
-        make_denoiser(cfg, mesh), None, decode, _latent_shape(size or SIZE, cfg, factor),
-        shift, diffusers.identity(transformer), RULES, rescale=rescale,
-        features=make_features(cfg, mesh), cond_width=cfg.cap_feat_dim, limit=LIMIT,
-        shape_of=functools.partial(_latent_shape, cfg=cfg, factor=factor))
+        make_denoiser(cfg, mesh), latents, CondSpec.text(cfg.cap_feat_dim), Shift(shift),
+        diffusers.identity(transformer), RULES, rescale=rescale,
+        features=make_features(cfg, mesh))
 
 
 def _vae_config(published: dict[str, Any], dtype: str) -> AutoencoderKLConfig:
@@ -202,13 +205,14 @@ def abstract(mesh: Mesh, dtype: str = 'float32', size: Sequence[int] | None = No
     kind = resolve(attention, mesh.devices.flat[0].platform)
     cfg = NextDiTConfig(dtype=dtype, remat=remat, attention=kind)
     shape = _latent_shape(size or SIZE, cfg, FACTOR)
+    latents = Latents(shape, limit=LIMIT,
+                      shape_of=functools.partial(_latent_shape, cfg=cfg, factor=FACTOR),
+                      decoder=_decoder_program(AutoencoderKLConfig(), mesh, size or SIZE))
     return Teacher(
-        'lumina', _abstract_params(cfg, param_dtype), make_denoiser(cfg, mesh), None, None,
-        shape, SHIFT, 'abstract', RULES, rescale=rescale, features=make_features(cfg, mesh),
-        cond_width=cfg.cap_feat_dim, limit=LIMIT,
-        flops=functools.partial(flops.nextdit_forward, cfg, shape[:2]),
-        decoder=_decoder_program(AutoencoderKLConfig(), mesh, size or SIZE),
-        shape_of=functools.partial(_latent_shape, cfg=cfg, factor=FACTOR))
+        'lumina', _abstract_params(cfg, param_dtype), make_denoiser(cfg, mesh), latents,
+        CondSpec.text(cfg.cap_feat_dim), Shift(SHIFT), 'abstract', RULES, rescale=rescale,
+        features=make_features(cfg, mesh),
+        flops=functools.partial(flops.nextdit_forward, cfg, shape[:2]))
 
 
 def _decoder_program(cfg: AutoencoderKLConfig, mesh: Mesh, size: Sequence[int]) -> Decoder:

@@ -16,7 +16,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from ddmd_jax.diffusion import process, sampling
+from ddmd_jax.diffusion import sampling
+from ddmd_jax.diffusion.time import Shift
 from ddmd_jax.method.recipe import Method
 from ddmd_jax.train.step import draw_levels, generator_keys
 
@@ -28,7 +29,7 @@ def of_update(m: Method, seed: int, batch: int, step: jax.Array) -> dict[str, ja
     """``[batch]`` each: tau_ca and tau_dm, shifted; alpha if it changes. `step` counts from 0."""
     now = m.at(step, jnp.ones(()))
     part = batch // m.accumulate
-    t = process.step_times(m.num_steps)[sampling.step_assignment(part, m.num_steps)]
+    t = Shift().steps(m.num_steps)[sampling.step_assignment(part, m.num_steps)]
     found = []
     for key in generator_keys(jax.random.key(seed), step, m.accumulate):
         (tau_ca, tau_dm), alpha = draw_levels(key, now, t, t)

@@ -1,0 +1,83 @@
+"""What a batch holds, and what conditions a network."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+from collections.abc import Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+# Arrays by name with one row an example: 'embeds' [B, L, D] and 'mask' [B, L] bool (True for real
+# tokens) of every family, and whatever else conditions its network, such as 'pooled' [B, D].
+Cond = dict[str, Any]
+
+
+@dataclasses.dataclass(frozen=True)
+class CondField:
+    """One array of a `Cond`: its shape without the batch (and token) axes, and its dtype."""
+
+    shape: tuple[int, ...] = ()
+    dtype: Any = jnp.float32
+    per_token: bool = True
+
+
+@dataclasses.dataclass(frozen=True)
+class CondSpec:
+    """Names and shapes of what conditions a network; of most, `CondSpec.text(width)`."""
+
+    fields: Mapping[str, CondField]
+
+    @classmethod
+    def text(cls, width: int, **more: CondField) -> CondSpec:
+        """Token states ``embeds [B, L, width]`` and their mask, and `more` arrays by name."""
+        return cls({'embeds': CondField((width,)), 'mask': CondField(dtype=bool), **more})
+
+    @property
+    def width(self) -> int:
+        """D of the token states."""
+        return self.fields['embeds'].shape[-1]
+
+    def shapes(self, rows: int, tokens: int, dtype: Any = jnp.float32) -> Cond:
+        """A `Cond` of `ShapeDtypeStruct`s; `dtype` is that of its floats."""
+        def one(field: CondField) -> jax.ShapeDtypeStruct:
+            shape = (rows, tokens) if field.per_token else (rows,)
+            kind = dtype if jnp.issubdtype(field.dtype, jnp.floating) else field.dtype
+            return jax.ShapeDtypeStruct((*shape, *field.shape), kind)
+
+        return {name: one(field) for name, field in self.fields.items()}
+
+
+@functools.partial(jax.tree_util.register_dataclass, data_fields=['cond', 'real'],
+                   meta_fields=['shape'])
+@dataclasses.dataclass(frozen=True)
+class Batch:
+    """Prompts of one update, a pytree.
+
+    Attributes:
+      cond: their conditioning; before the text encoder ran, their tokens.
+      real: real latents ``[B, H, W, C]`` of the same prompts, where a GAN asks for them.
+      shape: of one latent, ``(H, W, C)``; static.
+    """
+
+    cond: Cond
+    real: Any = None
+    shape: tuple[int, ...] = ()
+
+    @property
+    def rows(self) -> int:
+        """B, the examples."""
+        return jax.tree.leaves(self.cond)[0].shape[0]
+
+
+def null_like(null: Cond, cond: Cond) -> Cond:
+    """The null prompt's one row, repeated for every row of `cond` and cut to its tokens.
+
+    Only padding is cut: no batch has fewer tokens than the null prompt (`check_buckets`).
+    """
+    rows = next(iter(cond.values())).shape[0]
+    one = lambda n, c: jnp.broadcast_to(
+        n if n.ndim < 2 or n.shape[1] == c.shape[1] else n[:, :c.shape[1]], (rows, *c.shape[1:]))
+    return {name: one(null[name], c) for name, c in cond.items()}
