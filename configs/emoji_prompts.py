@@ -1,8 +1,7 @@
 """The embedded default, distilled on prompts of your own rather than on the emoji captions.
 
     python -m ddmd_jax.prepare prompts --input=FILE.txt --teacher=emoji --out=PROMPTS
-    python -m ddmd_jax.main --config=configs/emoji_prompts.py --workdir=DIR \\
-        --config.data.path=PROMPTS
+    python -m ddmd_jax.main --config=emoji_prompts --workdir=DIR --config.data.path=PROMPTS
 
 Everything else is as in `configs/emoji.py`, the evaluation included. Prompts are encoded as
 they are needed (online). To encode them once and train from the files, write them with
@@ -12,13 +11,8 @@ they are needed (online). To encode them once and train from the files, write th
 import runpy
 from pathlib import Path
 
-from ml_collections import ConfigDict
-
 EMOJI = Path(__file__).with_name('emoji.py')
 
 
-def get_config(schedule: str = 'decoupled_hybrid') -> ConfigDict:
-    config = runpy.run_path(str(EMOJI))['get_config'](schedule)
-    config.data = ConfigDict({'name': 'prompts', 'path': 'prompts', 'global_batch': 64,
-                              'sizes': (), 'lengths': ()})
-    return config
+def get_config(schedule: str = 'decoupled_hybrid'):
+    return runpy.run_path(str(EMOJI))['get_config'](schedule, data='prompts')

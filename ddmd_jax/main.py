@@ -21,7 +21,9 @@ from typing import Any
 from absl import app, flags, logging
 from ml_collections import config_flags
 
-_CONFIG = config_flags.DEFINE_config_file('config', None, 'A file of configs/.', lock_config=True)
+from ddmd_jax import config as config_lib
+
+_CONFIG = config_lib.define_flag()
 _COORDINATOR = flags.DEFINE_string(
     'coordinator', None, 'host:port of process 0, where the environment does not tell '
     '(TPU pods, Slurm and Open MPI do).')
@@ -101,15 +103,12 @@ def about(config) -> dict[str, Any]:
 
 def _given(config) -> dict[str, Any]:
     """The config's file, and the fields that flags have changed: (its value, ours)."""
-    from ddmd_jax import config as config_lib
-
     flag = flags.FLAGS['config']
     if not flags.FLAGS.is_parsed():  # whoever called has made the config by hand
         return {'config_file': '', 'changed': {}}
     file, given = config_flags.get_config_filename(flag), config_flags.get_override_values(flag)
     try:
-        parse = config_flags.config_flags.ConfigFileFlagParser('config').parse
-        base = parse(file) if given else None
+        base = config_lib.load(file) if given else None
     except Exception:  # the file is the user's code, and may not like to be run twice
         base = None
     changed = {name: [config_lib.field(base, name), config_lib.field(config, name)]
@@ -187,8 +186,6 @@ def main(argv: list[str]) -> None:
         sys.exit(f'main: unexpected argument {argv[1]!r}; flags look like --config.field=value')
     if _CONFIG.value is None:
         sys.exit('main: no --config given; try --config=configs/emoji.py')
-    from ddmd_jax import config as config_lib
-
     try:
         config_lib.check(_CONFIG.value)
     except config_lib.ConfigError as e:

@@ -16,15 +16,15 @@ from typing import Any
 os.environ['JAX_PLATFORMS'] = 'cpu'
 
 from absl import app, flags, logging  # noqa: E402
-from ml_collections import config_flags  # noqa: E402
 
-from ddmd_jax.util import arguments
+from ddmd_jax import config as config_lib  # noqa: E402
+from ddmd_jax.util import arguments  # noqa: E402
 
 FLAGS = flags.FLAGS
 
 
 def define_flags() -> None:
-    config_flags.DEFINE_config_file('config', None, 'A file of configs/.', lock_config=True)
+    config_lib.define_flag()
     flags.DEFINE_string('topology', 'v5e:4x4', 'TPU generation and shape, as v5e:4x4.')
     flags.DEFINE_boolean('json', False, 'Print JSON rather than a table.')
     flags.DEFINE_boolean('search', True, 'Look for the largest batch that fits, and for levers '
@@ -65,7 +65,6 @@ def main(argv: list[str]) -> None:
         sys.exit(f'plan: unexpected argument {argv[1]!r}; flags look like --topology=v5e:4x4')
     if FLAGS.config is None:
         sys.exit('plan: no --config given; try --config=configs/lumina.py')
-    from ddmd_jax import config as config_lib
     from ddmd_jax.parallel import sharding
     from ddmd_jax.planner import layout, plan, programs
     from ddmd_jax.weights.flat import WeightsError

@@ -1,30 +1,46 @@
-"""Validation of a run's config: every wrong field at once, in words, before anything is built.
+"""A run's config: its defaults, and every wrong field at once, in words, before anything is built.
 
-A schema is a flat table, dotted field -> `Rule` (rooms `rules`, `schemas`); what only several
-fields together can get wrong is a named function (`together`). The two tasks have a schema each,
-that of `configs/emoji.py` (distill) and that of `configs/emoji_teacher.py` (pretrain).
+`fields` is the table that all of it follows from, `rules` are the values a field may hold,
+`together` has the conditions among several fields, `files` finds a config by its name.
 """
 
 from __future__ import annotations
 
-import dataclasses
 import difflib
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Set
 from typing import Any
 
 from ml_collections import ConfigDict, config_dict
 
-from ddmd_jax.config.rules import Rule
-from ddmd_jax.config.schemas import DATASETS, TASKS, distill_schema, pretrain_schema
-from ddmd_jax.config.together import DISTILL_TOGETHER, PRETRAIN_TOGETHER
+from ddmd_jax.config import fields, together
+from ddmd_jax.config.fields import REQUIRED, Field, under
+from ddmd_jax.config.files import define_flag, load
+
+__all__ = ['ConfigError', 'check', 'defaults', 'define_flag', 'field', 'fields_of', 'load',
+           'validate']
 
 
 class ConfigError(ValueError):
     """A config with wrong fields; the message has a line for each of them."""
 
 
+def defaults(task: str, changes: Mapping[str, Any]) -> ConfigDict:
+    """The whole config of a run of `task`, 'distill' or 'pretrain', for a file of ``configs/``.
+
+    Args:
+      task: whose fields it has.
+      changes: dotted field -> value: those that are required, and those that differ from the
+        defaults. Nothing is judged here: `check` names what is wrong.
+    """
+    config = ConfigDict()
+    for path, value in {'task': task, **changes}.items():
+        _put(config, path, value)
+    _fill(config)
+    return config
+
+
 def check(config: ConfigDict) -> None:
-    """Puts defaults where `config` may leave a field out; else nothing if it describes a run.
+    """Puts defaults where `config` leaves a field out, if it describes a run.
 
     Raises:
       ConfigError: naming every field that is wrong, the value found and what is allowed.
@@ -34,9 +50,7 @@ def check(config: ConfigDict) -> None:
         count = '1 field is' if len(lines) == 1 else f'{len(lines)} fields are'
         raise ConfigError('\n'.join([f'config: {count} wrong', *lines]))
     with config.unlocked():
-        for path, rule in schema_of(config).items():
-            if rule.filled:
-                _put_default(config, path.split('.'), rule.default)
+        _fill(config)
 
 
 def field(config: Any, name: str) -> Any:
@@ -46,46 +60,86 @@ def field(config: Any, name: str) -> Any:
     return config
 
 
-def _put_default(config: ConfigDict, path: Sequence[str], default: Any) -> None:
-    *sections, name = path
+def fields_of(config: Any) -> tuple[Field, ...]:
+    """The fields of the task, the data set and the regularisers that `config` names.
+
+    `config` may be wrong: a misspelt task is told by its sections, a misspelt data set by its
+    fields, so that all the others are still checked.
+    """
+    task, data = config.get('task'), config.get('data')
+    data = data if hasattr(data, 'get') else {}
+    distill = task == 'distill' or (task != 'pretrain' and 'critic' in config)
+    prompts = data.get('name') in ('prompts', 'embeddings') or (
+        data.get('name') not in fields.OWN_DATA and {'path', 'sizes', 'lengths'} & set(data))
+    found = fields.COMMON + (fields.DISTILL if distill else fields.PRETRAIN)
+    found += fields.PROMPTS if prompts and distill else under('data', fields.OWN_DATA['emoji'])
+    if not distill:
+        from ddmd_jax.models.nextdit import NextDiTConfig
+        from ddmd_jax.models.text.caption import CaptionEncoderConfig
+
+        return (found + fields.of_class('teacher.model.denoiser', NextDiTConfig)
+                + fields.of_class('teacher.model.text', CaptionEncoderConfig))
+    for name, own in fields.REGULARISERS.items():
+        found += under(f'method.{name}', own)
+    return found
+
+
+def _fill(config: ConfigDict) -> None:
+    for f in fields_of(config):
+        if f.filled and f.default is not REQUIRED:
+            _put(config, f.path, f.default, over=False)
+
+
+def _put(config: ConfigDict, path: str, value: Any, over: bool = True) -> None:
+    """Sets a field, `over` the value it has or not, and makes the sections on its way."""
+    *sections, name = path.split('.')
     for section in sections:
         if section not in config:
             config[section] = ConfigDict()
         config = config[section]
-    if name not in config:
-        config[name] = config_dict.placeholder(float) if default is None else default
+    if over or name not in config:  # a number may follow where None stands
+        config[name] = config_dict.placeholder(float) if value is None else value
 
 
 def validate(config: ConfigDict) -> list[str]:
     """One line for each wrong field of `config`: field, value found, what is allowed."""
-    values, distill, schema = config.to_dict(), _is_distill(config), schema_of(config)
+    values = config.to_dict()
+    known = {f.path: f for f in fields_of(values)}
+    sections = {path[:i] for path in known for i, char in enumerate(path) if char == '.'}
     sound: dict[str, Any] = {}
-    lines = list(_section_errors(schema, values, '', sound))
-    for rule, field, *others in DISTILL_TOGETHER if distill else PRETRAIN_TOGETHER:
-        if {field, *others} <= sound.keys():
-            words = rule(sound[field], *(sound[other] for other in others))
-            lines += [f'{field}: {show(sound[field])}, {words}'] if words else []
+    lines, named = [], set()  # fields and sections that a line has named: not missing as well
+    for path, value in _leaves(values, sections):
+        wrong = ''
+        if path in known:
+            rule = known[path].rule
+            if rule.ok(value):
+                sound[path] = value
+            else:
+                wrong = f'must be {rule.allowed}{rule.hint(value)}'
+        elif path in sections:
+            wrong = f'must be a section with {", ".join(_inside(known, path))}'
+        else:
+            near = _nearest(path, known)
+            named.add(near)
+            beside = ', '.join(_inside(known, path.rpartition('.')[0]))
+            wrong = ('but there is no such field; '
+                     + (f'did you mean {near}?' if near else f'known here: {beside}'))
+        if wrong:
+            named.add(path)
+            lines.append(f'{path}: {show(value)}, {wrong}')
+    for path, f in known.items():
+        if path in sound or any(f'{path}.'.startswith(f'{name}.') for name in named):
+            continue
+        if f.default is REQUIRED:
+            lines.append(f'{path}: missing, must be {f.rule.allowed}')
+        else:
+            sound[path] = f.default
+    for condition, path, *others in together.CONDITIONS:
+        if {path, *others} <= sound.keys():
+            wrong = condition(*(sound[name] for name in (path, *others)))
+            if wrong:  # one line for a field, and no other that only follows from it
+                lines.append(f'{path}: {show(sound.pop(path))}, {wrong}')
     return lines
-
-
-def _is_distill(config: ConfigDict) -> bool:
-    """Told by its sections, so that a misspelt task still has all its fields checked."""
-    task = config.get('task')
-    return task == 'distill' or (task not in TASKS and 'critic' in config)
-
-
-def schema_of(config: ConfigDict) -> dict[str, Rule]:
-    """The schema of the task, and of the data set, that `config` names."""
-    return distill_schema(_dataset(config)) if _is_distill(config) else pretrain_schema()
-
-
-def _dataset(config: Any) -> str:
-    """The data set whose fields `config` should have; told by them where its name is wrong."""
-    data = config.to_dict().get('data')
-    data = data if isinstance(data, Mapping) else {}
-    if data.get('name') in DATASETS:
-        return data['name']
-    return 'prompts' if {'path', 'sizes', 'lengths'} & set(data) else 'emoji'
 
 
 def show(value: Any) -> str:
@@ -94,50 +148,27 @@ def show(value: Any) -> str:
     return shown if len(shown) <= 80 else shown[:77] + '...'
 
 
-def _section_errors(schema: dict[str, Rule], values: Mapping, prefix: str,
-                    sound: dict[str, Any]) -> Iterator[str]:
-    """Lines on the section at `prefix` ('' or 'a.b.'); fields that are right go to `sound`."""
-    known, guessed = _names(schema, prefix), set()
-    section = lambda path: f'a section with {", ".join(_names(schema, path + "."))}'
+def _leaves(values: Mapping, sections: Set[str], prefix: str = '') -> Iterator[tuple[str, Any]]:
+    """(dotted path, value) of everything in `values` that is not a known section."""
     for key, value in values.items():
         path = f'{prefix}{key}'
-        rule = schema.get(path)
-        if key not in known:
-            near = _nearest(str(key), known, prefix, schema)
-            guessed.add(near)
-            yield (f'{path}: {show(value)}, but there is no such field; '
-                   + (f'did you mean {near}?' if near else f'known here: {", ".join(known)}'))
-        elif rule is None and isinstance(value, Mapping):
-            yield from _section_errors(schema, value, f'{path}.', sound)
-        elif rule is None:
-            yield f'{path}: {show(value)}, must be {section(path)}'
-        elif rule.ok(value):
-            sound[path] = value
+        if path in sections and isinstance(value, Mapping):
+            yield from _leaves(value, sections, f'{path}.')
         else:
-            yield f'{path}: {show(value)}, must be {rule.allowed}{rule.hint(value)}'
-    for path in (prefix + key for key in known if key not in values):
-        rule = schema.get(path)
-        if rule and rule.default is not dataclasses.MISSING:
-            sound[path] = rule.default
-        elif rule is None and path not in guessed and _may_be_absent(schema, f'{path}.'):
-            yield from _section_errors(schema, {}, f'{path}.', sound)
-        # A misspelt field is one mistake, and the line on its unknown name has named it.
-        elif path not in guessed:
-            yield f'{path}: missing, must be {rule.allowed if rule else section(path)}'
+            yield path, value
 
 
-def _may_be_absent(schema: dict[str, Rule], prefix: str) -> bool:
-    return all(rule.filled for path, rule in schema.items() if path.startswith(prefix))
+def _inside(known: Mapping[str, Field], section: str) -> list[str]:
+    """Names of the fields and sections directly in `section`; '' is the whole config."""
+    prefix = section and f'{section}.'
+    paths = [path[len(prefix):] for path in known if path.startswith(prefix)]
+    return list(dict.fromkeys(path.split('.')[0] for path in paths))
 
 
-def _names(schema: dict[str, Rule], prefix: str) -> list[str]:
-    """Names of the fields and sections directly under `prefix`."""
-    inside = [path[len(prefix):] for path in schema if path.startswith(prefix)]
-    return list(dict.fromkeys(path.split('.')[0] for path in inside))
-
-
-def _nearest(key: str, known: list[str], prefix: str, schema: dict[str, Rule]) -> str:
-    """The field that `key` was likely meant to be: spelt alike here, or the same elsewhere."""
-    near = [prefix + name for name in difflib.get_close_matches(key, known, 1)]
-    near += [path for path in schema if path.rpartition('.')[2] == key]
+def _nearest(path: str, known: Mapping[str, Field]) -> str:
+    """The field that `path` was likely meant to be: spelt alike there, or the same elsewhere."""
+    section, _, name = path.rpartition('.')
+    near = [f'{section}.{found}'.lstrip('.')
+            for found in difflib.get_close_matches(name, _inside(known, section), 1)]
+    near += [other for other in known if other.rpartition('.')[2] == name]
     return near[0] if near else ''

@@ -1,4 +1,8 @@
-"""What one field of a config may hold, and the words that say so."""
+"""The values that a field of a config may hold, and the words that say so.
+
+Nothing of the project is imported here nor in `fields`: regularisers and families bring fields of
+their own, made of these rules.
+"""
 
 from __future__ import annotations
 
@@ -18,15 +22,12 @@ MAX_TAU = 0.999
 class Rule:
     """A test of one value, and the words that follow 'must be' when it fails.
 
-    `hint` adds what can only be said knowing the value; a field with a `default` may be absent,
-    and `check` puts the default there if it is to be `filled`.
+    `hint` adds what can only be said knowing the value.
     """
 
     allowed: str
     ok: Callable[[Any], bool]
     hint: Callable[[Any], str] = lambda value: ''
-    default: Any = dataclasses.field(default_factory=lambda: dataclasses.MISSING)
-    filled: bool = False
 
 
 def _is_number(value: Any, kind: type = numbers.Real) -> bool:
@@ -49,10 +50,11 @@ def number(why: str = '', noun: str = 'a number', kind: type = numbers.Real,
 whole = functools.partial(number, noun='a whole number', kind=numbers.Integral)
 
 
-def choice(names: Sequence[str]) -> Rule:
-    """One of `names`; a near miss is told which it resembles."""
+def choice(*names: str) -> Rule:
+    """One of `names`; the hint on a near miss is the name it resembles."""
     near = lambda value: difflib.get_close_matches(str(value), names, 1)
-    words = ' or '.join(map(repr, names)) if len(names) < 3 else f'one of {", ".join(names)}'
+    words = ' or '.join(map(repr, names)) if len(names) < 3 else (
+        f'one of {", ".join(name or repr(name) for name in names)}')
     return Rule(words, lambda value: isinstance(value, str) and value in names,
                 lambda value: f'; did you mean {near(value)[0]!r}?' if near(value) else '')
 
@@ -62,20 +64,18 @@ def or_none(rule: Rule) -> Rule:
 
 
 def or_empty(rule: Rule) -> Rule:
-    """A sequence that `rule` accepts, or one of nothing: what it would say is then not asked."""
-    empty = lambda value: isinstance(value, (tuple, list)) and not value
-    return optional(Rule(f'empty, or {rule.allowed}',
-                         lambda value: empty(value) or rule.ok(value)), ())
+    """A sequence that `rule` accepts, or one of nothing."""
+    return Rule(f'empty, or {rule.allowed}',
+                lambda value: (is_sequence(value) and not value) or rule.ok(value))
 
 
-def optional(rule: Rule, default: Any) -> Rule:
-    """A field that a config may leave out; `check` then puts `default` there."""
-    return dataclasses.replace(rule, default=default, filled=True)
+def is_sequence(value: Any) -> bool:
+    return isinstance(value, (tuple, list))
 
 
 def several(count: int, noun: str, ok: Callable[..., bool]) -> Rule:
     """A tuple or list of `count` numbers that `ok` accepts together."""
-    return Rule(noun, lambda value: isinstance(value, (tuple, list)) and len(value) == count
+    return Rule(noun, lambda value: is_sequence(value) and len(value) == count
                 and all(map(_is_number, value)) and ok(*value))
 
 
@@ -92,14 +92,40 @@ def _chain_fault(chain: Any) -> str:
     return ''
 
 
+def _is_size(value: Any) -> bool:
+    return is_sequence(value) and len(value) == 2 and all(map(COUNT.ok, value))
+
+
+def _ascends(values: Sequence[Any]) -> bool:
+    return all(map(COUNT.ok, values)) and all(a < b for a, b in zip(values, values[1:]))
+
+
+def _is_name(value: Any) -> bool:
+    return isinstance(value, str) and value != ''
+
+
 COUNT = whole(at_least=1)
+NATURAL = whole(at_least=0)
+UPDATES = whole('0 is off', at_least=0)
+WEIGHT = number('0 is off', at_least=0)
+POSITIVE = number(above=0)
+DECAY = number(at_least=0, below=1)
 FLAG = Rule('True or False', lambda value: isinstance(value, bool))
 TEXT = Rule('a string', lambda value: isinstance(value, str))
-GUIDANCE_RANGE = several(2, 'two numbers with 1 <= low <= high, or empty',
+DTYPE = choice('float32', 'bfloat16')
+REMAT = choice('none', 'full', 'dots')
+AXIS = Rule('a whole number at least 1, or -1 for whatever is left',
+            lambda value: whole(at_least=-1).ok(value) and value != 0)
+SIZES = Rule("a sequence of (height, width) in pixels; empty: the teacher's own",
+             lambda value: is_sequence(value) and all(map(_is_size, value)))
+LENGTHS = Rule('an ascending sequence of token counts; empty: batches are not cut',
+               lambda value: is_sequence(value) and _ascends(value))
+GUIDANCE_RANGE = several(2, 'two numbers with 1 <= low <= high',
                          lambda low, high: 1 <= low <= high)
 TAU_RANGE = several(
     2, f'two numbers with 0 <= low < high <= {MAX_TAU}: the clean end (1) has no noise left to '
     'normalise by', lambda low, high: 0 <= low < high <= MAX_TAU)
 CHAIN = Rule('a sequence of (name in optax, its keyword arguments)',
-             lambda value: isinstance(value, (tuple, list)) and not _chain_fault(value),
+             lambda value: is_sequence(value) and not _chain_fault(value),
              _chain_fault)
+NAMES = Rule('a sequence of names', lambda value: is_sequence(value) and all(map(_is_name, value)))

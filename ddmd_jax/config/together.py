@@ -7,16 +7,37 @@ from collections.abc import Sequence
 from typing import Any
 
 from ddmd_jax.config.rules import choice
-from ddmd_jax.method.schedules import SCHEDULES
-from ddmd_jax.parallel.sharding import AXES
 
 
 def optimiser_known(name: str, chain: Sequence[Any]) -> str | None:
     from ddmd_jax.train.optim import NAMES
 
-    known = choice(NAMES)
+    known = choice(*NAMES)
     if not chain and not known.ok(name):
         return f'must be {known.allowed} (any other: give a chain){known.hint(name)}'
+
+
+def teacher_known(teacher: str, task: str) -> str | None:
+    from ddmd_jax.families import FAMILIES
+
+    # The embedded one is trained here; the others come trained.
+    known = choice(*(FAMILIES if task == 'distill' else ('emoji',)))
+    if not known.ok(teacher):
+        return f'must be {known.allowed}{known.hint(teacher)}'
+
+
+def data_known(dataset: str, teacher: str, task: str) -> str | None:
+    known = choice(*(('emoji', 'prompts', 'embeddings') if task == 'distill' else ('emoji',)))
+    if not known.ok(dataset):
+        return f'must be {known.allowed}{known.hint(dataset)}'
+
+
+def schedule_known(schedule: str) -> str | None:
+    from ddmd_jax.method.schedules import SCHEDULES
+
+    known = choice(*SCHEDULES)
+    if not known.ok(schedule):
+        return f'must be {known.allowed}{known.hint(schedule)}'
 
 
 def teacher_knows(dataset: str, teacher: str) -> str | None:
@@ -48,7 +69,7 @@ def one_start(init_from: str, resume: str) -> str | None:
 
 def one_axis_left(*sizes: int) -> str | None:
     if sizes.count(-1) > 1:
-        return f'only one of {", ".join(AXES)} may be -1 (whatever is left), not {sizes}'
+        return f'only one of data, fsdp, tensor may be -1 (whatever is left), not {sizes}'
 
 
 def alpha_guides(alpha: float, weight_ca: float) -> str | None:
@@ -110,8 +131,10 @@ def batch_divides(batch: int, steps: int, accumulate: int) -> str | None:
 
 def tau_reaches(bounded: str, span: Sequence[float], schedule: str, steps: int) -> str | None:
     """A bounded term draws tau from the generator's time upwards; the last step needs room."""
+    from ddmd_jax.method.schedules import SCHEDULES
+
     last = (steps - 1) / steps
-    if span and getattr(SCHEDULES[schedule], bounded) and span[1] <= last:
+    if schedule in SCHEDULES and span and getattr(SCHEDULES[schedule], bounded) and span[1] <= last:
         return (f'its upper end must be above {last:.4g}, the pre-shift time of the last of '
                 f'{steps} steps: {schedule} draws this tau from there upwards')
 
@@ -132,15 +155,17 @@ def text_fits(dim: int, heads: int, cap_feat_dim: int) -> str | None:
                 f"the denoiser's cap_feat_dim = {cap_feat_dim}")
 
 
-# (rule, the field it is about, the others it reads); asked where each alone is right.
-COMMON_TOGETHER = (
+# (condition, the field it is about, the others it reads): asked where the config has all of them
+# and each alone is right.
+CONDITIONS = (
     (optimiser_known, 'optim.student.name', 'optim.student.chain'),
-    (one_start, 'init_from', 'resume'),
-    (one_axis_left, *(f'mesh.{axis}' for axis in AXES)),
-    (tracker_there, 'log.tracker'),
-)
-DISTILL_TOGETHER = COMMON_TOGETHER + (
     (optimiser_known, 'optim.critic.name', 'optim.critic.chain'),
+    (one_start, 'init_from', 'resume'),
+    (one_axis_left, 'mesh.data', 'mesh.fsdp', 'mesh.tensor'),
+    (tracker_there, 'log.tracker'),
+    (teacher_known, 'teacher.name', 'task'),
+    (data_known, 'data.name', 'teacher.name', 'task'),
+    (schedule_known, 'method.schedule'),
     (teacher_knows, 'data.name', 'teacher.name'),
     (sizes_fit, 'data.sizes', 'teacher.name'),
     (teacher_given, 'teacher.path', 'teacher.name'),
@@ -158,8 +183,6 @@ DISTILL_TOGETHER = COMMON_TOGETHER + (
     *((functools.partial(tau_reaches, f'{term}_bounded'),
        f'method.tau_{term}{end}', 'method.schedule', 'student.steps')
       for term in ('ca', 'dm') for end in ('', '_end')),
-)
-PRETRAIN_TOGETHER = COMMON_TOGETHER + (
     (denoiser_builds, *(f'teacher.model.denoiser.{name}' for name in (
         'hidden_size', 'num_attention_heads', 'num_kv_heads', 'axes_dim_rope'))),
     (text_fits, 'teacher.model.text.dim', 'teacher.model.text.num_heads',

@@ -57,12 +57,10 @@ def own_fields(given: list[str]) -> dict[str, Any]:
 
 def load_config(path: str) -> Any:
     """The config in a file of configs/, whole and valid."""
-    from ml_collections import config_flags
-
     from ddmd_jax import config as config_lib
 
     try:
-        config = config_flags.config_flags.ConfigFileFlagParser('config').parse(path)
+        config = config_lib.load(path)
         config_lib.check(config)
     except config_lib.ConfigError as e:
         wrong(str(e))

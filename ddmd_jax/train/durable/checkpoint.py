@@ -15,17 +15,12 @@ import orbax.checkpoint as ocp
 from jax.experimental import multihost_utils
 from tqdm import tqdm
 
+from ddmd_jax.config import fields_of
 from ddmd_jax.train.durable import checksums
 from ddmd_jax.train.feed import Feed
 from ddmd_jax.util.text import first_line
 from ddmd_jax.weights import flat
 
-# What may differ between a checkpoint and the run that resumes it: how long, how loud,
-# how often, on which mesh, how it is sampled. Everything else would silently be another experiment.
-FREE_SECTIONS = ('log', 'checkpoint', 'eval', 'mesh')
-FREE_FIELDS = ('train.steps', 'student.sampler', 'teacher.remat', 'teacher.attention',
-               'train.teacher_passes', 'train.offload', 'train.on_nan', 'train.spike',
-               'train.on_health', 'resume', 'init_from', 'data.path')  # its identity counts
 PACKAGES = ('ddmd_jax', 'jax', 'flax', 'optax', 'orbax-checkpoint')
 INTERVAL = 'interval'  # beside the data's state: metrics that had not been logged yet
 VERSION = 'version.'  # in front of a package's name in a manifest; these only warn
@@ -43,9 +38,10 @@ def versions() -> dict[str, str]:
 def comparable(config: Mapping[str, Any]) -> dict[str, Any]:
     """The fields of a config that a checkpoint must agree with, flattened to dotted names."""
     plain = json.loads(json.dumps(config))
-    kept = {k: v for k, v in plain.items() if k not in FREE_SECTIONS}
-    fields = {k.replace('/', '.'): v for k, v in flat.flatten(kept).items()}
-    return {k: v for k, v in fields.items() if k not in FREE_FIELDS}
+    fields = {k.replace('/', '.'): v for k, v in flat.flatten(plain).items()}
+    # How long, how loud, how often, on which mesh: all else would silently be another experiment.
+    free = {f.path for f in fields_of(plain) if f.may_change}
+    return {k: v for k, v in fields.items() if k not in free}
 
 
 def differences(saved: Mapping[str, Any], current: Mapping[str, Any]) -> list[str]:

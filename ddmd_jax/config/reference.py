@@ -1,0 +1,55 @@
+"""``python -m ddmd_jax.config > docs/config.md``: the reference of every field, from the table."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import Any
+
+from ddmd_jax.config import fields
+from ddmd_jax.config.fields import REQUIRED, Field, under
+
+HEAD = """# Every field of a config
+
+<!-- Written by `python -m ddmd_jax.config > docs/config.md`; edit ddmd_jax/config/fields.py. -->
+
+`--config=NAME` takes a file, or the name of one of `configs/` (`emoji`, `lumina`, ...), and
+`--config=NAME:SCHEDULE` sets `method.schedule`. Any field can be given as
+`--config.section.field=value` (tuples in quotes: `--config.method.tau_ca='(0.0, 0.9)'`).
+A config has to give the fields that are *required*, and `ddmd_jax.config.defaults(task, changes)`
+adds all others. Fields that *may change* may differ when a run is resumed
+([resuming.md](resuming.md)); any other makes it another experiment, and is refused."""
+
+LINE = '| {} | {} | {} | {} | {} |'
+
+
+def _value(value: Any) -> str:
+    return 'required' if value is REQUIRED else f'`{value!r}`'
+
+
+def table(listed: Iterable[Field]) -> str:
+    """A Markdown table, a line a field."""
+    rows = [LINE.format('field', 'default', 'allowed', 'may change', 'meaning'),
+            LINE.format(*['---'] * 5)]
+    rows += [LINE.format(f'`{f.path}`', _value(f.default), f.rule.allowed,
+                         'yes' if f.may_change else '', f.doc) for f in listed]
+    return '\n'.join(rows)
+
+
+def page() -> str:
+    """The page, whole."""
+    critic = [f.path for f in under('optim.critic', fields.OPTIMISER)]
+    distill = [f for f in fields.DISTILL if f.path not in critic]
+    parts = [HEAD, '## Both tasks', table(fields.COMMON),
+             'In a distillation the critic has an optimiser of its own, `optim.critic.*`, with the '
+             'same fields and defaults. It counts its own updates: '
+             '`train.steps * critic.updates + critic.warmup`.',
+             '## Task `distill`', table(distill)]
+    for name, own in fields.REGULARISERS.items():
+        parts += [f'### Regulariser `{name}`', table(under(f'method.{name}', own))]
+    parts += ['## Task `pretrain`', table(fields.PRETRAIN),
+              'The architecture, `teacher.model.denoiser.*` and `teacher.model.text.*`, has the '
+              'fields of `NextDiTConfig` and `CaptionEncoderConfig`.',
+              '## Data sets', '`prompts` and `embeddings`, of any family:', table(fields.PROMPTS)]
+    for name, own in fields.OWN_DATA.items():
+        parts += [f'`{name}`, of that family:', table(under('data', own))]
+    return '\n\n'.join(parts) + '\n'
