@@ -9,7 +9,7 @@ from hypothesis import given, strategies as st
 
 from ddmd_jax.method import health as diagnostics
 from ddmd_jax.method.health import SHIPPED
-from ddmd_jax.study import map_report, robustness as rb, suites
+from ddmd_jax.study import map_page, robustness as rb, suites
 
 STEPS = tuple(range(5, 205, 5))
 WELL = {'dm_rel_gap': 0.1, 'dm_cos': 0.99, 'x_std': 0.45, 'fake_loss': 0.1, 'ema_std': 1.0,
@@ -120,7 +120,7 @@ def test_an_outcome_that_is_not_known_counts_on_neither_side():
     runs = rb.read({'a': {0: result([1.0] * 9 + [0.9])}, 'b': {0: result([1.0] * 10)}})
     got = rb.rates(runs, rb.LEVELS, levels())
     assert (got.degrading, got.steady) == (0, 1) and not got.reached
-    assert [map_report.outcome(r) for r in runs] == ['unknown', 'steady']
+    assert [map_page.outcome(r) for r in runs] == ['unknown', 'steady']
 
 
 def test_halves_have_other_learning_rates_whatever_runs_are_there():
@@ -204,7 +204,7 @@ def test_the_grid_is_whole_and_its_page_stands_alone(tmp_path):
     slower = (planted((0.06 - 0.002 * i, 0.07 - 0.002 * i)) for i in range(5))
     made = [by[0] for copy in slower for by in copy.values()]
     results = {name: {0: made[i] | {'fields': fields[name]}} for i, name in enumerate(fields)}
-    found = map_report.write(tmp_path / 'r.html', 'T', 'H', 'how', results, drawn=200)
+    found = map_page.write(tmp_path / 'r.html', 'T', 'H', 'how', results, drawn=200)
     assert set(found) == {s.name for s in rb.SIGNALS}
     other = found[rb.LEVELS.name]
     assert not other.held_out('shipped').reached and other.held_out('tuned').reached
@@ -212,7 +212,7 @@ def test_the_grid_is_whole_and_its_page_stands_alone(tmp_path):
     assert page.count('data:image/png;base64') == 2
     assert not re.search(r'(src|href)="(?!data:|#)', page)
     assert 'and at most 10 % of the steady ones' in ' '.join(page.split())
-    assert map_report.answer(found[rb.COLLAPSE.name].held_out()) in page
+    assert map_page.answer(found[rb.COLLAPSE.name].held_out()) in page
     rows = [row['r'].reached for j in found.values() for row in j.rows()]
     assert (page.count('>not reached'), page.count('>reached')) == (rows.count(0), rows.count(1))
     assert page.count('<td>tuned on') == 4 + 36
@@ -221,7 +221,7 @@ def test_the_grid_is_whole_and_its_page_stands_alone(tmp_path):
 
 def test_other_falls_are_counted_beside_the_one_that_was_asked_for():
     low = [1.0] * 5 + [0.955] * 5
-    shown = map_report.sensitivity({'a': {0: result(low)}, 'b': {0: result([1.0] * 10)}})
+    shown = map_page.sensitivity({'a': {0: result(low)}, 'b': {0: result([1.0] * 10)}})
     assert [(round(s['drop'], 3), s['r'].degrading) for s in shown] == [
         (0.04, 1), (0.05, 0), (0.06, 0)]
 
@@ -234,9 +234,9 @@ def test_other_falls_are_counted_beside_the_one_that_was_asked_for():
     (rb.Rates(0, 0, 0, 0, 0, 3, 0), 'earlier: there were none;'),
     (rb.Rates(3, 3, 3, 3, 0, 0, 0), 'No. ')])  # without steady runs nothing is known of alarms
 def test_the_answer_names_both_rates(rates, words):
-    assert words in map_report.answer(rates)
+    assert words in map_page.answer(rates)
 
 
 def test_a_map_of_too_few_runs_is_refused(tmp_path):
     with pytest.raises(ValueError, match='fewer than two runs'):
-        map_report.write(tmp_path / 'r.html', 'T', 'H', 'how', {'a': {0: result([1.0])}})
+        map_page.write(tmp_path / 'r.html', 'T', 'H', 'how', {'a': {0: result([1.0])}})

@@ -14,7 +14,7 @@ import tiny
 from hypothesis import given, strategies as st
 
 from ddmd_jax import config as config_lib
-from ddmd_jax.study import claims, examine, report, runs, statistics as rule, suites
+from ddmd_jax.study import claims, claims_page, examine, statistics as rule, suites, trials
 
 figures = st.lists(st.floats(-5, 5), min_size=3, max_size=6)
 
@@ -131,7 +131,7 @@ def test_a_run_that_broke_off_has_no_figures_and_is_told(tmp_path):
     results['ca_only'][1] = {'fields': {}, 'failed': 'main: step 7: NaN or Inf in loss'}
     first = claims.judge(results)[0]
     assert set(first.parts[0].values) == {0, 2} and first.verdict == rule.OPEN
-    report.write(tmp_path / 'r.html', 'T', 'H', 'how', results, suites.PAPER, {})
+    claims_page.write(tmp_path / 'r.html', 'T', 'H', 'how', results, suites.PAPER, {})
     assert 'ca_only, seed 1: main: step 7: NaN or Inf in loss' in (tmp_path / 'r.html').read_text()
 
 
@@ -157,7 +157,7 @@ def test_cosines_are_of_each_sample():
 
 def test_the_page_stands_alone_and_says_what_was_found(tmp_path):
     path = tmp_path / 'report.html'
-    report.write(path, 'A <title>', 'Of 3 seeds.', 'python -m ddmd_jax.study', made_up(),
+    claims_page.write(path, 'A <title>', 'Of 3 seeds.', 'python -m ddmd_jax.study', made_up(),
                  suites.PAPER, {})
     page = path.read_text()
     assert '<h1>A &lt;title&gt;</h1>' in page and not re.search(r'(src|href)="(?!data:|#)', page)
@@ -171,7 +171,8 @@ def test_the_page_stands_alone_and_says_what_was_found(tmp_path):
 
 
 def planned(folder, **fields):
-    return runs.Run(suites.PAPER[0], 0, folder, {'seed': 0, 'method.tau_ca': (0.0, 0.5)} | fields)
+    return trials.Trial(suites.PAPER[0], 0, folder,
+                        {'seed': 0, 'method.tau_ca': (0.0, 0.5)} | fields)
 
 
 def test_a_result_counts_for_the_fields_it_was_made_with(tmp_path):
@@ -179,7 +180,7 @@ def test_a_result_counts_for_the_fields_it_was_made_with(tmp_path):
     run = planned(tmp_path)
     assert not run.done
     write = lambda **more: run.result.write_text(json.dumps(
-        {'fields': runs.plain(run.fields), **more}))
+        {'fields': trials.plain(run.fields), **more}))
     write()
     assert run.done and not planned(tmp_path, seed=1).done
     write(failed='main: step 3: NaN or Inf in loss; ...')

@@ -1,4 +1,4 @@
-"""A report's figures: curves with the bands in which they are healthy, verdicts, histograms."""
+"""A report's figures: curves with the bands in which they are healthy, and verdicts."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from typing import Any
 
 from ddmd_jax.method import health as diagnostics
 from ddmd_jax.method.health import SHIPPED
-from ddmd_jax.report.read import Run
+from ddmd_jax.report.read import RunFiles
 
 MOST, BLOCKS = 2000, 400  # points of a curve, verdicts: of more, every n-th is drawn
 COLOURS = ('#3b7dd8', '#d9713c', '#4a9e5c', '#a05fb5', '#b8912f', '#5aa7a7', '#c75b7a', '#7a7a7a')
@@ -56,13 +56,13 @@ CURVES = (
 )
 
 
-def present(runs: Sequence[Run]) -> list[Curve]:
+def present(runs: Sequence[RunFiles]) -> list[Curve]:
     """Those that a line of one of the runs has."""
     keys = {key for run in runs for line in (run.lines[:1] + run.lines[-1:]) for key in line}
     return [curve for curve in CURVES if curve.key in keys]
 
 
-def curves(runs: Sequence[Run]) -> Any:
+def curves(runs: Sequence[RunFiles]) -> Any:
     """Every curve in a panel of its own, all with one axis of steps; bands are green."""
     from plotly.subplots import make_subplots
 
@@ -84,7 +84,7 @@ def curves(runs: Sequence[Run]) -> Any:
     return figure
 
 
-def _series(run: Run, key: str) -> dict[str, list[Any]]:
+def _series(run: RunFiles, key: str) -> dict[str, list[Any]]:
     found = [(line['step'], line[key]) for line in run.lines if key in line]
     found = found[::-1][::math.ceil(len(found) / MOST) or 1][::-1]  # the last is always there
     return {'x': [step for step, _ in found], 'y': [_short(value) for _, value in found]}
@@ -97,9 +97,9 @@ def _short(value: Any) -> Any:
     return float(f'{value:.5g}') if math.isfinite(value) else None
 
 
-def _band(figure: Any, runs: Sequence[Run], curve: Curve, place: dict[str, int]) -> None:
+def _band(figure: Any, runs: Sequence[RunFiles], curve: Curve, place: dict[str, int]) -> None:
     """A green band between the bounds; where one is open it ends with what is drawn."""
-    known = (runs[0].draws or {}).get('data_std')
+    known = runs[0].about.get('data_std')
     if curve.key == 'x_std' and known:
         curve = dataclasses.replace(curve, high=SHIPPED.std_up * known)
     if curve.low is None and curve.high is None:
@@ -111,7 +111,7 @@ def _band(figure: Any, runs: Sequence[Run], curve: Curve, place: dict[str, int])
                      layer='below', **place)
 
 
-def verdicts(runs: Sequence[Run]) -> Any | None:
+def verdicts(runs: Sequence[RunFiles]) -> Any | None:
     """A line of blocks for each run, coloured by the verdict at each logged step."""
     import plotly.graph_objects as go
 
@@ -142,23 +142,6 @@ def _told(lines: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
     kept = [line for i, line in enumerate(lines) if not i % every or i == len(lines) - 1
             or line.get('health') != lines[i - 1].get('health')]
     return kept[-2 * BLOCKS:]
-
-
-def histograms(run: Run) -> Any | None:
-    """How often each alpha and tau was drawn."""
-    from plotly.subplots import make_subplots
-
-    names = [name for name in ('tau_ca', 'tau_dm', 'alpha') if name in (run.draws or {})]
-    if not names:
-        return None
-    figure = make_subplots(rows=1, cols=len(names), subplot_titles=names)
-    for i, name in enumerate(names):
-        edges, counts = run.draws[name]['edges'], run.draws[name]['counts']
-        middle = [(a + b) / 2 for a, b in zip(edges, edges[1:])]
-        figure.add_bar(x=middle, y=counts, width=[b - a for a, b in zip(edges, edges[1:])],
-                       marker_color=COLOURS[i], showlegend=False, row=1, col=i + 1)
-    _style(figure, 240)
-    return figure
 
 
 def _style(figure: Any, height: int) -> None:

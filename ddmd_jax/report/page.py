@@ -13,8 +13,9 @@ import jinja2
 from markupsafe import Markup
 
 from ddmd_jax.report import figures
-from ddmd_jax.report.read import Run, read
+from ddmd_jax.report.read import RunFiles, read
 from ddmd_jax.util import files
+from ddmd_jax.util.text import duration
 
 NAME = 'report.html'
 WIDE, STRIPS, ROWS = 1100, 12, 100  # pixels of a picture; pictures of a strip; lines of a table
@@ -35,18 +36,17 @@ def write(folder: Path) -> Path:
     return path
 
 
-def save(path: Path, runs: Sequence[Run]) -> None:
+def save(path: Path, runs: Sequence[RunFiles]) -> None:
     """A page of one run, or of several side by side, through a temporary file and a rename."""
     files.write(path, render(runs))
 
 
-def render(runs: Sequence[Run]) -> str:
+def render(runs: Sequence[RunFiles]) -> str:
     """The page as text."""
     from plotly.offline import get_plotlyjs
 
     drawn = {'verdicts': figures.verdicts(runs),
-             'curves': figures.curves(runs) if any(run.lines for run in runs) else None,
-             **{f'draws{i}': figures.histograms(run) for i, run in enumerate(runs)}}
+             'curves': figures.curves(runs) if any(run.lines for run in runs) else None}
     return _TEMPLATES.get_template('report.html.jinja').render(
         runs=runs, plotly=Markup(get_plotlyjs()), figures={k: v for k, v in drawn.items() if v},
         data=Markup(json.dumps({k: json.loads(v.to_json()) for k, v in drawn.items() if v})
@@ -71,7 +71,7 @@ def thinned(items: Sequence[Any], most: int) -> list[Any]:
     return [items[round(i * (len(items) - 1) / (most - 1))] for i in range(most)]
 
 
-def strips(run: Run) -> dict[str, list[tuple[int, str]]]:
+def strips(run: RunFiles) -> dict[str, list[tuple[int, str]]]:
     """``{name: [(step, picture as data)]}``."""
     files = {name: thinned(found, STRIPS) for name, found in run.pictures.items()}
     last = run.folder / 'samples.png'
@@ -104,7 +104,7 @@ def data_url(file: Path) -> str:
     return 'data:image/webp;base64,' + base64.b64encode(out.getvalue()).decode()
 
 
-def evaluation(run: Run) -> dict[str, Any] | None:
+def evaluation(run: RunFiles) -> dict[str, Any] | None:
     """Heads and rows of ``eval.json``."""
     if not run.evaluation:
         return None
@@ -113,7 +113,7 @@ def evaluation(run: Run) -> dict[str, Any] | None:
                                      for row in run.evaluation['rows']]}
 
 
-def differences(runs: Sequence[Run]) -> dict[str, Any]:
+def differences(runs: Sequence[RunFiles]) -> dict[str, Any]:
     """Fields of the config: those that one run changed, or in which two of them differ."""
     flats = [flat(run.config) for run in runs]
     names = sorted({name for one in flats for name in one})
@@ -134,7 +134,7 @@ def flat(config: Mapping[str, Any], above: str = '') -> dict[str, Any]:
     return found
 
 
-def facts(run: Run) -> list[tuple[str, str]]:
+def facts(run: RunFiles) -> list[tuple[str, str]]:
     """What the run was made with and what it cost."""
     about, pace, seconds = run.about, run.seconds_per_step, run.seconds
     devices = about.get('devices', {})
@@ -143,7 +143,7 @@ def facts(run: Run) -> list[tuple[str, str]]:
                          f'{devices.get("processes", "?")} processes' if devices else ''),
              ('versions', ', '.join(f'{k} {v}' for k, v in about.get('versions', {}).items())),
              ('seconds a step', show(pace) if pace else ''),
-             ('time', clock(seconds) if seconds else '')]
+             ('time', duration(seconds) if seconds else '')]
     if seconds and devices:
         found.append(('chip-hours', show(seconds * devices['count'] / 3600)))
     if run.evaluation and 'seconds' in run.evaluation:
@@ -151,9 +151,3 @@ def facts(run: Run) -> list[tuple[str, str]]:
         found.append(('waited for input', f'{show(waited)} s'))
     return [(name, text) for name, text in found if text]
 
-
-def clock(seconds: float) -> str:
-    """``1 h 02 min 03 s``."""
-    hours, rest = divmod(round(seconds), 3600)
-    minutes, rest = divmod(rest, 60)
-    return ' '.join([f'{hours} h'] * bool(hours) + [f'{minutes:02d} min {rest:02d} s'])

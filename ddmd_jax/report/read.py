@@ -19,14 +19,14 @@ class ReportError(RuntimeError):
 
 
 @dataclasses.dataclass(frozen=True)
-class Run:
+class RunFiles:
     """A run's folder.
 
     Attributes:
       lines: of ``metrics.jsonl``, oldest first.
-      about: ``run.json``: command, versions, devices, fields that differ from the config's file.
+      about: ``run.json``: command, versions, devices, fields that differ from the config's file,
+        standard deviation of real data (`data_std`).
       times: ``times.jsonl``: when each line was written, seconds since 1970.
-      draws: ``draws.json``: counts of alpha and tau, contrast of real data; or None.
       pictures: files by name and step, in order of steps.
     """
 
@@ -36,7 +36,6 @@ class Run:
     config: dict[str, Any]
     about: dict[str, Any]
     times: list[dict[str, Any]]
-    draws: dict[str, Any] | None
     evaluation: dict[str, Any] | None
     pictures: dict[str, list[tuple[int, Path]]]
 
@@ -77,7 +76,7 @@ class Run:
         return pace[len(pace) // 2] if pace else None
 
 
-def read_all(folders: Sequence[Path]) -> list[Run]:
+def read_all(folders: Sequence[Path]) -> list[RunFiles]:
     """Several, by names that tell them apart; see `read`."""
     depth = 1
     deepest = max(len(folder.parts) for folder in folders)
@@ -87,7 +86,7 @@ def read_all(folders: Sequence[Path]) -> list[Run]:
     return [dataclasses.replace(read(folder), name=name(folder)) for folder in folders]
 
 
-def read(folder: Path) -> Run:
+def read(folder: Path) -> RunFiles:
     """The run in `folder`, finished or not.
 
     Raises:
@@ -100,9 +99,9 @@ def read(folder: Path) -> Run:
         if found := PICTURE.fullmatch(file.name):
             pictures.setdefault(found[1], []).append((int(found[2]), file))
     load = lambda name: _json(folder / name)
-    return Run(folder.name, folder, _lines(folder / 'metrics.jsonl'), load('config.json'),
-               load('run.json') or {}, _lines(folder / 'times.jsonl'), load('draws.json'),
-               load('eval.json'), pictures)
+    return RunFiles(folder.name, folder, _lines(folder / 'metrics.jsonl'), load('config.json'),
+               load('run.json') or {}, _lines(folder / 'times.jsonl'), load('eval.json'),
+                    pictures)
 
 
 def _json(path: Path) -> Any:

@@ -70,7 +70,7 @@ def load_config(path: str) -> Any:
 
 
 def main(argv: list[str]) -> None:
-    from ddmd_jax.study import results, runs, suites
+    from ddmd_jax.study import results, suites, trials
 
     if len(argv) > 1:
         wrong(f'unexpected argument {argv[1]!r}')
@@ -84,7 +84,7 @@ def main(argv: list[str]) -> None:
         wrong(str(e))
     folder, quick, own = Path(_WORKDIR.value).expanduser(), _QUICK.value, own_fields(_SET.value)
     seeds = _SEEDS.value or (1 if quick else suite.seeds)
-    planned = [runs.Run(e, seed, folder, suites.fields(suite, e, config, quick, seed, own),
+    planned = [trials.Trial(e, seed, folder, suites.fields(suite, e, config, quick, seed, own),
                         suite.looked_at) for seed in range(seeds) for e in experiments]
     lacking = suites.lacking(suite, planned[0].fields, config)
     if lacking:
@@ -95,9 +95,9 @@ def main(argv: list[str]) -> None:
     signal.signal(signal.SIGTERM, signal.default_int_handler)  # runs under way are ended, and save
     try:
         if not _REPORT.value:
-            runs.perform(planned, _CONFIG.value, _PROCESSES.value,
+            trials.perform(planned, _CONFIG.value, _PROCESSES.value,
                          lambda text: tqdm.write(text, file=sys.stderr), _KEEP.value)
-    except (runs.Stopped, KeyboardInterrupt) as e:
+    except (trials.Stopped, KeyboardInterrupt) as e:
         sys.exit(f'study: {str(e) or "stopped"}; run the same command to go on')
     except OSError as e:
         sys.exit(f'study: {folder} cannot be written ({e.strerror}); choose another --workdir')
@@ -115,7 +115,7 @@ def main(argv: list[str]) -> None:
 def made_alike(found: dict[str, dict[int, dict[str, Any]]], fields: Any,
                experiments: Any) -> None:
     """Takes out results of runs that had other fields than they would have now, and says so."""
-    from ddmd_jax.study.runs import plain
+    from ddmd_jax.study.trials import plain
 
     for experiment in experiments:
         by = found.get(experiment.name, {})
@@ -133,17 +133,17 @@ def write_report(folder: Path, suite: Any, teacher: str, found: dict[str, Any]) 
     Raises:
       ValueError: the results do not suffice.
     """
-    from ddmd_jax.study import map_report, report, robustness
+    from ddmd_jax.study import claims_page, map_page, robustness
 
     path = folder / 'report.html'
     head = f'Suite {_SUITE.value!r} of {_CONFIG.value}, {sum(map(len, found.values()))} runs.'
     how = shlex.join(['python', '-m', 'ddmd_jax.study', *sys.argv[1:]])
     if _SUITE.value == 'robustness':
-        judged = map_report.write(path, f'Where the recipe stays healthy on {teacher}', head, how,
+        judged = map_page.write(path, f'Where the recipe stays healthy on {teacher}', head, how,
                                   found)
-        return f'{map_report.answer(judged[robustness.COLLAPSE.name].held_out())}\n{path}'
+        return f'{map_page.answer(judged[robustness.COLLAPSE.name].held_out())}\n{path}'
     shown = {name: folder / 'results' / f'{name}-seed{min(by)}.png' for name, by in found.items()}
-    judged = report.write(path, f'The claims of Decoupled DMD on {teacher}', head, how, found,
+    judged = claims_page.write(path, f'The claims of Decoupled DMD on {teacher}', head, how, found,
                           suite.experiments, {k: p for k, p in shown.items() if p.is_file()})
     return '\n'.join([*(f'{c.number}. {c.title}: {c.verdict}' for c in judged), str(path)])
 

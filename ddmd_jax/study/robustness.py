@@ -18,7 +18,7 @@ from scipy import stats
 
 from ddmd_jax.method import health as diagnostics
 from ddmd_jax.method.health import SHIPPED, Thresholds
-from ddmd_jax.study.runs import DIVERGED
+from ddmd_jax.study.trials import DIVERGED
 
 DROP = 0.05  # share of its peak by which the caption match has fallen when quality has
 TWICE = 2  # lines in a row that have to say so: one may be chance
@@ -60,7 +60,7 @@ SIGNALS = (COLLAPSE, LEVELS)
 
 
 @dataclasses.dataclass(frozen=True)
-class Run:
+class History:
     """One run: `fell`, the update at which quality had fallen, or None; lines of health figures.
 
     `lines` are dicts of `diagnostics.WATCHED` and `step`; `peak` is the best caption match, `last`
@@ -132,7 +132,8 @@ def fall(steps: Sequence[int], match: Sequence[float],
     return None, low > 0
 
 
-def read(results: Mapping[str, Mapping[int, Mapping[str, Any]]], drop: float = DROP) -> list[Run]:
+def read(results: Mapping[str, Mapping[int, Mapping[str, Any]]],
+         drop: float = DROP) -> list[History]:
     """The runs of a study's results, ``{experiment: {seed: result}}``.
 
     A run that diverged fell at the line it did not come to. One that broke off for another reason
@@ -148,7 +149,7 @@ def read(results: Mapping[str, Mapping[int, Mapping[str, Any]]], drop: float = D
 
 
 def _read(name: str, result: Mapping[str, Any], data_std: float | None,
-          drop: float) -> Run | None:
+          drop: float) -> History | None:
     diverged = DIVERGED in result.get('failed', '')
     if 'failed' in result and not diverged:
         return None
@@ -163,17 +164,17 @@ def _read(name: str, result: Mapping[str, Any], data_std: float | None,
     fell, unknown = fall(steps, match, drop)
     if fell is None and diverged:
         fell, unknown = (steps[-1] if steps else 0) + result['fields']['log.every'], False
-    return Run(name, result['fields'], max(match, default=0.0), match[-1] if match else 0.0, fell,
-               unknown, lines, data_std)
+    return History(name, result['fields'], max(match, default=0.0), match[-1] if match else 0.0,
+                   fell, unknown, lines, data_std)
 
 
-def said(run: Run, signal: Signal, limits: Thresholds) -> list[int]:
+def said(run: History, signal: Signal, limits: Thresholds) -> list[int]:
     """The updates of the lines whose verdict is the signal."""
     verdict = lambda i: diagnostics.verdict(run.lines[:i + 1], run.data_std, limits)[0]
     return [line['step'] for i, line in enumerate(run.lines) if verdict(i) in signal.words]
 
 
-def rates(runs: Sequence[Run], signal: Signal, limits: Thresholds) -> Rates:
+def rates(runs: Sequence[History], signal: Signal, limits: Thresholds) -> Rates:
     """How `signal` would have done with `limits`; runs with an unknown outcome do not count."""
     bad = [(r, said(r, signal, limits)) for r in runs if r.fell is not None]
     good = [said(r, signal, limits) for r in runs if r.fell is None and not r.unknown]
@@ -186,7 +187,7 @@ def rates(runs: Sequence[Run], signal: Signal, limits: Thresholds) -> Rates:
 # --- Tuning ---
 
 
-def halves(runs: Sequence[Run]) -> tuple[list[Run], list[Run]]:
+def halves(runs: Sequence[History]) -> tuple[list[History], list[History]]:
     """Two halves: every other learning rate of the student's.
 
     Runs that differ in alpha or the critic only are too much alike to stand on both sides.
@@ -231,7 +232,7 @@ class Tuned:
     frontier: tuple[tuple[float, float], ...]
 
 
-def tune(runs: Sequence[Run], signal: Signal, count: int = DRAWN) -> Tuned:
+def tune(runs: Sequence[History], signal: Signal, count: int = DRAWN) -> Tuned:
     """The best of `candidates` on `runs`: of those that are alike the one that is farthest from
     all that do worse."""
     tried = list(candidates(signal, count))
@@ -262,12 +263,12 @@ def _frontier(points: set[tuple[float, float]]) -> tuple[tuple[float, float], ..
     return tuple(kept)
 
 
-def axes(runs: Sequence[Run], names: Sequence[str]) -> dict[str, list[Any]]:
+def axes(runs: Sequence[History], names: Sequence[str]) -> dict[str, list[Any]]:
     """The different values of each field, in order."""
     return {name: sorted({run.fields[name] for run in runs}) for name in names}
 
 
-def at(runs: Sequence[Run], where: Mapping[str, Any]) -> Run | None:
+def at(runs: Sequence[History], where: Mapping[str, Any]) -> History | None:
     """The run with these fields."""
     return next((r for r in runs if all(r.fields[k] == v for k, v in where.items())), None)
 

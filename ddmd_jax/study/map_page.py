@@ -16,7 +16,7 @@ PANELS = ('method.alpha', 'critic.updates')  # rows and columns of panels
 SHORT = {ROWS: 'student lr', COLUMNS: 'critic lr', PANELS[0]: 'alpha', PANELS[1]: 'critic updates'}
 
 
-def map_figure(runs: Sequence[rb.Run]) -> bytes:
+def map_figure(runs: Sequence[rb.History]) -> bytes:
     """A PNG: panels by alpha and critic updates, cells by learning rates."""
     panels = rb.axes(runs, PANELS)
     cells = rb.axes(runs, (ROWS, COLUMNS))
@@ -30,7 +30,7 @@ def map_figure(runs: Sequence[rb.Run]) -> bytes:
     return page.png_of(fig)
 
 
-def _panel(ax: Any, runs: Sequence[rb.Run], where: Mapping[str, Any],
+def _panel(ax: Any, runs: Sequence[rb.History], where: Mapping[str, Any],
            cells: Mapping[str, Sequence[Any]], last: int) -> None:
     shape = (len(cells[ROWS]), len(cells[COLUMNS]))
     shade = np.full(shape, np.nan)
@@ -49,12 +49,12 @@ def _panel(ax: Any, runs: Sequence[rb.Run], where: Mapping[str, Any],
     ax.set_title(', '.join(f'{SHORT[k]} {v:g}' for k, v in where.items()), fontsize=9)
 
 
-def outcome(run: rb.Run) -> str:
+def outcome(run: rb.History) -> str:
     """In a word or two."""
     return 'unknown' if run.unknown else 'steady' if run.fell is None else f'fell {run.fell}'
 
 
-def _told(run: rb.Run) -> str:
+def _told(run: rb.History) -> str:
     steps = rb.said(run, rb.COLLAPSE, rb.COLLAPSE.limits)
     return f'told {steps[0]}' if steps else 'not told'
 
@@ -66,8 +66,8 @@ class Judged:
 
     signal: rb.Signal
     tuned: rb.Tuned
-    ours: Sequence[rb.Run]
-    theirs: Sequence[rb.Run]
+    ours: Sequence[rb.History]
+    theirs: Sequence[rb.History]
 
     @property
     def limits(self) -> dict[str, Any]:

@@ -25,7 +25,7 @@ ENDS = ('eval.json', 'samples.png')  # what a run writes last, by its teacher
 
 
 @dataclasses.dataclass(frozen=True)
-class Run:
+class Trial:
     """One experiment with one seed, in a study's folder; `looked_at`: see `suites.Suite`."""
 
     experiment: Experiment
@@ -63,24 +63,25 @@ def plain(fields: Mapping[str, Any]) -> dict[str, Any]:
     return json.loads(json.dumps(dict(fields)))
 
 
-def train_command(run: Run, config: str, cache: Path) -> list[str]:
-    """What trains and evaluates `run` of the config in the file `config`."""
+def train_command(trial: Trial, config: str, cache: Path) -> list[str]:
+    """What trains and evaluates `trial` of the config in the file `config`."""
     return [sys.executable, '-m', 'ddmd_jax.main', f'--config={config}',
-            f'--workdir={run.workdir}', f'--compile_cache={cache}',
-            *(f'--config.{name}={value}' for name, value in run.fields.items())]
+            f'--workdir={trial.workdir}', f'--compile_cache={cache}',
+            *(f'--config.{name}={value}' for name, value in trial.fields.items())]
 
 
-def examine_command(run: Run) -> list[str]:
+def examine_command(trial: Trial) -> list[str]:
     """What reads the finished run and writes its result."""
-    return [sys.executable, '-m', 'ddmd_jax.study.examine', str(run.workdir), str(run.result),
-            json.dumps(plain(run.fields)), *([] if run.looked_at else ['curves'])]
+    return [sys.executable, '-m', 'ddmd_jax.study.examine', str(trial.workdir), str(trial.result),
+            json.dumps(plain(trial.fields)), *([] if trial.looked_at else ['curves'])]
 
 
-def failed(run: Run, text: str) -> None:
+def failed(trial: Trial, text: str) -> None:
     """Writes the result of a run that ended in an error: its curves, and the last line it said."""
     lines = [x.strip() for x in text.replace('\r', '\n').splitlines() if x.strip()]
-    results.write(run.result, {'fields': plain(run.fields), 'curves': results.curves(run.workdir),
-                               'failed': lines[-1] if lines else 'said nothing'})
+    results.write(trial.result, {
+        'fields': plain(trial.fields), 'curves': results.curves(trial.workdir),
+        'failed': lines[-1] if lines else 'no output'})
 
 
 class Stopped(RuntimeError):
@@ -90,13 +91,13 @@ class Stopped(RuntimeError):
 class _Going:
     """A run under way: the command that is running, and those that follow it."""
 
-    def __init__(self, run: Run, commands: Sequence[list[str]]):
-        self.run, self._left, self.since = run, list(commands), time.monotonic()
-        run.workdir.mkdir(parents=True, exist_ok=True)
+    def __init__(self, trial: Trial, commands: Sequence[list[str]]):
+        self.trial, self._left, self.since = trial, list(commands), time.monotonic()
+        trial.workdir.mkdir(parents=True, exist_ok=True)
         self._next()
 
     def _next(self) -> None:
-        with (self.run.workdir / 'output.txt').open('w') as out:
+        with (self.trial.workdir / 'output.txt').open('w') as out:
             self.process = subprocess.Popen(self._left.pop(0), stdout=out,
                                             stderr=subprocess.STDOUT, env=os.environ)
 
@@ -108,17 +109,17 @@ class _Going:
         """
         code = self.process.poll()
         if code == 0 and self._left:
-            if not any((self.run.workdir / name).is_file() for name in ENDS):
-                raise Stopped(f'{self.run.name} was stopped; run the same command to go on')
+            if not any((self.trial.workdir / name).is_file() for name in ENDS):
+                raise Stopped(f'{self.trial.name} was stopped; run the same command to go on')
             self._next()
             return None
         return code
 
     def output(self) -> str:
-        return (self.run.workdir / 'output.txt').read_text(errors='replace')
+        return (self.trial.workdir / 'output.txt').read_text(errors='replace')
 
 
-def perform(runs: Sequence[Run], config: str, processes: int, say: Callable[[str], None],
+def perform(trials: Sequence[Trial], config: str, processes: int, say: Callable[[str], None],
             keep: bool = False) -> None:
     """Runs what is not done, `processes` at a time; `say` gets a line for each that is through.
 
@@ -127,23 +128,23 @@ def perform(runs: Sequence[Run], config: str, processes: int, say: Callable[[str
     Raises:
       Stopped: a run was stopped by a signal.
     """
-    waiting, going = [run for run in runs if not run.done], []
-    for folder in {run.folder for run in runs}:
+    waiting, going = [trial for trial in trials if not trial.done], []
+    for folder in {trial.folder for trial in trials}:
         (folder / 'results').mkdir(parents=True, exist_ok=True)
-    say(f'{len(waiting)} of {len(runs)} runs to do')
+    say(f'{len(waiting)} of {len(trials)} runs to do')
     try:
         while waiting or going:
             while waiting and len(going) < processes:
-                run = waiting.pop(0)
-                going.append(_Going(run, [
-                    train_command(run, config, run.folder / 'compile_cache'),
-                    examine_command(run)]))
+                trial = waiting.pop(0)
+                going.append(_Going(trial, [
+                    train_command(trial, config, trial.folder / 'compile_cache'),
+                    examine_command(trial)]))
             time.sleep(0.5)
             ended = [(one, code) for one in going if (code := one.code()) is not None]
             for one, code in ended:
                 going.remove(one)
                 _finish(one, code, keep)
-                say(f'{one.run.name}: {f"ended with code {code}" if code else "done"} after '
+                say(f'{one.trial.name}: {f"ended with code {code}" if code else "done"} after '
                     f'{time.monotonic() - one.since:.0f} s; {len(waiting) + len(going)} to go')
     finally:
         for one in going:
@@ -154,6 +155,6 @@ def perform(runs: Sequence[Run], config: str, processes: int, say: Callable[[str
 
 def _finish(one: _Going, code: int, keep: bool) -> None:
     if code:
-        failed(one.run, one.output())
+        failed(one.trial, one.output())
     if not keep:
-        shutil.rmtree(one.run.workdir)
+        shutil.rmtree(one.trial.workdir)
