@@ -116,6 +116,7 @@ DTYPE = choice('float32', 'bfloat16')
 REMAT = choice('none', 'full', 'dots')
 AXIS = Rule('a whole number at least 1, or -1 for whatever is left',
             lambda value: whole(at_least=-1).ok(value) and value != 0)
+PATH = Rule('the name of a set of prompts, or of embeddings', _is_name)
 SIZES = Rule("a sequence of (height, width) in pixels; empty: the teacher's own",
              lambda value: is_sequence(value) and all(map(_is_size, value)))
 LENGTHS = Rule('an ascending sequence of token counts; empty: batches are not cut',

@@ -1,16 +1,18 @@
-"""``python -m ddmd_jax.config > docs/config.md``: the reference of every field, from the table."""
+"""docs/config.md, the reference of every field, from the table: ``python docs/make_config.py``."""
 
 from __future__ import annotations
 
 from collections.abc import Iterable
+from pathlib import Path
 from typing import Any
 
 from ddmd_jax.config import fields
 from ddmd_jax.config.fields import REQUIRED, Field, under
 
+OUT = Path(__file__).with_name('config.md')
 HEAD = """# Every field of a config
 
-<!-- Written by `python -m ddmd_jax.config > docs/config.md`; edit ddmd_jax/config/fields.py. -->
+<!-- Written by `python docs/make_config.py`; edit ddmd_jax/config/fields.py. -->
 
 `--config=NAME` takes a file, or the name of one of `configs/` (`emoji`, `lumina`, ...), and
 `--config=NAME:SCHEDULE` sets `method.schedule`. Any field can be given as
@@ -53,3 +55,7 @@ def page() -> str:
     for name, own in fields.OWN_DATA.items():
         parts += [f'`{name}`, of that family:', table(under('data', own))]
     return '\n\n'.join(parts) + '\n'
+
+
+if __name__ == '__main__':
+    OUT.write_text(page())
