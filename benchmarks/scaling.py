@@ -1,8 +1,8 @@
-"""Figures of docs/scaling.md, made by the planner; no TPU is needed, about an hour on two cores.
+"""Figures of docs/plans.md, made by the planner; no TPU is needed, about an hour on two cores.
 
     python benchmarks/scaling.py plans     # benchmarks/plans/*.json: ddmd_jax.plan on each topology
     python benchmarks/scaling.py levers    # benchmarks/levers.json: one field changed at a time
-    python benchmarks/scaling.py tables    # writes both as tables into docs/scaling.md
+    python benchmarks/scaling.py tables    # writes both as tables into docs/plans.md
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from typing import Any
 
 HERE = Path(__file__).resolve().parent
 ROOT = HERE.parent
-DOCS = ROOT / 'docs' / 'scaling.md'
+DOCS = ROOT / 'docs' / 'plans.md'
 CONFIG = 'configs/lumina.py'
 # (topology, global batch, further flags); four rows a chip.
 PLANS = (('v5e:4x4', 64, ()), ('v5p:2x2x4', 64, ('--nosearch',)),
@@ -121,7 +121,7 @@ def levers_table() -> str:
 
 
 def tables() -> None:
-    """Puts both tables between their marks in docs/scaling.md."""
+    """Puts both tables between their marks in docs/plans.md."""
     text = DOCS.read_text()
     made_by = {'plans': plans_table, 'levers': levers_table}
     for name, made in ((name, make()) for name, make in made_by.items()):
