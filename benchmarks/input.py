@@ -63,7 +63,7 @@ def main(argv: list[str]) -> None:
     if not 1 <= len(argv) <= 2:
         sys.exit(__doc__)
     mesh = sharding.make_mesh({})
-    text = teachers.load('emoji').text
+    text = teachers.load_teacher('emoji').text
     found: dict[str, Any] = {'prompts': len(sets.open_set(argv[0])), 'batch': BATCH,
                              'cores': os.cpu_count()}
     with tempfile.TemporaryDirectory() as scratch:

@@ -14,17 +14,16 @@ import numpy as np
 from jax.sharding import Mesh
 from PIL import Image
 
-from ddmd_jax import families as teachers
+from ddmd_jax import families
 from ddmd_jax.data.prompts import build as prompt_sets, files as prompt_files
 from ddmd_jax.data.prompts.text import normalise
 from ddmd_jax.diffusion import drawing
 from ddmd_jax.evaluation import pictures
-from ddmd_jax.families import Cond, Teacher
+from ddmd_jax.families import Cond, Family, LoadOptions, Teacher
 from ddmd_jax.parallel import sharding
 from ddmd_jax.train import prompts as sources
 from ddmd_jax.train.durable import checkpoint as ckpt
 
-DTYPES = {'emoji': 'float32', 'lumina': 'bfloat16'}  # of activations, where no run says it
 TEXT_ROWS = 8  # prompts encoded at a time: always as many, so that none depends on the others
 
 
@@ -98,7 +97,7 @@ class Model:
     `steps` and `shift` are what the student was trained for, `identity` the teacher's then.
     """
 
-    family: str
+    family: Family
     path: str
     dtype: str
     size: tuple[int, ...] | None
@@ -120,28 +119,32 @@ def find_model(workdir: Path | None, path: str, size: tuple[int, ...] | None) ->
       RequestError: it is of a pre-training or an unknown family, or has no such size.
     """
     if workdir is None:
-        family, path = teachers.family_of(path)
-        model = Model(family, path, DTYPES[family], size)
+        family, path = families.find(path)
+        if family.load is None:
+            raise RequestError(f'--teacher_path {path}: of {family.name} the text side alone is '
+                               'here')
+        model = Model(family, path, family.dtype, size)
     else:
         model = _of_run(workdir, *ckpt.read_manifest(workdir), path, size)
-    if size and model.family == 'emoji':
-        raise RequestError('--size: emoji have but one, 24,24; leave it out')
+    if size and (one := model.family.one_size):
+        raise RequestError(f'--size: {model.family.name} has but one, {one[0]},{one[1]}; leave it '
+                           'out')
     return model
 
 
 def _of_run(workdir: Path, step: int, manifest: Mapping[str, Any], path: str,
             size: tuple[int, ...] | None) -> Model:
-    family = manifest.get('teacher.name')
     if manifest.get('task', 'distill') != 'distill':
         raise RequestError(f'{workdir} trains a teacher, there is no student in it; draw with '
                            '--teacher --teacher_path=TEACHER.safetensors')
-    if family not in teachers.FAMILIES:
-        raise RequestError(f'{workdir} distils the teacher {family!r}, which is unknown here; '
-                           f'known: {", ".join(teachers.FAMILIES)}')
+    try:
+        family = families.get(str(manifest.get('teacher.name')))
+    except families.UnknownFamily as e:
+        raise RequestError(f'{workdir} distils a teacher that is unknown here: {e}') from e
     first = tuple(manifest[name] for name in ('data.sizes.0.0', 'data.sizes.0.1')
                   if name in manifest)
-    path = teachers.family_of(path)[1] if path else manifest.get('teacher.path', '')
-    return Model(family, path, manifest.get('teacher.dtype', DTYPES[family]),
+    path = '' if path == family.name else path or manifest.get('teacher.path', '')
+    return Model(family, path, manifest.get('teacher.dtype', family.dtype),
                  size or first or None, workdir, step, manifest.get('student.steps', 1),
                  manifest.get('method.shift'), manifest.get('teacher_identity'))
 
@@ -157,7 +160,7 @@ def encode(prompts: Sequence[str], model: Model, mesh: Mesh) -> tuple[Cond, Cond
     Raises:
       WeightsError: the text encoder cannot be read.
     """
-    text = teachers.load_text(model.family, model.path, mesh, model.dtype)
+    text = model.family.load_text(LoadOptions(model.path, mesh, model.dtype))
     run = sources.make_encoder(text, mesh, whole=True)
     texts = [*prompts, '']
     texts += [''] * (-len(texts) % TEXT_ROWS)
@@ -179,8 +182,8 @@ def load(model: Model, whose: Sequence[str], mesh: Mesh) -> tuple[Teacher, dict[
       WeightsError: the teacher cannot be read.
     """
     # Kernels in the type of the products: predictions are the same, and half is read.
-    teacher = teachers.load_family(model.family, model.path, mesh, model.dtype, model.size,
-                                   param_dtype=model.dtype)
+    teacher = model.family.load(LoadOptions(
+        model.path, mesh, model.dtype, model.size, param_dtype=model.dtype))
     if teacher.latents.decode is None:
         raise RequestError(f'{model.path} has no autoencoder beside its transformer; give the '
                            "pipeline's folder with --teacher_path")

@@ -7,6 +7,7 @@ needed; minutes of compiling are. Exit codes are `main`'s.
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import os
 import sys
@@ -39,24 +40,22 @@ def parts_for(config: Any, mesh: Any) -> tuple[Any, Any, int, Any]:
 
     A published teacher's parameters are shapes.
     """
-    from ddmd_jax import families as teachers
-    from ddmd_jax.families import text
-    from ddmd_jax.families.lumina import teacher as lumina
+    from ddmd_jax import families
 
-    t, online = config.teacher, config.data.name == 'prompts'
-    if t.name == 'lumina':
-        teacher = lumina.abstract(mesh, t.dtype, _largest(config), t.remat, t.attention,
-                                  t.param_dtype)
-        return (teacher, mesh, max(config.data.lengths, default=lumina.TOKENS),
-                text.abstract('lumina', mesh, t.dtype) if online else None)
-    teacher = teachers.load_family(t.name, t.path, None, t.dtype, None, t.remat,
-                                   param_dtype=t.param_dtype)
-    return teacher, mesh, teacher.text.length, teacher.text if online else None
+    t, family = config.teacher, families.get(config.teacher.name)
+    options = families.LoadOptions(t.path, mesh, t.dtype, _largest(config), t.remat, t.attention,
+                                   t.param_dtype)
+    if family.abstract:
+        teacher = family.abstract(options)
+    else:  # no array can lie on devices that are only described
+        teacher = family.load(dataclasses.replace(options, mesh=None))
+    tokens = max(config.data.get('lengths', ()), default=teacher.text.length)
+    return teacher, mesh, tokens, teacher.text if config.data.name == 'prompts' else None
 
 
 def _largest(config: Any) -> Any:
     """The size of the run's largest pictures: what has to fit."""
-    return max(config.data.sizes, key=lambda size: size[0] * size[1], default=None)
+    return max(config.data.get('sizes', ()), key=lambda size: size[0] * size[1], default=None)
 
 
 def main(argv: list[str]) -> None:

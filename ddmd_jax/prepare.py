@@ -1,9 +1,9 @@
-"""Makes data files: those that ship with the package, and sets of prompts.
+"""Makes data files: sets of prompts, and those that come with a teacher's family.
 
-    python -m ddmd_jax.prepare emoji         renders the glyphs, learns the tokenizer
-    python -m ddmd_jax.prepare classifier    trains the judge of the metrics (minutes)
     python -m ddmd_jax.prepare prompts       makes a set of prompts from files of them
     python -m ddmd_jax.prepare embed         encodes a set of prompts with a teacher's text encoder
+    python -m ddmd_jax.prepare emoji         renders the glyphs, learns the tokenizer
+    python -m ddmd_jax.prepare classifier    trains the judge of the metrics (minutes)
 
 ``python -m ddmd_jax.prepare WORD --help`` lists the flags of a word. Exit codes: 0 done; 1 it
 could not go on (one line on stderr says what, where and how to mend it); 2 a flag is wrong.
@@ -12,28 +12,18 @@ could not go on (one line on stderr says what, where and how to mend it); 2 a fl
 from __future__ import annotations
 
 import dataclasses
-import os
 import sys
-from collections.abc import Callable
+from collections import ChainMap
+from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
 
 from absl import app, flags, logging
 
+from ddmd_jax import families
+from ddmd_jax.families.family import Command
+
 FLAGS = flags.FLAGS
-
-
-def emoji_flags() -> None:
-    flags.DEFINE_string('font', '/usr/share/fonts/truetype/noto/NotoColorEmoji.ttf',
-                        'NotoColorEmoji.ttf (Debian: fonts-noto-color-emoji).')
-    flags.DEFINE_string('out', '', 'Folder to write; default: the package\'s own data folder.')
-    flags.DEFINE_integer('vocab', 1600, 'Entries of the WordPiece vocabulary.')
-
-
-def classifier_flags() -> None:
-    flags.DEFINE_string('out', '', 'Folder to write; default: the package\'s own data folder.')
-    flags.DEFINE_integer('steps', 2500, 'Training steps.')
-    flags.DEFINE_integer('seed', 0, 'Seed.')
+FAMILIES = f'{", ".join(families.NAMES)}, or the full name of a module of yours'
 
 
 def prompts_flags() -> None:
@@ -41,7 +31,7 @@ def prompts_flags() -> None:
                               'or tfds:NAME[/CONFIG][:SPLIT]; separated by commas, or repeated.')
     flags.DEFINE_string('out', '', 'Folder to write; it must not exist yet.')
     flags.DEFINE_string('field', 'prompt', 'Name of the field or column; not of .txt.')
-    flags.DEFINE_enum('teacher', 'lumina', ('lumina', 'emoji'), 'Whom the prompts are for.')
+    flags.DEFINE_string('teacher', 'lumina', f'Family they are for: {FAMILIES}.')
     flags.DEFINE_integer('min_chars', 1, 'Shorter prompts are dropped.', 1)
     flags.DEFINE_integer('max_chars', 2000, 'Longer prompts are dropped.', 1)
     flags.DEFINE_string('tokenizer', '', 'Folder of a transformers tokenizer, to count tokens.')
@@ -54,55 +44,12 @@ def prompts_flags() -> None:
 def embed_flags() -> None:
     flags.DEFINE_string('prompts', '', 'Folder of a set of prompts (`prepare prompts`).')
     flags.DEFINE_enum('split', 'train', ('train', 'validation'), 'Which of its prompts.')
-    flags.DEFINE_enum('teacher', 'lumina', ('lumina', 'emoji'), 'Whose text encoder.')
+    flags.DEFINE_string('teacher', 'lumina', f'Family of the text encoder: {FAMILIES}.')
     flags.DEFINE_string('path', '', 'Its diffusers folder, URL or hub id; as config.teacher.path.')
     flags.DEFINE_string('out', '', 'Folder to write; it must not exist yet.')
     flags.DEFINE_integer('batch', 64, 'Prompts encoded at a time, over all devices.', 1)
     flags.DEFINE_enum('dtype', 'bfloat16', ('bfloat16', 'float32'), 'Of the encoder\'s products.')
     flags.DEFINE_boolean('yes', False, 'Do not ask before the disk is written to.')
-
-
-def prepare_emoji(font: Path, out: Path, vocab: int) -> int:
-    """Writes ``glyphs/`` and ``tokenizer.json`` under `out`; returns the number of glyphs."""
-    from ddmd_jax.families.emoji import builder, data as emoji, render, tokenizer
-
-    names, glyphs = render.render_all(font)
-    order = sorted(range(len(names)), key=lambda i: names[i] not in render.FIRST)
-    kept = render.select_distinct(glyphs[order], render.MIN_DISTANCE)
-    kept = sorted(order[i] for i in kept)
-    names = [names[i] for i in kept]
-    builder.write(names, glyphs[kept], out / 'glyphs')
-    captions = [emoji.caption(n, c) for n in names for c in emoji.COLOURS]
-    tokenizer.train(captions, vocab, out / 'tokenizer.json')
-    return len(kept)
-
-
-def _package_folder() -> Path:
-    """The folder of ``--out``, which must be writable; default the package's own."""
-    from ddmd_jax.families.emoji import data as emoji
-
-    out = Path(FLAGS.out) if FLAGS.out else emoji.FILES
-    try:
-        out.mkdir(parents=True, exist_ok=True)
-    except OSError as e:
-        sys.exit(f'prepare: --out {out} cannot be made ({e.strerror}); choose another')
-    if not os.access(out, os.W_OK):
-        sys.exit(f'prepare: --out {out} cannot be written; choose another')
-    return out
-
-
-def run_emoji() -> None:
-    out, font = _package_folder(), Path(FLAGS.font)
-    if not font.is_file():
-        sys.exit(f'prepare: no font at {font}; install fonts-noto-color-emoji or pass --font')
-    print(f'{prepare_emoji(font, out, FLAGS.vocab)} glyphs written to {out}')
-
-
-def run_classifier() -> None:
-    out = _package_folder()
-    from ddmd_jax.families.emoji import judge as classifier
-
-    print(classifier.train(FLAGS.steps, FLAGS.seed, out / classifier.WEIGHTS.name))
 
 
 def _inputs(given: list[str]) -> tuple[str, ...]:
@@ -122,8 +69,9 @@ def run_prompts() -> None:
     names = [f.name for f in dataclasses.fields(prompts.Settings) if f.name != 'input']
     settings = prompts.Settings(_inputs(FLAGS.input), **{n: FLAGS[n].value for n in names})
     try:
-        card, there = prompts.prepare(settings, Path(FLAGS.out), _own_counter(settings.teacher))
-    except DataFileError as e:
+        count = families.get(FLAGS.teacher).count_tokens
+        card, there = prompts.prepare(settings, Path(FLAGS.out), count() if count else None)
+    except (DataFileError, families.UnknownFamily) as e:
         sys.exit(f'prepare: {e}')
     except KeyboardInterrupt:
         sys.exit('prepare: stopped; the same command goes on, finished inputs are kept')
@@ -132,15 +80,6 @@ def run_prompts() -> None:
     sizes = ', '.join(f'{n} {split}' for split, n in card['splits'].items())
     print(f'{FLAGS.out} {"is done already" if there else "written"}: {sizes}; '
           f'identity {card["identity"]}')
-
-
-def _own_counter(teacher: str) -> Any:
-    """Counts tokens with the tokenizer that the teacher ships with; None if it ships without."""
-    if teacher != 'emoji':
-        return None
-    from ddmd_jax.families.emoji import tokenizer
-
-    return tokenizer.counter()
 
 
 def _agreed(words: str) -> bool:
@@ -156,17 +95,18 @@ def run_embed() -> None:
     for name in ('prompts', 'out'):
         if not FLAGS[name].value:
             sys.exit(f'prepare: no --{name} given; name a folder')
-    from ddmd_jax import embedding, families as teachers
+    from ddmd_jax import embedding
     from ddmd_jax.data import DataFileError
     from ddmd_jax.parallel import sharding
     from ddmd_jax.weights.flat import WeightsError
 
     mesh = sharding.make_mesh({'fsdp': -1})
     try:
-        text = teachers.load_text(FLAGS.teacher, FLAGS.path, mesh, FLAGS.dtype)
+        text = families.get(FLAGS.teacher).load_text(
+            families.LoadOptions(FLAGS.path, mesh, FLAGS.dtype))
         job, there = embedding.embed(Path(FLAGS.prompts), FLAGS.split, text, mesh,
                                      Path(FLAGS.out).absolute(), FLAGS.batch, _agreed)
-    except (DataFileError, sharding.ShardingError, WeightsError) as e:
+    except (DataFileError, families.UnknownFamily, sharding.ShardingError, WeightsError) as e:
         sys.exit(f'prepare: {e}')
     except KeyboardInterrupt:
         sys.exit('prepare: stopped; the same command goes on, finished files are kept')
@@ -175,12 +115,15 @@ def run_embed() -> None:
 
 
 # Each word has its own flags; they are defined only when it is the one that is asked for.
-COMMANDS: dict[str, tuple[Callable[[], None], Callable[[], None]]] = {
-    'emoji': (emoji_flags, run_emoji),
-    'classifier': (classifier_flags, run_classifier),
-    'prompts': (prompts_flags, run_prompts),
-    'embed': (embed_flags, run_embed),
+COMMANDS: Mapping[str, Command] = {
+    'prompts': Command(prompts_flags, run_prompts),
+    'embed': Command(embed_flags, run_embed),
 }
+
+
+def commands() -> Mapping[str, Command]:
+    """The words of this command, those that the built-in families offer among them."""
+    return ChainMap(*(families.get(name).commands for name in families.NAMES), COMMANDS)
 
 
 def parse_flags(argv: list[str]) -> list[str]:
@@ -189,10 +132,10 @@ def parse_flags(argv: list[str]) -> list[str]:
     if word in ('--help', '-h'):
         print(__doc__)
         sys.exit(1)  # as absl has it
-    if word not in COMMANDS:
-        names = [f'`{name}`' for name in COMMANDS]
+    if word not in commands():
+        names = [f'`{name}`' for name in commands()]
         sys.exit(f'prepare: expected {", ".join(names[:-1])} or {names[-1]}, got {word}')
-    COMMANDS[word][0]()
+    commands()[word].flags()
     try:
         program, *rest = FLAGS([argv[0], *argv[2:]])
     except flags.Error as e:
@@ -207,7 +150,7 @@ def main(argv: list[str]) -> None:
     _, word, *rest = argv
     if rest:
         sys.exit(f'prepare: unexpected argument {rest[0]!r}; flags look like --out=DIR')
-    COMMANDS[word][1]()
+    commands()[word].run()
 
 
 if __name__ == '__main__':

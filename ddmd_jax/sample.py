@@ -22,7 +22,6 @@ from ddmd_jax.util import arguments
 
 FLAGS = flags.FLAGS
 TEACHER_STEPS = 50  # of the guided teacher, unless --steps says otherwise
-GUIDANCE = 4.0  # the published pipeline's
 SHEET = 60  # rows and columns of a sheet: a WebP has at most 16,383 pixels a side
 OTHERS = ('.jpg', '.jpeg', '.gif', '.bmp', '.tif', '.tiff', '.avif')  # no names of folders
 
@@ -40,11 +39,11 @@ def define_flags() -> None:
     flags.DEFINE_integer('seed', 0, 'Seed.', 0, 2**32 - 1)
     flags.DEFINE_enum('sampler', 'renoise', ('renoise', 'deterministic'), 'The student\'s.')
     flags.DEFINE_boolean('teacher', False, 'Draw with the teacher instead of the student.')
-    flags.DEFINE_float('guidance', GUIDANCE, 'The teacher\'s; 1 is none.', 0)
+    flags.DEFINE_float('guidance', None, 'The teacher\'s; 1 is none; default: its family\'s.', 0)
     flags.DEFINE_enum('solver', 'euler', ('euler', 'heun'), 'The teacher\'s.')
     flags.DEFINE_boolean('grid', False, 'Also a sheet of all images with their prompts.')
     flags.DEFINE_boolean('compare_teacher', False, 'On the sheet, the teacher on the same noise.')
-    flags.DEFINE_list('size', None, 'HEIGHT,WIDTH in pixels; not of emoji.')
+    flags.DEFINE_list('size', None, 'HEIGHT,WIDTH in pixels; default: the teacher\'s own.')
     flags.DEFINE_integer('batch', 8, 'Images drawn at a time, over all devices.', 1)
     flags.DEFINE_string('teacher_path', '', 'Where the teacher lies, if no longer where it was; '
                         'with --teacher and no --checkpoint: which. `emoji` is the shipped one.')
@@ -94,7 +93,7 @@ def columns(model: Any, teacher: Any) -> list[Column]:
 
     steps = FLAGS.steps or model.steps
     if FLAGS.teacher:
-        return [_guided(teacher, FLAGS.steps or TEACHER_STEPS, 1)]
+        return [_guided(model, teacher, FLAGS.steps or TEACHER_STEPS, 1)]
     if steps != model.steps:
         ckpt.warn(f'the student was trained for {model.steps} steps, not for {steps}')
     student = Column(f'student\n{steps} steps', 'student', drawing.of_student(
@@ -102,16 +101,16 @@ def columns(model: Any, teacher: Any) -> list[Column]:
     if not FLAGS.compare_teacher:
         return [student]
     few = drawing.of_teacher(teacher, steps, noises=steps)
-    return [_guided(teacher, TEACHER_STEPS, steps),
+    return [_guided(model, teacher, TEACHER_STEPS, steps),
             Column(f'teacher\n{steps} steps', 'teacher', few, 'euler'), student]
 
 
-def _guided(teacher: Any, steps: int, noises: int) -> Column:
+def _guided(model: Any, teacher: Any, steps: int, noises: int) -> Column:
     from ddmd_jax.diffusion import drawing
 
-    sampler = drawing.of_teacher(teacher, steps, FLAGS.guidance, FLAGS.solver, noises)
-    return Column(f'teacher\n{steps} steps, w={FLAGS.guidance:g}', 'teacher', sampler,
-                  FLAGS.solver)
+    guidance = model.family.guidance if FLAGS.guidance is None else FLAGS.guidance
+    sampler = drawing.of_teacher(teacher, steps, guidance, FLAGS.solver, noises)
+    return Column(f'teacher\n{steps} steps, w={guidance:g}', 'teacher', sampler, FLAGS.solver)
 
 
 def describe(model: Any, column: Column, teacher: Any) -> dict[str, str]:
@@ -122,7 +121,7 @@ def describe(model: Any, column: Column, teacher: Any) -> dict[str, str]:
         'model': column.whose, 'seed': str(FLAGS.seed), 'steps': str(sampler.steps),
         'evaluations': str(sampler.evaluations), 'guidance': f'{sampler.guidance:g}',
         'sampler': column.how, **(of_run if column.whose == 'student' else {}),
-        'teacher': model.path or model.family, 'teacher_identity': teacher.identity,
+        'teacher': model.path or model.family.name, 'teacher_identity': teacher.identity,
         'Software': f'ddmd_jax {importlib.metadata.version("ddmd_jax")}'}
 
 
@@ -216,6 +215,7 @@ def main(argv: list[str]) -> None:
     if why := refusal():
         sys.exit(f'sample: {why}')
     from ddmd_jax.data import DataFileError
+    from ddmd_jax.families import UnknownFamily
     from ddmd_jax.imaging import RequestError
     from ddmd_jax.parallel import distributed
     from ddmd_jax.parallel.sharding import ShardingError
@@ -226,8 +226,8 @@ def main(argv: list[str]) -> None:
     try:
         distributed.start(None, None, None, os.environ)
         run(out)
-    except (CheckpointError, DataFileError, RequestError, ShardingError, WeightsError,
-            distributed.DistributedError) as e:
+    except (CheckpointError, DataFileError, RequestError, ShardingError, UnknownFamily,
+            WeightsError, distributed.DistributedError) as e:
         sys.exit(f'sample: {e}')
     except OSError as e:
         sys.exit(f'sample: {e.filename or out}: {e.strerror or e}')

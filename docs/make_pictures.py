@@ -56,7 +56,7 @@ def draw_directions() -> None:
     matplotlib.use('Agg')
     from matplotlib import pyplot as plt
 
-    teacher = teachers.load('emoji')
+    teacher = teachers.load_teacher('emoji')
     cond, null = teacher.encode(list(PROMPTS)), teacher.encode([''])
     null = conditioning.null_like(null, cond)
     x = drawing.of_student(teacher, STEPS).draw(teacher.params, cond, null, jax.random.key(1))

@@ -11,11 +11,14 @@ import jax
 import numpy as np
 from flax import nnx
 
-from ddmd_jax.families import text
-from ddmd_jax.families.lumina import teacher as lumina
+from ddmd_jax.families.lumina import text as lumina
+from ddmd_jax.families.published_text import Component
+from ddmd_jax.families.sdxl import text as sdxl
+from ddmd_jax.families.zimage import text as zimage
 from ddmd_jax.models.layers import abstract_params
 from ddmd_jax.weights import diffusers, transformers as folders
 
+PIPELINES = {'lumina': lumina.PIPELINE, 'sdxl': sdxl.PIPELINE, 'zimage': zimage.PIPELINE}
 VOCAB = 512
 _SIZES = {'vocab_size': VOCAB, 'hidden_size': 24, 'intermediate_size': 40, 'num_hidden_layers': 4,
           'num_attention_heads': 4}
@@ -107,7 +110,7 @@ def random_params(abstract: Any, seed: int) -> Any:
     return jax.tree_util.tree_map_with_path(fill, abstract)
 
 
-def whole(component: text.Component, published: dict[str, Any]) -> Any:
+def whole(component: Component, published: dict[str, Any]) -> Any:
     """Shapes of all parameters of a published architecture, the last layer's too."""
     cfg = dataclasses.replace(component.config(published, 'float32'), penultimate=False)
     return abstract_params(lambda: component.module(cfg, nnx.Rngs(0)))
@@ -116,9 +119,9 @@ def whole(component: text.Component, published: dict[str, Any]) -> Any:
 def write(family: str, folder: Path, seed: int = 0, dtype: Any = np.float32) -> dict[str, Any]:
     """A pipeline's folder of random weights; returns all of them, by component."""
     folder.mkdir(parents=True)
-    how = text.FAMILIES[family]
+    how = PIPELINES[family]
     (folder / 'model_index.json').write_text(json.dumps(
-        {'_class_name': how.pipelines[0], 'force_zeros_for_empty_prompt': True}))
+        {'_class_name': how.class_names[0], 'force_zeros_for_empty_prompt': True}))
     params = {}
     for number, c in enumerate(how.components):
         kind, published = COMPONENTS[family][c.folder]
@@ -154,10 +157,10 @@ def pipeline(family: str, seed: int = 0, **changes: Any) -> Any:
     """diffusers' pipeline of a family, with its text side only."""
     import diffusers as theirs
 
-    how = text.FAMILIES[family]
+    how = PIPELINES[family]
     parts = models(family, seed, **changes)
     parts |= {c.tokenizer: tokenizer(family, number == 1)
               for number, c in enumerate(how.components)}
     rest = {'vae': None, 'scheduler': None}
     rest['unet' if family == 'sdxl' else 'transformer'] = None
-    return getattr(theirs, how.pipelines[0])(**parts, **rest)
+    return getattr(theirs, how.class_names[0])(**parts, **rest)

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 
 from ddmd_jax.data import DataFileError, conditioning
-from ddmd_jax.families.lumina import teacher as lumina
+from ddmd_jax.families.lumina import text as lumina
 from ddmd_jax.train import distill
 
 

@@ -20,6 +20,7 @@ from saved import save
 
 from ddmd_jax import families as teachers
 from ddmd_jax.export import export
+from ddmd_jax.families import LoadOptions
 from ddmd_jax.families.lumina import teacher as lumina
 from ddmd_jax.models.layers import abstract_params
 from ddmd_jax.models.nextdit import NextDiT
@@ -89,7 +90,7 @@ def test_the_exported_student_reads_back_bitwise(run, ema, tmp_path, dtype):
     assert folder == tmp_path / 'deep' / 'out' / 'transformer'
     assert card == tmp_path / 'deep' / 'out' / 'README.md'
     assert json.loads((folder / 'config.json').read_text()) == json.loads(json.dumps(CONFIG))
-    back = lumina.load(str(folder), one_device(), size=(16, 16)).params
+    back = lumina.load(LoadOptions(str(folder), size=(16, 16))).params
     rounded = jax.tree.map(lambda x: x.astype(jnp.dtype(dtype)).astype(np.float32), ema)
     jax.tree.map(np.testing.assert_array_equal, back, rounded)
 
@@ -126,7 +127,7 @@ def test_a_bare_transformer_stays_one_and_says_so(run, tmp_path, capfd):
 @pytest.fixture(scope='module')
 def emoji_run(tmp_path_factory):
     """(teacher, averaged parameters, folder) of a run of the embedded default."""
-    teacher = teachers.load('emoji')
+    teacher = teachers.load_teacher('emoji')
     ema = jax.tree.map(lambda x: 1.5 * np.asarray(x, np.float32), teacher.params)
     manifest = {'teacher.name': 'emoji', 'student.steps': 4, 'method.alpha': 2.5,
                 'teacher_identity': teacher.identity, 'data.name': 'emoji', 'data_identity': 'x1'}
@@ -144,7 +145,7 @@ def emoji_run(tmp_path_factory):
 def test_one_file_of_an_emoji_student_is_a_teacher_to_load(emoji_run, tmp_path, average):
     teacher, ema, workdir = emoji_run
     file, _ = export(workdir, tmp_path, 'float32', form='safetensors', average=average)
-    again = teachers.load(str(file))
+    again = teachers.load_teacher(str(file))
     want = ema if average else jax.tree.map(lambda x: x + 1, ema)
     jax.tree.map(np.testing.assert_array_equal, again.params, want)
     # Its text side is the teacher's: captions are read as they were.

@@ -51,7 +51,7 @@ def toy_config(weights, steps, schedule='decoupled_hybrid'):
 def trained(config, workdir):
     """The state `config` leaves in `workdir`, without the evaluation."""
     mesh = sharding.make_mesh(config.mesh, jax.devices()[:1])
-    teacher = teachers.load('emoji', config.teacher.path)
+    teacher = teachers.load_teacher('emoji')
     task = distill.make_task(config, teacher, mesh)
     return loop.run(task, config, workdir, mesh, teacher.identity)[0]
 
@@ -104,7 +104,7 @@ def test_a_report_that_fails_ends_no_run(weights, tmp_path, capfd, quick_compile
     config = toy_config(weights, 2)
     config.log.images_every = 1
     mesh = sharding.make_mesh(config.mesh, jax.devices()[:1])
-    teacher = teachers.load('emoji', config.teacher.path)
+    teacher = teachers.load_teacher('emoji')
     task = distill.make_task(config, teacher, mesh)
     state, _ = loop.run(task, config, tmp_path, mesh, teacher.identity, Beside(report=broken))
     assert int(state.step) == 2
@@ -157,7 +157,7 @@ def test_divergence_stops_and_keeps_the_last_good_checkpoint(weights, tmp_path):
     trained(toy_config(weights, 2), tmp_path)
     config = toy_config(weights, 8)
     mesh = sharding.make_mesh(config.mesh, jax.devices()[:1])
-    teacher = teachers.load('emoji', config.teacher.path)
+    teacher = teachers.load_teacher('emoji')
     task = distill.make_task(config, teacher, mesh)
 
     def poisoned(state, next_batch, first):
@@ -193,7 +193,7 @@ def test_pretraining_writes_a_teacher_that_loads(tmp_path):
     config.train.steps, config.data.global_batch = 2, 4
     check(config)
     main.run(config, tmp_path)
-    teacher = teachers.load('emoji', str(tmp_path / 'teacher.safetensors'))
+    teacher = teachers.load_teacher(str(tmp_path / 'teacher.safetensors'))
     cond = teacher.encode(['red apple', ''])
     x_hat = teacher.predict_clean(teacher.params, np.zeros((2, *teacher.latents.shape)), 0.5, cond)
     assert x_hat.shape == (2, 24, 24, 3) and np.isfinite(np.asarray(x_hat)).all()

@@ -67,7 +67,7 @@ def near(got, want):
 @pytest.fixture(scope='module')
 def small(tmp_path_factory):
     """(teacher, its student's parameters, the folder of the run)."""
-    teacher = teachers.load('emoji')
+    teacher = teachers.load_teacher('emoji')
     params = moved(teacher.params)
     folder = tmp_path_factory.mktemp('run')
     (folder / 'eval.json').write_text(json.dumps({'rows': [
@@ -120,7 +120,7 @@ def folder(tmp_path_factory):
 
 @pytest.mark.parametrize(('mode', 'shift'), [('renoise', None), ('deterministic', 3.0)])
 def test_a_lumina_student_draws_the_same_in_its_pipeline(folder, tmp_path, mode, shift):
-    teacher = teachers.load(str(folder), size=(16, 24))
+    teacher = teachers.load_teacher(str(folder), size=(16, 24))
     params = moved(teacher.params)
     workdir = save(tmp_path / 'run', RUN | {
         'teacher.name': 'lumina', 'teacher.path': str(folder), 'method.shift': shift}, params)
@@ -128,7 +128,7 @@ def test_a_lumina_student_draws_the_same_in_its_pipeline(folder, tmp_path, mode,
     pipe = diffusers.DiffusionPipeline.from_pretrained(tmp_path / 'student')
     assert type(pipe).__name__ == 'Lumina2Pipeline'
     prompts = ['a red fox in the snow', 'two boats']
-    text = teachers.load_text('lumina', str(folder))
+    text = teachers.get('lumina').load_text(teachers.LoadOptions(str(folder)))
     cond = jax.jit(text.apply)(text.params, text.tokenize(prompts))
     want, noises = ours(teacher, params, cond, mode, jax.random.key(5), shift)
     with drawn(noises[1:] if mode == 'renoise' else []), torch.no_grad():
@@ -143,7 +143,7 @@ def test_a_lumina_student_draws_the_same_in_its_pipeline(folder, tmp_path, mode,
 
 def test_a_pipeline_that_was_exported_is_a_teachers_folder(folder, tmp_path):
     """What is written is read again: to distil further, or to draw with."""
-    teacher = teachers.load(str(folder), size=(16, 16))
+    teacher = teachers.load_teacher(str(folder), size=(16, 16))
     workdir = save(tmp_path / 'run', RUN | {
         'teacher.name': 'lumina', 'teacher.path': str(folder)}, moved(teacher.params))
     (folder / 'vae' / 'diffusion_pytorch_model.bin').write_bytes(b'a pickle')
@@ -151,6 +151,6 @@ def test_a_pipeline_that_was_exported_is_a_teachers_folder(folder, tmp_path):
     assert [p.name for p in written] == ['transformer', 'scheduler', 'vae', 'text_encoder',
                                          'tokenizer', 'model_index.json', 'README.md']
     assert not list((tmp_path / 'out').rglob('*.bin')) + list((tmp_path / 'out').rglob('*.tmp'))
-    again = teachers.load(str(tmp_path / 'out'), size=(16, 16))
+    again = teachers.load_teacher(str(tmp_path / 'out'), size=(16, 16))
     assert again.time == teacher.time == Shift(lumina.SHIFT) and again.latents.decode is not None
-    assert teachers.load_text('lumina', str(tmp_path / 'out')).width == 24
+    assert teachers.get('lumina').load_text(teachers.LoadOptions(str(tmp_path / 'out'))).width == 24

@@ -17,7 +17,7 @@ import tiny
 from ddmd_jax import families as teachers
 from ddmd_jax.diffusion import sampling
 from ddmd_jax.diffusion.time import Shift
-from ddmd_jax.families.lumina import teacher as lumina
+from ddmd_jax.families.lumina import teacher as lumina, text
 from ddmd_jax.models import autoencoder_kl
 from ddmd_jax.models.layers import abstract_params
 from ddmd_jax.models.nextdit import NextDiT, NextDiTConfig
@@ -46,7 +46,7 @@ def folder(theirs, tmp_path_factory):
 
 @pytest.fixture(scope='module')
 def ours(folder):
-    return teachers.load(str(folder), size=(16, 24))
+    return teachers.load_teacher(str(folder), size=(16, 24))
 
 
 @pytest.mark.parametrize('guidance, normalise', [(1.0, True), (4.0, True), (4.0, False)])
@@ -87,12 +87,12 @@ def test_decode_gives_the_pipelines_images(theirs, ours, height, width):
 
 
 def test_the_system_prompt_is_the_pipelines(theirs):
-    assert theirs.system_prompt == lumina.SYSTEM_PROMPT
+    assert theirs.system_prompt == text.SYSTEM_PROMPT
     seen = []
     theirs._get_gemma_prompt_embeds = lambda prompt, **kwargs: (
         seen.append(prompt) or (torch.zeros(1, 2, 3), torch.ones(1, 2)))
     theirs.encode_prompt('a red apple', device='cpu')
-    assert seen == [[lumina.full_prompt('a red apple')], [lumina.full_prompt('')]]
+    assert seen == [[text.full_prompt('a red apple')], [text.full_prompt('')]]
 
 
 @pytest.mark.parametrize('dtype', ['float32', 'bfloat16'])
@@ -100,7 +100,7 @@ def test_import_and_export_change_nothing(theirs, tmp_path, dtype):
     kind = getattr(torch, dtype)
     before = published.pipeline(seed=1).transformer.to(kind)
     before.save_pretrained(tmp_path / 'in')
-    teacher = teachers.load(str(tmp_path / 'in'), size=(16, 16))
+    teacher = teachers.load_teacher(str(tmp_path / 'in'), size=(16, 16))
     config = json.loads((tmp_path / 'in' / 'config.json').read_text())
     lumina.export(teacher.params, config, tmp_path / 'out', jnp.dtype(dtype))
     after = diffusers.Lumina2Transformer2DModel.from_pretrained(tmp_path / 'out', torch_dtype=kind)

@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 
 from ddmd_jax.diffusion import process
+from ddmd_jax.families import LoadOptions
 from ddmd_jax.families.lumina import teacher as lumina
 from ddmd_jax.parallel import sharding
 
@@ -32,7 +33,7 @@ def pair(tmp_path_factory):
     folder = tmp_path_factory.mktemp('published')
     theirs.save_pretrained(folder)
     mesh = sharding.make_mesh({}, jax.devices()[:1])
-    return theirs, lumina.load(str(folder), mesh, size=(64, 64))
+    return theirs, lumina.load(LoadOptions(str(folder), mesh, size=(64, 64)))
 
 
 @pytest.mark.parametrize('height, width, lengths', [

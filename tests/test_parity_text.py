@@ -16,10 +16,14 @@ import published_text as published
 import pytest
 from flax import nnx
 
-from ddmd_jax.families import text
+from ddmd_jax import families
+from ddmd_jax.families import LoadOptions
+from ddmd_jax.families.lumina import text as lumina
+from ddmd_jax.families.published_text import IDS
+from ddmd_jax.families.sdxl import text as sdxl
+from ddmd_jax.families.zimage import text as zimage
 from ddmd_jax.models.layers import abstract_params, functional
 from ddmd_jax.models.text import clip, gemma2, qwen3
-from ddmd_jax.parallel import sharding
 from ddmd_jax.weights import diffusers as folder_reader, flat, transformers as folders
 from ddmd_jax.weights.names import (
     clip as clip_names,
@@ -37,10 +41,10 @@ LENGTHS = (13, 7, 1, 20)  # unequal, some beyond Gemma-2's window of 5
 
 
 def load(family, folder, dtype='float32'):
-    return text.load(family, str(folder), sharding.make_mesh({}, jax.devices()[:1]), dtype)
+    return families.get(family).load_text(LoadOptions(str(folder), dtype=dtype))
 
 
-@pytest.fixture(scope='module', params=text.FAMILIES)
+@pytest.fixture(scope='module', params=published.PIPELINES)
 def case(request, tmp_path_factory):
     """(family, their pipeline, our encoder of the folder that theirs was saved to)."""
     pipe = published.pipeline(request.param)
@@ -131,8 +135,8 @@ def test_long_prompts_are_cut_as_the_pipeline_cuts_them(case):
     prompt = ' '.join(published.PROMPTS) * 60
     tokens = ours.tokenize([prompt])
     assert tokens['mask'].all() and tokens['mask'].shape == (1, ours.length)
-    how = text.FAMILIES[family]
-    for name, tokenizer in zip(text.IDS, (pipe.tokenizer, getattr(pipe, 'tokenizer_2', None))):
+    how = published.PIPELINES[family]
+    for name, tokenizer in zip(IDS, (pipe.tokenizer, getattr(pipe, 'tokenizer_2', None))):
         if tokenizer is not None:
             want = tokenizer(how.text(tokenizer, prompt), max_length=ours.length,
                              truncation=True)['input_ids']
@@ -179,10 +183,10 @@ def test_pooled_at_the_end_token(tmp_path, eos):
 def test_in_bfloat16_as_near_to_fp32_as_theirs(case):
     """Same weights, same rounding of products: no coarser than transformers' own."""
     family, pipe, _ = case
-    models = {c.folder: getattr(pipe, c.folder) for c in text.FAMILIES[family].components}
+    models = {c.folder: getattr(pipe, c.folder) for c in published.PIPELINES[family].components}
     ids, mask = batch('right')
     mask = np.ones_like(mask) if family == 'sdxl' else mask
-    for component in text.FAMILIES[family].components:
+    for component in published.PIPELINES[family].components:
         model = models[component.folder]
         cfg = component.config(published.COMPONENTS[family][component.folder][1], 'bfloat16')
         run = functional(lambda c=component, cfg=cfg: c.module(cfg, nnx.Rngs(0)))
@@ -274,8 +278,8 @@ def test_our_config_of_theirs_is_the_published_one(kind):
     if 'Qwen3' in kind:
         extra = {'rope_parameters': {'rope_type': 'default', 'rope_theta': 1e6}}
     config = json.loads(cls.config_class(**changes, **extra).to_json_string(use_diff=False))
-    read = {'Gemma2Model': text.gemma2_config, 'Qwen3ForCausalLM': text.qwen3_config}.get(
-        kind, lambda c: text.clip_config(c, projected='Projection' in kind))
+    read = {'Gemma2Model': lumina.model_config, 'Qwen3ForCausalLM': zimage.model_config}.get(
+        kind, lambda c: sdxl.model_config(c, projected='Projection' in kind))
     got = read(config)
     if kind == 'Gemma2Model':  # transformers spells the alternation out
         assert got.slides == cfg.slides
@@ -283,13 +287,13 @@ def test_our_config_of_theirs_is_the_published_one(kind):
     assert got == cfg
 
 
-@pytest.mark.parametrize('family', text.FAMILIES)
+@pytest.mark.parametrize('family', published.PIPELINES)
 def test_what_we_export_their_classes_load(family, tmp_path):
     """Out by the same map that reads: every tensor of theirs comes back bit for bit.
 
     But for the matrix of logits, which no encoder has.
     """
-    for c in text.FAMILIES[family].components:
+    for c in published.PIPELINES[family].components:
         model = published.models(family, seed=5)[c.folder]
         out = tmp_path / c.folder
         folder_reader.export_tree(read(c, model), c.entry, out, model.config.to_dict(), np.float32,
@@ -304,7 +308,7 @@ def test_what_we_export_their_classes_load(family, tmp_path):
 def test_all_layers_and_the_norm_give_the_last_state(family):
     """What is not run is mapped right all the same."""
     model = published.models(family, seed=6)['text_encoder']
-    component, = text.FAMILIES[family].components
+    component, = published.PIPELINES[family].components
     cfg = component.config(published.COMPONENTS[family]['text_encoder'][1], 'float32')
     cfg = dataclasses.replace(cfg, penultimate=False)
     ids, mask = batch('left')

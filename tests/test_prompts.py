@@ -453,14 +453,16 @@ def tokenizer_folder(path):
     return str(path)
 
 
-@pytest.mark.parametrize('settings', [{'teacher': 'emoji'}, {}])
-def test_prompts_of_many_tokens_are_dropped(tmp_path, settings):
+@pytest.mark.parametrize('own', [True, False])
+def test_prompts_of_many_tokens_are_dropped(tmp_path, own):
+    from ddmd_jax import families
     from ddmd_jax.families.emoji import tokenizer
 
     texts = ['red apple', 'red apple on a teal background', 'watch']
-    if not settings:
-        settings = {'tokenizer': tokenizer_folder(tmp_path / 'tokenizer')}
-    card = make(tmp_path / 'out', put(tmp_path / 'p.txt', texts), max_tokens=4, **settings)
+    folder = '' if own else tokenizer_folder(tmp_path / 'tokenizer')
+    settings = prompts.Settings((str(put(tmp_path / 'p.txt', texts)),), near_threshold=1.0,
+                                validation=0.2, max_tokens=4, tokenizer=folder)
+    card, _ = prompts.prepare(settings, tmp_path / 'out', families.get('emoji').count_tokens)
     lengths = {t: len(e.ids) for t, e in zip(texts, tokenizer.load().encode_batch(texts))}
     assert sorted(sum(both(tmp_path / 'out'), [])) == [t for t in texts if lengths[t] <= 4]
     assert card['counts']['too_many_tokens'] == 1 and len(card['settings']['tokenizer']) == 64

@@ -21,6 +21,7 @@ from ddmd_jax.data.prompts import build as prompts
 from ddmd_jax.diffusion import drawing, sampling
 from ddmd_jax.diffusion.time import Shift
 from ddmd_jax.evaluation import pictures
+from ddmd_jax.families import LoadOptions
 from ddmd_jax.families.emoji import teacher as emoji, tokenizer
 from ddmd_jax.families.lumina import teacher as lumina
 from ddmd_jax.models import autoencoder_kl
@@ -50,7 +51,7 @@ def weights(tmp_path_factory):
 @pytest.fixture(scope='module')
 def run(weights, tmp_path_factory):
     """Folder of a run whose student, of two steps, is near its teacher."""
-    teacher = teachers.load(str(weights))
+    teacher = teachers.load_teacher(str(weights))
     manifest = {'task': 'distill', 'teacher.name': 'emoji', 'teacher.path': str(weights),
                 'teacher.dtype': 'float32', 'student.steps': 2,
                 'teacher_identity': teacher.identity}
@@ -162,7 +163,7 @@ def test_another_seed_is_another_image(run, command, three, tmp_path):
 
 def test_the_prompt_matters_and_the_student_is_not_its_teacher(run, command, weights, three,
                                                                tmp_path):
-    teacher = teachers.load(str(weights))
+    teacher = teachers.load_teacher(str(weights))
     mesh = sharding.make_mesh({}, jax.devices()[:1])
     model = imaging.find_model(run, '', None)
     assert (model.steps, model.step, model.shift, model.dtype) == (2, 7, None, 'float32')
@@ -321,7 +322,7 @@ def pipeline(tmp_path_factory):
 
 
 def test_lumina_is_encoded_drawn_and_decoded(command, pipeline, tmp_path, capfd):
-    teacher = lumina.load(str(pipeline), sharding.make_mesh({}, jax.devices()[:1]), size=(16, 16))
+    teacher = lumina.load(LoadOptions(str(pipeline), size=(16, 16)))
     manifest = {'task': 'distill', 'teacher.name': 'lumina', 'teacher.path': '/gone',
                 'teacher.dtype': 'float32', 'student.steps': 1, 'method.shift': 3.0,
                 'data.sizes.0.0': 16, 'data.sizes.0.1': 24, 'teacher_identity': 'another'}

@@ -15,6 +15,7 @@ import tiny
 from flax import nnx
 
 from ddmd_jax import families as teachers
+from ddmd_jax.families import LoadOptions
 from ddmd_jax.families.lumina import teacher as lumina
 from ddmd_jax.models.layers import abstract_params
 from ddmd_jax.models.nextdit import NextDiT
@@ -52,7 +53,7 @@ def folder(exported, tmp_path):
 
 
 def load(folder):
-    return lumina.load(str(folder), sharding.make_mesh({}, jax.devices()[:1]), size=(16, 16))
+    return lumina.load(LoadOptions(str(folder), size=(16, 16)))
 
 
 def rewrite(folder, change):
@@ -233,7 +234,7 @@ def test_paths_that_are_no_folder(tmp_path):
 
 def test_sizes_must_fit_the_patches(exported):
     with pytest.raises(WeightsError, match='multiples of 16 pixels'):
-        lumina.load(str(exported), sharding.make_mesh({}, jax.devices()[:1]), size=(16, 20))
+        lumina.load(LoadOptions(str(exported), size=(16, 20)))
 
 
 def test_export_never_overwrites(exported, params):
@@ -242,8 +243,8 @@ def test_export_never_overwrites(exported, params):
 
 
 def test_load_tells_families_apart(exported):
-    assert teachers.load(str(exported), size=(16, 16)).name == 'lumina'
-    assert teachers.load('emoji').name == 'emoji'
+    assert teachers.load_teacher(str(exported), size=(16, 16)).name == 'lumina'
+    assert teachers.load_teacher('emoji').name == 'emoji'
 
 
 # --- Eight devices: straight into the layout, never a full copy ---

@@ -33,10 +33,10 @@ def optimiser_known(name: str, chain: Sequence[Any]) -> str | None:
 
 @about('teacher.name', 'task')
 def teacher_known(teacher: str, task: str) -> str | None:
-    from ddmd_jax.families import FAMILIES
+    from ddmd_jax.families import NAMES
 
     # The embedded one is trained here; the others come trained.
-    known = choice(*(FAMILIES if task == 'distill' else ('emoji',)))
+    known = choice(*(NAMES if task == 'distill' else ('emoji',)))
     if not known.ok(teacher):
         return f'must be {known.allowed}{known.hint(teacher)}'
 

@@ -5,15 +5,13 @@ from __future__ import annotations
 from pathlib import Path
 
 from ddmd_jax.export import card
-from ddmd_jax.export.student import Student, open_student
-from ddmd_jax.families.emoji import export as emoji
-from ddmd_jax.families.lumina import export as lumina
+from ddmd_jax.export.student import Student, open_student, write_orbax
+from ddmd_jax.families.family import Exported
 from ddmd_jax.train.durable.checkpoint import CheckpointError
 from ddmd_jax.weights.flat import WeightsError
 
 FORMATS = ('diffusers', 'safetensors', 'orbax')
 DTYPES = ('float32', 'bfloat16', 'float16')
-FAMILIES = {'emoji': emoji, 'lumina': lumina}
 
 
 def export(workdir: Path, out: Path, dtype: str, teacher: str = '', form: str = 'diffusers',
@@ -32,25 +30,30 @@ def export(workdir: Path, out: Path, dtype: str, teacher: str = '', form: str = 
     Raises:
       CheckpointError: there is no checkpoint, it is damaged, or its student has no published
         format.
-      WeightsError: the teacher cannot be read, or `out` holds something of the same name.
+      WeightsError: the teacher cannot be read, `out` holds something of the same name, or the
+        family has no such format.
     """
-    student = open_student(workdir, FAMILIES, teacher, average)
-    family = FAMILIES[student.family]
-    planned = (*family.NAMES[form], *card.NAMES)
+    student = open_student(workdir, teacher, average)
+    family = student.export
+    if form not in family.names:
+        raise WeightsError(f'students of {student.family} are not written as {form}; give --format='
+                           f'{" or ".join(name for name in FORMATS if name in family.names)}')
+    planned = (*family.names[form], *card.NAMES)
     there = [out / name for name in planned if (out / name).exists()]
     if there:  # before anything large is read
         raise WeightsError(f'{there[0]} exists already; choose another place or delete it')
-    params = student.read()
-    out.mkdir(parents=True, exist_ok=True)
     sampler = sampler or student.sampler
+    exported = Exported(student.read(), student.source, student.step, student.steps, student.time,
+                        dtype, sampler)
+    out.mkdir(parents=True, exist_ok=True)
     if form == 'orbax':
-        student.write_orbax(params, out / family.NAMES[form][0], dtype)
+        write_orbax(exported, out / family.names[form][0])
     elif form == 'safetensors':
-        family.write_weights(student, params, out, dtype)
+        family.write_weights(exported, out)
     else:
-        family.write_pipeline(student, params, out, dtype, sampler)
-    card.write(student, out, form, dtype, sampler, family)
-    named = (*family.NAMES[form], card.README)
+        family.write_pipeline(exported, out)
+    card.write(student, out, form, exported)
+    named = (*family.names[form], card.README)
     return [out / name for name in named if (out / name).exists()]
 
 

@@ -13,6 +13,7 @@ import jinja2
 import ddmd_jax
 from ddmd_jax.data.prompts import card as prompt_card, set as prompt_set
 from ddmd_jax.export.student import Student
+from ddmd_jax.families.family import Exported
 from ddmd_jax.method import health as diagnostics
 from ddmd_jax.util import jsonl as lines
 
@@ -26,8 +27,9 @@ params = ocp.StandardCheckpointer().restore('{folder}/params')  # an absolute pa
 """
 
 
-def write(student: Student, out: Path, form: str, dtype: str, sampler: str, family: Any) -> None:
+def write(student: Student, out: Path, form: str, exported: Exported) -> None:
     """``README.md``, with what it points to: the picture, config and figures of the run."""
+    dtype, sampler, family = exported.dtype, exported.sampler, student.export
     evaluation, why = _figures(student, sampler)
     copied = [(METRICS, 'metrics.jsonl')] + [(PICTURE, PICTURE)] * (not why)
     kept = [name for name, theirs in copied if _copied(student.workdir / theirs, out / name)]
@@ -35,7 +37,7 @@ def write(student: Student, out: Path, form: str, dtype: str, sampler: str, fami
         (out / CONFIG).write_text(json.dumps(_without_places(config), indent=1) + '\n')
         kept.append(CONFIG)
     whole = (out / 'model_index.json').is_file()
-    use = ORBAX if form == 'orbax' else family.USE if whole else family.ALONE
+    use = ORBAX if form == 'orbax' else family.use if whole else family.alone
     environment = jinja2.Environment(undefined=jinja2.StrictUndefined, keep_trailing_newline=True,
                                      trim_blocks=True)
     text = environment.from_string(TEMPLATE.read_text()).render(
@@ -82,7 +84,7 @@ def _hub_name(student: Student) -> str:
     """The teacher as the hub knows it, or ''."""
     path = student.manifest.get('teacher.path', '')
     named = path.count('/') == 1 and not path.startswith(('.', '/', '~'))
-    return path if named and student.family != 'emoji' and not Path(path).exists() else ''
+    return path if named and not path.endswith('.safetensors') and not Path(path).exists() else ''
 
 
 def _settings(manifest: Mapping[str, Any]) -> list[tuple[str, Any]]:

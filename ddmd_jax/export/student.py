@@ -13,27 +13,12 @@ import jax.numpy as jnp
 import orbax.checkpoint as ocp
 from jax.sharding import Mesh
 
-from ddmd_jax import config as config_lib
+from ddmd_jax import config as config_lib, families
+from ddmd_jax.diffusion import time as time_maps
+from ddmd_jax.export.plain import export_of
+from ddmd_jax.families.family import Export, Exported, Source
 from ddmd_jax.parallel import sharding
 from ddmd_jax.train.durable import checkpoint as ckpt
-
-
-@dataclasses.dataclass(frozen=True)
-class Source:
-    """A teacher as far as its student needs it: where it lies, and its shapes.
-
-    `identity` is its weights', `abstract` are ShapeDtypeStructs of the parameters, `config` the
-    published one of the network, `own` what the family wants to find again.
-    """
-
-    identity: str | None
-
-    folder: Path | None
-    abstract: Any
-    rules: sharding.Rules
-    config: dict[str, Any]
-    shift: float
-    own: Any = None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -44,6 +29,7 @@ class Student:
     step: int
     manifest: Mapping[str, Any]
     family: str
+    export: Export
     source: Source
     average: bool
     mesh: Mesh
@@ -58,10 +44,9 @@ class Student:
         return self.field('student.sampler') or 'renoise'
 
     @property
-    def shift(self) -> float:
-        """Of time: the run's, or else the teacher's."""
-        shift = self.manifest.get('method.shift')
-        return self.source.shift if shift is None else shift
+    def time(self) -> time_maps.TimeMap:
+        """The run's time map, or else the teacher's."""
+        return time_maps.chosen(self.source.time, self.manifest.get('method.shift'))
 
     def read(self) -> Any:
         """The weights, fp32, over the mesh.
@@ -80,12 +65,6 @@ class Student:
         return ckpt.restore_part(saved, 'ema' if self.average else 'student', like,
                                  sharding.shard_tree(like, self.source.rules, self.mesh))
 
-    def write_orbax(self, params: Any, folder: Path, dtype: str) -> None:
-        """The parameters as they are named here, as an Orbax checkpoint of nothing else."""
-        with ocp.Checkpointer(ocp.StandardCheckpointHandler()) as writer:
-            writer.save(folder, args=ocp.args.StandardSave(
-                jax.tree.map(lambda x: x.astype(dtype), params)))
-
     def file(self, name: str) -> Any:
         """JSON that the run has left in its folder, or None."""
         path = self.workdir / name
@@ -96,20 +75,27 @@ class Student:
         return config_lib.field(self.file('config.json'), name)
 
 
-def open_student(workdir: Path, families: Mapping[str, Any], teacher: str,
-                 average: bool) -> Student:
+def write_orbax(student: Exported, folder: Path) -> None:
+    """The parameters by their names here, as an Orbax checkpoint of nothing else."""
+    with ocp.Checkpointer(ocp.StandardCheckpointHandler()) as writer:
+        writer.save(folder, args=ocp.args.StandardSave(
+            jax.tree.map(lambda x: x.astype(student.dtype), student.params)))
+
+
+def open_student(workdir: Path, teacher: str, average: bool) -> Student:
     """Raises `CheckpointError` and `WeightsError`; reads no weights of the student."""
     step, manifest = ckpt.read_manifest(workdir)
-    name = manifest.get('teacher.name')
     if manifest.get('task', 'distill') != 'distill':
         raise ckpt.CheckpointError(f'{workdir} trains a teacher, there is no student in it; it is '
                                    'in teacher.safetensors there, once the run is through')
-    if name not in families:
-        raise ckpt.CheckpointError(f'{workdir} distils the teacher {name!r}, which is unknown '
-                                   f'here; known: {", ".join(families)}')
-    source = families[name].open_source(teacher or manifest.get('teacher.path', ''))
+    try:
+        family = families.get(str(manifest.get('teacher.name')))
+    except families.UnknownFamily as e:
+        raise ckpt.CheckpointError(f'{workdir} distils a teacher that is unknown here: {e}') from e
+    export = export_of(family)
+    source = export.open_source(teacher or manifest.get('teacher.path', ''))
     if source.identity not in (None, manifest.get('teacher_identity', source.identity)):
         ckpt.warn(f'{workdir} distils another teacher than the one at {teacher or "its path"}: '
                   'what is written beside the student may not belong to it')
-    return Student(workdir, step, manifest, name, source, average,
+    return Student(workdir, step, manifest, family.name, export, source, average,
                    sharding.make_mesh({'fsdp': -1}))

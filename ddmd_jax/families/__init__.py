@@ -1,81 +1,110 @@
-"""Registry of teacher families: how a checkpoint becomes a `Teacher`."""
+"""The registry of teacher families, and how a path or a name becomes a `Teacher`."""
 
 from __future__ import annotations
 
+import functools
+import importlib
 from collections.abc import Sequence
+from pathlib import Path
 
-import jax
 from jax.sharding import Mesh
 
-from ddmd_jax.families.base import Cond, Teacher, TextEncoder
-from ddmd_jax.parallel import sharding
+from ddmd_jax.families.base import Cond, LoadOptions, Teacher, TextEncoder
+from ddmd_jax.families.family import Family
+from ddmd_jax.weights import diffusers, fetch, flat
+from ddmd_jax.weights.flat import WeightsError
 
-FAMILIES = ('emoji', 'lumina')
+NAMES = ('emoji', 'lumina', 'sdxl', 'zimage')  # folders of this package
 
 
-def load(path_or_name: str, mesh: Mesh | None = None, dtype: str = 'float32',
-         size: Sequence[int] | None = None, remat: str = 'none',
-         attention: str = 'auto', param_dtype: str = 'float32') -> Teacher:
-    """The shipped teacher ('emoji'), one trained like it (a ``.safetensors`` file), or Lumina's.
+class UnknownFamily(ValueError):
+    """No family goes by that name; one line says why."""
+
+
+@functools.cache
+def get(name: str) -> Family:
+    """The family `name`: one of NAMES, or a module of the user's own that has a `FAMILY`.
+
+    Raises:
+      UnknownFamily: there is no such module, it cannot be imported, or it holds no such family.
+    """
+    module = f'{__name__}.{name}' if name in NAMES else name
+    try:
+        family = getattr(importlib.import_module(module), 'FAMILY', None)
+    except ModuleNotFoundError as e:
+        if not f'{module}.'.startswith(f'{e.name}.'):  # it is there, and imports what is not
+            raise UnknownFamily(f'{name!r} cannot be imported ({e})') from e
+        raise UnknownFamily(f'no teacher family {name!r}; known: {", ".join(NAMES)}, or the full '
+                            'name of a module of yours on PYTHONPATH') from e
+    except Exception as e:  # the user's code, which may raise anything
+        raise UnknownFamily(f'{name!r} cannot be imported ({type(e).__name__}: {e})') from e
+    if not isinstance(family, Family) or family.name != name:
+        has = f'one that is called {family.name!r}' if isinstance(family, Family) else 'none'
+        raise UnknownFamily(f'{name} must have a FAMILY of that name (families.Family); it has '
+                            f'{has}')
+    return family
+
+
+def find(path_or_name: str) -> tuple[Family, str]:
+    """(family, path) of a family's name, or of the weights at a path, URL or hub id.
+
+    Raises:
+      UnknownFamily: a name, and not of a family that ships its weights.
+      WeightsError: no such weights, or of no family here.
+    """
+    if path_or_name in NAMES or not _is_place(path_or_name):
+        family = get(path_or_name)
+        if not family.ships:
+            raise UnknownFamily(f'{path_or_name} does not ship; give the path of its weights')
+        return family, ''
+    kind = _class_name(path_or_name)
+    for family in map(get, NAMES):
+        if kind in family.class_names:
+            return family, path_or_name
+    raise WeightsError(f'{path_or_name} holds a {kind}, which no teacher family here reads; '
+                       f'known: {", ".join(NAMES)}')
+
+
+def _is_place(text: str) -> bool:
+    return '/' in text or text.endswith('.safetensors') or Path(text).expanduser().exists()
+
+
+def _class_name(path: str) -> str | None:
+    """What the weights at `path` say that they are."""
+    if path.endswith('.safetensors'):
+        return flat.metadata(Path(path).expanduser(), 'give another file').get('architecture')
+    folder = fetch.local_folder(path, ('model_index.json', 'config.json'))
+    index = folder / 'model_index.json'
+    return diffusers.read_json(index if index.exists() else folder / 'config.json').get(
+        '_class_name')
+
+
+def load_teacher(path_or_name: str, mesh: Mesh | None = None, dtype: str = 'float32',
+                 size: Sequence[int] | None = None) -> Teacher:
+    """A frozen teacher: ``teacher.predict_clean(teacher.params, x_t, t, cond)`` is x_hat.
 
     Args:
-      path_or_name: 'emoji'; a file; or a diffusers folder, ``gs://`` URL or hub id.
+      path_or_name: a family that ships its weights ('emoji'), or a path: a diffusers folder of a
+        pipeline or of its denoiser alone, a ``gs://`` URL, a hub id, a ``.safetensors`` file.
       mesh: where the weights go, in the family's layout; None is one device.
       dtype: of activations and matrix products.
       size: pixels, height first; None takes the family's own.
-      remat: what the network's gradient recomputes, a key of `layers.REMAT_POLICIES` or 'none'.
-      attention: one of `attention.KINDS`; 'auto' is the kernel where the mesh is of TPUs.
-      param_dtype: of the stored kernels. A student of them starts as their fp32 copy.
 
     Raises:
-      WeightsError: the weights are missing, damaged or of another family.
+      UnknownFamily: no family of that name ships its weights.
+      WeightsError: the weights are missing, damaged, or of no family here.
+
+    Examples:
+      >>> teacher = load_teacher('emoji')
+      >>> cond = teacher.encode(['red heart'])
+      >>> x_hat = teacher.predict_clean(teacher.params, noise, jnp.zeros(1), cond)
     """
-    return load_family(*family_of(path_or_name), mesh, dtype, size, remat, attention, param_dtype)
+    family, path = find(path_or_name)
+    if family.load is None:
+        raise WeightsError(f'{path_or_name} is of the family {family.name}, of which the text side '
+                           'alone can be read')
+    return family.load(LoadOptions(path, mesh, dtype, size))
 
 
-def family_of(path_or_name: str) -> tuple[str, str]:
-    """(family, path) of what `load` is given."""
-    if path_or_name == 'emoji':
-        return 'emoji', ''
-    return 'emoji' if path_or_name.endswith('.safetensors') else 'lumina', path_or_name
-
-
-def load_family(name: str, path: str, mesh: Mesh | None = None, dtype: str = 'float32',
-                size: Sequence[int] | None = None, remat: str = 'none',
-                attention: str = 'auto', param_dtype: str = 'float32') -> Teacher:
-    """Loads a teacher of family `name` from `path` (empty: what the family ships); see `load`.
-
-    Raises:
-      ValueError: unknown family.
-      WeightsError: as `load`.
-    """
-    if name == 'emoji':
-        from ddmd_jax.families.emoji import teacher as emoji
-
-        return emoji.load(path, dtype, remat, param_dtype)
-    if name == 'lumina':
-        from ddmd_jax.families.lumina import teacher as lumina
-
-        mesh = sharding.make_mesh({}, jax.devices()[:1]) if mesh is None else mesh
-        return lumina.load(path, mesh, dtype, size, remat, attention, param_dtype)
-    raise ValueError(f'unknown teacher {name!r}; known: {", ".join(FAMILIES)}')
-
-
-def load_text(name: str, path: str, mesh: Mesh | None = None,
-              dtype: str = 'float32') -> TextEncoder:
-    """The text side of family `name` from `path`, its weights in the mesh's layout.
-
-    Raises:
-      ValueError: unknown family.
-      WeightsError: as `load`.
-    """
-    mesh = sharding.make_mesh({}, jax.devices()[:1]) if mesh is None else mesh
-    if name == 'emoji':
-        return load_family(name, path).text
-    from ddmd_jax.families import text
-
-    return text.load(name, path, mesh, dtype)
-
-
-__all__ = ['Cond', 'FAMILIES', 'Teacher', 'TextEncoder', 'family_of', 'load', 'load_family',
-           'load_text']
+__all__ = ['Cond', 'Family', 'LoadOptions', 'NAMES', 'Teacher', 'TextEncoder', 'UnknownFamily',
+           'find', 'get', 'load_teacher']

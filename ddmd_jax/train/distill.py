@@ -317,8 +317,9 @@ def make_task(config: Any, teacher: teachers.Teacher, mesh: Mesh,
 def load_teacher(config: Any, mesh: Mesh, path: str = '') -> teachers.Teacher:
     """The teacher that `config` names; or, of its family, the network at `path`, unrounded."""
     t = config.teacher
-    return teachers.load_family(t.name, path or t.path, mesh, t.dtype, _first_size(config),
-                                t.remat, t.attention, 'float32' if path else t.param_dtype)
+    return teachers.get(t.name).load(teachers.LoadOptions(
+        path or t.path, mesh, t.dtype, _first_size(config), t.remat, t.attention,
+        'float32' if path else t.param_dtype))
 
 
 def prepare(config: Any, mesh: Mesh) -> tuple[teachers.Teacher, loop.Task]:

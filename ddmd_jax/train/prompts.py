@@ -1,7 +1,7 @@
 """Where a distillation's conditioning comes from, and how it reaches the devices.
 
-Three sources, one interface (`conditioning.Prompts`): the emoji captions, encoded at start;
-embeddings that were written beforehand (cached); prompts whose tokens go through the text
+Three sources, one interface (`conditioning.Prompts`): a data set that comes with the teacher's
+family; embeddings that were written beforehand (cached); prompts whose tokens go through the text
 encoder on the mesh, a jitted program of its own, as batches are needed (online).
 """
 
@@ -17,10 +17,9 @@ from jax.sharding import Mesh
 
 from ddmd_jax import families as teachers
 from ddmd_jax.data import conditioning, loader
-from ddmd_jax.data.conditioning import REAL, Cond, Prompts
+from ddmd_jax.data.conditioning import Cond, Prompts
 from ddmd_jax.data.prompts import build as prompt_sets
 from ddmd_jax.families import Teacher, TextEncoder
-from ddmd_jax.families.emoji import data as emoji
 from ddmd_jax.parallel import sharding
 
 CHUNK = 4096  # texts tokenised at a time
@@ -33,28 +32,17 @@ def load(config: Any, teacher: Teacher, mesh: Mesh) -> Prompts:
       DataFileError: they are missing, damaged, or do not fit `data.lengths`.
       WeightsError: the text encoder cannot be read.
     """
-    if config.data.name == 'emoji':
-        return _captions(config, teacher)
+    family = teachers.get(config.teacher.name)
+    if config.data.name in family.data_sets:
+        return family.data_sets[config.data.name].load(config, teacher, mesh)
     if config.data.name == 'embeddings':
         found = conditioning.open_embeddings(config.data.path, teacher.cond.width)
     else:
-        text = teacher.text or teachers.load_text(
-            config.teacher.name, config.teacher.path, mesh, config.teacher.dtype)
+        text = teacher.text or family.load_text(teachers.LoadOptions(
+            config.teacher.path, mesh, config.teacher.dtype))
         found = online(config.data.path, text, mesh, bool(config.data.lengths))
     conditioning.check_buckets(config.data.lengths, found)
     return found
-
-
-def _captions(config: Any, teacher: Teacher) -> Prompts:
-    """Emoji captions, all encoded at once: they are few; for a GAN with their images."""
-    pairs = emoji.load_pairs()
-    cond = teacher.encode([pairs.caption(i) for i in range(len(pairs.glyph))])
-    of = lambda rows: jax.tree.map(lambda x: x[rows], cond)
-    real = lambda rows: {REAL: pairs.images(rows)} if config.method.gan.weight else {}
-    return Prompts(
-        emoji.training_mixture(pairs, config.data.white_repeat),
-        lambda rows, length: of(rows) | real(rows), of, teacher.encode(['']), pairs.caption,
-        identity='emoji')
 
 
 def online(path: str, text: TextEncoder, mesh: Mesh, measure: bool = False) -> Prompts:

@@ -64,6 +64,19 @@ def load(path: Path, restore_hint: str) -> tuple[Tree, dict[str, str]]:
         raise WeightsError(f'weights damaged: {path} ({e}); {restore_hint}') from e
 
 
+def metadata(path: Path, restore_hint: str) -> dict[str, str]:
+    """What a file says of itself, from its header alone; raises as `load`."""
+    import safetensors
+
+    if not path.is_file():
+        raise WeightsError(f'weights missing: {path}; {restore_hint}')
+    try:
+        with safetensors.safe_open(path, framework='numpy') as f:
+            return dict(f.metadata() or {})
+    except safetensors.SafetensorError as e:
+        raise WeightsError(f'weights damaged: {path} ({e}); {restore_hint}') from e
+
+
 def identity(tree: Tree) -> str:
     """Sixteen hex digits that name these weights: sha256 over names, shapes and bytes."""
     digest = hashlib.sha256()

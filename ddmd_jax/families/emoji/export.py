@@ -6,20 +6,17 @@ import dataclasses
 import json
 import shutil
 from pathlib import Path
-from typing import Any
 
 import jax
 import jax.numpy as jnp
 
-from ddmd_jax.export.student import Source, Student
+from ddmd_jax.diffusion.time import Shift
 from ddmd_jax.families.emoji import teacher as emoji, tokenizer
+from ddmd_jax.families.family import Export, Exported, Source
 from ddmd_jax.families.lumina import teacher as lumina
 from ddmd_jax.weights import diffusers, flat, scheduler
 from ddmd_jax.weights.names import caption
 
-NAMES = {'diffusers': ('transformer', 'text_encoder', 'tokenizer', 'scheduler', 'pipeline.py',
-                       'model_index.json'),
-         'safetensors': ('student.safetensors',), 'orbax': ('params',)}
 CODE = Path(__file__).with_name('code')
 USE = """from diffusers import DiffusionPipeline
 
@@ -44,28 +41,29 @@ def open_source(path: str) -> Source:
     config = {'_class_name': lumina.TRANSFORMER, 'sample_size': emoji.SHAPE[0]} | {
         name: value for name, value in dataclasses.asdict(denoiser).items() if name in FIELDS}
     abstract = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), params['denoiser'])
-    return Source(flat.identity(params), None, abstract, emoji.RULES, config, emoji.SHIFT,
-                  (model, params['text']))
+    return Source(flat.identity(params), abstract, emoji.RULES, Shift(emoji.SHIFT), config,
+                  own=(model, params['text']))
 
 
-def write_weights(student: Student, params: Any, out: Path, dtype: str) -> None:
+def write_weights(student: Exported, out: Path) -> None:
     """``OUT/student.safetensors``, which `teacher.path` and `init_from` read."""
     model, text = student.source.own
-    emoji.save(out / 'student.safetensors', model, {'denoiser': params, 'text': text}, student.step,
-               jnp.dtype(dtype))
+    emoji.save(out / 'student.safetensors', model, {'denoiser': student.params, 'text': text},
+               student.step, jnp.dtype(student.dtype))
 
 
-def write_pipeline(student: Student, params: Any, out: Path, dtype: str, sampler: str) -> None:
+def write_pipeline(student: Exported, out: Path) -> None:
     """A pipeline of its own, with the code of its text encoder."""
     model, text = student.source.own
     _, text_cfg = emoji.model_configs(model)
-    lumina.export(params, student.source.config, out / 'transformer', jnp.dtype(dtype))
+    dtype = jnp.dtype(student.dtype)
+    lumina.export(student.params, student.source.config, out / 'transformer', dtype)
     encoder = {'_class_name': 'CaptionEncoder', **dataclasses.asdict(text_cfg)}
-    diffusers.export_tree(text, caption.entry, out / 'text_encoder', encoder, jnp.dtype(dtype))
+    diffusers.export_tree(text, caption.entry, out / 'text_encoder', encoder, dtype)
     shutil.copyfile(CODE / 'caption_encoder.py', out / 'text_encoder' / 'caption_encoder.py')
     shutil.copyfile(CODE / 'pipeline.py', out / 'pipeline.py')
     _write_tokenizer(out / 'tokenizer', text_cfg.max_length)
-    scheduler.write(out / 'scheduler', student.shift, sampler)
+    scheduler.write(out / 'scheduler', student.time.shift, student.sampler)
     scheduler.write_index(out, ['pipeline', 'EmojiPipeline'], {
         'transformer': ['diffusers', lumina.TRANSFORMER],
         'text_encoder': ['caption_encoder', 'CaptionEncoder'],
@@ -81,3 +79,11 @@ def _write_tokenizer(folder: Path, length: int) -> None:
         'tokenizer_class': 'PreTrainedTokenizerFast', 'model_max_length': length,
         'padding_side': 'right', 'truncation_side': 'right', 'pad_token': tokenizer.PAD,
         'unk_token': tokenizer.UNK, 'bos_token': tokenizer.BOS}, indent=2) + '\n')
+
+
+EXPORT = Export(
+    open_source, write_weights, names={
+        'diffusers': ('transformer', 'text_encoder', 'tokenizer', 'scheduler', 'pipeline.py',
+                      'model_index.json'),
+        'safetensors': ('student.safetensors',), 'orbax': ('params',)},
+    alone=ALONE, write_pipeline=write_pipeline, use=USE)

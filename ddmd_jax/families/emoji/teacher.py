@@ -26,7 +26,15 @@ from flax import nnx
 from ddmd_jax.data.batch import CondSpec
 from ddmd_jax.diffusion import process
 from ddmd_jax.diffusion.time import Shift
-from ddmd_jax.families.base import Array, Cond, Latents, Teacher, TextEncoder, kernels_in
+from ddmd_jax.families.base import (
+    Array,
+    Cond,
+    Latents,
+    LoadOptions,
+    Teacher,
+    TextEncoder,
+    kernels_in,
+)
 from ddmd_jax.families.emoji import data, tokenizer
 from ddmd_jax.models import flops, nextdit
 from ddmd_jax.models.layers import functional
@@ -34,6 +42,7 @@ from ddmd_jax.models.nextdit import NextDiT, NextDiTConfig
 from ddmd_jax.models.text.caption import CaptionEncoder, CaptionEncoderConfig
 from ddmd_jax.weights import flat
 
+ARCHITECTURE = 'NextDiT'  # as its file names it
 TIME_SCALE = 100.0
 SHIFT = 1.0
 # Means over the distillation mixture: of the images' standard deviations, of their means and of
@@ -123,7 +132,7 @@ def teacher_from(model: dict[str, Any], params: dict[str, Any]) -> Teacher:
 def save(path: Path, model: dict[str, Any], params: dict[str, Any], steps: int,
          dtype: Any = jnp.bfloat16) -> None:
     """Ships a trained teacher: safetensors with its architecture in the metadata."""
-    meta = {'model': json.dumps(model), 'architecture': 'NextDiT', 'steps': str(steps)}
+    meta = {'model': json.dumps(model), 'architecture': ARCHITECTURE, 'steps': str(steps)}
     flat.save(path, params, meta, dtype=dtype)
 
 
@@ -145,15 +154,14 @@ def read(path: str = '') -> tuple[dict[str, Any], dict[str, Any]]:
     return model, params
 
 
-def load(path: str = '', dtype: str = 'float32', remat: str = 'none',
-         param_dtype: str = 'float32') -> Teacher:
-    """The shipped teacher, or the one at `path`; `param_dtype` is that of the stored kernels.
+def load(options: LoadOptions) -> Teacher:
+    """The shipped teacher, or one like it at ``options.path``; it has one size and no layout.
 
     Raises:
       WeightsError: see `read`.
     """
-    model, params = read(path)
+    model, params = read(options.path)
     # Distillation compiles six networks a step: scanned layers save minutes of compiling.
-    model['denoiser'] |= {'dtype': dtype, 'remat': remat, 'unroll': False}
+    model['denoiser'] |= {'dtype': options.dtype, 'remat': options.remat, 'unroll': False}
     teacher = teacher_from(model, params)
-    return dataclasses.replace(teacher, params=kernels_in(teacher.params, param_dtype))
+    return dataclasses.replace(teacher, params=kernels_in(teacher.params, options.param_dtype))

@@ -3,23 +3,20 @@
 from __future__ import annotations
 
 import shutil
+import sys
 from pathlib import Path
-from typing import Any
 
 import jax.numpy as jnp
 from flax import nnx
 
-from ddmd_jax.export.student import Source, Student
-from ddmd_jax.families.lumina import teacher as lumina
+from ddmd_jax.diffusion.time import Shift
+from ddmd_jax.families.family import Export, Exported, Source
+from ddmd_jax.families.lumina import teacher as lumina, text
 from ddmd_jax.models.layers import abstract_params
 from ddmd_jax.models.nextdit import NextDiT
-from ddmd_jax.train.durable.checkpoint import warn
 from ddmd_jax.util import files
 from ddmd_jax.weights import diffusers, fetch, scheduler
 
-NAMES = {'diffusers': ('transformer', 'scheduler', 'vae', 'text_encoder', 'tokenizer',
-                       'model_index.json'),
-         'safetensors': ('transformer',), 'orbax': ('params',)}
 COPIED = ('vae', 'text_encoder', 'tokenizer')  # as they are
 SUFFIXES = ('.json', '.safetensors', '.model', '.txt', '.jinja')  # no pickles, no code
 FILES = (*lumina.FILES, *(f'{part}/*{suffix}' for part in COPIED for suffix in SUFFIXES))
@@ -41,8 +38,8 @@ def open_source(path: str) -> Source:
     published = diffusers.read_json(lumina.transformer_folder(folder) / 'config.json')
     cfg = lumina.model_config(published)
     abstract = abstract_params(lambda: NextDiT(cfg, nnx.Rngs(0)))
-    return Source(_identity(folder), folder, abstract, lumina.RULES, published,
-                  lumina.shift_of(folder))
+    return Source(_identity(folder), abstract, lumina.RULES, Shift(lumina.shift_of(folder)), published,
+                  own=folder)
 
 
 def _identity(folder: Path) -> str | None:
@@ -53,27 +50,28 @@ def _identity(folder: Path) -> str | None:
     return diffusers.identity(diffusers.open_folder(component, lumina.TRANSFORMER))
 
 
-def write_weights(student: Student, params: Any, out: Path, dtype: str) -> None:
+def write_weights(student: Exported, out: Path) -> None:
     """``OUT/transformer``, as diffusers writes it."""
-    lumina.export(params, student.source.config, out / 'transformer', jnp.dtype(dtype))
+    lumina.export(student.params, student.source.config, out / 'transformer',
+                  jnp.dtype(student.dtype))
 
 
-def write_pipeline(student: Student, params: Any, out: Path, dtype: str, sampler: str) -> None:
+def write_pipeline(student: Exported, out: Path) -> None:
     """The whole pipeline; the transformer alone, with a warning, where the teacher is no more."""
-    write_weights(student, params, out, dtype)
-    source = student.source.folder
+    write_weights(student, out)
+    source = student.source.own
     if not (source / 'model_index.json').is_file():
-        warn(f'{source} is a bare transformer, and so is what is written; give the whole '
-             "pipeline's folder with --teacher for one that draws")
+        print(f'warning: {source} is a bare transformer, and so is the student written; give the '
+              "whole pipeline's folder with --teacher for one that draws", file=sys.stderr)
         return
     index = diffusers.read_json(source / 'model_index.json')
     copied = [name for name in COPIED if (source / name).is_dir()]
     for name in copied:
         _copy(source / name, out / name)
     base = source / 'scheduler' / 'scheduler_config.json'
-    scheduler.write(out / 'scheduler', student.shift, sampler, diffusers.read_json(base))
+    scheduler.write(out / 'scheduler', student.time.shift, student.sampler, diffusers.read_json(base))
     empty = [None, None]
-    scheduler.write_index(out, lumina.PIPELINES[0], {
+    scheduler.write_index(out, text.CLASSES[0], {
         'transformer': ['diffusers', lumina.TRANSFORMER],
         'scheduler': ['diffusers', scheduler.CLASS],
         **{name: index.get(name, empty) if name in copied else empty for name in COPIED}})
@@ -86,3 +84,11 @@ def _copy(source: Path, target: Path) -> None:
         for file in sorted(source.iterdir()):
             if file.suffix in SUFFIXES and file.is_file():
                 shutil.copyfile(file, scratch / file.name)
+
+
+EXPORT = Export(
+    open_source, write_weights, names={
+        'diffusers': ('transformer', 'scheduler', 'vae', 'text_encoder', 'tokenizer',
+                      'model_index.json'),
+        'safetensors': ('transformer',), 'orbax': ('params',)},
+    alone=ALONE, write_pipeline=write_pipeline, use=USE)

@@ -9,8 +9,6 @@
   * Guidance. The pipeline rescales a guided velocity to the norm of the conditional one, row by
     row of the latent (over its width). This is the sampler's habit: `rescale`, handed to
     `sample_teacher` alone. CA is made of plain predictions.
-  * Text. Prompts stand behind a system prompt; the null prompt is the empty string *without* it.
-    States are Gemma-2's last but one, at most 256 tokens, padded right.
   * Latents. FLUX's autoencoder, 8 x 8 pixels a latent, 2 x 2 latents a token.
 """
 
@@ -31,35 +29,37 @@ from jax.sharding import Mesh
 from ddmd_jax.data.batch import CondSpec
 from ddmd_jax.diffusion import process
 from ddmd_jax.diffusion.time import Shift
-from ddmd_jax.families.base import Array, Cond, Decoder, Latents, Teacher, kernels_in
+from ddmd_jax.families import published_text
+from ddmd_jax.families.base import (
+    Array,
+    Cond,
+    Decoder,
+    Latents,
+    LoadOptions,
+    Teacher,
+    kernels_in,
+)
+from ddmd_jax.families.lumina import text
 from ddmd_jax.models import autoencoder_kl, flops, nextdit
 from ddmd_jax.models.attention import resolve
 from ddmd_jax.models.autoencoder_kl import AutoencoderKLConfig
 from ddmd_jax.models.layers import abstract_params, functional
 from ddmd_jax.models.nextdit import NextDiT, NextDiTConfig
+from ddmd_jax.models.text.gemma2 import Gemma2Config
 from ddmd_jax.parallel import sharding
 from ddmd_jax.weights import diffusers, fetch
 from ddmd_jax.weights.flat import WeightsError
 from ddmd_jax.weights.names import autoencoder_kl as vae_names, nextdit as names
 
-PIPELINES = ('Lumina2Pipeline', 'Lumina2Text2ImgPipeline')
 TRANSFORMER, AUTOENCODER = 'Lumina2Transformer2DModel', 'AutoencoderKL'
 FILES = ('model_index.json', 'scheduler/*.json', 'transformer/*.json', 'transformer/*.safetensors',
          'vae/*.json', 'vae/*.safetensors')
-TOKENS = 256  # of a caption, padded
 SIZE = (1024, 1024)  # pixels, height first
 FACTOR = 8  # pixels a latent, likewise
 SHIFT = 6.0  # the published scheduler's, for a bare transformer, which comes without one
-SYSTEM_PROMPT = ('You are an assistant designed to generate superior images with the superior '
-                 'degree of image-text alignment based on textual prompts or user prompts.')
 LIMIT = 4.0  # standard deviations: latents are scaled to about one
 RULES = nextdit.RULES
 VAE_RULES = ((r'.', ()),)  # 84 M parameters: whole on every device
-
-
-def full_prompt(prompt: str) -> str:
-    """What the text encoder reads for `prompt`; the null prompt '' stays as it is."""
-    return f'{SYSTEM_PROMPT} <Prompt Start> {prompt}' if prompt else ''
 
 
 def rescale(v: Array, v_cond: Array) -> Array:
@@ -137,8 +137,8 @@ def _open(folder: Path) -> tuple[diffusers.Checkpoint, diffusers.Checkpoint | No
     if not (folder / 'model_index.json').exists():
         return diffusers.open_folder(folder, TRANSFORMER), None, SHIFT
     found = diffusers.read_json(folder / 'model_index.json').get('_class_name')
-    if found not in PIPELINES:
-        raise WeightsError(f'{folder} is a {found}, not {PIPELINES[0]}; give a folder of '
+    if found not in text.CLASSES:
+        raise WeightsError(f'{folder} is a {found}, not {text.CLASSES[0]}; give a folder of '
                            'Lumina-Image-2.0')
     return (diffusers.open_folder(folder / 'transformer', TRANSFORMER),
             diffusers.open_folder(folder / 'vae', AUTOENCODER),
@@ -158,27 +158,27 @@ def _abstract_params(cfg: NextDiTConfig, dtype: str) -> Any:
     return jax.eval_shape(functools.partial(kernels_in, dtype=dtype), params)
 
 
-def load(path: str, mesh: Mesh, dtype: str = 'float32', size: Sequence[int] | None = None,
-         remat: str = 'none', attention: str = 'auto', param_dtype: str = 'float32') -> Teacher:
+def load(options: LoadOptions) -> Teacher:
     """The teacher of a diffusers folder, its weights read straight into the mesh's layout.
 
-    `path` is a folder, a ``gs://`` URL or a hub id, of the pipeline or of the transformer
-    alone (then nothing can be decoded). Kernels are kept in `param_dtype`, the few other
-    parameters in fp32; `dtype` is that of the activations. `size` is in pixels, height first.
+    ``options.path`` is a folder, a ``gs://`` URL or a hub id, of the pipeline or of the transformer
+    alone (then nothing can be decoded). Kernels are kept in `param_dtype`, the few other parameters
+    in fp32.
 
     Raises:
       WeightsError: not Lumina-Image-2.0, or missing, damaged, misshapen or quantised.
       ShardingError: a parameter does not divide over the mesh.
     """
-    transformer, vae, shift = _open(fetch.local_folder(path, FILES))
-    kind = resolve(attention, mesh.devices.flat[0].platform)
-    cfg = model_config(transformer.config, dtype, remat, kind)
-    abstract = _abstract_params(cfg, param_dtype)
+    mesh = options.mesh or sharding.make_mesh({}, jax.devices()[:1])
+    transformer, vae, shift = _open(fetch.local_folder(options.path, FILES))
+    kind = resolve(options.attention, mesh.devices.flat[0].platform)
+    cfg = model_config(transformer.config, options.dtype, options.remat, kind)
+    abstract = _abstract_params(cfg, options.param_dtype)
     layout = sharding.shard_tree(abstract, RULES, mesh)
     diffusers.check(transformer, abstract, names.entry)
     # Everything is checked before the first byte of weights goes to a device.
     factor, decode = (FACTOR, None) if vae is None else _decoder(vae, mesh)
-    latents = Latents(_latent_shape(size or SIZE, cfg, factor), decode, LIMIT,
+    latents = Latents(_latent_shape(options.size or SIZE, cfg, factor), decode, LIMIT,
                       functools.partial(_latent_shape, cfg=cfg, factor=factor))
     return Teacher(
         'lumina', diffusers.import_tree(transformer, abstract, layout, names.entry),
@@ -198,19 +198,19 @@ def _vae_config(published: dict[str, Any], dtype: str) -> AutoencoderKLConfig:
                            'again') from e
 
 
-def abstract(mesh: Mesh, dtype: str = 'float32', size: Sequence[int] | None = None,
-             remat: str = 'none', attention: str = 'auto',
-             param_dtype: str = 'float32') -> Teacher:
+def abstract(options: LoadOptions) -> Teacher:
     """The published teacher with shapes in place of weights: to compile for, not to run."""
-    kind = resolve(attention, mesh.devices.flat[0].platform)
-    cfg = NextDiTConfig(dtype=dtype, remat=remat, attention=kind)
-    shape = _latent_shape(size or SIZE, cfg, FACTOR)
+    mesh, size = options.mesh, options.size or SIZE
+    kind = resolve(options.attention, mesh.devices.flat[0].platform)
+    cfg = NextDiTConfig(dtype=options.dtype, remat=options.remat, attention=kind)
+    shape = _latent_shape(size, cfg, FACTOR)
     latents = Latents(shape, limit=LIMIT,
                       shape_of=functools.partial(_latent_shape, cfg=cfg, factor=FACTOR),
-                      decoder=_decoder_program(AutoencoderKLConfig(), mesh, size or SIZE))
+                      decoder=_decoder_program(AutoencoderKLConfig(), mesh, size))
     return Teacher(
-        'lumina', _abstract_params(cfg, param_dtype), make_denoiser(cfg, mesh), latents,
-        CondSpec.text(cfg.cap_feat_dim), Shift(SHIFT), 'abstract', RULES, rescale=rescale,
+        'lumina', _abstract_params(cfg, options.param_dtype), make_denoiser(cfg, mesh), latents,
+        CondSpec.text(cfg.cap_feat_dim), Shift(SHIFT), 'abstract', RULES,
+        published_text.abstract(text.PIPELINE, Gemma2Config(), options), rescale=rescale,
         features=make_features(cfg, mesh),
         flops=functools.partial(flops.nextdit_forward, cfg, shape[:2]))
 

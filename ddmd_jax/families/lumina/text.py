@@ -1,0 +1,52 @@
+"""Lumina-Image-2.0's text side, as diffusers has it (``lumina2/pipeline_lumina2.py``).
+
+Gemma-2's last but one state of at most 256 tokens, padded on the right. The tokenizer puts its
+[BOS] in front and nothing behind. Prompts stand behind the system prompt; the null prompt is the
+empty text without it, [BOS] alone.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from ddmd_jax.families import published_text
+from ddmd_jax.families.base import LoadOptions, TextEncoder
+from ddmd_jax.families.published_text import Component, Pipeline
+from ddmd_jax.models.text import gemma2
+from ddmd_jax.models.text.gemma2 import Gemma2, Gemma2Config
+from ddmd_jax.weights.names import gemma2 as names
+
+CLASSES = ('Lumina2Pipeline', 'Lumina2Text2ImgPipeline')
+SYSTEM_PROMPT = ('You are an assistant designed to generate superior images with the superior '
+                 'degree of image-text alignment based on textual prompts or user prompts.')
+FIXED = {'hidden_activation': 'gelu_pytorch_tanh', 'attention_bias': False,
+         'use_bidirectional_attention': False}
+
+
+def full_prompt(prompt: str) -> str:
+    """The text that is encoded for `prompt`; the null prompt '' stays as it is."""
+    return f'{SYSTEM_PROMPT} <Prompt Start> {prompt}' if prompt else ''
+
+
+def model_config(published: dict[str, Any], dtype: str = 'float32') -> Gemma2Config:
+    """Our Gemma-2 from a published ``text_encoder/config.json``; see `config_of`."""
+    kinds = published.get('layer_types')
+    return published_text.config_of(
+        Gemma2Config, published, FIXED, dtype=dtype,
+        rope_theta=published_text.rope_theta(published),
+        layer_types=None if kinds is None else tuple(kinds))
+
+
+PIPELINE = Pipeline(
+    'lumina', CLASSES,
+    (Component('text_encoder', 'tokenizer', names.PUBLISHED, model_config, Gemma2, names.entry),),
+    length=256, rules=gemma2.RULES, text=lambda tokenizer, prompt: full_prompt(prompt))
+
+
+def load(options: LoadOptions) -> TextEncoder:
+    """Gemma-2 of a pipeline's folder: embeds ``[B, L, 2304]``, L <= 256.
+
+    Raises:
+      WeightsError, ShardingError: as `published_text.load`.
+    """
+    return published_text.load(PIPELINE, options)

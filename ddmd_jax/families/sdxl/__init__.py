@@ -1,0 +1,6 @@
+"""SDXL: its text side."""
+
+from ddmd_jax.families.family import Family
+from ddmd_jax.families.sdxl import text
+
+FAMILY = Family('sdxl', text=text.load, class_names=text.PIPELINE.class_names)

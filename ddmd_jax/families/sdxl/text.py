@@ -1,0 +1,62 @@
+"""SDXL's text side, as diffusers has it (``stable_diffusion_xl/pipeline_stable_diffusion_xl.py``).
+
+Last but one states of CLIP-L and OpenCLIP's bigG side by side, and bigG's projected state at the
+end token as ``pooled``. Always 77 tokens, which the U-Net reads all, padding too: the mask is True
+everywhere. Where ``model_index.json`` sets ``force_zeros_for_empty_prompt``, the pipeline guides
+away from *zeros*; the null prompt here is the encoded empty text all the same, as CA wants a row
+that an encoder gave. `null_is_zeros` says which of the two a folder's pipeline does.
+"""
+
+from __future__ import annotations
+
+import functools
+from pathlib import Path
+from typing import Any
+
+from ddmd_jax.families import published_text
+from ddmd_jax.families.base import LoadOptions, TextEncoder
+from ddmd_jax.families.published_text import Component, Pipeline
+from ddmd_jax.models.text import clip
+from ddmd_jax.models.text.clip import ClipConfig, ClipText
+from ddmd_jax.weights import diffusers
+from ddmd_jax.weights.names import clip as names
+
+
+def model_config(published: dict[str, Any], dtype: str = 'float32', *,
+                 projected: bool) -> ClipConfig:
+    """Our CLIP from a published ``text_encoder/config.json``; see `config_of`.
+
+    Only where `projected` is the last layer of use, for pooling.
+    """
+    width = published['projection_dim'] if projected else None
+    return published_text.config_of(ClipConfig, published, {}, dtype=dtype, projection_dim=width,
+                                    penultimate=not projected)
+
+
+PIPELINE = Pipeline(
+    'sdxl', ('StableDiffusionXLPipeline', 'StableDiffusionXLImg2ImgPipeline',
+             'StableDiffusionXLInpaintPipeline'),
+    (Component('text_encoder', 'tokenizer', names.PUBLISHED,
+               functools.partial(model_config, projected=False), ClipText, names.entry),
+     Component('text_encoder_2', 'tokenizer_2', names.PROJECTED,
+               functools.partial(model_config, projected=True), ClipText, names.entry)),
+    length=77, rules=clip.RULES, cuts=False)
+
+
+def load(options: LoadOptions) -> TextEncoder:
+    """Both CLIPs of a pipeline's folder: embeds ``[B, 77, 2048]``, pooled ``[B, 1280]``.
+
+    Raises:
+      WeightsError, ShardingError: as `published_text.load`.
+    """
+    return published_text.load(PIPELINE, options)
+
+
+def null_is_zeros(folder: str | Path) -> bool:
+    """Whether the pipeline of a folder guides away from zeros instead of the encoded empty text.
+
+    Raises:
+      WeightsError: there is no ``model_index.json``.
+    """
+    index = diffusers.read_json(Path(folder) / 'model_index.json')
+    return bool(index.get('force_zeros_for_empty_prompt', True))  # the pipeline's own default

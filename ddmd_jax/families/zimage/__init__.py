@@ -1,0 +1,6 @@
+"""Z-Image: its text side."""
+
+from ddmd_jax.families.family import Family
+from ddmd_jax.families.zimage import text
+
+FAMILY = Family('zimage', text=text.load, class_names=text.PIPELINE.class_names)

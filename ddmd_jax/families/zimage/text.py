@@ -1,0 +1,48 @@
+"""Z-Image's text side, as diffusers has it (``z_image/pipeline_z_image.py``).
+
+Qwen3's last but one state of at most 512 tokens of the chat template with a generation prompt,
+thinking enabled. The null prompt goes through the template too. The pipeline leaves the side of the
+padding to the tokenizer and keeps the real tokens alone; here padding is on the right always, which
+leaves their states as they are.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from ddmd_jax.families import published_text
+from ddmd_jax.families.base import LoadOptions, TextEncoder
+from ddmd_jax.families.published_text import Component, Pipeline
+from ddmd_jax.models.text import qwen3
+from ddmd_jax.models.text.qwen3 import Qwen3, Qwen3Config
+from ddmd_jax.weights.names import qwen3 as names
+
+FIXED = {'hidden_act': 'silu', 'attention_bias': False, 'use_sliding_window': False}
+
+
+def full_prompt(tokenizer: Any, prompt: str) -> str:
+    """The text that is encoded for `prompt`, by the tokenizer's own chat template."""
+    return tokenizer.apply_chat_template(
+        [{'role': 'user', 'content': prompt}], tokenize=False, add_generation_prompt=True,
+        enable_thinking=True)
+
+
+def model_config(published: dict[str, Any], dtype: str = 'float32') -> Qwen3Config:
+    """Our Qwen3 from a published ``text_encoder/config.json``; see `config_of`."""
+    return published_text.config_of(Qwen3Config, published, FIXED, dtype=dtype,
+                                    rope_theta=published_text.rope_theta(published))
+
+
+PIPELINE = Pipeline(
+    'zimage', ('ZImagePipeline', 'ZImageImg2ImgPipeline'),
+    (Component('text_encoder', 'tokenizer', names.PUBLISHED, model_config, Qwen3, names.entry),),
+    length=512, rules=qwen3.RULES, text=full_prompt)
+
+
+def load(options: LoadOptions) -> TextEncoder:
+    """Qwen3 of a pipeline's folder: embeds ``[B, L, 2560]``, L <= 512.
+
+    Raises:
+      WeightsError, ShardingError: as `published_text.load`.
+    """
+    return published_text.load(PIPELINE, options)
