@@ -31,7 +31,7 @@ def test_bad_input(tmp_path, args, code, words):
 
 
 PREPARE = [
-    ([], 1, 'expected `emoji`, `classifier`'),
+    ([], 1, 'expected `prompts`, `embed`, `emoji` or `classifier`'),
     (['emojis'], 1, 'got emojis'),
     (['emoji', 'classifier'], 1, "unexpected argument 'classifier'"),
     (['emoji', '--steps=3'], 2, "Unknown command line flag 'steps'"),  # the classifier's
@@ -44,7 +44,7 @@ PREPARE = [
     (['prompts', '--input=FILE', '--out=OUT', '--feild=x'], 2, "Unknown command line flag 'feild'"),
     (['prompts', '--input=FILE', '--out=OUT', '--validation=2'], 2, 'validation'),
     (['prompts', '--input=FILE', '--out=OUT', '--near_threshold=0'], 2, 'near_threshold'),
-    (['prompts', '--input=FILE', '--out=OUT', '--teacher=sdxl'], 2, 'lumina|emoji'),
+    (['prompts', '--input=FILE', '--out=OUT', '--teacher=emojj'], 1, "no teacher family 'emojj'"),
     (['prompts', '--input=FILE', '--out=OUT', '--max_tokens=9'], 1, 'needs --tokenizer'),
     (['prompts', '--input=FILE,/nowhere.txt', '--out=OUT'], 1, 'no file /nowhere.txt'),
     (['prompts', '--input=FILE', '--out=/proc/nowhere'], 1, 'cannot be made'),

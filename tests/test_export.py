@@ -117,7 +117,7 @@ def test_a_teacher_that_moved_is_named_by_hand(ema, tmp_path):
 
 def test_a_bare_transformer_stays_one_and_says_so(run, tmp_path, capfd):
     export(run, tmp_path / 'out', 'float32')
-    assert 'is a bare transformer, and so is what is written' in capfd.readouterr().err
+    assert 'is a bare transformer, and so is the student written' in capfd.readouterr().err
     assert sorted(p.name for p in (tmp_path / 'out').iterdir()) == ['README.md', 'transformer']
 
 
@@ -252,7 +252,7 @@ def test_another_teacher_than_the_runs_is_told(emoji_run, tmp_path, capfd):
 def test_what_is_installed_has_all_that_is_exported_and_reported():
     """`package_data` of setup.py: templates, and code that is shipped and not imported."""
     text = (tiny.ROOT / 'setup.py').read_text()
-    patterns = re.findall(r"'((?:data|study|export|report)/[^']+)'", text)
+    patterns = re.findall(r"'((?:families|study|export|report)/[^']+)'", text)
     package = tiny.ROOT / 'ddmd_jax'
     shipped = {file for pattern in patterns for file in package.glob(pattern)}
     wanted = {*package.rglob('*.jinja'), *(package / 'families/emoji/code').glob('*.py')}
@@ -353,7 +353,7 @@ def damaged_manifest(run, small, tmp_path):
 
 def unknown_teacher(run, small, tmp_path):
     folder = save(tmp_path / 'run', {'teacher.name': 'sora'}, SMALL)
-    return folder, "distils the teacher 'sora', which is unknown here; known: emoji, lumina"
+    return folder, "distils a teacher that is unknown here: no teacher family 'sora'; known: emoji, lumina"
 
 
 def no_student(run, small, tmp_path):
