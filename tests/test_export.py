@@ -353,7 +353,7 @@ def damaged_manifest(run, small, tmp_path):
 
 def unknown_teacher(run, small, tmp_path):
     folder = save(tmp_path / 'run', {'teacher.name': 'sora'}, SMALL)
-    return folder, "distils a teacher that is unknown here: no teacher family 'sora'; known: emoji, lumina"
+    return folder, "a teacher that is unknown here: no teacher family 'sora'; known: emoji, lumina"
 
 
 def no_student(run, small, tmp_path):

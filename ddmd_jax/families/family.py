@@ -64,10 +64,16 @@ class Source:
 
 @dataclasses.dataclass(frozen=True)
 class Exported:
-    """A student about to be written: fp32 parameters, and what is said beside them.
+    """A student about to be written.
 
-    `step` is the update it is of, `steps` its number of steps, `time` its time map, `dtype` that of the tensors written,
-    `sampler` one of `sampling.STUDENT_MODES`.
+    Attributes:
+      params: fp32, over the mesh.
+      source: its teacher.
+      step: the update that it is of.
+      steps: its network evaluations.
+      time: its time map.
+      dtype: of the tensors that are written.
+      sampler: of its pipeline, one of `sampling.STUDENT_MODES`.
     """
 
     params: Any

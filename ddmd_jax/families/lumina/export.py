@@ -38,8 +38,8 @@ def open_source(path: str) -> Source:
     published = diffusers.read_json(lumina.transformer_folder(folder) / 'config.json')
     cfg = lumina.model_config(published)
     abstract = abstract_params(lambda: NextDiT(cfg, nnx.Rngs(0)))
-    return Source(_identity(folder), abstract, lumina.RULES, Shift(lumina.shift_of(folder)), published,
-                  own=folder)
+    return Source(_identity(folder), abstract, lumina.RULES, Shift(lumina.shift_of(folder)),
+                  published, own=folder)
 
 
 def _identity(folder: Path) -> str | None:
@@ -69,7 +69,8 @@ def write_pipeline(student: Exported, out: Path) -> None:
     for name in copied:
         _copy(source / name, out / name)
     base = source / 'scheduler' / 'scheduler_config.json'
-    scheduler.write(out / 'scheduler', student.time.shift, student.sampler, diffusers.read_json(base))
+    scheduler.write(out / 'scheduler', student.time.shift, student.sampler,
+                    diffusers.read_json(base))
     empty = [None, None]
     scheduler.write_index(out, text.CLASSES[0], {
         'transformer': ['diffusers', lumina.TRANSFORMER],
