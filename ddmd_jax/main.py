@@ -228,7 +228,7 @@ def main(argv: list[str]) -> None:
         if isinstance(e, OSError) and e.errno in (errno.ENOSPC, errno.EDQUOT):
             distributed.fail(f'{workdir} cannot be written ({e.strerror}); make room, then run the '
                              'same command to go on from the last checkpoint')
-        distributed.end_if_several(e)
+        distributed.exit_if_distributed(e)
         raise
 
 

@@ -176,7 +176,7 @@ def test_two_processes_read_the_prompts_of_one_in_its_order():
     ({'JAX_COORDINATOR_ADDRESS': 'host:1'}, 'JAX_COORDINATOR_ADDRESS'),
 ])
 def test_the_environment_is_read(environ, found):
-    assert distributed.found_in({'JAX_PLATFORMS': 'cpu'} | environ) == found
+    assert distributed.launcher_in({'JAX_PLATFORMS': 'cpu'} | environ) == found
 
 
 @pytest.mark.parametrize('flags, words', [

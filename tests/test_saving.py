@@ -3,19 +3,14 @@
 import json
 import logging
 import struct
-import subprocess
-import sys
 import threading
 import types
 
 import pytest
-import tiny
-from hypothesis import given, strategies
-from orbax.checkpoint._src.serialization import tensorstore_utils
 from tensorboardX.proto.event_pb2 import Event
 from test_checkpoints import feed, opened, state_at
 
-from ddmd_jax.train.durable import checkpoint as ckpt, checksums, memory, noise, saving
+from ddmd_jax.train.durable import checkpoint as ckpt, checksums, quiet_orbax as quiet, saving
 from ddmd_jax.train.watch import logs
 
 # --- A save that hangs ---
@@ -141,9 +136,9 @@ def loop_gone():
     return e.value
 
 
-def test_only_what_tensorstore_tells_a_closed_loop_is_dropped():
-    told = []
-    hook = noise._Hook(told.append)
+def test_only_reports_to_a_closed_loop_are_dropped(monkeypatch):
+    told, hook = [], quiet._unraisable
+    monkeypatch.setattr(hook, 'before', told.append, raising=False)
     error = loop_gone()
     what = lambda error, trace: types.SimpleNamespace(
         exc_type=type(error), exc_value=error, exc_traceback=trace)
@@ -163,56 +158,9 @@ def test_only_what_tensorstore_tells_a_closed_loop_is_dropped():
     ('asyncio', 'ERROR', 'asyncio/x.py', 'slow callback', True),
 ])
 def test_only_orbax_errors_are_not_logged(logger, level, path, text, said):
-    noise.hush()
+    quiet.quiet_orbax()
     record = logging.LogRecord(logger, getattr(logging, level), path, 1, text, None, None)
     assert bool(logging.getLogger(logger).filter(record)) == said
-
-
-# --- What stays in memory ---
-
-
-@given(name=strategies.none() | strategies.text(min_size=1), folder=strategies.integers(0, 9),
-       mode=strategies.none() | strategies.sampled_from(tensorstore_utils.OcdbtWriteMode))
-def test_a_spec_is_the_same_as_orbax_makes_it_and_nobody_else_s(name, folder, mode):
-    memory.ask_once()
-    built = getattr(tensorstore_utils, memory.BUILD)
-    options = {'process_spec': None, 'temporary_metadata_context': None, 'write_options': mode and (
-        tensorstore_utils.OcdbtKvStoreWriteOptions(mode=mode, target_data_file_size=7))}
-    try:
-        wanted = built.__wrapped__(f'/a/{folder}', name, **options)
-    except ValueError as e:
-        with pytest.raises(ValueError, match=str(e)):
-            built(f'/a/{folder}', name, **options)
-        return
-    assert built(directory=f'/a/{folder}', name=name, **options) == wanted
-    built(f'/a/{folder}', name, **options)['base'].clear()  # whoever changes it has a copy
-    assert built(f'/a/{folder}', name, **options) == wanted
-
-
-def test_tensorstore_is_asked_once_a_folder(monkeypatch):
-    memory.ask_once()
-    memory.ask_once()  # a second time wraps nothing
-    assert not hasattr(getattr(tensorstore_utils, memory.BUILD).__wrapped__, '__wrapped__')
-    assert getattr(tensorstore_utils, memory.COUNT)() == 0
-    asked, original = [], tensorstore_utils.ts.KvStore.Spec
-    monkeypatch.setattr(tensorstore_utils.ts.KvStore, 'Spec',
-                        lambda spec: asked.append(spec) or original(spec))
-    for i in range(50):
-        tensorstore_utils.build_kvstore_tspec('/a/unheard of', f'array{i}')
-    assert len(asked) == 1
-
-
-def test_what_is_free_is_given_back():
-    """Memory in pieces small enough for a heap, the last of which holds on to all before it."""
-    code = ('from pathlib import Path; from ddmd_jax.train.durable import memory\n'
-            'rss = lambda: int(Path("/proc/self/statm").read_text().split()[1]) * 4096\n'
-            'pieces = [bytes(10**5) for _ in range(2000)]\n'
-            'pieces, last = None, pieces[-1]\n'
-            'before = rss(); memory.give_back(); print(before, rss())')
-    done = subprocess.run([sys.executable, '-c', code], cwd=tiny.ROOT, capture_output=True,
-                          text=True, check=True)
-    before, after = map(int, done.stdout.split())
-    assert before - after > 1e8
 
 
 # --- What is logged ---

@@ -22,5 +22,5 @@ try:
         multihost_utils.reached_preemption_sync_point(step)
         print(step, flush=True)
 except Exception as e:
-    distributed.end_if_several(e)
+    distributed.exit_if_distributed(e)
     raise

@@ -68,13 +68,14 @@ def test_the_other_ends_when_one_is_killed_and_a_restart_resumes(toy, which):
     start = time.monotonic()
     victim.kill()
     victim.communicate()
-    _, err = runs.ended(survivor, code=1, timeout=60)
-    assert time.monotonic() - start < 8 + 10
-    line = runs.said(err)[-1]
-    assert line.startswith(f'main: process {1 - which}: ') and 'Traceback' not in err
-    if which == 0:
-        assert 'process 0 is gone; start all processes again' in line
+    _, err = survivor.communicate(timeout=60)
+    assert time.monotonic() - start < 8 + 10 and survivor.returncode != 0
+    if which == 0:  # JAX's own words, unless ours come first
+        assert ('the JAX distributed service detected fatal errors' in err
+                or 'process 0 does not answer' in err)
     else:
+        line = runs.said(err)[-1]
+        assert line.startswith('main: process 0: ') and 'Traceback' not in err
         assert 'process 1 has not been heard of for 8 s' in line or 'process is gone (' in line
     first = runs.lines(workdir)[-1]['step']
     _, err = toy.finish(workdir, BATCH | {'train.steps': first + 2} | MESHES[4], devices=4)

@@ -16,9 +16,11 @@ import orbax.checkpoint as ocp
 from orbax.checkpoint import checkpoint_managers as policies
 from tqdm import tqdm
 
-from ddmd_jax.train.durable import checkpoint as ckpt, checksums, memory, noise
+from ddmd_jax.train.durable import checkpoint as ckpt, checksums
 from ddmd_jax.train.durable.checkpoint import CheckpointError
+from ddmd_jax.train.durable.quiet_orbax import quiet_orbax
 from ddmd_jax.train.feed import Feed
+from ddmd_jax.util.text import first_line
 
 
 class Pinned(policies.PreservationPolicy):
@@ -96,8 +98,7 @@ class Checkpoints:
         self._committed: int | None = None  # the last one that Orbax has finished
         self._save: _Save | None = None
         self._worker = futures.ThreadPoolExecutor(1, 'checkpoints')
-        noise.hush()
-        memory.ask_once()
+        quiet_orbax()
         ckpt.set_aside(self.directory)
         self.manager = ocp.CheckpointManager(self.directory, options=ocp.CheckpointManagerOptions(
             enable_async_checkpointing=True, cleanup_tmp_directories=True,
@@ -160,7 +161,7 @@ class Checkpoints:
         try:
             self.manager.save(step, metrics=judged, args=items)
         except Exception as e:  # of the file system, by way of Orbax
-            self._failed = ckpt.first_line(e)
+            self._failed = first_line(e)
 
     def _finish(self, step: int) -> None:
         """In the thread: waits for a save and sums up its files, or says why it failed."""
@@ -172,13 +173,12 @@ class Checkpoints:
             if jax.process_index() == 0 and not self._failed:
                 checksums.write(folder)
         except Exception as e:
-            self._failed = self._failed or ckpt.first_line(e)
+            self._failed = self._failed or first_line(e)
         if self._failed:
             tqdm.write(f'warning: checkpoint {folder} could not be written ({self._failed}); those '
                        'before it stand', file=sys.stderr)
             self.manager.reload()  # Orbax's list, to what is there
             self._clear(step)
-        memory.give_back()
 
     def _clear(self, step: int) -> None:
         """Deletes what a save that failed has left: the next one may need that room."""
@@ -270,7 +270,7 @@ class Checkpoints:
         except HungError as e:
             if ending is None or isinstance(ending, HungError):
                 raise
-            raise HungError(f'{ckpt.first_line(ending)}; {e}') from ending
+            raise HungError(f'{first_line(ending)}; {e}') from ending
         finally:
             self._worker.shutdown(wait=False)
 
