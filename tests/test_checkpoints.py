@@ -154,6 +154,19 @@ def test_what_is_named_is_not_there(tmp_path, fields, words):
     assert len(str(e.value).splitlines()) == 1
 
 
+def test_a_checkpoint_of_the_format_before_is_refused_and_its_weights_are_read(tmp_path):
+    old = saved(tmp_path / 'old') / 'checkpoints' / '3'
+    manifest = old / 'manifest' / 'metadata'
+    manifest.write_text(json.dumps(MANIFEST))
+    (old / checksums.NAME).unlink()
+    for workdir, named in ((tmp_path / 'old', ''), (tmp_path / 'new', old)):
+        with pytest.raises(ckpt.CheckpointError, match='has format 1 .*--config.init_from=') as e:
+            begin(workdir, resume_from=named)
+        assert len(str(e.value).splitlines()) == 1
+    kind, state, *_ = begin(tmp_path / 'new', init_from=old)
+    assert kind == 'init' and state.student['kernel'][0] == 3 and state.step == 0
+
+
 def test_other_versions_warn(tmp_path, capsys):
     saved(tmp_path, manifest=MANIFEST | {'version.jax': '0.9.0', 'version.optax': '1'})
     begin(tmp_path, manifest=MANIFEST | {'version.jax': '0.10.2', 'version.optax': '1'})

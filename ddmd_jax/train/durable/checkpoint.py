@@ -22,6 +22,7 @@ from ddmd_jax.util.text import first_line
 from ddmd_jax.weights import flat
 
 PACKAGES = ('ddmd_jax', 'jax', 'flax', 'optax', 'orbax-checkpoint')
+FORMAT_FIELD, FORMAT = 'format', 2  # of the state's tree; a manifest without it has format 1
 INTERVAL = 'interval'  # beside the data's state: metrics that had not been logged yet
 VERSION = 'version.'  # in front of a package's name in a manifest; these only warn
 
@@ -131,9 +132,16 @@ def check_manifest(folder: Path, manifest: Mapping[str, Any]) -> None:
     """Refuses another run's checkpoint, naming each difference; other versions only warn.
 
     Raises:
-      CheckpointError: it is another run's, or its manifest cannot be read.
+      CheckpointError: it is another run's, of another format, or its manifest cannot be read.
     """
     (saved, wrote), (current, reads) = map(split_versions, (manifest_of(folder), manifest))
+    form = saved.pop(FORMAT_FIELD, 1)
+    current.pop(FORMAT_FIELD, None)
+    if form != FORMAT:
+        raise CheckpointError(
+            f'checkpoint {folder} has format {form} of another ddmd_jax, this one resumes format '
+            f'{FORMAT}; start a new run from its weights: another --workdir and '
+            f'--config.init_from={folder}')
     found = differences(saved, current)
     if found:
         raise CheckpointError(

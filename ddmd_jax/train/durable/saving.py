@@ -89,7 +89,7 @@ class Checkpoints:
     def __init__(self, workdir: Path, *, keep: int, manifest: Mapping[str, Any],
                  keep_every: int = 0, best: str = '', best_mode: str = 'min',
                  pinned: Sequence[int] = (), timeout: float = 1800):
-        self.manifest = dict(manifest)
+        self.manifest = dict(manifest) | {ckpt.FORMAT_FIELD: ckpt.FORMAT}
         self.directory = workdir / 'checkpoints'
         self.best, self.interval, self.pinned = best, [], set(pinned)
         self.timeout, self.stalled = timeout, 0.0
