@@ -56,7 +56,7 @@ def read_prompts(given: Sequence[str], name: str, split: str) -> list[str]:
     return found
 
 
-def places(out: Path, named: Sequence[drawing.Name], sheet: bool, suffix: str,
+def places(out: Path, named: Sequence[drawing.ImageName], sheet: bool, suffix: str,
            overwrite: bool) -> tuple[list[Path], Path | None]:
     """(a file for each image, the sheet's or None); their folder is made.
 
@@ -203,7 +203,7 @@ def load(model: Model, whose: Sequence[str], mesh: Mesh) -> tuple[Teacher, dict[
 # --- Writing ---
 
 
-def write(batches: Iterable[np.ndarray], named: Sequence[drawing.Name], files: Sequence[Path],
+def write(batches: Iterable[np.ndarray], named: Sequence[drawing.ImageName], files: Sequence[Path],
           about: Mapping[str, str], keep: int) -> np.ndarray:
     """Writes every image to its file as it comes, if there are files; returns the first `keep`.
 

@@ -7,18 +7,20 @@ Exit codes: 0 done; 1 it could not go on (one line on stderr says what, where an
 
 from __future__ import annotations
 
-import dataclasses
 import importlib.metadata
 import json
 import os
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from absl import app, flags, logging
 
 from ddmd_jax.util import arguments
+
+if TYPE_CHECKING:
+    from ddmd_jax.diffusion.drawing import ImageName, Sampler, Times
 
 FLAGS = flags.FLAGS
 TEACHER_STEPS = 50  # of the guided teacher, unless --steps says otherwise
@@ -76,51 +78,32 @@ def refusal() -> str:
     return ''
 
 
-@dataclasses.dataclass(frozen=True)
-class Column:
-    """One way in which every image is drawn: `whose` weights, and how."""
-
-    title: str
-    whose: str
-    sampler: Any
-    how: str  # mode of a student, solver of a teacher
-
-
-def columns(model: Any, teacher: Any) -> list[Column]:
-    """What the flags ask for; the last is what is written image by image."""
+def samplers(model: Any, teacher: Any) -> list[Sampler]:
+    """The columns of a sheet that the flags ask for; images of the last are written one by one."""
     from ddmd_jax.diffusion import drawing, time as time_maps
     from ddmd_jax.train.durable import checkpoint as ckpt
 
     steps = FLAGS.steps or model.steps
+    guidance = model.family.guidance if FLAGS.guidance is None else FLAGS.guidance
     if FLAGS.teacher:
-        return [_guided(model, teacher, FLAGS.steps or TEACHER_STEPS, 1)]
+        return [drawing.of_teacher(teacher, FLAGS.steps or TEACHER_STEPS, guidance, FLAGS.solver)]
     if steps != model.steps:
         ckpt.warn(f'the student was trained for {model.steps} steps, not for {steps}')
-    student = Column(f'student\n{steps} steps', 'student', drawing.of_student(
-        teacher, steps, time_maps.chosen(teacher.time, model.shift), FLAGS.sampler), FLAGS.sampler)
+    student = drawing.of_student(
+        teacher, steps, time_maps.chosen(teacher.time, model.shift), FLAGS.sampler)
     if not FLAGS.compare_teacher:
         return [student]
-    few = drawing.of_teacher(teacher, steps, noises=steps)
-    return [_guided(model, teacher, TEACHER_STEPS, steps),
-            Column(f'teacher\n{steps} steps', 'teacher', few, 'euler'), student]
+    return [drawing.of_teacher(teacher, TEACHER_STEPS, guidance, FLAGS.solver),
+            drawing.of_teacher(teacher, steps), student]
 
 
-def _guided(model: Any, teacher: Any, steps: int, noises: int) -> Column:
-    from ddmd_jax.diffusion import drawing
-
-    guidance = model.family.guidance if FLAGS.guidance is None else FLAGS.guidance
-    sampler = drawing.of_teacher(teacher, steps, guidance, FLAGS.solver, noises)
-    return Column(f'teacher\n{steps} steps, w={guidance:g}', 'teacher', sampler, FLAGS.solver)
-
-
-def describe(model: Any, column: Column, teacher: Any) -> dict[str, str]:
-    """What all files of one column say of themselves."""
-    sampler = column.sampler
+def describe(model: Any, sampler: Sampler, teacher: Any) -> dict[str, str]:
+    """What all files of one sampler say of themselves."""
     of_run = {'checkpoint': str(model.workdir), 'step': str(model.step)}
     return {
-        'model': column.whose, 'seed': str(FLAGS.seed), 'steps': str(sampler.steps),
+        'model': sampler.model, 'seed': str(FLAGS.seed), 'steps': str(sampler.steps),
         'evaluations': str(sampler.evaluations), 'guidance': f'{sampler.guidance:g}',
-        'sampler': column.how, **(of_run if column.whose == 'student' else {}),
+        'sampler': sampler.method, **(of_run if sampler.model == 'student' else {}),
         'teacher': model.path or model.family.name, 'teacher_identity': teacher.identity,
         'Software': f'ddmd_jax {importlib.metadata.version("ddmd_jax")}'}
 
@@ -133,7 +116,6 @@ def run(out: Path) -> None:
     from ddmd_jax import imaging
     from ddmd_jax.diffusion import drawing
     from ddmd_jax.parallel import sharding
-    from ddmd_jax.train.distill import drawn_rows
 
     prompts = imaging.read_prompts(FLAGS.prompt, FLAGS.prompts, FLAGS.split)
     size = tuple(map(int, FLAGS.size)) if FLAGS.size else None
@@ -145,66 +127,55 @@ def run(out: Path) -> None:
     mesh = sharding.make_mesh({'fsdp': -1})
     cond, null = imaging.encode(prompts, model, mesh)
     cond = jax.tree.map(lambda x: np.repeat(x, FLAGS.count, axis=0), cond)
+    request = drawing.Request(named, cond, null)
     whose = ['teacher'] if FLAGS.teacher else ['student'] + ['teacher'] * FLAGS.compare_teacher
     teacher, params = imaging.load(model, whose, mesh)
-    todo, batch = columns(model, teacher), drawn_rows(min(FLAGS.batch, len(named)), mesh)
-    draw = lambda column, drawn, times: drawing.generate(
-        column.sampler, teacher, params[column.whose], cond, null, drawing.words(drawn), batch,
-        mesh, times)
-    times = draw_all(named, todo, draw, describe(model, todo[-1], teacher), files, sheet)
-    if jax.process_index() == 0:
-        n = times[-1].images
-        print(f'{out}: {n} image{"s" * (n != 1)}, in batches of {batch}')
-        print('\n'.join(map(summary, todo, times)))
-
-
-def draw_all(named: Sequence[Any], todo: Sequence[Column], draw: Callable[..., Any],
-             about: dict[str, str], files: Sequence[Path], sheet: Path | None) -> list[Any]:
-    """Draws every column, and writes images and sheet from process 0; returns their `Times`.
-
-    What is on the sheet alone is drawn only as far as it is shown there.
-    """
-    import jax
-
-    from ddmd_jax import imaging
-    from ddmd_jax.diffusion import drawing
-
+    todo, batch = samplers(model, teacher), drawing.filled(
+        min(FLAGS.batch, len(named)), mesh)
+    draw = lambda sampler, some, times: drawing.generate(
+        sampler, params[sampler.model], some, batch, mesh, times)
+    about = describe(model, todo[-1], teacher)
+    # The sheet shows SHEET rows at most. Samplers that are on the sheet alone draw no more.
     kept = min(len(named), SHEET * (1 if todo[1:] else FLAGS.count)) if sheet else 0
     times = [drawing.Times() for _ in todo]
-    shown = [imaging.write(draw(column, named[:kept], clock), named, [], {}, kept)
-             for column, clock in zip(todo[:-1], times)]
-    writes, drawn = jax.process_index() == 0, named if files else named[:kept]
-    shown.append(imaging.write(draw(todo[-1], drawn, times[-1]), drawn, files if writes else [],
-                               about, kept))
-    if sheet and writes:
+    shown = [imaging.write(draw(sampler, request.first(kept), clock), named, [], {}, kept)
+             for sampler, clock in zip(todo[:-1], times)]
+    writes, some = jax.process_index() == 0, request if files else request.first(kept)
+    shown.append(imaging.write(draw(todo[-1], some, times[-1]), some.names,
+                               files if writes else [], about, kept))
+    if not writes:
+        return
+    if sheet:
         draw_sheet(sheet, named, todo, shown, about)
-    return times
+    n = times[-1].images
+    print(f'{out}: {n} image{"s" * (n != 1)}, in batches of {batch}')
+    print('\n'.join(map(summary, todo, times)))
 
 
-def draw_sheet(file: Path, named: Sequence[Any], todo: Sequence[Column], shown: Sequence[Any],
-               about: dict[str, str]) -> None:
+def draw_sheet(file: Path, named: Sequence[ImageName], todo: Sequence[Sampler],
+               shown: Sequence[Any], about: dict[str, str]) -> None:
     """A row a prompt, a column an image of it; or a row an image, a column a way to draw it."""
     from ddmd_jax.evaluation import pictures
 
-    prompts, titles = [n.prompt for n in named[:len(shown[0])]], [c.title for c in todo]
+    prompts, titles = [n.prompt for n in named[:len(shown[0])]], [s.title for s in todo]
     if len(prompts) < len(named):
         print(f'warning: the sheet shows the first {len(prompts)} of {len(named)} images',
               file=sys.stderr)
     if not todo[1:] and FLAGS.count > 1:
         prompts = prompts[::FLAGS.count]
-        titles = [f'{todo[0].whose}\nimage {i + 1}' for i in range(FLAGS.count)]
+        titles = [f'{todo[0].model}\nimage {i + 1}' for i in range(FLAGS.count)]
         shown = [shown[0][i::FLAGS.count] for i in range(FLAGS.count)]
     captions = [prompt or '(empty)' for prompt in prompts]
     pictures.captioned_sheet(captions, titles, shown, file,
                              {'prompt': json.dumps(prompts, ensure_ascii=False), **about})
 
 
-def summary(column: Column, times: Any) -> str:
+def summary(sampler: Sampler, times: Times) -> str:
     """What one way of drawing took."""
-    n, sampler = times.images, column.sampler
-    return (f'{column.whose}, {sampler.steps} steps: {sampler.evaluations} network evaluations and '
-            f'{times.drawing / n:.4f} s an image, {times.decoding / n:.4f} s more to decode it; '
-            f'compiled before in {times.compiling:.1f} s')
+    n = times.images
+    return (f'{sampler.model}, {sampler.steps} steps: {sampler.evaluations} network '
+            f'evaluations and {times.drawing / n:.4f} s an image, {times.decoding / n:.4f} s more '
+            f'to decode it; compiled before in {times.compiling:.1f} s')
 
 
 def main(argv: list[str]) -> None:

@@ -137,14 +137,12 @@ def main(folder: Path) -> None:
         'optim.critic.lr': 5e-4, 'log.every': 20, 'log.probe': 16})
     task = distill.make_task(config, teacher, mesh)
     state, _ = loop.run(task, config, run, mesh, teacher.identity)
-    named = drawing.names(CAPTIONS[::3], 1, 0)
-    cond, null = teacher.encode(CAPTIONS[::3]), teacher.encode([''])
+    request = drawing.Request(drawing.names(CAPTIONS[::3], 1, 0), teacher.encode(CAPTIONS[::3]),
+                              teacher.encode(['']))
     rows = [np.stack([draw(c) for c in CAPTIONS[::3]])]
     for sampler, params in ((drawing.of_teacher(teacher, 20, 2.0), teacher.params),
                             (drawing.of_student(teacher, 2), state.ema)):
-        drawn = drawing.generate(sampler, teacher, params, cond, null, drawing.words(named), 8,
-                                 mesh, drawing.Times())
-        rows.append(np.concatenate(list(drawn)))
+        rows.append(np.concatenate(list(drawing.generate(sampler, params, request, 8, mesh))))
     print('error of 20 guided steps {:.3f}, of the student in 2 {:.3f}'.format(
         *(float(np.sqrt(np.mean((row - rows[0]) ** 2))) for row in rows[1:])))
     pictures.captioned_sheet(CAPTIONS[::3], ('real', 'teacher\n20 steps', 'student\n2 steps'), rows,

@@ -1,14 +1,12 @@
 """The figures of the table, against closed forms and against real renders."""
 
-import jax
 import numpy as np
 import pytest
 from hypothesis import given, strategies as some
 
 from ddmd_jax import summarise
-from ddmd_jax.evaluation import measures, pictures
-from ddmd_jax.families.emoji import data as emoji, judge as classifier, suite as report
-from ddmd_jax.parallel.sharding import make_mesh
+from ddmd_jax.evaluation import measures, pictures, tables
+from ddmd_jax.families.emoji import data as emoji, judge as classifier, suite
 
 
 @pytest.fixture(scope='module')
@@ -67,26 +65,37 @@ def test_variance_scales_and_ignores_brightness(gain, lift):
 
 def test_evaluation_pairs_are_seen_and_held_out_as_asked(real):
     pairs, _ = real
-    rows = report.evaluation_rows(pairs, 40, 20, seed=3)
+    rows = suite.evaluation_pairs(pairs, 40, 20, seed=3)
     assert not pairs.held_out[rows[:40]].any() and pairs.held_out[rows[40:]].all()
     assert len(set(rows)) == 60
-    np.testing.assert_array_equal(rows, report.evaluation_rows(pairs, 40, 20, seed=3))
-    assert len(report.evaluation_rows(pairs, 1, 5000, 0)) == 5001  # more than there are: repeated
+    np.testing.assert_array_equal(rows, suite.evaluation_pairs(pairs, 40, 20, seed=3))
+    assert len(suite.evaluation_pairs(pairs, 1, 5000, 0)) == 5001  # more than there are: repeated
 
 
-def test_generation_gives_each_prompt_its_own_conditioning():
-    cond = {'embeds': np.arange(5, dtype=np.float32)[:, None], 'mask': np.ones((5, 1), bool)}
-    null = {'embeds': np.full((1, 1), 9.0, np.float32), 'mask': np.ones((1, 1), bool)}
-    draw = lambda params, c, n, key: params * c['embeds'] + n['embeds']
-    out = report.generate(draw, 2.0, cond, null, total=5, batch=2, seed=0,
-                          mesh=make_mesh({}, jax.devices()[:1]))
-    np.testing.assert_allclose(out[:, 0], [9, 11, 13, 15, 17])
+def test_the_suite_measures_real_renders_as_faultless():
+    found = suite.SUITE.examples(30, 15, seed=1)
+    assert len(found.captions) == 45 and found.held_out.sum() == 15
+    figures = found.measure(found.real)
+    assert list(figures) == list(suite.SUITE.columns)
+    assert figures['glyph_match'] > 0.95 and figures['background_match'] > 0.95
+    assert figures['frechet'] == pytest.approx(0, abs=1e-3)
+    shuffled = found.measure(np.roll(found.real, 1, axis=0))
+    assert shuffled['glyph_match'] < 0.2 and shuffled['colour_error'] > 10
+    watched = suite.SUITE.watched(30, 15, seed=1)
+    assert watched.captions == found.captions
+    assert watched.measure(found.real)['ema_variance'] == pytest.approx(figures['variance'])
 
 
-def test_table_and_sheet(tmp_path):
-    row = dict.fromkeys(report.COLUMNS, 0.5) | {'name': 'student', 'steps': 4, 'guidance': None}
-    text = report.table([row])
-    assert 'glyph match' in text.splitlines()[0] and text.splitlines()[1].startswith('student')
+def test_a_table_shows_the_columns_of_the_suite():
+    rows = [{'name': 'real', 'steps': None, 'evaluations': None, 'guidance': None, 'fid': 0.5},
+            {'name': 'student', 'steps': 4, 'evaluations': 4, 'guidance': 1.0}]
+    assert tables.terminal(rows, {'fid': '.1f'}).splitlines() == [
+        '         steps  evaluations  guidance  fid',
+        'real         -            -         -  0.5',
+        'student      4            4     1.000    -']
+
+
+def test_a_sheet(tmp_path):
     assert pictures.rows_of_images([np.zeros((3, 4, 4, 3))] * 2).shape == (40, 60, 3)
     pictures.captioned_sheet(['red apple'], ['a', 'b'], [np.zeros((1, 8, 8, 3))] * 2,
                              tmp_path / 's.png')
@@ -130,10 +139,14 @@ def test_values_beyond_the_range_are_clipped_not_wrapped():
 
 
 def test_summary_over_seeds(tmp_path):
-    runs = [{'student': dict.fromkeys(summarise.COLUMNS, v) | {'steps': 4, 'evaluations': 4}}
+    runs = [[{'name': 'real', 'steps': None, 'evaluations': None, 'guidance': None, 'fid': v},
+             {'name': 'student', 'steps': 4, 'evaluations': 4, 'guidance': 1.0, 'fid': v}]
             for v in (0.5, 0.7)]
-    last = summarise.table(runs).splitlines()[-1]
-    assert last.startswith('| student | 4 | 4 | 0.600 ± 0.141 |')
+    assert tables.over_runs(runs).splitlines() == [
+        '|  | steps | evaluations | fid |', '|---|---|---|---|',
+        '| real |  |  | 0.600 ± 0.141 |', '| student | 4 | 4 | 0.600 ± 0.141 |']
+    with pytest.raises(KeyError):
+        tables.over_runs([runs[0], runs[1][:1]])
     with pytest.raises(SystemExit, match='not the result of a finished run'):
         summarise.load(str(tmp_path))
 

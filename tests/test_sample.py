@@ -170,11 +170,10 @@ def test_the_prompt_matters_and_the_student_is_not_its_teacher(run, command, wei
     cond, null = imaging.encode(PROMPTS[:2], model, mesh)
     assert cond['embeds'].shape == (2, 10, 16) and null['mask'].sum() == 1
     swapped = jax.tree.map(lambda x: x[::-1], cond)
-    rows = drawing.words(drawing.names(PROMPTS[:2], 1, 0))
 
     def draw(params, cond):
-        images = next(drawing.generate(drawing.of_student(teacher, 2), teacher, params, cond, null,
-                                       rows, 2, mesh, drawing.Times()))
+        request = drawing.Request(drawing.names(PROMPTS[:2], 1, 0), cond, null)
+        images = next(drawing.generate(drawing.of_student(teacher, 2), params, request, 2, mesh))
         return pictures.to_uint8(images).astype(int)
 
     _, params = imaging.load(model, ['student', 'teacher'], mesh)
@@ -187,9 +186,9 @@ def test_the_prompt_matters_and_the_student_is_not_its_teacher(run, command, wei
 
 def test_names_tell_images_apart_and_nothing_else_matters():
     assert drawing.names(['a', 'b', 'a'], 2, 3) == [
-        drawing.Name(3, *rest) for rest in [('a', 0), ('a', 1), ('b', 0), ('b', 1), ('a', 2),
-                                            ('a', 3)]]
-    rows = drawing.words(drawing.names(['a', 'b'], 2, 2**32 - 1))
+        drawing.ImageName(3, *rest) for rest in [('a', 0), ('a', 1), ('b', 0), ('b', 1), ('a', 2),
+                                                 ('a', 3)]]
+    rows = drawing.name_words(drawing.names(['a', 'b'], 2, 2**32 - 1))
     assert rows.dtype == np.uint32 and rows[0, 0] == 2**32 - 1
     data = jax.random.key_data(drawing.keys(jnp.asarray(rows)))
     assert len({tuple(row) for row in data.tolist()}) == 4
@@ -282,7 +281,7 @@ def test_any_text_survives_in_the_file_and_so_do_the_pixels(tmp_path, suffix):
     ('word ' * 20, ('word-' * 10)[:48].strip('-'))])
 def test_names_of_files_are_safe(prompt, slug):
     assert drawing.slug(prompt) == slug
-    assert drawing.file_names([drawing.Name(0, prompt, 0)], '.png') == [
+    assert drawing.file_names([drawing.ImageName(0, prompt, 0)], '.png') == [
         f'0000-{slug}.png' if slug else '0000.png']
 
 

@@ -1,7 +1,8 @@
-"""Images of prompts: the ways to draw them, and any number of them, batch by batch.
+"""Images of prompts: who draws them, which noise they have, and any number of them, batch by batch.
 
-An image has a name: the seed, its prompt, and which image of that prompt it is. Its noise is a
-function of the name alone, so that it is the same image whatever it is drawn with.
+The noise of an image is a function of its name alone: the seed, its prompt, and which image of that
+prompt it is. The batch, the devices and the processes do not enter, so that the table at a run's
+end, the sheet, `sample` and the pictures logged in training show one image under one name.
 """
 
 from __future__ import annotations
@@ -9,38 +10,64 @@ from __future__ import annotations
 import dataclasses
 import functools
 import re
+import sys
 import time
 import unicodedata
 import zlib
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
+from tqdm import tqdm
 
-from ddmd_jax.data.batch import null_like
+from ddmd_jax.data.batch import Cond, null_like
 from ddmd_jax.diffusion import sampling
 from ddmd_jax.diffusion.time import FewSteps, TimeMap
-from ddmd_jax.families import Teacher
 from ddmd_jax.parallel import sharding
 
+if TYPE_CHECKING:
+    from ddmd_jax.families import Teacher
+
+Array = jax.Array
 SLUG = 48  # characters of a prompt in a file's name
+BAR = '{l_bar}{bar}| {n_fmt}/{total_fmt} [{elapsed}<{remaining}, {rate_noinv_fmt}]'
+
+
+# --- Samplers ---
 
 
 @dataclasses.dataclass(frozen=True)
 class Sampler:
-    """A way to draw latents: ``draw(params, cond, null, key) -> [B, H, W, C]``.
+    """A way to draw latents, and to decode them.
 
-    `cond` and `null`, the null prompt's, have B rows; `key` is one for all of them or ``[B]``
-    (`sampling.step_noise`). `evaluations` are the network's, for one image.
+    Attributes:
+      model: whose parameters it takes, 'student' or 'teacher'.
+      steps: of the schedule.
+      evaluations: of the network, for one image.
+      guidance: scale; 1 is none.
+      method: a student's mode (`sampling.STUDENT_MODES`), or the solver of the teacher's ODE.
+      draw: ``(params, cond, null, key) -> latents [B, H, W, C]``; `cond` and `null`, the null
+        prompt's, have B rows; `key` is one for all of them or ``[B]`` (`sampling.step_noise`).
+      decode: ``latents -> images [B, H', W', 3]``; None without a decoder.
     """
 
+    model: str
     steps: int
     evaluations: int
     guidance: float
-    draw: Callable[[Any, Any, Any, jax.Array], jax.Array]
+    method: str
+    draw: Callable[[Any, Any, Any, Array], Array]
+    decode: Callable[[Array], Array] | None
+
+    @property
+    def title(self) -> str:
+        """For the head of a column: the model in one line, steps and guidance in the next."""
+        guided = f', w={self.guidance:g}' if self.guidance != 1 else ''
+        return f'{self.model}\n{self.steps} step{"s" * (self.steps != 1)}{guided}'
 
 
 def of_student(teacher: Teacher, steps: int, time: TimeMap | None = None,
@@ -48,24 +75,26 @@ def of_student(teacher: Teacher, steps: int, time: TimeMap | None = None,
     """Few steps without guidance; `time` None is the teacher's, `mode` of `STUDENT_MODES`."""
     schedule = FewSteps(time or teacher.time, steps)
 
-    def draw(params: Any, cond: Any, null: Any, key: jax.Array) -> jax.Array:
+    def draw(params: Any, cond: Any, null: Any, key: Array) -> Array:
         return sampling.sample_student(
             functools.partial(teacher.predict_clean, params), cond, schedule, key,
             _shape(teacher, cond), mode)
 
-    return Sampler(steps, steps, 1.0, draw)
+    return Sampler('student', steps, steps, 1.0, mode, draw, teacher.latents.decode)
 
 
-def of_teacher(teacher: Teacher, steps: int, guidance: float = 1.0, solver: str = 'euler',
-               noises: int = 1) -> Sampler:
-    """The ODE in `steps`, from the noise at which a student of `noises` steps starts."""
-    def draw(params: Any, cond: Any, null: Any, key: jax.Array) -> jax.Array:
-        noise = sampling.step_noise(key, noises, _shape(teacher, cond))[0]
+def of_teacher(teacher: Teacher, steps: int, guidance: float = 1.0,
+               solver: str = 'euler') -> Sampler:
+    """The teacher's ODE in `steps`, from the noise at which a student of the same name starts."""
+    def draw(params: Any, cond: Any, null: Any, key: Array) -> Array:
+        # The first noise is the same for any number of steps: JAX's keys split independently.
+        noise = sampling.step_noise(key, 1, _shape(teacher, cond))[0]
         return sampling.sample_teacher(
             functools.partial(teacher.predict_clean, params), cond, noise,
             teacher.time.grid(steps), sampling.Guidance(guidance, null, teacher.rescale), solver)
 
-    return Sampler(steps, sampling.evaluations(steps, guidance, solver), guidance, draw)
+    return Sampler('teacher', steps, sampling.evaluations(steps, guidance, solver), guidance,
+                   solver, draw, teacher.latents.decode)
 
 
 def _shape(teacher: Teacher, cond: Any) -> tuple[int, ...]:
@@ -76,7 +105,7 @@ def _shape(teacher: Teacher, cond: Any) -> tuple[int, ...]:
 
 
 @dataclasses.dataclass(frozen=True)
-class Name:
+class ImageName:
     """Which image: its seed, its prompt, and a number that tells images of one prompt apart."""
 
     seed: int
@@ -84,26 +113,26 @@ class Name:
     number: int
 
 
-def names(prompts: Sequence[str], count: int, seed: int) -> list[Name]:
-    """`count` images of every prompt; one that comes again goes on where it was."""
+def names(prompts: Sequence[str], count: int, seed: int) -> list[ImageName]:
+    """`count` images of every prompt; a prompt that comes again goes on counting."""
     seen: Counter[str] = Counter()
     found = []
     for prompt in prompts:
-        found += [Name(seed, prompt, seen[prompt] + i) for i in range(count)]
+        found += [ImageName(seed, prompt, seen[prompt] + i) for i in range(count)]
         seen[prompt] += count
     return found
 
 
-def words(named: Sequence[Name]) -> np.ndarray:
+def name_words(named: Sequence[ImageName]) -> np.ndarray:
     """Names as ``[n, 3]`` uint32, for `keys`."""
     rows = [(n.seed, zlib.crc32(n.prompt.encode()), n.number) for n in named]
     return np.asarray(rows, np.uint32).reshape(-1, 3)
 
 
-def keys(rows: jax.Array) -> jax.Array:
-    """A PRNG key ``[B]`` for each row ``[B, 3]`` of `words`."""
+def keys(words: Array) -> Array:
+    """The PRNG key ``[B]`` of each image, from `name_words` ``[B, 3]``."""
     fold = jax.random.fold_in
-    return jax.vmap(lambda row: fold(fold(jax.random.key(row[0]), row[1]), row[2]))(rows)
+    return jax.vmap(lambda name: fold(fold(jax.random.key(name[0]), name[1]), name[2]))(words)
 
 
 def slug(prompt: str) -> str:
@@ -112,13 +141,44 @@ def slug(prompt: str) -> str:
     return re.sub('[^a-z0-9]+', '-', plain)[:SLUG].strip('-')
 
 
-def file_names(named: Sequence[Name], suffix: str) -> list[str]:
+def file_names(named: Sequence[ImageName], suffix: str) -> list[str]:
     """A file's name for each image: its place in the list, then its prompt."""
     return ['-'.join(filter(None, (f'{i:04d}', slug(n.prompt)))) + suffix
             for i, n in enumerate(named)]
 
 
-# --- Batches ---
+# --- Drawing ---
+
+
+@dataclasses.dataclass(frozen=True)
+class Request:
+    """Images to draw.
+
+    Floats of the conditioning are rounded to bfloat16, in which it is stored and handed on: an
+    image is then the same whether its prompt was encoded at once, beforehand, or with others.
+
+    Attributes:
+      names: of n images.
+      cond: the conditioning of each, ``[n, ...]``, in the host's memory.
+      null: the null prompt's, ``[1, ...]``.
+    """
+
+    names: Sequence[ImageName]
+    cond: Cond
+    null: Cond
+
+    def __post_init__(self) -> None:
+        for field in ('cond', 'null'):
+            object.__setattr__(self, field, jax.tree.map(_rounded, getattr(self, field)))
+
+    def first(self, count: int) -> Request:
+        """The first `count` of its images."""
+        return Request(self.names[:count], jax.tree.map(lambda x: x[:count], self.cond), self.null)
+
+
+def _rounded(x: Any) -> np.ndarray:
+    x = np.asarray(x)
+    return x.astype(jnp.bfloat16) if jnp.issubdtype(x.dtype, jnp.floating) else x
 
 
 @dataclasses.dataclass
@@ -131,41 +191,72 @@ class Times:
     images: int = 0
 
 
-def generate(sampler: Sampler, teacher: Teacher, params: Any, cond: Any, null: Any,
-             rows: np.ndarray, batch: int, mesh: Mesh, times: Times) -> Iterator[np.ndarray]:
-    """Images ``[<= batch, H, W, 3]`` in [-1, 1] of all `rows` in their order, batch by batch.
+def drawer(sampler: Sampler, request: Request, mesh: Mesh) -> Callable[[Any], Array]:
+    """``params -> latents [n, H, W, C]`` of one request, by one program, whole on every device.
 
-    Every process of a run draws them together, and every one has them all.
+    For what is drawn again and again as parameters change: pictures and figures of training.
+    """
+    count = len(request.names)
+    cond, words = _split(request, np.resize(np.arange(count), filled(count, mesh)), mesh)
+    program = _program(sampler, mesh, count)
+    return lambda params: program(params, cond, request.null, words)
+
+
+def generate(sampler: Sampler, params: Any, request: Request, batch: int, mesh: Mesh,
+             times: Times | None = None) -> Iterator[np.ndarray]:
+    """Images ``[<= batch, H', W', 3]`` in [-1, 1] of `request`, in its order, batch by batch.
+
+    Every process of a run draws them together, and every one has them all; process 0 shows a
+    progress bar on stderr.
 
     Args:
-      sampler, teacher, params: how, of which family, and whose weights, placed on `mesh`.
-      cond: the prompts' conditioning ``[n, ...]`` and `null` the null prompt's ``[1, ...]``, in
-        the host's memory.
-      rows: ``[n, 3]`` of `words`.
-      batch: of one compiled shape, a multiple of what `mesh` splits; the last one is filled up.
+      sampler, params: how, and with whose parameters, placed on `mesh`.
+      request: what.
+      batch: images at a time, raised to a multiple of what `mesh` splits; the last batch is filled.
       mesh: over which a batch is split.
       times: added to.
     """
-    def draw(params: Any, cond: Any, null: Any, rows: jax.Array) -> jax.Array:
-        blank = null_like(null, cond)
-        return sampler.draw(sharding.on_device(params), cond, blank, keys(rows))
-
-    split, program = sharding.batch_sharding(mesh), None
-    put = lambda x: jax.make_array_from_callback(x.shape, split, lambda index: x[index])
-    for start in range(0, len(rows), batch):
-        at = np.arange(start, min(start + batch, len(rows)))
-        filled = np.resize(at, batch)
-        part = jax.tree.map(lambda x, at=filled: put(np.asarray(x)[at]), (cond, rows))
-        clock = time.monotonic()
-        if program is None:
-            program = jax.jit(draw, out_shardings=sharding.replicated(mesh)).lower(
-                params, part[0], null, part[1]).compile()
-            times.compiling += time.monotonic() - clock
+    count, times, program = len(request.names), times or Times(), None
+    batch = filled(batch, mesh)
+    with tqdm(desc=sampler.title.replace('\n', ', '), total=count, unit=' images', bar_format=BAR,
+              file=sys.stderr, disable=jax.process_index() != 0, dynamic_ncols=True) as bar:
+        for start in range(0, count, batch):
+            at = np.arange(start, min(start + batch, count))
+            cond, words = _split(request, np.resize(at, batch), mesh)
             clock = time.monotonic()
-        latents = np.asarray(program(params, part[0], null, part[1]))[:len(at)]
-        times.drawing += time.monotonic() - clock
-        clock = time.monotonic()
-        images = np.clip(np.asarray(teacher.latents.decode(latents)), -1, 1)
-        times.decoding += time.monotonic() - clock
-        times.images += len(at)
-        yield images
+            if program is None:
+                program = _program(sampler, mesh, batch).lower(
+                    params, cond, request.null, words).compile()
+                times.compiling += time.monotonic() - clock
+                clock = time.monotonic()
+            latents = np.asarray(program(params, cond, request.null, words))[:len(at)]
+            times.drawing += time.monotonic() - clock
+            clock = time.monotonic()
+            # What is judged and saved is what a screen would show.
+            images = np.clip(np.asarray(sampler.decode(latents)), -1, 1)
+            times.decoding += time.monotonic() - clock
+            times.images += len(at)
+            bar.update(len(at))
+            yield images
+
+
+def _program(sampler: Sampler, mesh: Mesh, count: int) -> Any:
+    """The jitted drawing of a batch, of which the first `count` are wanted."""
+    def draw(params: Any, cond: Any, null: Any, words: Array) -> Array:
+        null = null_like(null, cond)
+        return sampler.draw(sharding.on_device(params), cond, null, keys(words))[:count]
+
+    return jax.jit(draw, out_shardings=sharding.replicated(mesh))
+
+
+def _split(request: Request, at: np.ndarray, mesh: Mesh) -> tuple[Any, Any]:
+    """(conditioning, name words) of the images `at`, split over the devices of `mesh`."""
+    split = sharding.batch_sharding(mesh)
+    put = lambda x: jax.make_array_from_callback(x.shape, split, lambda index: x[index])
+    return jax.tree.map(lambda x: put(x[at]), (request.cond, name_words(request.names)))
+
+
+def filled(count: int, mesh: Mesh) -> int:
+    """`count`, raised to a multiple of what splits over `mesh`."""
+    ways = sharding.batch_ways(mesh)
+    return -(-count // ways) * ways

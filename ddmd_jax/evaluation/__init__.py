@@ -1,1 +1,1 @@
-"""Measures, tables and pictures."""
+"""Suites of prompts and measures, the evaluation at a run's end, tables and pictures."""

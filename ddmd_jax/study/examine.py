@@ -100,8 +100,7 @@ def samples(config: Any, teacher: Teacher, prompts: conditioning.Prompts, m: Met
     rows, key = distill.drawn_rows(COUNT, mesh), jax.random.key(0)
     cond = prompts.cond(np.resize(distill.shown_rows(prompts, COUNT, 0), rows))
     draw = distill.make_sampler(config, teacher, m, mesh, COUNT, key)
-    guide = drawing.of_teacher(teacher, GUIDED_STEPS, config.method.alpha,
-                               noises=config.student.steps)
+    guide = drawing.of_teacher(teacher, GUIDED_STEPS, config.method.alpha)
     whole = functools.partial(jax.jit, out_shardings=sharding.replicated(mesh))
 
     @whole

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -16,9 +17,9 @@ from jax.sharding import Mesh
 from ddmd_jax import families as teachers
 from ddmd_jax.data import conditioning, loader
 from ddmd_jax.data.order import Order, Shape
-from ddmd_jax.diffusion import process, sampling
-from ddmd_jax.diffusion.time import FewSteps, Shift
-from ddmd_jax.evaluation import pictures
+from ddmd_jax.diffusion import drawing, process, sampling
+from ddmd_jax.diffusion.time import FewSteps, Shift, chosen
+from ddmd_jax.evaluation import evaluate, pictures, suites
 from ddmd_jax.method import health as diagnostics
 from ddmd_jax.method.recipe import Method, feature_width, method_from
 from ddmd_jax.models import discriminator
@@ -167,20 +168,19 @@ def make_probe(config: Any, teacher: teachers.Teacher, prompts: conditioning.Pro
     return probe
 
 
-def make_judge(config: Any, teacher: teachers.Teacher, m: Method,
+def make_judge(config: Any, teacher: teachers.Teacher,
                mesh: Mesh) -> Callable[[st.TrainState], dict[str, Any]]:
-    """What the judge makes of the averaged student on fixed prompts, a third of them held out."""
-    from ddmd_jax.families.emoji import suite as report
-
-    count = config.log.judge
-    if not count:
+    """Figures of the suite for the EMA student on fixed prompts, a third of them held out."""
+    count, suite = config.log.judge, suite_of(config)
+    if not count or suite is None or suite.watched is None:
         return lambda state: {}
-    judged, captions = report.make_judge(count - count // 3, count // 3, config.seed)
-    cond = teacher.encode([captions[i] for i in np.resize(np.arange(count),
-                                                          drawn_rows(count, mesh))])
-    key = jax.random.fold_in(jax.random.key(config.seed), 3)
-    draw = make_sampler(config, teacher, m, mesh, count, key)
-    return lambda state: judged(np.clip(teacher.latents.decode(draw(state.ema, cond)), -1, 1))
+    examples = suite.watched(count - count // 3, count // 3, config.seed)
+    request = drawing.Request(drawing.names(examples.captions, 1, config.seed),
+                              teacher.encode(examples.captions), teacher.encode(['']))
+    sampler = drawing.of_student(teacher, config.student.steps,
+                                 chosen(teacher.time, config.method.shift), config.student.sampler)
+    draw = drawing.drawer(sampler, request, mesh)
+    return lambda state: examples.measure(np.clip(teacher.latents.decode(draw(state.ema)), -1, 1))
 
 
 def shown_rows(prompts: conditioning.Prompts, count: int, seed: int) -> np.ndarray:
@@ -294,7 +294,7 @@ def make_task(config: Any, teacher: teachers.Teacher, mesh: Mesh,
     m, startup, batch = p.method, startup or Startup(), config.data.global_batch
     frozen = jax.device_put({'teacher': teacher.params, 'null': prompts.null}, p.frozen_shardings)
     probe = make_probe(config, teacher, prompts, frozen, m, mesh)
-    judge = make_judge(config, teacher, m, mesh)
+    judge = make_judge(config, teacher, mesh)
     order = Order(prompts.rows, batch, config.seed, prompts.lengths,
                   config.data.get('lengths', ()), shapes(config, teacher))
     soon = config.critic.updates + 1 + config.critic.warmup
@@ -332,16 +332,25 @@ def prepare(config: Any, mesh: Mesh) -> tuple[teachers.Teacher, loop.Task]:
 
 def run(config: Any, workdir: Path, mesh: Mesh, beside: Beside = NOTHING) -> None:
     """Distils, evaluates, and writes ``eval.json`` and ``samples.png``."""
-    from ddmd_jax.families.emoji import suite as report
-
-    total = report.Stopwatch()
+    began, suite = time.monotonic(), suite_of(config)
     teacher, task = prepare(config, mesh)
     state, seconds = loop.run(task, config, workdir, mesh, teacher.identity, beside)
-    if teacher.family == 'emoji':  # whose prompts can be judged, whatever it was distilled on
-        report.final(config, teacher, state.ema, mesh, workdir, seconds._asdict(), total)
+    compared = evaluate.Comparison(config, teacher, state.ema, mesh)
+    if suite is not None:
+        evaluate.evaluate(compared, suite, teacher.encode, workdir, lambda: {
+            **seconds._asdict(), 'total': time.monotonic() - began})
     elif teacher.latents.decode is not None:
-        report.sheet(config, teacher, state.ema, prompt_sources.load(config, teacher, mesh), mesh,
-                     workdir)
+        evaluate.sheet(compared, prompt_sources.load(config, teacher, mesh), workdir)
+
+
+def suite_of(config: Any) -> suites.Suite | None:
+    """The suite that `eval.suite` names, or the family's own; None if it has none.
+
+    Raises:
+      DataFileError: `eval.suite` cannot be imported.
+    """
+    named = config.eval.get('suite', '')
+    return suites.find(named) if named else teachers.get(config.teacher.name).suite
 
 
 def _first_size(config: Any) -> Sequence[int] | None:

@@ -42,7 +42,7 @@ from absl import app
 from orbax.checkpoint._src.handlers.json_checkpoint_handler import JsonCheckpointHandler
 
 from ddmd_jax import main
-from ddmd_jax.families.emoji import suite as report
+from ddmd_jax.evaluation import evaluate
 from ddmd_jax.train import distill, loop
 from ddmd_jax.train.durable import checksums, saving
 
@@ -156,10 +156,10 @@ def hook(environ):
     patch(loop._Training, '_advance', lambda training: (at('step'), step(training)))
     patch(saving.Checkpoints, 'save', lambda *args: at('saving'), lambda _: at('saved'))
     patch(checksums, 'write', lambda folder: at('summing'))
-    patch(report, 'final', lambda *args: at('evaluation'))
+    patch(evaluate, 'evaluate', lambda *args: at('evaluation'))
     trap_items(traps, Trap(environ.get('HANG', '')))
     if 'EVALUATE' not in environ:
-        report.final = lambda *args: None
+        evaluate.evaluate = lambda *args: None
     if 'DIGEST' in environ:
         tell = lambda what, state: print('digest', what, int(state.step), digest(state), flush=True)
         patch(loop, '_start', after=lambda state: tell('start', state))

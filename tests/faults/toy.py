@@ -22,7 +22,7 @@ from ddmd_jax.train.step import Steps
 
 RULES = (('w', ('fsdp', 'tensor')),)
 ROWS, IN, OUT = 64, 8, 256 * 128  # the matrix is a MiB, so that a disk can be too small for it
-TEACHER = types.SimpleNamespace(identity='toy', name='emoji', decode=None)
+TEACHER = types.SimpleNamespace(identity='toy', name='emoji', decode=None, encode=None)
 
 
 def make_task(config, mesh):

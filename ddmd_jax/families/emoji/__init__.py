@@ -5,6 +5,7 @@ from ddmd_jax.config.rules import COUNT
 from ddmd_jax.families.emoji import data, prompts, teacher, tokenizer
 from ddmd_jax.families.emoji.export import EXPORT
 from ddmd_jax.families.emoji.prepare import COMMANDS
+from ddmd_jax.families.emoji.suite import SUITE
 from ddmd_jax.families.family import DataSet, Family
 
 WHITE_REPEAT = Field('white_repeat', COUNT, 2, FIXED,
@@ -13,4 +14,4 @@ FAMILY = Family(
     'emoji', load=teacher.load, class_names=(teacher.ARCHITECTURE,), ships=True,
     one_size=(data.SIZE, data.SIZE), knows_moments=True,
     data_sets={'emoji': DataSet(prompts.load, (WHITE_REPEAT,), has_reals=True)},
-    export=EXPORT, count_tokens=tokenizer.counter, commands=COMMANDS)
+    suite=SUITE, export=EXPORT, count_tokens=tokenizer.counter, commands=COMMANDS)

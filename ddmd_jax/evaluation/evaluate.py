@@ -1,0 +1,125 @@
+"""The end of a run: its student beside its teacher, on the same prompts and the same noise."""
+
+from __future__ import annotations
+
+import dataclasses
+import sys
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import jax
+import numpy as np
+from jax.sharding import Mesh
+from tqdm import tqdm
+
+from ddmd_jax.data import conditioning
+from ddmd_jax.diffusion import drawing, time as time_maps
+from ddmd_jax.diffusion.drawing import Request, Sampler
+from ddmd_jax.evaluation import pictures, tables
+from ddmd_jax.evaluation.suites import Suite
+from ddmd_jax.util import files
+
+if TYPE_CHECKING:
+    from ddmd_jax.families import Teacher
+
+SHEET_ROWS = 10
+RESULT, SHEET = 'eval.json', 'samples.png'
+
+
+@dataclasses.dataclass(frozen=True)
+class Comparison:
+    """A student and its teacher, to be drawn beside one another.
+
+    Attributes:
+      config: of the run; `eval` and `student` say how each is drawn, `seed` with which noise.
+      teacher: with its parameters.
+      student: parameters of the student.
+      mesh: on which both lie.
+    """
+
+    config: Any
+    teacher: Teacher
+    student: Any
+    mesh: Mesh
+
+    def samplers(self) -> dict[str, Sampler]:
+        """The ways to draw, by the name of their row."""
+        e, student = self.config.eval, self.config.student
+        return {
+            'teacher_guided': drawing.of_teacher(
+                self.teacher, e.teacher_steps, e.guidance, e.solver),
+            'teacher_few_step': drawing.of_teacher(self.teacher, student.steps),
+            'student': drawing.of_student(
+                self.teacher, student.steps,
+                time_maps.chosen(self.teacher.time, self.config.method.shift), student.sampler)}
+
+    def images(self, request: Request) -> dict[str, np.ndarray]:
+        """``[n, H, W, 3]`` by the name of their row."""
+        params = {'teacher': self.teacher.params, 'student': self.student}
+        return {name: np.concatenate(list(drawing.generate(
+            sampler, params[sampler.model], request, self.config.eval.batch, self.mesh)))
+            for name, sampler in self.samplers().items()}
+
+
+def evaluate(compared: Comparison, suite: Suite, encode: Callable[[Sequence[str]], Any],
+             workdir: Path, seconds: Callable[[], Mapping[str, float]]) -> None:
+    """Draws and measures a suite; writes ``eval.json`` and ``samples.png``; prints the table.
+
+    Args:
+      compared: what is drawn.
+      suite: of which prompts, and how it is measured.
+      encode: ``captions -> conditioning``, arrays in the host's memory.
+      workdir: where to write.
+      seconds: what the run took so far, by part; called at the end.
+    """
+    config = compared.config
+    examples = suite.examples(config.eval.prompts, config.eval.held_out, config.seed)
+    names = drawing.names(examples.captions, 1, config.seed)
+    drawn = compared.images(Request(names, encode(examples.captions), encode([''])))
+    images = drawn if examples.real is None else {'real': examples.real, **drawn}
+    if jax.process_index() != 0:
+        return
+    rows = [{'name': name, **_settings(compared.samplers().get(name)), **examples.measure(x)}
+            for name, x in tqdm(images.items(), 'measuring', unit=' rows', file=sys.stderr,
+                                dynamic_ncols=True)]
+    held = np.zeros(len(names), bool) if examples.held_out is None else examples.held_out
+    shown = _shown(held)
+    captions = [examples.captions[i] + ' *' * bool(held[i]) for i in shown]
+    _draw_sheet(compared, captions, {name: x[shown] for name, x in images.items()}, workdir)
+    files.write_json(workdir / RESULT, {'rows': rows, 'seconds': dict(seconds()),
+                                        'seed': config.seed, 'config': config.to_dict()})
+    print(f'{tables.terminal(rows, suite.columns)}\n\n{workdir / RESULT}\n{workdir / SHEET}'
+          + '  (* prompt held out of all training)' * bool(held.any()))
+
+
+def sheet(compared: Comparison, prompts: conditioning.Prompts, workdir: Path) -> None:
+    """Writes ``samples.png`` alone, of prompts of the run: for a family without a suite."""
+    config = compared.config
+    rows = np.resize(np.random.default_rng(config.seed).permutation(np.unique(prompts.rows)),
+                     min(SHEET_ROWS, config.eval.prompts))
+    captions = [prompts.caption(int(i)) for i in rows]
+    request = Request(drawing.names(captions, 1, config.seed), prompts.cond(rows), prompts.null)
+    images = compared.images(request)
+    if jax.process_index() == 0:
+        _draw_sheet(compared, captions, images, workdir)
+        print(workdir / SHEET)
+
+
+def _settings(sampler: Sampler | None) -> dict[str, Any]:
+    """How a row was drawn; real images were not."""
+    return {name: getattr(sampler, name, None) for name in tables.SETTINGS}
+
+
+def _shown(held_out: np.ndarray) -> np.ndarray:
+    """Rows of the sheet: mostly prompts seen in training, the last few held out."""
+    seen, unseen = np.flatnonzero(~held_out), np.flatnonzero(held_out)
+    few = min(len(unseen), SHEET_ROWS // 3)
+    return np.concatenate([seen[:SHEET_ROWS - few], unseen[:few]])
+
+
+def _draw_sheet(compared: Comparison, captions: Sequence[str], images: Mapping[str, np.ndarray],
+                workdir: Path) -> None:
+    samplers = compared.samplers()
+    titles = [samplers[name].title if name in samplers else name for name in images]
+    pictures.captioned_sheet(captions, titles, list(images.values()), workdir / SHEET)

@@ -1,0 +1,171 @@
+"""Drawing and evaluating: which noise an image has, and what a run's end shows of it."""
+
+import json
+import types
+
+import jax
+import numpy as np
+import pytest
+import tiny
+from ml_collections import ConfigDict
+from PIL import Image
+from test_export import save
+from test_sample import TOY, command  # noqa: F401 - a fixture
+
+from ddmd_jax import families as teachers
+from ddmd_jax.data import DataFileError
+from ddmd_jax.diffusion import drawing, sampling
+from ddmd_jax.evaluation import evaluate, pictures, suites
+from ddmd_jax.evaluation.suites import Examples, Suite
+from ddmd_jax.families.emoji import teacher as emoji
+from ddmd_jax.parallel.sharding import make_mesh
+
+pytestmark = pytest.mark.usefixtures('quick_compile')
+
+PROMPTS = ['red heart', 'ship', 'red heart', 'pie on a purple background']
+CONFIG = ConfigDict({
+    'seed': 5, 'student': {'steps': 2, 'sampler': 'renoise'}, 'method': {'shift': None},
+    'eval': {'prompts': 3, 'held_out': 1, 'batch': 3, 'teacher_steps': 2, 'guidance': 2.0,
+             'solver': 'euler'}})
+NOISES = """
+import sys
+import numpy as np
+sys.path.insert(0, 'tests')
+from test_evaluation import noises
+from ddmd_jax.parallel.sharding import make_mesh
+np.save(sys.argv[1], noises(make_mesh({'data': 2, 'fsdp': -1}), 'dacb', 16))
+"""
+
+
+def noise_sampler():
+    """Draws the noise of two steps beside what conditions it; no network."""
+    def draw(params, cond, null, key):
+        noise = sampling.step_noise(key, 2, (len(cond['embeds']), 4, 4, 3))
+        return params * noise[0] + noise[1] + cond['embeds'][:, :, None] + null['embeds'][0, 0]
+
+    return drawing.Sampler('student', 2, 2, 1.0, 'renoise', draw, lambda x: 0.1 * x)
+
+
+def request(letters, dtype=np.float32):
+    cond = {'embeds': np.array([[[ord(c) - 100]] for c in letters], dtype)}
+    return drawing.Request(drawing.names(letters, 1, 7), cond, {'embeds': np.ones((1, 1, 1))})
+
+
+def noises(mesh, letters, batch):
+    """``[n, 4, 4, 3]`` latents of prompts that are letters, by `generate` and by `drawer`."""
+    asked = request(letters)
+    drawn = np.concatenate(list(drawing.generate(noise_sampler(), 0.3, asked, batch, mesh)))
+    latents = np.asarray(drawing.drawer(noise_sampler(), asked, mesh)(0.3))
+    np.testing.assert_array_equal(drawn, np.clip(0.1 * latents, -1, 1))
+    return latents
+
+
+def test_noise_is_of_the_name_alone(tmp_path):
+    """Not of the batch, nor of the prompts beside it, nor of the devices: bit for bit."""
+    one = make_mesh({}, jax.devices()[:1])
+    want = noises(one, 'abcd', 3)
+    assert len({x.tobytes() for x in want}) == 4
+    np.testing.assert_array_equal(noises(one, 'abcd', 16), want)
+    np.testing.assert_array_equal(noises(one, 'cz', 1)[0], want[2])
+    tiny.run_on_devices('-c', 8, NOISES, str(tmp_path / 'x.npy'))
+    np.testing.assert_array_equal(np.load(tmp_path / 'x.npy'), want[[3, 0, 2, 1]])
+
+
+def test_a_seed_and_a_number_change_the_noise():
+    """And a prompt that comes again is another image of it."""
+    words = drawing.name_words([*drawing.names('aa', 1, 7), *drawing.names('a', 1, 8)])
+    assert len({tuple(x) for x in jax.random.key_data(drawing.keys(words)).tolist()}) == 3
+
+
+def test_conditioning_is_rounded_as_it_is_stored():
+    a, b = (request('ab', dtype) for dtype in (np.float32, 'bfloat16'))
+    np.testing.assert_array_equal(a.cond['embeds'], b.cond['embeds'])
+    assert a.first(1).names == a.names[:1] and len(a.first(1).cond['embeds']) == 1
+
+
+@pytest.fixture(scope='module')
+def run(tmp_path_factory):
+    """(folder of a run of two steps, its student beside its teacher)."""
+    path = tmp_path_factory.mktemp('teacher') / 'toy.safetensors'
+    emoji.save(path, TOY, tiny.random_params(TOY, 0), steps=0)
+    teacher, other = teachers.load_teacher(str(path)), tiny.random_params(TOY, 1)['denoiser']
+    student = jax.tree.map(lambda a, b: np.asarray(a + 0.1 * (b - a)), teacher.params, other)
+    folder = save(tmp_path_factory.mktemp('run'), {
+        'task': 'distill', 'teacher.name': 'emoji', 'teacher.path': str(path),
+        'teacher.dtype': 'float32', 'student.steps': 2,
+        'teacher_identity': teacher.identity}, student, step=7)
+    return folder, evaluate.Comparison(CONFIG, teacher, student,
+                                       make_mesh({}, jax.devices()[:1]))
+
+
+@pytest.fixture(scope='module')
+def evaluated(run, tmp_path_factory):
+    """(folder, images measured by row, arguments of the suite) of one without real images."""
+    _, compared = run
+    seen, asked, workdir = [], [], tmp_path_factory.mktemp('eval')
+
+    def examples(*counts):
+        asked.append(counts)
+        held = np.array([False, False, False, True])
+        return Examples(PROMPTS, lambda x: seen.append(x) or {'mean': float(x.mean())}, held)
+
+    evaluate.evaluate(compared, Suite('toy', {'mean': '.2f'}, examples), compared.teacher.encode,
+                      workdir, lambda: {'total': 2.5})
+    return workdir, seen, asked
+
+
+def test_an_evaluation_writes_its_figures_and_a_sheet(evaluated):
+    workdir, seen, asked = evaluated
+    found = json.loads((workdir / 'eval.json').read_text())
+    assert list(found) == ['rows', 'seconds', 'seed', 'config']
+    assert [list(row.values())[:4] for row in found['rows']] == [
+        ['teacher_guided', 2, 4, 2.0], ['teacher_few_step', 2, 2, 1.0], ['student', 2, 2, 1.0]]
+    assert [row['mean'] for row in found['rows']] == [float(x.mean()) for x in seen]
+    assert found['seconds'] == {'total': 2.5} and found['seed'] == 5 and asked == [(3, 1, 5)]
+    assert found['config'] == CONFIG.to_dict()
+    assert Image.open(workdir / 'samples.png').size[1] > 4 * 96
+    assert np.abs(seen[2][0] - seen[2][2]).max() > 0.1  # one prompt, two images
+
+
+def near(a, b):
+    """Equal to one of 255, which is how a batch of another size may round."""
+    np.testing.assert_allclose(pictures.to_uint8(a).astype(int), b, atol=1)
+
+
+def test_table_sheet_and_sample_show_the_same_image(run, evaluated, command, monkeypatch,  # noqa: F811
+                                                    tmp_path):
+    (folder, compared), (_, measured, _) = run, evaluated
+    columns = []
+    monkeypatch.setattr(pictures, 'captioned_sheet', lambda *args: columns.append(args))
+    null = compared.teacher.encode([''])
+    prompts = types.SimpleNamespace(
+        rows=np.arange(3), null=null, caption=PROMPTS[1:].__getitem__,
+        cond=lambda rows: compared.teacher.encode([PROMPTS[1:][i] for i in rows]))
+    evaluate.sheet(compared, prompts, tmp_path)
+    (captions, titles, images, _), = columns
+    assert titles == ['teacher\n2 steps, w=2', 'teacher\n2 steps', 'student\n2 steps']
+    for row, caption in enumerate(captions):
+        for name, table in zip(images, measured, strict=True):
+            near(name[row], pictures.to_uint8(table[PROMPTS.index(caption)]))
+    command(f'--checkpoint={folder}', '--seed=5', *(f'--prompt={p}' for p in PROMPTS),
+            f'--out={tmp_path}')
+    for i, file in enumerate(sorted(tmp_path.glob('0*.png'))):
+        near(measured[2][i], np.asarray(Image.open(file)))
+
+
+def test_drawing_shows_how_far_it_is(capfd):
+    noises(make_mesh({}, jax.devices()[:1]), 'abcd', 2)
+    bar = capfd.readouterr().err.split('\r')[-1]
+    assert bar.startswith('student, 2 steps: 100%|') and '4/4 [' in bar and ' images/s]' in bar
+
+
+def test_a_suite_is_found_in_a_users_module(tmp_path, monkeypatch):
+    monkeypatch.syspath_prepend(tmp_path)
+    (tmp_path / 'suite_of_a_user.py').write_text(
+        'from ddmd_jax.evaluation.suites import Suite\n'
+        "SUITE = Suite('mine', {}, lambda seen, held_out, seed: None)\nOTHER = 3\n")
+    assert suites.find('suite_of_a_user.SUITE').name == 'mine'
+    for path, why in (('suite_of_a_user.NONE', 'has no attribute'), ('no_such.SUITE', 'No module'),
+                      ('suite_of_a_user.OTHER', 'is of type int, not'), ('SUITE', 'Empty module')):
+        with pytest.raises(DataFileError, match=f'eval.suite={path} .*{why}'):
+            suites.find(path)
