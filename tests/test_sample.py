@@ -74,6 +74,7 @@ def command():
         sample.main(arguments.parser('sample')(['sample', *map(str, args)]))
 
     yield call
+    flags.FLAGS.unparse_flags()  # tests after these find no command line, as at start
     for name in mine:
         delattr(flags.FLAGS, name)
 
