@@ -6,6 +6,7 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
+from ddmd_jax import families
 from ddmd_jax.config import fields
 from ddmd_jax.config.fields import REQUIRED, Field, under
 
@@ -52,8 +53,9 @@ def page() -> str:
               'The architecture, `teacher.model.denoiser.*` and `teacher.model.text.*`, has the '
               'fields of `NextDiTConfig` and `CaptionEncoderConfig`.',
               '## Data sets', '`prompts` and `embeddings`, of any family:', table(fields.PROMPTS)]
-    for name, own in fields.OWN_DATA.items():
-        parts += [f'`{name}`, of that family:', table(under('data', own))]
+    for family in map(families.get, families.NAMES):
+        for name, data in family.data_sets.items():
+            parts += [f'`{name}`, of the family {family.name}:', table(under('data', data.fields))]
     return '\n\n'.join(parts) + '\n'
 
 

@@ -15,6 +15,7 @@ from ml_collections import ConfigDict, config_dict
 from ddmd_jax.config import fields, together
 from ddmd_jax.config.fields import REQUIRED, Field, under
 from ddmd_jax.config.files import define_flag, load
+from ddmd_jax.config.rules import ANY
 
 __all__ = ['ConfigError', 'check', 'defaults', 'define_flag', 'field', 'fields_of', 'load',
            'validate']
@@ -61,27 +62,37 @@ def field(config: Any, name: str) -> Any:
 
 
 def fields_of(config: Any) -> tuple[Field, ...]:
-    """The fields of the task, the data set and the regularisers that `config` names.
+    """The fields of the task, the teacher's family, the data set and the regularisers of `config`.
 
-    `config` may be wrong: a misspelt task is told by its sections, a misspelt data set by its
-    fields, so that all the others are still checked.
+    `config` may be wrong. A misspelt task is told by its sections; where family or data set are not
+    there, whatever stands in the sections whose fields they bring is taken as it is.
     """
-    task, data = config.get('task'), config.get('data')
-    data = data if hasattr(data, 'get') else {}
-    distill = task == 'distill' or (task != 'pretrain' and 'critic' in config)
-    prompts = data.get('name') in ('prompts', 'embeddings') or (
-        data.get('name') not in fields.OWN_DATA and {'path', 'sizes', 'lengths'} & set(data))
-    found = fields.COMMON + (fields.DISTILL if distill else fields.PRETRAIN)
-    found += fields.PROMPTS if prompts and distill else under('data', fields.OWN_DATA['emoji'])
-    if not distill:
-        from ddmd_jax.models.nextdit import NextDiTConfig
-        from ddmd_jax.models.text.caption import CaptionEncoderConfig
+    from ddmd_jax import families
 
-        return (found + fields.of_class('teacher.model.denoiser', NextDiTConfig)
-                + fields.of_class('teacher.model.text', CaptionEncoderConfig))
-    for name, own in fields.REGULARISERS.items():
-        found += under(f'method.{name}', own)
-    return found
+    distill = config.get('task') == 'distill' or (
+        config.get('task') != 'pretrain' and 'critic' in config)
+    try:
+        family = families.get(field(config, 'teacher.name'))
+    except families.UnknownFamily:  # `together` says so
+        family = families.Family('')
+    data = field(config, 'data.name')
+    if data in family.data_sets:
+        found = under('data', family.data_sets[data].fields)
+    else:
+        found = fields.PROMPTS if distill and data in fields.PROMPT_SETS else _any(config, 'data')
+    if distill:
+        for name, own in fields.REGULARISERS.items():
+            found += under(f'method.{name}', own)
+        return fields.COMMON + fields.DISTILL + found
+    found += under('teacher.model', family.architecture) or _any(config, 'teacher.model')
+    return fields.COMMON + fields.PRETRAIN + found
+
+
+def _any(config: Any, section: str) -> tuple[Field, ...]:
+    given, known = field(config, section), {f.path for f in fields.COMMON}
+    paths = [f'{section}.{name}' for name in (given if hasattr(given, 'get') else ())]
+    return tuple(Field(path, ANY, REQUIRED, fields.FIXED, '') for path in paths
+                 if path not in known)
 
 
 def _fill(config: ConfigDict) -> None:

@@ -158,6 +158,7 @@ DISTILL = (
     *under('optim.critic', OPTIMISER),
     Field('log.probe', UPDATES, 8, FREE, 'prompts on which the EMA student is watched'),
     Field('log.judge', UPDATES, 0, FREE, 'prompts on which the EMA student is judged, where the family has a judge'),
+    Field('eval.suite', TEXT, '', FREE, "the metric suite, `my_module.SUITE`; empty: the family's own"),
     Field('eval.prompts', COUNT, 8, FREE, 'prompts seen in training'),
     Field('eval.held_out', COUNT, 1, FREE, 'held-out prompts'),
     Field('eval.batch', COUNT, 4, FREE, 'images of one sampler call'),
@@ -172,14 +173,14 @@ PRETRAIN = (
     Field('method.time_std', POSITIVE, 1.0, FIXED, 'its standard deviation'),
 )
 
-# Of `data.name` prompts or embeddings: a set of one's own, whoever the teacher is.
+PROMPT_SETS = ('prompts', 'embeddings')  # data sets of one's own, whoever the teacher is
 PROMPTS = under('data', (
     Field('path', PATH, 'prompts', FREE, 'the set of prompts, or the folder of embeddings; its content counts'),
     Field('sizes', SIZES, (), FIXED, 'one is drawn for each batch'),
     Field('lengths', LENGTHS, (), FIXED, 'token counts that batches are cut to'),
 ))
 
-# Until regularisers and families bring their own.
+# Until regularisers bring their own.
 REGULARISERS = {
     'mean_variance': (
         Field('weight', WEIGHT, 0.0, FIXED, 'weight of mean-variance'),
@@ -191,4 +192,3 @@ REGULARISERS = {
         Field('r1', WEIGHT, 0.0, FIXED, 'weight of R1'),
         Field('tau', TAU_RANGE, (0.0, 0.98), FIXED, 'pre-shift range of the levels at which the classifier judges')),
 }
-OWN_DATA = {'emoji': (Field('white_repeat', COUNT, 2, FIXED, 'how often a prompt without a background stands in an epoch'),)}

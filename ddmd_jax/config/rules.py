@@ -104,6 +104,7 @@ def _is_name(value: Any) -> bool:
     return isinstance(value, str) and value != ''
 
 
+ANY = Rule('anything', lambda value: True)
 COUNT = whole(at_least=1)
 NATURAL = whole(at_least=0)
 UPDATES = whole('0 is off', at_least=0)

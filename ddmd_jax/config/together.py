@@ -6,6 +6,7 @@ import functools
 from collections.abc import Callable, Sequence
 from typing import Any
 
+from ddmd_jax.config.fields import PROMPT_SETS
 from ddmd_jax.config.rules import choice
 
 # (condition, the field it is about, the others it reads): asked where the config has all of them
@@ -21,6 +22,12 @@ def about(*paths: str) -> Callable[[Callable], Callable]:
     return register
 
 
+def _family(name: str) -> Any:
+    from ddmd_jax import families
+
+    return families.get(name)
+
+
 @about('optim.student.name', 'optim.student.chain')
 @about('optim.critic.name', 'optim.critic.chain')
 def optimiser_known(name: str, chain: Sequence[Any]) -> str | None:
@@ -33,19 +40,66 @@ def optimiser_known(name: str, chain: Sequence[Any]) -> str | None:
 
 @about('teacher.name', 'task')
 def teacher_known(teacher: str, task: str) -> str | None:
-    from ddmd_jax.families import NAMES
+    from ddmd_jax import families
 
-    # The embedded one is trained here; the others come trained.
-    known = choice(*(NAMES[:2] if task == 'distill' else ('emoji',)))
-    if not known.ok(teacher):
-        return f'must be {known.allowed}{known.hint(teacher)}'
+    try:
+        family = families.get(teacher)
+    except families.UnknownFamily as e:
+        return f'{e}{choice(*families.NAMES).hint(teacher)}'
+    if task == 'distill' and family.load is None:
+        return 'has a text side here, and no teacher to distil'
+    if task == 'pretrain' and not family.architecture:
+        return 'must be of a family that is trained here: this one comes trained'
 
 
 @about('data.name', 'teacher.name', 'task')
 def data_known(dataset: str, teacher: str, task: str) -> str | None:
-    known = choice(*(('emoji', 'prompts', 'embeddings') if task == 'distill' else ('emoji',)))
+    known = choice(*_family(teacher).data_sets, *(PROMPT_SETS if task == 'distill' else ()))
     if not known.ok(dataset):
-        return f'must be {known.allowed}{known.hint(dataset)}'
+        return f'must be {known.allowed} with teacher.name {teacher!r}{known.hint(dataset)}'
+
+
+@about('data.sizes', 'teacher.name')
+def sizes_fit(sizes: Sequence[Any], teacher: str) -> str | None:
+    if sizes and _family(teacher).one_size:
+        return f'must be empty for {teacher}, which has one size'
+
+
+@about('teacher.attention', 'teacher.name')
+def attention_fits(attention: str, teacher: str) -> str | None:
+    known = choice(*_family(teacher).attention)
+    if not known.ok(attention):
+        return f'must be {known.allowed} for {teacher}, whose network takes no other'
+
+
+@about('teacher.path', 'teacher.name')
+def teacher_given(path: str, teacher: str) -> str | None:
+    if not path and not _family(teacher).ships:
+        return f'must name a diffusers folder, gs:// URL or hub id: {teacher} does not ship'
+
+
+@about('log.judge', 'teacher.name', 'eval.suite')
+def judge_known(prompts: int, teacher: str, suite: str) -> str | None:
+    own = _family(teacher).suite
+    if prompts and not suite and not (own and own.watched):
+        return f'must be 0 for {teacher}, whose suite judges nothing during a run'
+
+
+@about('method.gan.weight', 'data.name', 'teacher.name')
+def reals_known(weight: float, dataset: str, teacher: str) -> str | None:
+    known = [name for name, data in _family(teacher).data_sets.items() if data.has_reals]
+    if weight and dataset not in known:
+        return (f'must be 0 while data.name is {dataset!r}: a GAN needs real images, and only '
+                f'{" or ".join(map(repr, known)) or "data sets of other families"} have them')
+
+
+@about('method.mean_variance.weight', 'method.mean_variance.mean',
+       'method.mean_variance.variance', 'teacher.name')
+def moments_known(weight: float, mean: float | None, variance: float | None,
+                  teacher: str) -> str | None:
+    if weight and None in (mean, variance) and not _family(teacher).knows_moments:
+        return ('needs method.mean_variance.mean and .variance: those of real latents are not '
+                f'known for {teacher} (the paper has .075 and .81 for SDXL)')
 
 
 @about('method.schedule')
@@ -55,31 +109,6 @@ def schedule_known(schedule: str) -> str | None:
     known = choice(*SCHEDULES)
     if not known.ok(schedule):
         return f'must be {known.allowed}{known.hint(schedule)}'
-
-
-@about('data.name', 'teacher.name')
-def teacher_knows(dataset: str, teacher: str) -> str | None:
-    if dataset == 'emoji' and teacher != 'emoji':
-        return (f'does not go with teacher.name {teacher!r}: the emoji captions are for the emoji '
-                "teacher; give 'prompts' or 'embeddings'")
-
-
-@about('data.sizes', 'teacher.name')
-def sizes_fit(sizes: Sequence[Any], teacher: str) -> str | None:
-    if teacher == 'emoji' and sizes:
-        return 'must be empty for the emoji teacher, which has one size'
-
-
-@about('teacher.attention', 'teacher.name')
-def attention_fits(attention: str, teacher: str) -> str | None:
-    if teacher == 'emoji' and attention == 'splash':
-        return "must be 'xla' or 'auto' for the emoji teacher, whose few tokens need no kernel"
-
-
-@about('teacher.path', 'teacher.name')
-def teacher_given(path: str, teacher: str) -> str | None:
-    if teacher != 'emoji' and not path:
-        return f'must name a diffusers folder, gs:// URL or hub id: {teacher} does not ship'
 
 
 @about('init_from', 'resume')
@@ -117,34 +146,12 @@ def critic_needed(updates: int, weight_dm: float, gan: float) -> str | None:
                 'ask the critic, which has to follow the student')
 
 
-@about('log.judge', 'teacher.name')
-def judge_knows(prompts: int, teacher: str) -> str | None:
-    if prompts and teacher != 'emoji':
-        return f'must be 0 for {teacher}: the judge that ships knows emoji only'
-
-
 @about('log.tracker')
 def tracker_there(name: str) -> str | None:
     from ddmd_jax.train.watch.trackers import installed
 
     if not installed(name):
         return f'which is not installed here: pip install {name}'
-
-
-@about('method.gan.weight', 'data.name')
-def reals_known(weight: float, dataset: str) -> str | None:
-    if weight and dataset != 'emoji':
-        return (f'must be 0 while data.name is {dataset!r}: a GAN needs real images, and only '
-                "'emoji' comes with them")
-
-
-@about('method.mean_variance.weight', 'method.mean_variance.mean',
-       'method.mean_variance.variance', 'teacher.name')
-def moments_known(weight: float, mean: float | None, variance: float | None,
-                  teacher: str) -> str | None:
-    if weight and teacher != 'emoji' and None in (mean, variance):
-        return ('needs method.mean_variance.mean and .variance: those of real latents are not '
-                f'known for {teacher} (the paper has .075 and .81 for SDXL)')
 
 
 @about('method.tau_relax', 'method.tau_ca_end', 'method.tau_dm_end')

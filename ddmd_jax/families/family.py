@@ -135,7 +135,7 @@ class Family:
       suite: the evaluation at the end of a run, and the judge during it.
       export: None: weights by their names here.
       count_tokens: ``() -> Counter`` without a teacher's folder, for `prepare prompts`.
-      pretraining: how a teacher of this family is trained, for the task `pretrain`.
+      architecture: fields of ``teacher.model``, if the task `pretrain` trains such teachers.
       commands: words of `prepare`.
     """
 
@@ -154,7 +154,7 @@ class Family:
     suite: Suite | None = None
     export: Export | None = None
     count_tokens: Callable[[], Counter] | None = None
-    pretraining: Any = None
+    architecture: tuple[Field, ...] = ()
     commands: Mapping[str, Command] = dataclasses.field(default_factory=dict)
 
     def load_text(self, options: LoadOptions) -> TextEncoder:
