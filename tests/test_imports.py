@@ -29,6 +29,7 @@ ALLOWED = {
     'ddmd_jax.config.together -> ddmd_jax.train.optim': 'asks for the names of optimisers',
     'ddmd_jax.config.together -> ddmd_jax.train.watch.trackers': 'asks which are installed',
     'ddmd_jax.diffusion.drawing -> ddmd_jax.families': 'names the type of a teacher',
+    'ddmd_jax.evaluation.evaluate -> ddmd_jax.families': 'names the type of a teacher',
 }
 
 

@@ -367,7 +367,7 @@ REFUSED = [
     (['--checkpoint=RUN', '--prompts=DIR'], 'DIR is not a set of prompts'),
     (['--checkpoint=RUN', '--prompts=DIR/empty.txt'], 'holds no prompt'),
     (['--checkpoint=RUN', '--prompts=DIR/bytes.txt'], 'bytes.txt line 1: not UTF-8'),
-    (['--checkpoint=RUN', '--prompt=a', '--size=32,32'], 'emoji have but one, 24,24'),
+    (['--checkpoint=RUN', '--prompt=a', '--size=32,32'], 'emoji has but one, 24,24'),
     (['--checkpoint=RUN', '--prompt=a', '--prompt=b', '--out=DIR/x.png'], 'is one file for 2'),
     (['--checkpoint=RUN', '--prompt=a', '--prompt=a cat', '--out=DIR/out'],
      'out/0001-a-cat.png exists already; choose another --out, or replace with --overwrite'),
