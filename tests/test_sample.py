@@ -407,7 +407,7 @@ def test_wrong_flags(command, capfd, args, words):
 
 @pytest.mark.parametrize('changes, words', [
     ({'task': 'pretrain'}, 'trains a teacher, there is no student in it'),
-    ({'teacher.name': 'flux'}, "distils the teacher 'flux', which is unknown here; known: emoji"),
+    ({'teacher.name': 'flux'}, "unknown here: no teacher family 'flux'; known: emoji"),
 ])
 def test_runs_that_have_no_student_to_draw_with(tmp_path, changes, words):
     with pytest.raises(imaging.RequestError, match=words):
