@@ -146,18 +146,6 @@ def test_the_site_has_every_page_and_is_built_without_a_warning(tmp_path):
 
 
 @pytest.mark.slow
-def test_a_teacher_of_ones_own_is_distilled(tmp_path):
-    example = tiny.ROOT / 'examples' / 'own_teacher.py'
-    assert len(example.read_text().splitlines()) <= 150
-    out = subprocess.run([sys.executable, str(example), str(tmp_path)], cwd=tiny.ROOT, text=True,
-                         capture_output=True, check=True).stdout
-    teacher, student = map(float, re.search(
-        r'guided steps ([\d.]+), of the student in 2 ([\d.]+)', out).groups())
-    assert student < 1.2 * teacher < 0.4
-    assert (tmp_path / 'samples.png').stat().st_size > 1000
-
-
-@pytest.mark.slow
 @pytest.mark.parametrize(('page', 'block'), [
     (page, block) for page, _, block in BLOCKS
     if re.match(r'(JAX_PLATFORMS=cpu )?python - <<', block)],

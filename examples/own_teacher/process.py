@@ -31,9 +31,10 @@ class Table(TimeMap):
     """Uniform time to the t of a step of the table: no other level is ever asked of the network."""
 
     def __call__(self, u: Array | float) -> Array:
-        """t of the steps from the last to 0, each for a STEPS-th of [0, 1]; 1, clean, at its end."""
+        """t of the steps from the last to 0, a STEPS-th of [0, 1] each; 1, clean, at its end."""
         rising = jnp.asarray(np.append(T[::-1], 1.0), jnp.float32)
-        return rising[jnp.floor(jnp.asarray(u, jnp.float32) * STEPS).astype(jnp.int32)]
+        whole = jnp.asarray(u, jnp.float32) * STEPS + 1e-3  # .29 * 100 is 28.999998 in fp32
+        return rising[jnp.floor(whole).astype(jnp.int32)]
 
     def first_input(self, noise: Array) -> Array:
         """Pure noise, as the network takes it at its last step, rescaled to the flow."""
@@ -46,7 +47,7 @@ def step_of(t: Array) -> Array:
 
 
 def clean(x_t: Array, step: Array, epsilon: Array) -> Array:
-    """x_hat of flow samples ``[B, H, W, C]``, given the network's epsilon at these steps ``[B]``."""
+    """x_hat of flow samples ``[B, H, W, C]``, from the epsilon predicted at these steps ``[B]``."""
     at = lambda table: jnp.asarray(table)[step][:, None, None, None]
     return (network_input(x_t, step) - at(S) * epsilon) / at(A)
 

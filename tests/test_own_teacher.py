@@ -1,0 +1,102 @@
+"""A family of a user's own, with another process: examples/own_teacher."""
+
+import json
+import os
+import subprocess
+import sys
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import tiny
+
+from ddmd_jax import families
+from ddmd_jax.diffusion import process as flow
+from ddmd_jax.weights import flat
+
+EXAMPLES = tiny.ROOT / 'examples'
+
+
+@pytest.fixture
+def own(monkeypatch):
+    """The example's modules, importable as a user's are."""
+    monkeypatch.syspath_prepend(EXAMPLES)
+    import own_teacher.process
+    import own_teacher.teacher
+
+    return own_teacher
+
+
+def test_every_step_of_the_table_is_a_level_of_the_flow(own):
+    t = own.process.Table()(jnp.linspace(0, 1, own.process.STEPS + 1))
+    np.testing.assert_allclose(t[:-1], own.process.T[::-1], rtol=1e-6)
+    assert t[-1] == 1 and (np.diff(t) > 0).all()
+    assert (own.process.step_of(t[:-1]) == np.arange(own.process.STEPS)[::-1]).all()
+
+
+def test_the_flows_samples_are_the_processs_rescaled(own):
+    x, noise = jax.random.normal(jax.random.key(0), (2, 5, 8, 8, 3))
+    step = jnp.asarray([0, 20, 50, 98, 99])
+    x_t = flow.renoise(x, jnp.asarray(own.process.T)[step], noise)
+    at = lambda table: table[step][:, None, None, None]
+    x_vp = at(own.process.A) * x + at(own.process.S) * noise
+    np.testing.assert_allclose(own.process.network_input(x_t, step), x_vp, atol=1e-5)
+    # The epsilon that made the sample gives back the clean image; fp32 of a division by a.
+    np.testing.assert_allclose(own.process.clean(x_t, step, noise), x, atol=1e-4)
+
+
+def test_the_first_input_is_what_the_network_takes_for_noise(own):
+    noise = jax.random.normal(jax.random.key(0), (2, 8, 8, 3))
+    time = own.process.Table()
+    last = own.process.step_of(jnp.full(2, time(0.0)))
+    assert (last == own.process.STEPS - 1).all()
+    np.testing.assert_allclose(
+        own.process.network_input(time.first_input(noise), last), noise, rtol=1e-6)
+
+
+def run(*argv):
+    done = subprocess.run([sys.executable, '-m', *map(str, argv)], text=True, capture_output=True,
+                          env=os.environ | {'PYTHONPATH': f'{tiny.ROOT}:{EXAMPLES}'}, check=False)
+    assert done.returncode == 0, done.stderr
+    return done.stdout
+
+
+@pytest.mark.slow
+def test_it_is_trained_distilled_drawn_with_and_exported(tmp_path, own):
+    weights, workdir = tmp_path / 'teacher.safetensors', tmp_path / 'run'
+    run('own_teacher.train', weights)
+    run('ddmd_jax.main', f'--config={EXAMPLES}/own_teacher/config.py', f'--workdir={workdir}',
+        f'--config.teacher.path={weights}')
+    manifest = json.loads((workdir / 'config.json').read_text())
+    assert manifest['teacher']['name'] == 'own_teacher' == families.get('own_teacher').name
+    run('ddmd_jax.sample', f'--checkpoint={workdir}', '--prompt=red left', '--compare_teacher',
+        f'--out={tmp_path}/images')
+    assert len(list((tmp_path / 'images').glob('*.png'))) == 2
+    run('ddmd_jax.export', f'--checkpoint={workdir}', '--format=safetensors',
+        f'--out={tmp_path}/student')
+    params, about = flat.load(tmp_path / 'student' / 'student.safetensors', '')
+    assert about['family'] == 'own_teacher'
+    images = sampled(own, families.get('own_teacher').load(
+        families.LoadOptions(str(weights))), params)
+    real = np.stack([own.shapes.draw(caption) for caption in own.shapes.CAPTIONS])
+    error = {name: float(np.sqrt(np.mean((x - real) ** 2))) for name, x in images.items()}
+    # Two steps without guidance are about as near as twenty with it, and the teacher's two are not.
+    assert error['student'] < 1.5 * error['guided'] < 0.4 * error['few'], error
+
+
+def sampled(own, teacher, student):
+    """Images of all captions: the teacher in 20 guided steps and in 2, the student in 2."""
+    from ddmd_jax.diffusion import sampling
+    from ddmd_jax.diffusion.time import FewSteps
+
+    cond, null = teacher.encode(own.shapes.CAPTIONS), teacher.encode([''])
+    null = jax.tree.map(lambda n, c: np.broadcast_to(n, c.shape), null, cond)
+    noise = jax.random.normal(jax.random.key(0), (len(own.shapes.CAPTIONS), *teacher.latents.shape))
+    denoise = lambda params: lambda x, t, c: teacher.predict_clean(params, x, t, c)
+    first, grid = teacher.time.first_input(noise), teacher.time.grid
+    draw = lambda n, w: sampling.sample_teacher(
+        denoise(teacher.params), cond, first, grid(n), sampling.Guidance(w, null))
+    few = sampling.sample_student(denoise(student), cond, FewSteps(teacher.time, 2),
+                                  jax.random.key(1), noise.shape)
+    return {'guided': draw(20, 2.0), 'few': draw(2, 1.0), 'student': few}
