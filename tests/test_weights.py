@@ -243,8 +243,8 @@ def test_export_never_overwrites(exported, params):
 
 
 def test_load_tells_families_apart(exported):
-    assert teachers.load_teacher(str(exported), size=(16, 16)).name == 'lumina'
-    assert teachers.load_teacher('emoji').name == 'emoji'
+    assert teachers.load_teacher(str(exported), size=(16, 16)).family == 'lumina'
+    assert teachers.load_teacher('emoji').family == 'emoji'
 
 
 # --- Eight devices: straight into the layout, never a full copy ---
