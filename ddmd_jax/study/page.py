@@ -1,4 +1,4 @@
-"""The common parts of a study's pages: a template, figures as data, badges."""
+"""What the pages of a study have in common: a template, figures as data, badges."""
 
 from __future__ import annotations
 
