@@ -19,7 +19,7 @@ from absl import app, flags, logging
 from ddmd_jax.util import arguments, text
 
 FLAGS = flags.FLAGS
-# What of a manifest is shown: enough to tell runs apart.
+# Entries of a manifest in the listing: enough to tell runs apart.
 SHOWN = ('task', 'teacher.name', 'method.schedule', 'student.steps', 'data.global_batch', 'seed',
          'version.ddmd_jax', 'version.jax')
 

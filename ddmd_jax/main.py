@@ -8,7 +8,6 @@ named).
 from __future__ import annotations
 
 import errno
-import json
 import math
 import os
 import shlex
@@ -116,6 +115,19 @@ def _given(config) -> dict[str, Any]:
     return {'config_file': file, 'changed': changed}
 
 
+def run(config, workdir: Path, window: tuple[int, int] | None = None) -> None:
+    """One run of either task, to its end; raises the errors that `main` puts in one line."""
+    from ddmd_jax.report import page
+    from ddmd_jax.train.pretrain import pretrain
+    from ddmd_jax.train.train import Options, distill
+
+    options = Options(window, page.write if config.log.report else None, about(config))
+    train = distill if config.task == 'distill' else pretrain
+    train(config, workdir, options)
+    if config.log.report:
+        report(workdir)  # once more, with the evaluation
+
+
 def report(workdir: Path) -> None:
     """Writes ``report.html``, by process 0; no run ends for it."""
     import jax
@@ -131,48 +143,12 @@ def report(workdir: Path) -> None:
               f'ddmd_jax.report {workdir}', file=sys.stderr)
 
 
-def run(config, workdir: Path, replay: bool = False,
-        window: tuple[int, int] | None = None) -> None:
-    """One run of either task, to its end; raises the errors that `main` puts in one line."""
-    import jax
+def replay(config, workdir: Path) -> None:
+    """Prints the step that went wrong last: a line on where it stood, then one for each figure."""
+    from ddmd_jax.train import pretrain, train
 
-    from ddmd_jax.parallel import sharding
-    from ddmd_jax.report import page
-    from ddmd_jax.train.watch.profiling import Beside
-
-    mesh = sharding.make_mesh(config.mesh)
-    parts = config.student.steps * config.train.accumulate if config.task == 'distill' else 1
-    sharding.check_batch(config.data.global_batch, mesh, parts)
-    if replay:
-        _replay(config, workdir, mesh)
-        return
-    if jax.process_index() == 0:  # as it is now: what a checkpoint holds is what may not change
-        (workdir / 'config.json').write_text(json.dumps(config.to_dict(), indent=1) + '\n')
-        (workdir / 'run.json').write_text(json.dumps(about(config), indent=1, default=str) + '\n')
-    reported = config.log.get('report', True)
-    beside = Beside(window, page.write if reported else None)
-    if config.task == 'pretrain':
-        from ddmd_jax.train import pretrain
-
-        pretrain.run(config, workdir, mesh, beside)
-    else:
-        from ddmd_jax.train import distill
-
-        distill.run(config, workdir, mesh, beside)
-    if reported:
-        report(workdir)  # once more, with the evaluation
-
-
-def _replay(config, workdir: Path, mesh) -> None:
-    """Prints the step that went wrong last: a line of what it was, then one for each figure."""
-    from ddmd_jax.train import distill, loop, pretrain
-
-    if config.task == 'pretrain':
-        task, identity = pretrain.make_task(config, mesh), 'none'
-    else:
-        teacher, task = distill.prepare(config, mesh)
-        identity = teacher.identity
-    entry = loop.replay(task, config, workdir, mesh, identity)
+    task = train.prepare(config) if config.task == 'distill' else pretrain.prepare(config)
+    entry = train.replay(task, config, workdir)
     place = 'the start' if entry['checkpoint'] is None else f'checkpoint {entry["checkpoint"]}'
     print(f'step {entry["step"]}, from {place}: batches {entry["batches"]}, rows {entry["rows"]}')
     for name, value in sorted(entry['metrics'].items()):
@@ -209,14 +185,16 @@ def main(argv: list[str]) -> None:
     from ddmd_jax.parallel.sharding import ShardingError
     from ddmd_jax.train.durable import lock, signals
     from ddmd_jax.train.durable.checkpoint import CheckpointError
-    from ddmd_jax.train.durable.guards import GuardError
+    from ddmd_jax.train.durable.rollback import DivergedError, GuardError
     from ddmd_jax.train.durable.saving import HungError
-    from ddmd_jax.train.loop import DivergedError
     from ddmd_jax.weights.flat import WeightsError
 
     try:
         with signals.watched(), lock.held(workdir):
-            run(_CONFIG.value, workdir, _REPLAY.value, window)
+            if _REPLAY.value:
+                replay(_CONFIG.value, workdir)
+            else:
+                run(_CONFIG.value, workdir, window)
     except signals.Stopped as e:
         print(f'main: {e}', file=sys.stderr)
     except HungError as e:

@@ -78,13 +78,13 @@ def main(argv: list[str]) -> None:
         if FLAGS.layout:
             print(layout.layout(c, *parts_for(c, mesh)))
             return
-        found = plan.plan(c, parts_for, mesh, FLAGS.topology, FLAGS.search, FLAGS.only)
+        planned = plan.plan(c, parts_for, mesh, FLAGS.topology, FLAGS.search, FLAGS.only)
     except config_lib.ConfigError as e:
         print(e, file=sys.stderr)
         sys.exit(2)
     except (programs.PlanError, sharding.ShardingError, WeightsError) as e:
         sys.exit(f'plan: {e}')
-    print(json.dumps(found, indent=1) if FLAGS.json else plan.table(found))
+    print(json.dumps(planned, indent=1) if FLAGS.json else plan.table(planned))
 
 
 if __name__ == '__main__':

@@ -9,6 +9,7 @@ from typing import Any
 from ddmd_jax import families
 from ddmd_jax.config import fields
 from ddmd_jax.config.fields import REQUIRED, Field, under
+from ddmd_jax.method import regularisers
 
 OUT = Path(__file__).with_name('config.md')
 HEAD = """# Every field of a config
@@ -47,7 +48,8 @@ def page() -> str:
              'same fields and defaults. It counts its own updates: '
              '`train.steps * critic.updates + critic.warmup`.',
              '## Task `distill`', table(distill)]
-    for name, own in fields.REGULARISERS.items():
+    for name in regularisers.BUILT_IN:
+        own = regularisers.get(name).fields
         parts += [f'### Regulariser `{name}`', table(under(f'method.{name}', own))]
     parts += ['## Task `pretrain`', table(fields.PRETRAIN),
               'The architecture, `teacher.model.denoiser.*` and `teacher.model.text.*`, has the '

@@ -11,13 +11,13 @@ from pathlib import Path
 import jax
 import jax.numpy as jnp
 import numpy as np
+from ddmd_jax.losses.cfg_augmentation import ca_direction
 from PIL import Image
 
 from ddmd_jax import families as teachers
 from ddmd_jax.data import conditioning
 from ddmd_jax.diffusion import drawing, process
 from ddmd_jax.diffusion.time import Shift
-from ddmd_jax.losses.cfg_augmentation import ca_direction
 from ddmd_jax.method import schedules
 
 OUT = Path(__file__).with_name('pictures')

@@ -1,29 +1,26 @@
 """Figures of one generator and one critic update at fixed keys, for every objective and schedule.
 
-``python tests/reference.py`` writes them to ``tests/golden/objectives.json``, made at commit
-a515424, before the objectives were written anew, and `test_reference.py` holds later code to them.
-Do not write them again to make a test pass.
+``tests/golden/objectives.json`` holds those of commit a515424, before the objectives were written
+anew; `test_reference.py` holds later code to them. Do not write them again to make a test pass.
 """
 
 from __future__ import annotations
 
-import json
-import sys
 from pathlib import Path
 from typing import Any
 
 import jax
 import numpy as np
 import optax
+import tiny
 
-sys.path.insert(0, str(Path(__file__).parent))
-import tiny  # noqa: E402
+from ddmd_jax.families.emoji import teacher as emoji
+from ddmd_jax.parallel import sharding
 
 GOLDEN = Path(__file__).parent / 'golden' / 'objectives.json'
 BATCH = 4
-BASE: dict[str, Any] = {}
 SCHEDULES = ('coupled_shared', 'decoupled_full', 'decoupled_constrained', 'decoupled_hybrid')
-# Name of a case -> what differs from `tiny.make_method`'s recipe.
+# Name of a case -> what differs from `tiny.make_recipe`'s recipe.
 CASES: dict[str, dict[str, Any]] = {
     **{name: {'schedule': name} for name in SCHEDULES},
     **{f'{name}, shift 3': {'schedule': name, 'shift': 3.0} for name in SCHEDULES},
@@ -55,48 +52,35 @@ def figures(tree: Any) -> list[float]:
     return [float(np.linalg.norm(flat)), *(float(x) for x in signs @ flat)]
 
 
-def batch_of(cond: Any, seed: int, real: bool) -> Any:
-    """Conditioning as the steps take it; with real latents where a GAN wants them."""
-    latents = np.random.default_rng(seed).normal(size=(BATCH, *tiny.SHAPE)).astype(np.float32)
-    return cond | ({'real': latents} if real else {})
-
-
 def case_figures(changes: dict[str, Any]) -> dict[str, Any]:
     """Losses and metrics, the figures of both updates' gradients and of the state after them."""
-    from ddmd_jax.families.emoji import teacher as emoji
-    from ddmd_jax.method.recipe import Gan, MeanVariance
-    from ddmd_jax.models import discriminator
-    from ddmd_jax.parallel import sharding
-
-    changes, head = dict(changes), None
-    if 'mean_variance' in changes:
-        changes['mean_variance'] = MeanVariance(*changes['mean_variance'])
+    changes, extra, regularisers = dict(changes), None, {}
+    mechanics = {name: changes.pop(name) for name in ('merge', 'teacher_passes', 'accumulate')
+                 if name in changes}
     if 'gan' in changes:
-        width = tiny.MODEL['denoiser']['hidden_size']
-        head = discriminator.init(width, jax.random.key(5))
-        weight, critic_weight, r1 = changes['gan']
-        changes['gan'] = Gan(weight, critic_weight, r1, (0.0, 0.98), discriminator.make_classify(
-            emoji.make_features(tiny.MODEL), width))
+        weights = dict(zip(('weight', 'critic_weight', 'r1'), changes.pop('gan'), strict=True))
+        regularisers['gan'] = gan = tiny.make_gan(**weights)
+        extra = {'gan': gan.init(jax.random.key(5))}
+    if 'mean_variance' in changes:
+        regularisers['mean_variance'] = tiny.make_mean_variance(*changes.pop('mean_variance'))
+    changes['critic_range'] = changes.pop('tau_critic', (0.0, 0.98))
     mesh = sharding.make_mesh({}, jax.devices()[:1])
     # Plain descent hands on the gradient as it is; momentum makes two updates differ.
     tx = optax.chain(optax.clip_by_global_norm(1e6), optax.sgd(0.1, momentum=0.9))
-    make_state, steps, frozen = tiny.build_run(
-        emoji.make_denoiser(tiny.MODEL), tiny.make_params(), tx, mesh, head=head, **changes)
-    state, found = make_state(), {}
+    spec, program, frozen = tiny.build_run(
+        emoji.make_denoiser(tiny.MODEL), tiny.make_params(), tx, mesh,
+        recipe=tiny.make_recipe(regularisers=regularisers, **changes), extra=extra, **mechanics)
+    state, found = spec.create(), {}
     for i in range(2):
-        cond = batch_of(tiny.make_cond(BATCH, i), i, 'gan' in changes)
-        state, metrics = steps.critic(state, cond)
+        real = np.random.default_rng(i).normal(size=(BATCH, *tiny.SHAPE)).astype(np.float32)
+        batch = tiny.make_batch(BATCH, i, real if extra else None)
+        state, metrics = program.critic(frozen, state, batch)
         found[f'critic {i}'] = {k: float(v) for k, v in sorted(metrics.items())}
-        state, metrics = steps.generator(state, frozen, cond)
+        state, metrics = program.generator(frozen, state, batch)
         found[f'generator {i}'] = {k: float(v) for k, v in sorted(metrics.items())}
     for name in ('student', 'critic', 'ema', 'student_opt', 'critic_opt'):
         found[name] = figures(getattr(state, name))
-    if head is not None:
-        found['head'], found['head_opt'] = figures(state.head), figures(state.head_opt)
+    if extra:
+        found['head'], found['head_opt'] = figures(state.extra), figures(state.extra_opt)
     return found
 
-
-if __name__ == '__main__':
-    jax.config.update('jax_platforms', 'cpu')
-    jax.config.update('jax_disable_most_optimizations', True)
-    GOLDEN.write_text(json.dumps({n: case_figures(c) for n, c in CASES.items()}, indent=1) + '\n')

@@ -13,13 +13,12 @@ import pytest
 from ddmd_jax import config as config_lib
 from ddmd_jax.config import fields, load, rules
 from ddmd_jax.diffusion import sampling
-from ddmd_jax.losses.critic import WEIGHTINGS
-from ddmd_jax.losses.decoupled import NORMALISERS
-from ddmd_jax.method.recipe import TEACHER_PASSES
+from ddmd_jax.method.inputs import TEACHER_PASSES
+from ddmd_jax.method.losses import NORMALISERS, WEIGHTINGS
 from ddmd_jax.method.schedules import SCHEDULES
 from ddmd_jax.models import attention, layers
-from ddmd_jax.train import distill
-from ddmd_jax.train.durable import guards
+from ddmd_jax.train.distillation import OFFLOAD
+from ddmd_jax.train.durable import guards, rollback
 from ddmd_jax.train.durable.checkpoint import comparable
 from ddmd_jax.train.watch import trackers
 
@@ -97,7 +96,7 @@ DISTILL = [
     ('method.tau_ca', 0.9, 'two numbers'),
     ('method.tau_ca', (0.0, 0.5, 0.9), 'two numbers'),
     ('method.tau_ca', (False, 0.9), 'two numbers'),
-    ('method.tau_ca', (0.0, 0.75), 'must be above 0.75, the pre-shift time of the last of 4'),
+    ('method.tau_ca', (0.0, 0.75), 'must be above 0.75, where decoupled_hybrid draws this tau from'),
     ('method.normaliser', 'per_tern', "did you mean 'per_term'?"),
     ('method.floor', 0.0, 'above 0'),
     ('method.shift', 0.0, "None or a number above 0: None takes the teacher's"),
@@ -400,8 +399,8 @@ def test_one_field_is_one_line(monkeypatch):
     ('critic.weighting', WEIGHTINGS), ('method.normaliser', NORMALISERS),
     ('student.sampler', sampling.STUDENT_MODES), ('eval.solver', sampling.SOLVERS),
     ('teacher.attention', attention.KINDS), ('teacher.remat', ('none', *layers.REMAT_POLICIES)),
-    ('train.teacher_passes', TEACHER_PASSES), ('train.offload', distill.OFFLOAD),
-    ('train.on_nan', guards.ON_NAN), ('train.on_health', guards.ON_HEALTH),
+    ('train.teacher_passes', TEACHER_PASSES), ('train.offload', OFFLOAD),
+    ('train.on_nan', rollback.ON_NAN), ('train.on_health', guards.ON_HEALTH),
     ('log.tracker', trackers.NAMES),
 ])
 def test_the_table_names_what_the_modules_know(path, names):

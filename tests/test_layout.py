@@ -38,14 +38,12 @@ def test_a_row_says_where_a_leaf_lies():
     assert (b.path, b.dtype, b.memory, b.size, b.per_device) == ('b', 'bfloat16', 'host', 12, 12)
 
 
-def test_a_table_is_aligned_and_ends_with_its_totals():
-    head, kernel, b, total = planner.table(planner.rows_of(*small())).splitlines()
+def test_a_table_ends_with_its_totals():
+    _, kernel, b, total = planner.table(planner.rows_of(*small())).splitlines()
     assert re.split('  +', kernel) == ['a/kernel', '3x8x4', 'float32', '- fsdp tensor', '384 B',
                                        '96 B']
     assert re.split('  +', b) == ['b', '6', 'bfloat16', 'whole', '12 B', '12 B']
     assert re.split('  +', total) == ['all 2', '396 B', '108 B']
-    assert len({len(line) for line in (head, kernel, b, total)}) == 1
-    assert head.index('shape') == kernel.index('3x8x4') == b.index('6')
 
 
 def test_an_axis_of_two_names_is_one_word():

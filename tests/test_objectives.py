@@ -14,20 +14,20 @@ import numpy as np
 import optax
 import pytest
 import tiny
+from ddmd_jax.losses.gan import critic_gan_loss, r1_penalty, student_gan_loss
+from ddmd_jax.losses.mean_variance import mean_variance_kl, moments
+from ddmd_jax.train.step import critic_objective, generator_loss
 from hypothesis import given, strategies as st
 
 from ddmd_jax.data.conditioning import REAL
 from ddmd_jax.diffusion import sampling
 from ddmd_jax.diffusion.time import FewSteps, Shift
 from ddmd_jax.families.emoji import teacher as emoji
-from ddmd_jax.losses.gan import critic_gan_loss, r1_penalty, student_gan_loss
-from ddmd_jax.losses.mean_variance import mean_variance_kl, moments
 from ddmd_jax.method import schedules
 from ddmd_jax.method.recipe import Gan, MeanVariance
 from ddmd_jax.models import discriminator
 from ddmd_jax.parallel import sharding
 from ddmd_jax.train import state as state_lib, step
-from ddmd_jax.train.step import critic_objective, generator_loss
 
 pytestmark = pytest.mark.usefixtures('quick_compile')
 BATCH = 4

@@ -165,7 +165,7 @@ def test_a_picture_that_cannot_be_read_is_left_out(run):
 def test_long_curves_keep_their_end_and_every_change_of_verdict(tmp_path):
     found = read.read(make_run(tmp_path / 'long', lines=4001, every=1))
     assert figures._series(found, 'loss')['x'][-1] == 4001
-    told = figures._told(found.lines)
+    told = figures._thinned(found.lines)
     assert len(told) < 450 and told[-1]['step'] == 4001
     assert [x['step'] for x in told if x['health'] != 'healthy'][0] == 3998
 

@@ -10,12 +10,12 @@ import numpy as np
 import optax
 import pytest
 import tiny
+from ddmd_jax.train.step import accumulated_grads, critic_objective, generator_loss
 
 from ddmd_jax.diffusion.time import Shift
 from ddmd_jax.method import schedules
 from ddmd_jax.parallel import sharding
 from ddmd_jax.train import state as st
-from ddmd_jax.train.step import accumulated_grads, critic_objective, generator_loss
 
 pytestmark = pytest.mark.usefixtures('quick_compile')
 BATCH = 4

@@ -5,6 +5,7 @@ Imported by `conftest.py`, and by test code that runs in a process of its own.
 
 from __future__ import annotations
 
+import dataclasses
 import importlib.util
 import os
 import subprocess
@@ -15,13 +16,22 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from ml_collections import ConfigDict
 
+from ddmd_jax.data.batch import Batch, CondSpec
+from ddmd_jax.diffusion.time import FewSteps, Shift
+from ddmd_jax.families.base import Latents, Teacher
 from ddmd_jax.families.emoji import teacher as emoji
-from ddmd_jax.method.recipe import Method
+from ddmd_jax.method import schedules
+from ddmd_jax.method.losses import Normaliser
+from ddmd_jax.method.recipe import Recipe
+from ddmd_jax.method.regularisers.gan import Gan
+from ddmd_jax.method.regularisers.mean_variance import MeanVariance
+from ddmd_jax.method.schedules import Alpha, Ranges
 from ddmd_jax.models import discriminator
 from ddmd_jax.parallel import sharding
 from ddmd_jax.train import state as st
-from ddmd_jax.train.step import make_steps
+from ddmd_jax.train.update import Frozen, Mechanics, Updates
 
 ROOT = Path(__file__).resolve().parent.parent
 SHAPE = (8, 8, 3)
@@ -74,42 +84,55 @@ def make_null() -> dict[str, jax.Array]:
             'mask': jnp.zeros((1, CAPTION), bool).at[:, 0].set(True)}
 
 
-def make_method(**changes: Any) -> Method:
+def make_batch(rows: int, seed: int = 0, real: Any = None) -> Batch:
+    """Prompts of `make_cond`, as the updates take them."""
+    return Batch(make_cond(rows, seed), real, SHAPE)
+
+
+def make_recipe(schedule='decoupled_hybrid', steps=2, shift=1.0, alpha=4.0, alpha_range=(),
+                alpha_ramp=0, normaliser='per_term', floor=0.02, tau_ca=(0.0, 0.98),
+                tau_dm=(0.0, 0.98), tau_ca_end=(), tau_dm_end=(), tau_relax=0,
+                **changes: Any) -> Recipe:
     """The recipe of `configs/emoji.py`, in two steps so that one program simulates one."""
-    recipe = {
-        'schedule': 'decoupled_hybrid', 'alpha': 4.0, 'weight_ca': 1.0, 'weight_dm': 1.0,
-        'tau_ca': (0.0, 0.98), 'tau_dm': (0.0, 0.98), 'tau_critic': (0.0, 0.98),
-        'normaliser': 'per_term', 'floor': 0.02, 'critic_weighting': 'velocity',
-        'num_steps': 2, 'shift': 1.0, 'ema': 0.9, 'ema_ramp': True, 'accumulate': 1}
-    return Method(**(recipe | changes))
+    return Recipe(
+        FewSteps(Shift(shift), steps), schedules.get(schedule),
+        Ranges(tau_ca, tau_dm, tau_ca_end, tau_dm_end, tau_relax),
+        Alpha(alpha, alpha_range, alpha_ramp), normaliser=Normaliser(normaliser, floor), **changes)
 
 
-def build_run(predict, params, tx, mesh, offload=(), head=None, **changes):
-    """``(make_state, steps, frozen)`` of a toy run; `params` are teacher, student, critic.
+def make_gan(features: Any = None, **section: Any) -> Gan:
+    """The GAN on the tiny NextDiT's tokens, or on those of `features`."""
+    teacher = Teacher(
+        'tiny', make_params()[0], None, Latents(SHAPE), CondSpec.text(16), Shift(), 'tiny',
+        emoji.RULES, features=features or emoji.make_features(MODEL))
+    default = {'weight': 0.3, 'critic_weight': 0.2, 'r1': 0.0, 'tau': (0.0, 0.98)}
+    return Gan(ConfigDict(default | section), teacher)
 
-    `offload` names what stays in host memory, of 'ema' and 'teacher'; `head` is a GAN's.
+
+def make_mean_variance(weight: float, mean: float, variance: float) -> MeanVariance:
+    section = ConfigDict({'weight': weight, 'mean': mean, 'variance': variance})
+    return MeanVariance(section, Teacher(
+        'tiny', None, None, Latents(SHAPE), CondSpec.text(16), Shift(), 'tiny', ()))
+
+
+def build_run(predict, params, tx, mesh, offload=(), recipe=None, extra=None, **mechanics):
+    """``(spec of the state, program, frozen)`` of a toy run; `params` are teacher, student, critic.
+
+    `offload` names what stays in host memory, of 'ema' and 'teacher'; `extra` are parameters of
+    regularisers.
     """
     teacher, student, critic = params
-    frozen = {'teacher': teacher, 'null': make_null()}
-    frozen_shardings = {
-        'teacher': sharding.shard_tree(teacher, emoji.RULES, mesh),
-        'null': jax.tree.map(lambda _: sharding.replicated(mesh), frozen['null'])}
+    frozen = Frozen(teacher, make_null())
+    layout = Frozen(sharding.shard_tree(teacher, emoji.RULES, mesh),
+                    jax.tree.map(lambda _: sharding.replicated(mesh), frozen.null))
     if 'teacher' in offload:
-        frozen_shardings['teacher'] = sharding.in_host_memory(frozen_shardings['teacher'])
-    host = [name for name in offload if name == 'ema']
-    fill = lambda s, c: st.fresh(s, tx, c, tx, head)
-    rules = (*discriminator.RULES, *emoji.RULES)
-    _, shardings = st.abstract_and_shardings(
-        fill, rules, mesh, student, critic, host=host)
-    make_state = lambda: st.create(fill, rules, mesh, student, critic, host=host)
-    steps = make_steps(predict, tx, tx, make_method(**changes), SHAPE, 0, mesh, shardings,
-                       frozen_shardings)
-    return make_state, steps, jax.device_put(frozen, frozen_shardings)
-
-
-def xla_flags(devices: int) -> str:
-    """``XLA_FLAGS`` of this process and so many host devices (the last of two flags counts)."""
-    return f'{os.environ.get("XLA_FLAGS", "")} --xla_force_host_platform_device_count={devices}'
+        layout = dataclasses.replace(layout, teacher=sharding.in_host_memory(layout.teacher))
+    fill = lambda s, c: st.fresh(s, tx, c, tx, extra)
+    spec = st.StateSpec(fill, (*discriminator.RULES, *emoji.RULES), mesh, (student, critic),
+                        tuple(name for name in offload if name == 'ema'))
+    updates = Updates(predict, recipe or make_recipe(),
+                      Mechanics(tx, tx, **({'ema': 0.9} | mechanics)))
+    return spec, updates.jitted(mesh, spec.shardings, layout), jax.device_put(frozen, layout)
 
 
 def run_on_devices(script: str | Path, devices: int = 8, *args: str) -> str:
@@ -119,7 +142,9 @@ def run_on_devices(script: str | Path, devices: int = 8, *args: str) -> str:
     itself, and setting it for all of them would slow down every other test.
     """
     env = os.environ | {
-        'XLA_FLAGS': xla_flags(devices),
+        'XLA_FLAGS': f'--xla_force_host_platform_device_count={devices}',
+        'JAX_PLATFORMS': 'cpu',
+        'JAX_DISABLE_MOST_OPTIMIZATIONS': '1',  # see conftest.quick_compile
         'PYTHONPATH': os.pathsep.join([str(ROOT), os.environ.get('PYTHONPATH', '')])}
     done = subprocess.run([sys.executable, str(script), *args], env=env, cwd=ROOT, text=True,
                           capture_output=True, timeout=600, check=False)

@@ -68,6 +68,7 @@ def fields_of(config: Any) -> tuple[Field, ...]:
     there, whatever stands in the sections whose fields they bring is taken as it is.
     """
     from ddmd_jax import families
+    from ddmd_jax.method import regularisers
 
     distill = config.get('task') == 'distill' or (
         config.get('task') != 'pretrain' and 'critic' in config)
@@ -81,8 +82,13 @@ def fields_of(config: Any) -> tuple[Field, ...]:
     else:
         found = fields.PROMPTS if distill and data in fields.PROMPT_SETS else _any(config, 'data')
     if distill:
-        for name, own in fields.REGULARISERS.items():
-            found += under(f'method.{name}', own)
+        named = field(config, 'method.regularisers')
+        for name in regularisers.BUILT_IN if named is None else named:
+            try:
+                kind = regularisers.get(name)
+            except ValueError:  # `together` says so
+                continue
+            found += under(f'method.{kind.name}', kind.fields)
         return fields.COMMON + fields.DISTILL + found
     found += under('teacher.model', family.architecture) or _any(config, 'teacher.model')
     return fields.COMMON + fields.PRETRAIN + found

@@ -179,16 +179,3 @@ PROMPTS = under('data', (
     Field('sizes', SIZES, (), FIXED, 'one is drawn for each batch'),
     Field('lengths', LENGTHS, (), FIXED, 'token counts that batches are cut to'),
 ))
-
-# Until regularisers bring their own.
-REGULARISERS = {
-    'mean_variance': (
-        Field('weight', WEIGHT, 0.0, FIXED, 'weight of mean-variance'),
-        Field('mean', or_none(number("None takes that of the teacher's data")), None, FIXED, 'mean of real latents'),
-        Field('variance', or_none(number("None takes that of the teacher's data", above=0)), None, FIXED, 'variance of real latents')),
-    'gan': (
-        Field('weight', WEIGHT, 0.0, FIXED, "weight of the GAN in the student's loss"),
-        Field('critic_weight', POSITIVE, 1e-2, FIXED, "its weight in the critic's loss"),
-        Field('r1', WEIGHT, 0.0, FIXED, 'weight of R1'),
-        Field('tau', TAU_RANGE, (0.0, 0.98), FIXED, 'pre-shift range of the levels at which the classifier judges')),
-}

@@ -104,11 +104,24 @@ def moments_known(weight: float, mean: float | None, variance: float | None,
 
 @about('method.schedule')
 def schedule_known(schedule: str) -> str | None:
-    from ddmd_jax.method.schedules import SCHEDULES
+    from ddmd_jax.method import schedules
 
-    known = choice(*SCHEDULES)
-    if not known.ok(schedule):
-        return f'must be {known.allowed}{known.hint(schedule)}'
+    try:
+        schedules.get(schedule)
+    except ValueError as e:
+        known = choice(*schedules.SCHEDULES)
+        return f'must be {known.allowed}, or a dotted name ({e}){known.hint(schedule)}'
+
+
+@about('method.regularisers')
+def regularisers_known(names: Sequence[str]) -> str | None:
+    from ddmd_jax.method import regularisers
+
+    try:
+        for name in names:
+            regularisers.get(name)
+    except ValueError as e:
+        return f'must name regularisers: {e}'
 
 
 @about('init_from', 'resume')
@@ -171,14 +184,13 @@ def batch_divides(batch: int, steps: int, accumulate: int) -> str | None:
 
 
 def tau_reaches(term: str, span: Sequence[float], schedule: str, steps: int) -> str | None:
-    """A bounded term draws tau from the generator's time upwards; the last step needs room."""
-    from ddmd_jax.method.schedules import SCHEDULES
+    """A term that is bounded below needs room above the bound of the student's last step."""
+    from ddmd_jax.method import schedules
 
-    last = (steps - 1) / steps
-    bounded = schedule in SCHEDULES and getattr(SCHEDULES[schedule], f'{term}_bounded')
-    if bounded and span and span[1] <= last:
-        return (f'its upper end must be above {last:.4g}, the pre-shift time of the last of '
-                f'{steps} steps: {schedule} draws this tau from there upwards')
+    low = getattr(schedules.get(schedule), term).low((steps - 1) / steps)
+    if span and span[1] <= low:
+        return (f'its upper end must be above {low:.4g}, where {schedule} draws this tau from at '
+                f'the last of {steps} steps')
 
 
 for _term in ('ca', 'dm'):

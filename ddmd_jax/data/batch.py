@@ -71,6 +71,11 @@ class Batch:
         """B, the examples."""
         return jax.tree.leaves(self.cond)[0].shape[0]
 
+    @property
+    def signature(self) -> tuple[tuple[int, ...], ...]:
+        """Shapes of everything: batches of one signature go through one compiled program."""
+        return self.shape, *(x.shape for x in jax.tree.leaves(self))
+
 
 def null_like(null: Cond, cond: Cond) -> Cond:
     """The null prompt's one row, repeated for every row of `cond` and cut to its tokens.

@@ -10,21 +10,25 @@ from typing import Any
 import numpy as np
 
 from ddmd_jax.data import DataFileError, embeddings
-from ddmd_jax.data.batch import Cond
-
-REAL = 'real'  # beside a batch's `Cond`: real latents of its prompts, for a GAN
+from ddmd_jax.data.batch import Batch, Cond
+from ddmd_jax.data.order import Planned
 
 
 @dataclasses.dataclass(frozen=True)
 class Prompts:
     """The prompts of a run, as conditioning or as the tokens that an encoder makes it of.
 
-    `rows` are the indices of one epoch. `lookup(rows, length)` gives what a batch is made of,
-    arrays ``[B, length, ...]``, or of full length where `length` is None: a `Cond`, or tokens
-    that `encode`, a jitted program, makes one of. `cond(rows)` is that of any rows, at full
-    length and in the host's memory. `null` is the null prompt's `Cond`, one row of
-    full length. `lengths` are the tokens of every row, where they are known. `caption(row)` is
-    for pictures, `identity` names the data.
+    Attributes:
+      rows: indices of one epoch.
+      lookup: ``(rows, length) -> arrays [B, length, ...]``, of full length where `length` is None:
+        a `Cond`, or tokens that `encode` makes one of.
+      cond: ``rows -> Cond`` at full length, in the host's memory.
+      null: the null prompt's `Cond`, one row of full length.
+      caption: ``row -> prompt``, for images.
+      identity: names the data.
+      lengths: tokens of every row, where they are known.
+      encode: a jitted program, ``tokens -> Cond``; None where `lookup` gives a `Cond`.
+      real: ``rows -> real latents [B, H, W, C]`` of these prompts; None where there are none.
     """
 
     rows: np.ndarray
@@ -35,6 +39,12 @@ class Prompts:
     identity: str
     lengths: np.ndarray | None = None
     encode: Callable[[Any], Cond] | None = None
+    real: Callable[[np.ndarray], np.ndarray] | None = None
+
+    def read(self, planned: Planned) -> Batch:
+        """A planned batch, or a process's rows of one, in the host's memory."""
+        real = self.real(planned.rows) if self.real else None
+        return Batch(self.lookup(planned.rows, planned.length), real, planned.shape or ())
 
 
 def encoded(rows: np.ndarray, lookup: Callable[[np.ndarray, int | None], Cond],

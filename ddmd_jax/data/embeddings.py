@@ -81,7 +81,7 @@ class Job:
 
     @property
     def predicted_bytes(self) -> int:
-        """What the files will take, but for headers and texts."""
+        """Size of the files, without headers and texts."""
         return int(self.lengths.sum()) * self.row_bytes
 
     def shards(self) -> list[tuple[str, int, int]]:
@@ -132,7 +132,6 @@ class Job:
         (self.partial / 'card.json').write_text(json.dumps(card, indent=1) + '\n')
         (self.partial / 'settings.json').unlink()
         os.replace(self.partial, self.out)
-
 
 
 def room_for(job: Job) -> tuple[int, int]:

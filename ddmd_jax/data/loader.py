@@ -3,15 +3,13 @@
 from __future__ import annotations
 
 import dataclasses
-import functools
 from collections.abc import Callable
 from typing import Any
 
 import grain
 import jax
-import numpy as np
 
-from ddmd_jax.data.order import Order, Planned, Shape
+from ddmd_jax.data.order import Order, Planned
 from ddmd_jax.parallel.sharding import ShardingError
 
 # Batches read before they are asked for: a step of several critic updates wants all of its own at
@@ -19,23 +17,13 @@ from ddmd_jax.parallel.sharding import ShardingError
 AHEAD = 8
 
 
-@functools.partial(jax.tree_util.register_dataclass, data_fields=['rows'], meta_fields=['shape'])
-@dataclasses.dataclass(frozen=True)
-class Batch:
-    """Rows of a global batch, a pytree of arrays, and the shape of its latents."""
-
-    rows: Any
-    shape: Shape | None = None
-
-
-def batches(order: Order, lookup: Callable[[np.ndarray, int | None], Any], global_batch: int,
+def batches(order: Order, read: Callable[[Planned], Any], global_batch: int,
             num_processes: int | None = None,
             process: int | None = None) -> grain.DatasetIterator:
-    """Endless iterator over the `Batch` es of `order`.
+    """Endless iterator over the batches of `order`.
 
-    `lookup(rows, length)` gives the arrays of this process's rows, cut to so many tokens (None:
-    not cut). Process p of P gets a contiguous P-th of every batch. The iterator's state is one
-    counter of batches, the same in every process.
+    `read` makes a batch of this process's rows of a planned one. Process p of P gets a contiguous
+    P-th of every batch. The iterator's state is one counter of batches, the same in every process.
 
     Raises:
       ShardingError: the batch does not divide by the number of processes.
@@ -47,9 +35,6 @@ def batches(order: Order, lookup: Callable[[np.ndarray, int | None], Any], globa
                             f'{num_processes} processes')
     local = global_batch // num_processes
     mine = slice(process * local, (process + 1) * local)
-
-    def read(planned: Planned) -> Batch:
-        return Batch(lookup(planned.rows[mine], planned.length), planned.shape)
-
-    return iter(grain.MapDataset.source(order).map(read).to_iter_dataset(
+    part = lambda planned: read(dataclasses.replace(planned, rows=planned.rows[mine]))
+    return iter(grain.MapDataset.source(order).map(part).to_iter_dataset(
         grain.ReadOptions(num_threads=1, prefetch_buffer_size=AHEAD)))

@@ -198,8 +198,8 @@ def drawer(sampler: Sampler, request: Request, mesh: Mesh) -> Callable[[Any], Ar
     """
     count = len(request.names)
     cond, words = _split(request, np.resize(np.arange(count), filled(count, mesh)), mesh)
-    program = _program(sampler, mesh, count)
-    return lambda params: program(params, cond, request.null, words)
+    run = program(sampler, mesh, count)
+    return lambda params: run(params, cond, request.null, words)
 
 
 def generate(sampler: Sampler, params: Any, request: Request, batch: int, mesh: Mesh,
@@ -216,7 +216,7 @@ def generate(sampler: Sampler, params: Any, request: Request, batch: int, mesh: 
       mesh: over which a batch is split.
       times: added to.
     """
-    count, times, program = len(request.names), times or Times(), None
+    count, times, run = len(request.names), times or Times(), None
     batch = filled(batch, mesh)
     with tqdm(desc=sampler.title.replace('\n', ', '), total=count, unit=' images', bar_format=BAR,
               file=sys.stderr, disable=jax.process_index() != 0, dynamic_ncols=True) as bar:
@@ -224,12 +224,12 @@ def generate(sampler: Sampler, params: Any, request: Request, batch: int, mesh: 
             at = np.arange(start, min(start + batch, count))
             cond, words = _split(request, np.resize(at, batch), mesh)
             clock = time.monotonic()
-            if program is None:
-                program = _program(sampler, mesh, batch).lower(
+            if run is None:
+                run = program(sampler, mesh, batch).lower(
                     params, cond, request.null, words).compile()
                 times.compiling += time.monotonic() - clock
                 clock = time.monotonic()
-            latents = np.asarray(program(params, cond, request.null, words))[:len(at)]
+            latents = np.asarray(run(params, cond, request.null, words))[:len(at)]
             times.drawing += time.monotonic() - clock
             clock = time.monotonic()
             # What is judged and saved is what a screen would show.
@@ -240,7 +240,7 @@ def generate(sampler: Sampler, params: Any, request: Request, batch: int, mesh: 
             yield images
 
 
-def _program(sampler: Sampler, mesh: Mesh, count: int) -> Any:
+def program(sampler: Sampler, mesh: Mesh, count: int) -> Any:
     """The jitted drawing of a batch, of which the first `count` are wanted."""
     def draw(params: Any, cond: Any, null: Any, words: Array) -> Array:
         null = null_like(null, cond)

@@ -24,6 +24,7 @@ if TYPE_CHECKING:
     from ddmd_jax.data.conditioning import Prompts
     from ddmd_jax.data.prompts.tokens import Counter
     from ddmd_jax.evaluation.suites import Suite
+    from ddmd_jax.families.pretraining import Pretraining
 
 
 @dataclasses.dataclass(frozen=True)
@@ -136,6 +137,7 @@ class Family:
       export: None: weights by their names here.
       count_tokens: ``() -> Counter`` without a teacher's folder, for `prepare prompts`.
       architecture: fields of ``teacher.model``, if the task `pretrain` trains such teachers.
+      pretraining: ``config -> Pretraining`` of the task `pretrain`; None: it comes trained.
       commands: words of `prepare`.
     """
 
@@ -155,6 +157,7 @@ class Family:
     export: Export | None = None
     count_tokens: Callable[[], Counter] | None = None
     architecture: tuple[Field, ...] = ()
+    pretraining: Callable[[Any], Pretraining] | None = None
     commands: Mapping[str, Command] = dataclasses.field(default_factory=dict)
 
     def load_text(self, options: LoadOptions) -> TextEncoder:

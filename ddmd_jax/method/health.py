@@ -15,7 +15,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from ddmd_jax.losses.decoupled import Predictions, Update
+from ddmd_jax.method.losses import Directions, Predictions
 
 Array = jax.Array
 
@@ -69,13 +69,14 @@ def image_std(x: Array) -> Array:
     return jnp.mean(jnp.std(x, axis=tuple(range(1, x.ndim))))
 
 
-def health(x_hat: Array, p: Predictions, update: Update, limit: float = 1.0) -> dict[str, Array]:
-    """Scalars of one generator step.
+def measure(x_hat: Array, p: Predictions, delta: Directions,
+            limit: float = 1.0) -> dict[str, Array]:
+    """Scalars of one generator update.
 
     Args:
       x_hat: ``[B, ...]`` the student's samples.
-      p: the predictions the step compared.
-      update: the directions it took.
+      p: the predictions that were compared.
+      delta: the directions it took.
       limit: magnitude beyond which a value counts as saturated (1 for pixels).
 
     Returns:
@@ -88,15 +89,15 @@ def health(x_hat: Array, p: Predictions, update: Update, limit: float = 1.0) -> 
     dot = jnp.sum(p.dm_fake * p.dm_cond, axis=axes)
     norms = jnp.sqrt(jnp.sum(jnp.square(p.dm_fake), axis=axes)
                      * jnp.sum(jnp.square(p.dm_cond), axis=axes))
-    ca = rms(update.raw_ca)
+    ca = rms(delta.raw_ca)
     return {
-        'dm_rel_gap': rms(update.raw_dm) / jnp.maximum(rms(p.dm_cond), 1e-8),
+        'dm_rel_gap': rms(delta.raw_dm) / jnp.maximum(rms(p.dm_cond), 1e-8),
         'dm_cos': jnp.mean(dot / jnp.maximum(norms, 1e-8)),
-        'dm_to_ca': jnp.where(ca > 0, rms(update.raw_dm) / jnp.maximum(ca, 1e-8), 0.0),
+        'dm_to_ca': jnp.where(ca > 0, rms(delta.raw_dm) / jnp.maximum(ca, 1e-8), 0.0),
         'x_std': image_std(x_hat),
         'saturation': jnp.mean(jnp.abs(x_hat) > limit),
-        'floor_hit_ca': update.floor_hit_ca,
-        'floor_hit_dm': update.floor_hit_dm,
+        'floor_hit_ca': delta.floor_hit_ca,
+        'floor_hit_dm': delta.floor_hit_dm,
     }
 
 
@@ -108,7 +109,7 @@ def probe(x: Array, start: Array, limit: float = 1.0) -> dict[str, Array]:
     Args:
       x: ``[B, H, W, C]`` samples of the averaged student.
       start: those of the undistilled weights, same prompts, same noise, same sampler.
-      limit: as in `health`.
+      limit: as in `measure`.
 
     Returns:
       ema_std, mean per-sample standard deviation relative to the start's; ema_cast, rms over

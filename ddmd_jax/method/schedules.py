@@ -1,98 +1,164 @@
-"""Re-noising levels: the paper's four schedules (its Table 1), in pre-shift time.
+"""Re-noising schedules: the paper's four (its Table 1), and those of users.
 
-Each draws tau_CA and tau_DM for a batch whose generator steps stand at pre-shift times t.
-A term is *bounded* when its tau must be cleaner than t: uniform on [t, 1]; otherwise it is
-uniform on [0, 1]. The time shift is applied after drawing, never before (the authors'
-answer to users: t = .75, shift 3: tau_CA uniform on [.75, 1], then shifted into [.5, 1]).
-What changes over a run, a range that relaxes or an alpha that rises, is a function of the number
-of student updates.
+A schedule is a value. It knows between which noise levels each term is drawn, given the
+generator's step, and whether the two terms share level and noise. Everything here is in uniform
+time; the teacher's time map is applied to the drawn levels, never before (the authors' answer to
+users). Alpha and ranges that change over a run are functions of the number of student updates.
 """
 
 from __future__ import annotations
 
 import dataclasses
+import importlib
+from collections.abc import Callable
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 
-from ddmd_jax.diffusion.time import Shift
+from ddmd_jax.diffusion.time import TimeMap
 
 Array = jax.Array
-Span = tuple[float | Array, float | Array]
+Range = tuple[float | Array, float | Array]  # (low, high), both in uniform time
+
+
+@dataclasses.dataclass(frozen=True)
+class Bounds:
+    """Between which levels a term looks, given the generator's step at uniform time t.
+
+    `low` and `high` are plain arithmetic of t, on a number as on an array: a config is checked with
+    them before any device is asked for. The configured range cuts off what lies beyond it.
+    """
+
+    low: Callable[[Any], Any] = lambda t: 0.0
+    high: Callable[[Any], Any] = lambda t: 1.0
+
+    def draw(self, key: Array, t: Array, span: Range) -> Array:
+        """A level for each t ``[B]``, uniform between the bounds within `span`."""
+        low = jnp.minimum(jnp.maximum(span[0], self.low(t)), span[1])
+        high = jnp.maximum(jnp.minimum(span[1], self.high(t)), low)
+        return draw_between(key, low, high, t.shape)
+
+
+ANYWHERE = Bounds()
+CLEANER = Bounds(low=lambda t: t)  # tau in [t, 1]: no noisier than the generator's input
+
+
+class Levels(NamedTuple):
+    """Noise levels of the two terms ``[B]``, the paper's t."""
+
+    ca: Array
+    dm: Array
 
 
 @dataclasses.dataclass(frozen=True)
 class Schedule:
-    """Which terms are bounded by the generator's step, and whether they share tau and noise."""
+    """Where each term is re-noised to, and whether they share it.
 
-    ca_bounded: bool
-    dm_bounded: bool
+    Attributes:
+      ca, dm: bounds of tau_CA and tau_DM, such as `ANYWHERE` and `CLEANER`.
+      shared: tau_DM is tau_CA, and its noise is the same (classic DMD).
+    """
+
+    ca: Bounds
+    dm: Bounds
     shared: bool = False
+
+    def levels(self, keys: tuple[Array, Array], t: Array, ranges: Ranges,
+               time: TimeMap) -> Levels:
+        """Levels for generator steps at uniform times `t` ``[B]``.
+
+        Args:
+          keys: of tau_CA and of tau_DM.
+          t: uniform times of the generator's steps.
+          ranges: the configured ranges.
+          time: the teacher's time map.
+        """
+        ca = time(self.ca.draw(keys[0], t, ranges.ca))
+        if self.shared:
+            return Levels(ca, ca)
+        return Levels(ca, time(self.dm.draw(keys[1], t, ranges.dm)))
 
 
 SCHEDULES: dict[str, Schedule] = {
-    'coupled_shared': Schedule(ca_bounded=False, dm_bounded=False, shared=True),
-    'decoupled_full': Schedule(ca_bounded=False, dm_bounded=False),
-    'decoupled_constrained': Schedule(ca_bounded=True, dm_bounded=True),
-    'decoupled_hybrid': Schedule(ca_bounded=True, dm_bounded=False),
+    'coupled_shared': Schedule(ANYWHERE, ANYWHERE, shared=True),  # classic DMD
+    'decoupled_full': Schedule(ANYWHERE, ANYWHERE),
+    'decoupled_constrained': Schedule(CLEANER, CLEANER),
+    'decoupled_hybrid': Schedule(CLEANER, ANYWHERE),  # the paper's method
 }
 
 
-def draw_tau(key: Array, t: Array, bounded: bool, span: Span, shift: float) -> Array:
-    """One re-noising level an example: uniform on `span`, from t upwards if `bounded`.
+def get(name: str) -> Schedule:
+    """One of `SCHEDULES`, or a user's: 'my_module.my_schedule' names a `Schedule` in a module.
 
-    Args:
-      key: PRNG key.
-      t: ``[B]`` pre-shift times of the generator's steps.
-      bounded: whether the lower end is ``max(span[0], t)``.
-      span: (low, high) in pre-shift time; high < 1 keeps the normaliser off the clean end.
-      shift: time shift applied to the draw.
-
-    Returns:
-      ``[B]`` shifted levels, fp32.
+    Raises:
+      ValueError: unknown name, no such module or attribute, or no `Schedule`.
     """
-    low, high = span
-    lower = jnp.maximum(low, t) if bounded else jnp.full_like(t, low)
-    lower = jnp.minimum(lower, high)
-    tau = lower + (high - lower) * jax.random.uniform(key, t.shape)
-    return Shift(shift)(tau)
+    if name in SCHEDULES:
+        return SCHEDULES[name]
+    module, _, attribute = name.rpartition('.')
+    if not module:
+        raise ValueError(f'unknown schedule {name!r}; known: {", ".join(SCHEDULES)}, or '
+                         "'my_module.my_schedule'")
+    try:
+        found = getattr(importlib.import_module(module), attribute)
+    except (ImportError, AttributeError) as e:
+        raise ValueError(f'schedule {name!r} cannot be imported ({e})') from e
+    if not isinstance(found, Schedule):
+        raise ValueError(f'{name} is a {type(found).__name__}, not a Schedule')
+    return found
 
 
-def draw_levels(key: Array, schedule: Schedule, t: Array, tau_ca: Span, tau_dm: Span,
-                shift: float) -> tuple[Array, Array]:
-    """``(tau_CA [B], tau_DM [B])``, shifted; if the schedule shares them, tau_CA twice
-    (`tau_dm` then has no say)."""
-    k_ca, k_dm = jax.random.split(key)
-    ca = draw_tau(k_ca, t, schedule.ca_bounded, tau_ca, shift)
-    if schedule.shared:
-        return ca, ca
-    return ca, draw_tau(k_dm, t, schedule.dm_bounded, tau_dm, shift)
+def draw_between(key: Array, low: float | Array, high: float | Array,
+                 shape: tuple[int, ...]) -> Array:
+    """Uniform on [low, high], of `shape`; the bounds are scalars or of that shape."""
+    return low + (high - low) * jax.random.uniform(key, shape)
 
 
-def relaxed(span: Span, end: Span, updates: int, step: Array | int) -> Span:
-    """`span` on its way to `end`: there after `updates` student updates, at a constant pace.
+# --- What changes over a run ---
 
-    The idea is DynaRS's: where a term looks may change with what the student can do already. At
-    0 updates nothing moves and `span` is handed back as it is.
+
+@dataclasses.dataclass(frozen=True)
+class Ranges:
+    """Ranges of tau_CA and tau_DM in uniform time.
+
+    Each is on its way to its `*_end`, if there is one, for `relax` student updates at a constant
+    pace (the idea is DynaRS's: where a term looks may change with what the student can do).
     """
-    if not updates:
-        return span
-    share = jnp.minimum(jnp.asarray(step, jnp.float32) / updates, 1.0)
-    return tuple(a + (b - a) * share for a, b in zip(span, end, strict=True))
+
+    ca: Range
+    dm: Range
+    ca_end: Range | tuple[()] = ()
+    dm_end: Range | tuple[()] = ()
+    relax: int = 0
+
+    def at(self, step: Array | int) -> Ranges:
+        """The ranges at student update `step`, counted from 0."""
+        if not self.relax:
+            return self
+        share = jnp.minimum(jnp.asarray(step, jnp.float32) / self.relax, 1.0)
+        move = lambda a, b: tuple(x + (y - x) * share for x, y in zip(a, b or a, strict=True))
+        return Ranges(move(self.ca, self.ca_end), move(self.dm, self.dm_end))
 
 
-def ramped(alpha: float, updates: int, step: Array | int) -> float | Array:
-    """Guidance scale that rises from 1, no guidance, to `alpha` in `updates` student updates.
+@dataclasses.dataclass(frozen=True)
+class Alpha:
+    """The guidance scale: one number, or one drawn for each example from a range.
 
-    The first of them (`step` 0) has the first step of the rise; at 0 updates it is `alpha`.
+    `ramp` student updates raise it from 1 (no guidance); the first of them has the first step.
     """
-    if not updates:
-        return alpha
-    share = jnp.minimum((jnp.asarray(step, jnp.float32) + 1.0) / updates, 1.0)
-    return 1.0 + (alpha - 1.0) * share
 
+    scale: float | Array
+    drawn: Range | tuple[()] = ()
+    ramp: int = 0
 
-def draw_alpha(key: Array, span: Span, batch: int) -> Array:
-    """A guidance scale for each example ``[batch]``, uniform on `span`."""
-    low, high = span
-    return low + (high - low) * jax.random.uniform(key, (batch,))
+    def at(self, step: Array | int, share: float | Array = 1.0) -> Alpha:
+        """Alpha at student update `step`; of ``alpha - 1`` only `share` (`train.on_health`)."""
+        if self.ramp:
+            share = share * jnp.minimum((jnp.asarray(step, jnp.float32) + 1.0) / self.ramp, 1.0)
+        less = lambda alpha: 1.0 + share * (alpha - 1.0)
+        return Alpha(less(self.scale), tuple(map(less, self.drawn)))
+
+    def draw(self, key: Array, rows: int) -> float | Array:
+        """A scalar, or ``[rows]``."""
+        return draw_between(key, *self.drawn, (rows,)) if self.drawn else self.scale

@@ -45,3 +45,10 @@ def make_classify(features: Callable[..., Array], width: int) -> Callable[..., A
     """
     judge = functional(lambda: Discriminator(width, nnx.Rngs(0)))
     return lambda trunk, head, x_t, t, cond: judge(head, features(trunk, x_t, t, cond))
+
+
+def feature_width(teacher: Any) -> int:
+    """D of the tokens that a teacher's `features` give."""
+    x = jax.ShapeDtypeStruct((1, *teacher.latents.shape), jnp.float32)
+    t, cond = jax.ShapeDtypeStruct((1,), jnp.float32), teacher.cond.shapes(1, 1)
+    return jax.eval_shape(teacher.features, teacher.params, x, t, cond).shape[-1]

@@ -201,7 +201,7 @@ def _exit(line: str) -> None:
 
 
 def fail(reason: str, at_once: bool = False) -> None:
-    """One line and exit code 1; the other processes of the run are told.
+    """Ends the run with one line and exit code 1, in its other processes too.
 
     `at_once` leaves hanging threads where they are; a proper exit would wait for them.
     """

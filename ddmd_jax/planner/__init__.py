@@ -1,1 +1,1 @@
-"""What a compiled program costs a chip: optimised HLO text and a table of chips, no devices."""
+"""The cost of a compiled program on a chip, from optimised HLO and a table of chips; no devices."""

@@ -1,4 +1,4 @@
-"""What a program costs one device: products, bytes sent, bytes through memory.
+"""Cost of a program on one device: products, bytes sent, bytes through memory.
 
 Each instruction counts as often as its computation runs (`repeats.py`). What an estimate leaves
 out is said at each function.
@@ -254,7 +254,7 @@ _LAZY = {'bitcast', 'reshape', 'copy', 'transpose', 'convert'}  # in a fusion: e
 def hbm_bytes(module: Module) -> int:
     """Bytes read from and written to HBM in one run, on one device: an estimate from above.
 
-    What instructions outside of fusions read and write, tile padding included; a fusion reads
+    All that instructions outside of fusions read and write, tile padding included; a fusion reads
     its operands and writes its outputs. Of an array that is only sliced or gathered from, the
     slice counts; of one that is updated in place, the update. Arrays in VMEM or host memory do
     not count (on CPU, all are in "HBM"). It is above the truth where a fusion needs only a part
@@ -285,7 +285,7 @@ def _traffic(module: Module, i: Instruction) -> int:
 
 
 def _result(i: Instruction) -> Any:
-    """What an instruction writes: of a `-start`, not the operands and marks that it hands on."""
+    """Shapes that an instruction writes; not those that a `-start` hands on."""
     if not i.opcode.endswith('-start') or not isinstance(i.shape, tuple):
         return i.shape
     return i.shape[0] if i.opcode == 'copy-start' else (
@@ -339,7 +339,7 @@ def _use(module: Module, comp: Computation, i: Instruction, index: int, shape: S
 
 
 def _source(comp: Computation, name: str) -> str:
-    """What a chain of bitcasts starts from."""
+    """The instruction that a chain of bitcasts starts from."""
     i = comp.instructions[name]
     return _source(comp, i.operands[0]) if i.opcode == 'bitcast' else name
 

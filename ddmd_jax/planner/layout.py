@@ -13,7 +13,7 @@ from jax.sharding import Mesh, PartitionSpec as P
 
 from ddmd_jax import families as teachers
 from ddmd_jax.parallel import sharding
-from ddmd_jax.train import distill
+from ddmd_jax.train import distillation
 from ddmd_jax.util import text
 
 REST = 'counters, null prompt'
@@ -73,13 +73,12 @@ def layout(config: Any, teacher: teachers.Teacher, mesh: Mesh, tokens: int,
     Raises:
       ShardingError: a parameter that no rule fits, or that does not divide.
     """
-    null = {'embeds': jax.ShapeDtypeStruct((1, tokens, teacher.cond.width), jnp.bfloat16),
-            'mask': jax.ShapeDtypeStruct((1, tokens), bool)}
-    p = distill.plan(config, teacher, null, mesh)
-    fields = lambda state: {f.name: getattr(state, f.name) for f in dataclasses.fields(state)}
-    shapes = fields(p.state) | {'teacher': jax.eval_shape(lambda: teacher.params), 'null': null}
-    rows = rows_of(shapes, fields(p.state_shardings) | p.frozen_shardings)
-    params = rows_of(p.state.student, p.state_shardings.student)
+    null = teacher.cond.shapes(1, tokens, jnp.bfloat16)
+    p = distillation.plan(config, teacher, null, mesh)
+    fields = lambda tree: {f.name: getattr(tree, f.name) for f in dataclasses.fields(tree)}
+    shapes = fields(p.spec.shapes) | fields(jax.eval_shape(lambda: p.frozen))
+    rows = rows_of(shapes, fields(p.spec.shardings) | fields(p.frozen_shardings))
+    params = rows_of(p.spec.shapes.student, p.spec.shardings.student)
     trees = by_tree(rows, {row.path for row in params})
     if encoder:
         trees['text encoder'] = rows_of(

@@ -21,7 +21,7 @@ def measure(program: Program, chip: chips.Chip, effort: float = 0.0) -> dict[str
     A program that the compiler refuses for want of memory has `fits` False, its words as `error`.
     """
     start = time.monotonic()
-    compiled = compiled_or_words(program, effort)
+    compiled = compiled_or_error(program, effort)
     seconds = time.monotonic() - start
     if isinstance(compiled, str):
         return {'fits': False, 'error': compiled, 'analytic_flops': program.analytic_flops,
@@ -45,19 +45,19 @@ def measure(program: Program, chip: chips.Chip, effort: float = 0.0) -> dict[str
 
 def quick_peak(program: Program) -> float:
     """Peak bytes of a chip with the compiler's least effort; infinite where it refuses."""
-    compiled = compiled_or_words(program, LEAST_EFFORT)
+    compiled = compiled_or_error(program, LEAST_EFFORT)
     if isinstance(compiled, str):
         return math.inf
     return peak_of(compiled.memory_analysis(), program.beside)
 
 
 def peak_of(memory: Any, beside: int) -> int:
-    """What is resident, outputs that replace no argument, and temporaries."""
+    """Resident arrays, outputs that replace no argument, and temporaries, in bytes."""
     return (beside + memory.output_size_in_bytes - memory.alias_size_in_bytes
             + memory.temp_size_in_bytes)
 
 
-def compiled_or_words(program: Program, effort: float = 0.0) -> Any:
+def compiled_or_error(program: Program, effort: float = 0.0) -> Any:
     """The compiled program, or why it does not fit in the compiler's words.
 
     `effort` is the compiler's: 0 is the usual, -1 the least.

@@ -71,7 +71,7 @@ def compiled_together(found: dict[str, Program], chip: chips.Chip,
 
 @dataclasses.dataclass(frozen=True)
 class _Search:
-    """What else would fit, of a config whose programs were measured.
+    """Searches for other batches and levers that fit, from a config whose programs were measured.
 
     Attributes:
       config, build: the config, and ``config -> (programs, resident bytes)``.
@@ -141,23 +141,23 @@ def whole_run(config: Any, measured: dict[str, Any], count: int) -> dict[str, fl
             'sampled_images_per_second': drawn / drawing}
 
 
-def table(found: dict[str, Any]) -> str:
+def table(plan: dict[str, Any]) -> str:
     """The plan for the terminal."""
-    hbm, usable = (in_units(found[f'{name}_bytes_per_chip']) for name in ('hbm', 'usable'))
-    lines = [f'{found["topology"]}: {found["chips"]} chips of {hbm} ({usable} for programs), '
-             f'global batch {found["global_batch"]}; per chip:',
-             f'  resident: {in_units(found["resident_bytes"])}']
-    lines += [_program_words(name, p) for name, p in found['programs'].items()]
-    if 'largest_batch' in found:
-        lines.append(f'  largest global batch: {found["largest_batch"]}' if found['largest_batch']
+    hbm, usable = (in_units(plan[f'{name}_bytes_per_chip']) for name in ('hbm', 'usable'))
+    lines = [f'{plan["topology"]}: {plan["chips"]} chips of {hbm} ({usable} for programs), '
+             f'global batch {plan["global_batch"]}; per chip:',
+             f'  resident: {in_units(plan["resident_bytes"])}']
+    lines += [_program_line(name, p) for name, p in plan['programs'].items()]
+    if 'largest_batch' in plan:
+        lines.append(f'  largest global batch: {plan["largest_batch"]}' if plan['largest_batch']
                      else '  no batch fits')
-    for name, levers in found.get('advice', {}).items():
+    for name, levers in plan.get('advice', {}).items():
         lines.append(f'  {name} would fit with' if levers else
                      f'  {name}: no lever makes it fit, nor do all together: take more chips')
         lines += [f'    {" ".join(f"--config.{k}={v}" for k, v in one["fields"].items())}: about '
                   f'{in_units(int(one["peak_bytes"]))}; costs {one["costs"]}' for one in levers]
-    if 'run' in found:
-        r = found['run']
+    if 'run' in plan:
+        r = plan['run']
         lines.append(f'  at best (all at peak rates): {r["seconds_per_step"]:.1f} s a step, '
                      f'{r["training_images_per_second"]:.1f} training images/s; the run '
                      f'{r["hours"]:.1f} h, {r["chip_hours"]:.0f} chip-hours; '
@@ -165,7 +165,7 @@ def table(found: dict[str, Any]) -> str:
     return '\n'.join(lines)
 
 
-def _program_words(name: str, p: dict[str, Any]) -> str:
+def _program_line(name: str, p: dict[str, Any]) -> str:
     if 'error' in p:
         return f'  {name}: does not fit: {p["error"]}'
     silent = p['kernel_calls_without_flops']

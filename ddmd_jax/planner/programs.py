@@ -13,10 +13,12 @@ import jax.numpy as jnp
 from jax.sharding import Mesh
 
 from ddmd_jax import families as teachers
+from ddmd_jax.data.batch import Batch
+from ddmd_jax.diffusion import drawing
 from ddmd_jax.method import schedules
 from ddmd_jax.parallel import sharding
 from ddmd_jax.planner import chips
-from ddmd_jax.train import distill, prompts
+from ddmd_jax.train import distillation, prompts
 from ddmd_jax.util import text
 
 
@@ -87,7 +89,7 @@ def passes(config: Any) -> dict[str, float]:
     critic's; the critic's has the student's pass, the critic's and its gradient.
     """
     simulated = (config.student.steps - 1) / 2
-    teacher = 2 if schedules.SCHEDULES[config.method.schedule].shared else 3
+    teacher = 2 if schedules.get(config.method.schedule).shared else 3
     return {'generator_step': simulated + 3 + teacher + 1, 'critic_step': simulated + 1 + 3}
 
 
@@ -107,37 +109,37 @@ def programs(config: Any, teacher: teachers.Teacher, mesh: Mesh, tokens: int,
       tokens: length of a caption.
       text: the text encoder, if there is to be one, likewise.
     """
-    cond = lambda rows: {
-        'embeds': jax.ShapeDtypeStruct((rows, tokens, teacher.cond.width), jnp.bfloat16),
-        'mask': jax.ShapeDtypeStruct((rows, tokens), bool)}
-    p = distill.plan(config, teacher, cond(1), mesh)
-    steps = p.steps[teacher.latents.shape]
-    frozen = {'teacher': jax.eval_shape(lambda: teacher.params), 'null': cond(1)}
+    cond = lambda rows: teacher.cond.shapes(rows, tokens, jnp.bfloat16)
+    p = distillation.plan(config, teacher, cond(1), mesh)
+    state, frozen = p.spec.shapes, jax.eval_shape(lambda: p.frozen)
     decoder = teacher.latents.decoder
-    resident = (in_device_memory(p.state, p.state_shardings)
+    resident = (in_device_memory(state, p.spec.shardings)
                 + in_device_memory(frozen, p.frozen_shardings)
                 + (in_device_memory(decoder.params, decoder.shardings) if decoder else 0))
     if text:
         encode, text_layout = prompts.encoder_program(text, mesh)
         resident += in_device_memory(text.params, text_layout)
-    batch, drawn = config.data.global_batch, distill.drawn_rows(distill.GRID, mesh)
+    rows, drawn = config.data.global_batch, drawing.filled(distillation.GRID, mesh)
+    batch = Batch(cond(rows), shape=teacher.latents.shape)
     split = jax.tree.map(lambda _: sharding.batch_sharding(mesh), cond(1))
     whole = jax.tree.map(lambda _: sharding.replicated(mesh), cond(1))
-    with_batch = resident + bytes_per_device(cond(batch), split)
+    words = jax.ShapeDtypeStruct((drawn, 3), jnp.uint32, sharding=sharding.batch_sharding(mesh))
+    with_batch = resident + bytes_per_device(cond(rows), split)
     share = lambda rows, cost: int(rows * cost) // mesh.size
     once, count = teacher.flops(tokens), passes(config)
-    sampler = distill.make_sampler(config, teacher, p.method, mesh, distill.GRID,
-                                   jax.random.key(config.seed))
+    sampler = drawing.program(drawing.of_student(
+        teacher, config.student.steps, p.recipe.steps.time, config.student.sampler), mesh,
+        distillation.GRID)
     found = {
         'generator_step': Program(
-            lambda: steps.generator.lower(p.state, frozen, cond(batch)), with_batch,
-            share(batch, once * count['generator_step']), batch),
-        'critic_step': Program(lambda: steps.critic.lower(p.state, cond(batch)), with_batch,
-                               share(batch, once * count['critic_step']), batch),
+            lambda: p.program.generator.lower(frozen, state, batch), with_batch,
+            share(rows, once * count['generator_step']), rows),
+        'critic_step': Program(lambda: p.program.critic.lower(frozen, state, batch), with_batch,
+                               share(rows, once * count['critic_step']), rows),
         'sample': Program(
-            lambda: sampler.lower(placed(p.state.ema, p.state_shardings.ema),
-                                  placed(cond(drawn), whole)),
-            resident + bytes_per_device(cond(drawn), whole),
+            lambda: sampler.lower(placed(state.ema, p.spec.shardings.ema),
+                                  placed(cond(drawn), split), placed(cond(1), whole), words),
+            resident + bytes_per_device(cond(drawn), split),
             share(drawn, once * config.student.steps), drawn)}
     if decoder:
         latents = placed(decoder.latents, sharding.replicated(mesh))
@@ -145,12 +147,12 @@ def programs(config: Any, teacher: teachers.Teacher, mesh: Mesh, tokens: int,
             lambda: decoder.run.lower(placed(decoder.params, decoder.shardings), latents),
             resident + bytes_per_device(latents, latents.sharding), decoder.flops, 1)
     if text:
-        ids = placed({'ids': jax.ShapeDtypeStruct((batch, tokens), jnp.int32),
-                      'mask': jax.ShapeDtypeStruct((batch, tokens), bool)},
+        ids = placed({'ids': jax.ShapeDtypeStruct((rows, tokens), jnp.int32),
+                      'mask': jax.ShapeDtypeStruct((rows, tokens), bool)},
                      sharding.batch_sharding(mesh))
         found['encode'] = Program(
             lambda: encode.lower(placed(text.params, text_layout), ids), with_batch,
-            share(batch, text.flops(tokens)), batch)
+            share(rows, text.flops(tokens)), rows)
     return found, resident
 
 

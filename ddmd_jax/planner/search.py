@@ -1,4 +1,4 @@
-"""What else would fit: the largest batch, and the levers for a program that does not.
+"""The largest batch that fits, and the levers for a program that does not.
 
 Both compile with the least effort (`measure.quick_peak`), which takes a fifth of the time. Its
 temporaries are not the real ones; they are scaled by the ratio of the two at the config's batch.

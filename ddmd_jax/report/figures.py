@@ -117,7 +117,7 @@ def verdicts(runs: Sequence[RunFiles]) -> Any | None:
 
     figure = go.Figure()
     for run in runs:
-        lines = _told(run.lines)
+        lines = _thinned(run.lines)
         for word, colour in VERDICTS.items():
             at = [line['step'] for line in lines if line.get('health') == word]
             if at:
@@ -134,7 +134,7 @@ def verdicts(runs: Sequence[RunFiles]) -> Any | None:
     return figure
 
 
-def _told(lines: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
+def _thinned(lines: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
     """Of a long run some lines and every change of the verdict, last ones first if too many."""
     if len(lines) <= BLOCKS:
         return list(lines)

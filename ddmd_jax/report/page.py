@@ -119,8 +119,8 @@ def differences(runs: Sequence[RunFiles]) -> dict[str, Any]:
     names = sorted({name for one in flats for name in one})
     base = {name: was for run in runs for name, (was, _) in run.about.get('changed', {}).items()}
     rows = [(name, base.get(name), [one.get(name) for one in flats]) for name in names]
-    told = [row for row in rows if row[0] in base or len({str(v) for v in row[2]}) > 1]
-    return {'changed': told, 'all': rows}
+    changed = [row for row in rows if row[0] in base or len({str(v) for v in row[2]}) > 1]
+    return {'changed': changed, 'all': rows}
 
 
 def flat(config: Mapping[str, Any], above: str = '') -> dict[str, Any]:
@@ -135,7 +135,7 @@ def flat(config: Mapping[str, Any], above: str = '') -> dict[str, Any]:
 
 
 def facts(run: RunFiles) -> list[tuple[str, str]]:
-    """What the run was made with and what it cost."""
+    """Environment and cost of the run."""
     about, pace, seconds = run.about, run.seconds_per_step, run.seconds
     devices = about.get('devices', {})
     found = [('command', about.get('command', '')), ('config', about.get('config_file', '')),

@@ -1,4 +1,4 @@
-"""What a run has left in its folder, as a report wants it; nothing is computed that was not run."""
+"""Reads the files of a run's folder for the report; nothing is computed anew."""
 
 from __future__ import annotations
 
@@ -50,7 +50,7 @@ class RunFiles:
 
     @property
     def health(self) -> tuple[str, str]:
-        """The last verdict and its reason; a collapse that was before is told there, too."""
+        """The last verdict and its reason, with any collapse before it."""
         last = self.lines[-1] if self.lines else {}
         reasons = (last.get('health_reason', ''), diagnostics.before(self.lines))
         return last.get('health', 'no verdict'), '; '.join(filter(None, reasons))

@@ -8,28 +8,24 @@ With `curves` the weights are not looked at.
 
 from __future__ import annotations
 
-import functools
 import json
 import sys
 from pathlib import Path
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
 from ml_collections import ConfigDict
 from PIL import Image
 
-from ddmd_jax.data import conditioning
 from ddmd_jax.diffusion import drawing
 from ddmd_jax.evaluation import pictures
 from ddmd_jax.families import Teacher
 from ddmd_jax.method.health import image_std
-from ddmd_jax.method.recipe import Method
 from ddmd_jax.parallel import sharding
 from ddmd_jax.study import results
-from ddmd_jax.train import distill, prompts as prompt_sources
+from ddmd_jax.train import distillation, prompts as prompt_sources
 from ddmd_jax.train.durable import checkpoint as ckpt, checksums
 
 COUNT, SHOWN = 48, 8  # samples that are compared, and of these in the picture
@@ -63,23 +59,32 @@ def share_of_way(change: np.ndarray, way: np.ndarray) -> float:
 
 def looked_at(config: Any, teacher: Teacher, mesh: Mesh,
               workdir: Path) -> tuple[dict[str, Any], np.ndarray | None]:
-    """(figures, a grid of pictures or None) of a run's last weights, on fixed prompts and noise.
+    """(figures, a grid of images or None) of a run's last weights, on fixed prompts and noise.
 
-    Figures: `std_ratio`, contrast of the live student's samples to that at the start;
-    `bands_live` and `bands_ema`, `band_shares` of what has changed since; `guided_share`, that
-    change along the way to the guided teacher's samples from the same noise, as a share of it;
-    `observer_cos`, the cosine of Delta_DM at `distill.PANEL_TAU` with the change: below 0, DM
-    would move back.
+    Figures: `std_ratio`, contrast of the raw student's samples to that at the start; `bands_live`
+    and `bands_ema`, `band_shares` of the change since; `guided_share`, that change along the way
+    to the guided teacher's samples from the same noise, as a share of it; `observer_cos`, the
+    cosine of Delta_DM at `distillation.PANEL_TAU` with the change: below 0, DM would move back.
     """
     prompts = prompt_sources.load(config, teacher, mesh)
-    plan = distill.plan(config, teacher, prompts.null, mesh)
+    plan = distillation.plan(config, teacher, prompts.null, mesh)
     folder = workdir / 'checkpoints' / str(checksums.steps(workdir / 'checkpoints')[-1])
-    part = lambda name: ckpt.restore_part(folder, name, getattr(plan.state, name),
-                                          getattr(plan.state_shardings, name))
-    frozen = jax.device_put(teacher.params, plan.frozen_shardings['teacher'])
-    start, live, ema, real, fake, guided = samples(
-        config, teacher, prompts, plan.method, mesh, frozen, *map(part, (
-            'student', 'ema', 'critic')))
+    part = lambda name: ckpt.restore_part(folder, name, getattr(plan.spec.shapes, name),
+                                          getattr(plan.spec.shardings, name))
+    frozen = jax.device_put(teacher.params, plan.frozen_shardings.teacher)
+
+    request = distillation.request_of(prompts, COUNT, 0)
+    draw = drawing.drawer(drawing.of_student(
+        teacher, config.student.steps, plan.recipe.steps.time, config.student.sampler), request,
+        mesh)
+    guide = drawing.drawer(
+        drawing.of_teacher(teacher, GUIDED_STEPS, config.method.alpha), request, mesh)
+    predict = distillation.noised_predictor(teacher, plan.recipe, request, mesh)
+    live_x = draw(part('student'))
+    start, live, ema, guided, real, fake = map(np.asarray, (
+        draw(frozen), live_x, draw(part('ema')), guide(frozen), predict(frozen, live_x),
+        predict(part('critic'), live_x)))
+
     change = live - start
     found = {'std_ratio': float(image_std(live) / image_std(start)),
              'bands_live': band_shares(change), 'bands_ema': band_shares(ema - start),
@@ -91,39 +96,11 @@ def looked_at(config: Any, teacher: Teacher, mesh: Mesh,
     return found, pictures.rows_of_images([*shown, shown[3] - shown[4]])
 
 
-def samples(config: Any, teacher: Teacher, prompts: conditioning.Prompts, m: Method, mesh: Mesh,
-            frozen: Any, student: Any, ema: Any, critic: Any) -> list[np.ndarray]:
-    """``[COUNT, ...]`` each: of the start, the student, its average; real, fake; and guided.
-
-    The fourth and fifth are the teacher's and the critic's prediction of the student's.
-    """
-    rows, key = distill.drawn_rows(COUNT, mesh), jax.random.key(0)
-    cond = prompts.cond(np.resize(distill.shown_rows(prompts, COUNT, 0), rows))
-    draw = distill.make_sampler(config, teacher, m, mesh, COUNT, key)
-    guide = drawing.of_teacher(teacher, GUIDED_STEPS, config.method.alpha)
-    whole = functools.partial(jax.jit, out_shardings=sharding.replicated(mesh))
-
-    @whole
-    def predict(params: Any, x: jax.Array, cond: Any) -> jax.Array:
-        x = jnp.resize(x, (rows, *x.shape[1:]))
-        return distill.predict_noised(teacher, m, key, params, x, cond)[:COUNT]
-
-    @whole
-    def guided(params: Any, cond: Any, null: Any) -> jax.Array:
-        return guide.draw(sharding.on_device(params), cond, null, key)[:COUNT]
-
-    live = draw(student, cond)
-    null = conditioning.null_like(prompts.null, cond)
-    drawn = (draw(frozen, cond), live, draw(ema, cond), predict(frozen, live, cond),
-             predict(critic, live, cond), guided(frozen, cond, null))
-    return [np.asarray(x) for x in drawn]
-
-
 def main(argv: list[str]) -> None:
     workdir, result, fields = Path(argv[1]), Path(argv[2]), json.loads(argv[3])
     config = ConfigDict(json.loads((workdir / 'config.json').read_text()))
     mesh = sharding.make_mesh(config.mesh)
-    teacher = distill.load_teacher(config, mesh)
+    teacher = distillation.load_teacher(config, mesh)
     found, grid = {'fields': fields, 'data_std': teacher.latents.std}, None
     if argv[4:] != ['curves']:
         found['figures'], grid = looked_at(config, teacher, mesh, workdir)

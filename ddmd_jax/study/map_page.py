@@ -39,7 +39,7 @@ def _panel(ax: Any, runs: Sequence[rb.History], where: Mapping[str, Any],
         if run is None:
             continue
         shade[y, x] = 0.7 if run.unknown else 1.0 if run.fell is None else 0.6 * run.fell / last
-        ax.text(x, y, f'{outcome(run)}\n{_told(run)}', ha='center', va='center', fontsize=7,
+        ax.text(x, y, f'{outcome(run)}\n{_warned(run)}', ha='center', va='center', fontsize=7,
                 color='black')
     ax.imshow(shade, cmap='RdYlGn', vmin=-0.5, vmax=1.5, origin='lower', aspect='auto')
     ax.set_xticks(range(shape[1]), [f'{v:g}' for v in cells[COLUMNS]], fontsize=7)
@@ -54,9 +54,9 @@ def outcome(run: rb.History) -> str:
     return 'unknown' if run.unknown else 'steady' if run.fell is None else f'fell {run.fell}'
 
 
-def _told(run: rb.History) -> str:
+def _warned(run: rb.History) -> str:
     steps = rb.said(run, rb.COLLAPSE, rb.COLLAPSE.limits)
-    return f'told {steps[0]}' if steps else 'not told'
+    return f'warned {steps[0]}' if steps else 'no warning'
 
 
 @dataclasses.dataclass(frozen=True)
@@ -74,7 +74,7 @@ class Judged:
         return {'shipped': self.signal.limits, 'tuned': self.tuned.limits}
 
     def held_out(self, whose: str = 'tuned') -> rb.Rates:
-        """What thresholds do on the runs that were not looked at."""
+        """Rates of the thresholds on the runs held out of tuning."""
         return rb.rates(self.theirs, self.signal, self.limits[whose])
 
     def rows(self) -> list[dict[str, Any]]:
@@ -118,7 +118,7 @@ def of(count: int, whole: int) -> str:
 
 
 def answer(r: rb.Rates) -> str:
-    """What the verdict does on the runs that it was not tuned on, in a few sentences."""
+    """The verdict's rates on the runs held out of tuning, in a few sentences."""
     return (f'{"Yes" if r.reached else "No"}. With thresholds tuned on half of the runs, and '
             f'counted on the other, which has other learning rates: of those that degraded, '
             f'warned of {rb.LEAD} updates before or earlier: {of(r.hits, r.degrading)}; {r.early} '
@@ -127,7 +127,7 @@ def answer(r: rb.Rates) -> str:
 
 
 def sensitivity(results: Mapping[str, Mapping[int, Mapping[str, Any]]]) -> list[dict[str, Any]]:
-    """What the shipped thresholds do over all runs if a fall is a smaller or a larger one."""
+    """Rates of the shipped thresholds over all runs, for a smaller and a larger fall."""
     return [{'drop': drop, 'r': rb.rates(rb.read(results, drop), rb.COLLAPSE, rb.COLLAPSE.limits)}
             for drop in (0.8 * rb.DROP, rb.DROP, 1.2 * rb.DROP)]
 

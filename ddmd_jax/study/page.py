@@ -1,4 +1,4 @@
-"""What the pages of a study have in common: a template, figures as data, badges."""
+"""The common parts of a study's pages: a template, figures as data, badges."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What a study keeps of its runs: one JSON file each, ``results/NAME-seedN.json``."""
+"""The results of a study's runs: one JSON file each, ``results/NAME-seedN.json``."""
 
 from __future__ import annotations
 

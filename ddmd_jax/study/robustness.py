@@ -32,7 +32,7 @@ DRAWN = 2000  # sets of thresholds that are tried
 
 @dataclasses.dataclass(frozen=True)
 class Signal:
-    """What counts as a warning: verdicts with one of `words`, by the thresholds `limits`.
+    """A kind of warning: verdicts with one of `words`, by the thresholds `limits`.
 
     `ranges` are of those that are tuned: the value that distances are taken from, and the nearest
     and farthest from there that are tried, evenly in the logarithm.
@@ -47,7 +47,7 @@ class Signal:
 COLLAPSE = Signal(
     'collapsing or broken', frozenset({diagnostics.COLLAPSING, diagnostics.BROKEN}), SHIPPED,
     {'lost': (1, 0.1, 3.0), 'ahead': (0, 1.0, 100.0)})
-# What the other words could do as an alarm if there were no such: levels, not where they go.
+# The other verdicts as an alarm, for comparison: levels instead of their trend.
 LEVELS = Signal(
     'levels alone', frozenset({
         diagnostics.BROKEN, diagnostics.OVER_BAKED, diagnostics.WASHED_OUT,
@@ -79,7 +79,7 @@ class History:
 
 @dataclasses.dataclass(frozen=True)
 class Rates:
-    """What a set of thresholds does over some runs.
+    """Hits and false alarms of a set of thresholds over some runs.
 
     `hits` of `degrading` runs are warned of `LEAD` updates before the fall or earlier, in
     `standing` of them the last line before that still says so; `warned` are warned of at all before

@@ -1,4 +1,4 @@
-"""What is run: experiments as fields of a config, and the suites that are made of them."""
+"""Experiments as fields of a config, and the suites made of them."""
 
 from __future__ import annotations
 

@@ -64,14 +64,14 @@ def plain(fields: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def train_command(trial: Trial, config: str, cache: Path) -> list[str]:
-    """What trains and evaluates `trial` of the config in the file `config`."""
+    """The command that trains and evaluates `trial` with the config in the file `config`."""
     return [sys.executable, '-m', 'ddmd_jax.main', f'--config={config}',
             f'--workdir={trial.workdir}', f'--compile_cache={cache}',
             *(f'--config.{name}={value}' for name, value in trial.fields.items())]
 
 
 def examine_command(trial: Trial) -> list[str]:
-    """What reads the finished run and writes its result."""
+    """The command that reads the finished run and writes its result."""
     return [sys.executable, '-m', 'ddmd_jax.study.examine', str(trial.workdir), str(trial.result),
             json.dumps(plain(trial.fields)), *([] if trial.looked_at else ['curves'])]
 

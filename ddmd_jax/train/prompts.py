@@ -7,6 +7,7 @@ encoder on the mesh, a jitted program of its own, as batches are needed (online)
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable
 from typing import Any
 
@@ -16,8 +17,9 @@ import numpy as np
 from jax.sharding import Mesh
 
 from ddmd_jax import families as teachers
-from ddmd_jax.data import conditioning, loader
-from ddmd_jax.data.conditioning import Cond, Prompts
+from ddmd_jax.data import conditioning
+from ddmd_jax.data.batch import Batch, Cond
+from ddmd_jax.data.conditioning import Prompts
 from ddmd_jax.data.prompts import build as prompt_sets
 from ddmd_jax.families import Teacher, TextEncoder
 from ddmd_jax.parallel import sharding
@@ -100,10 +102,12 @@ def in_bf16(cond: Cond) -> Cond:
     return jax.tree.map(half, cond)
 
 
-def placer(prompts: Prompts, mesh: Mesh) -> Callable[[loader.Batch], loader.Batch]:
-    """``this process's rows -> conditioning on the devices``; nothing is waited for."""
-    def place(batch: loader.Batch) -> loader.Batch:
-        rows = sharding.put_batch(batch.rows, mesh)
-        return loader.Batch(prompts.encode(rows) if prompts.encode else rows, batch.shape)
+def placer(prompts: Prompts, mesh: Mesh) -> Callable[[Batch], Batch]:
+    """``this process's rows -> a batch on the devices``, encoded; nothing is waited for."""
+    def place(batch: Batch) -> Batch:
+        batch = sharding.put_batch(batch, mesh)
+        if prompts.encode is None:
+            return batch
+        return dataclasses.replace(batch, cond=prompts.encode(batch.cond))
 
     return place

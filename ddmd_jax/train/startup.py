@@ -81,7 +81,7 @@ class Startup:
             self._ready = time.monotonic()
             self._seconds[name] = self._ready - start
 
-    def words(self) -> str:
+    def summary(self) -> str:
         """One line; call it when the first step has been taken."""
         c, took = self.compiling, self._seconds
         parts = [f'{name} {seconds:.1f} s' for name, seconds in took.items()]

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Sequence
+import functools
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -19,14 +20,20 @@ Array = jax.Array
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass
 class TrainState:
-    """`step` counts student updates, `critic_step` critic updates; both are int32 scalars.
+    """All that a run changes and a checkpoint holds; the teacher is not part of it.
 
-    Pre-training a teacher uses the same state with all that is a critic's None. The
-    teacher is not part of it: it is an argument of the step, never donated, never saved.
-    `alpha_share` (fp32) is how much of ``alpha - 1`` the student is still asked for, and
-    `critic_extra` (int32) how many more critic updates a step has than the config says: what the
-    health verdict has done to a run, 1 and 0 unless `train.on_health` lets it. `head` and its
-    optimiser are the GAN's, None without one.
+    Attributes:
+      step: student updates so far, int32 scalar.
+      critic_step: critic updates so far, int32 scalar.
+      student, critic: what is trained of each (`models/adapters.py`), fp32.
+      ema: average of `student`; images are drawn with it.
+      student_opt, critic_opt: optax states.
+      alpha_share: how much of ``alpha - 1`` the student is still asked for, fp32 scalar; 1 unless
+        the health verdict lowered it (`train.on_health`).
+      critic_extra: further critic updates a step, int32 scalar; 0 unless the verdict added some.
+      extra: parameters of regularisers, by name, and `extra_opt` the optax state of all of them.
+
+    A teacher's own training uses the same state with everything of a critic None.
     """
 
     step: Array
@@ -38,64 +45,65 @@ class TrainState:
     critic_opt: Any
     alpha_share: Any = None
     critic_extra: Any = None
-    head: Any = None
-    head_opt: Any = None
-
-
-def ema_decay(step: Array, decay: float, ramp: bool) -> Array:
-    """Decay after `step` updates: ``min(decay, (1 + n) / (10 + n))`` while ramping.
-
-    Without the ramp a short run's average is mostly its starting point.
-    """
-    if not ramp:
-        return jnp.asarray(decay, jnp.float32)
-    n = step.astype(jnp.float32)
-    return jnp.minimum(decay, (1.0 + n) / (10.0 + n))
-
-
-def update_ema(ema: Any, params: Any, decay: Array) -> Any:
-    """``decay * ema + (1 - decay) * params``, leaf by leaf in fp32."""
-    return jax.tree.map(lambda e, p: e * decay + p.astype(e.dtype) * (1.0 - decay), ema, params)
-
-
-def keep_if(ok: Array, new: Any, old: Any) -> Any:
-    """`new` where `ok`, else `old`: a step that went wrong leaves the state as it was."""
-    return jax.tree.map(lambda n, o: jnp.where(ok, n, o), new, old)
-
-
-def abstract_and_shardings(make: Callable[..., TrainState], rules: sharding.Rules, mesh: Mesh,
-                           *source: Any, host: Sequence[str] = ()) -> tuple[Any, Any]:
-    """Shapes of the state that ``make(*source)`` builds, and shardings; nothing is allocated.
-
-    `host` names fields of the state that stay in the hosts' memory.
-    """
-    abstract = jax.eval_shape(make, *source)
-    shardings = sharding.shard_tree(abstract, rules, mesh)
-    moved = {name: sharding.in_host_memory(getattr(shardings, name)) for name in host}
-    return abstract, dataclasses.replace(shardings, **moved)
-
-
-def create(make: Callable[..., TrainState], rules: sharding.Rules, mesh: Mesh,
-           *source: Any, host: Sequence[str] = ()) -> TrainState:
-    """Builds ``make(*source)`` in one jitted program whose outputs are already sharded."""
-    _, shardings = abstract_and_shardings(make, rules, mesh, *source, host=host)
-    build = lambda *source: make(*sharding.on_device(source))
-    return jax.jit(build, out_shardings=shardings)(*source)
+    extra: Any = None
+    extra_opt: Any = None
 
 
 def fresh(student: Any, student_tx: optax.GradientTransformation, critic: Any = None,
-          critic_tx: optax.GradientTransformation | None = None, head: Any = None) -> TrainState:
-    """A state at step 0; EMA starts at the student's weights (a copy: buffers are donated).
+          critic_tx: optax.GradientTransformation | None = None,
+          extra: Any = None) -> TrainState:
+    """A state at step 0 around trees to train; the EMA starts at the student's weights.
 
-    `critic_tx` trains the critic and, if there is one, the `head` of a GAN.
+    `critic_tx` trains the critic and, if there are any, the regularisers' parameters `extra`.
     """
     zero = jnp.zeros((), jnp.int32)
     copy = lambda tree: jax.tree.map(lambda x: jnp.asarray(x, jnp.float32) + 0, tree)
     student, critic = copy(student), copy(critic)
+    judged = critic_tx is not None
     return TrainState(
         step=zero, critic_step=zero + 0, student=student, critic=critic, ema=copy(student),
         student_opt=student_tx.init(student),
-        critic_opt=critic_tx.init(critic) if critic_tx is not None else None,
-        alpha_share=jnp.ones((), jnp.float32) if critic_tx is not None else None,
-        critic_extra=zero + 0 if critic_tx is not None else None,
-        head=head, head_opt=critic_tx.init(head) if head is not None else None)
+        critic_opt=critic_tx.init(critic) if judged else None,
+        alpha_share=jnp.ones((), jnp.float32) if judged else None,
+        critic_extra=zero + 0 if judged else None,
+        extra=extra or None, extra_opt=critic_tx.init(extra) if extra else None)
+
+
+@dataclasses.dataclass(frozen=True)
+class StateSpec:
+    """How a run's state is built and laid out; nothing is allocated until `create`.
+
+    Attributes:
+      make: ``make(*source)`` is the state at step 0; traced for shapes, jitted to build.
+      rules: lay it out over `mesh`.
+      source: arrays, or shapes where the state is only to be compiled for.
+      host: fields of the state that stay in the hosts' memory (`train.offload`).
+    """
+
+    make: Callable[..., TrainState]
+    rules: sharding.Rules
+    mesh: Mesh
+    source: tuple[Any, ...] = ()
+    host: tuple[str, ...] = ()
+
+    @functools.cached_property
+    def shapes(self) -> TrainState:
+        """`ShapeDtypeStruct`s in place of arrays."""
+        return jax.eval_shape(self.make, *self.source)
+
+    @functools.cached_property
+    def shardings(self) -> TrainState:
+        laid_out = sharding.shard_tree(self.shapes, self.rules, self.mesh)
+        moved = {name: sharding.in_host_memory(getattr(laid_out, name)) for name in self.host}
+        return dataclasses.replace(laid_out, **moved)
+
+    @property
+    def targets(self) -> TrainState:
+        """Shapes that say where their arrays lie: what programs and restores are given."""
+        return jax.tree.map(lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s),
+                            self.shapes, self.shardings)
+
+    def create(self) -> TrainState:
+        """The state at step 0, by one jitted program whose outputs are already sharded."""
+        build = lambda *source: self.make(*sharding.on_device(source))
+        return jax.jit(build, out_shardings=self.shardings)(*self.source)

@@ -1,4 +1,4 @@
-"""Files with a JSON object a line, of which a kill or a full disk leaves no half behind.
+"""Files of JSON lines. A kill or a full disk leaves no half line behind.
 
 Plain files: nothing here needs JAX or a device.
 """
@@ -19,7 +19,7 @@ from ddmd_jax.util import files
 def read(path: Path) -> list[dict[str, Any]]:
     """A file's entries, oldest first; none if it is not there.
 
-    A last line without an end is what a writer that was killed has left: it does not count.
+    A last line without a line feed comes from a killed writer and does not count.
 
     Raises:
       ValueError: another line is no JSON object; names the file and the line's number.
@@ -32,9 +32,9 @@ def read(path: Path) -> list[dict[str, Any]]:
 
 
 def trim(path: Path, good: Callable[[dict[str, Any]], bool]) -> list[dict[str, Any]]:
-    """Takes out of a file what is no entry, or not a `good` one; returns the others.
+    """Removes lines that are no entry, or no `good` one, from a file; returns the others.
 
-    Through a temporary file and a rename: a disk without room leaves the file as it was.
+    A full disk leaves the file as it was.
     """
     kept = [(line, entry) for line in _whole_lines(path)
             if (entry := _parsed(line)) is not None and good(entry)]
@@ -45,7 +45,7 @@ def trim(path: Path, good: Callable[[dict[str, Any]], bool]) -> list[dict[str, A
 
 
 def append(path: Path, entry: Mapping[str, Any]) -> None:
-    """Adds an entry to a file, made if need be: all of it, or nothing and an `OSError`."""
+    """Appends all of an entry, or nothing and raises `OSError`; makes the file if it is missing."""
     rest = memoryview((json.dumps(entry) + '\n').encode())
     with path.open('a+b', buffering=0) as f:
         end = _cut_short(f)

@@ -13,12 +13,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
+from ddmd_jax.train.step import Steps
 
 from ddmd_jax.data import loader
 from ddmd_jax.data.order import Order
 from ddmd_jax.parallel import sharding
 from ddmd_jax.train import distill, loop, state as st
-from ddmd_jax.train.step import Steps
 
 RULES = (('w', ('fsdp', 'tensor')),)
 ROWS, IN, OUT = 64, 8, 256 * 128  # the matrix is a MiB, so that a disk can be too small for it

@@ -79,7 +79,7 @@ def prepare(settings: Settings, out: Path, counter: prompt_tokens.Counter | None
 
 
 def _finished(out: Path, asked: dict[str, Any], sources: Sequence[files.Source]) -> dict[str, Any]:
-    """The card of the set that is at `out`, if it is the one that is asked for."""
+    """The card of the finished set at `out`, if its settings and inputs are these."""
     if not (out / sets.CARD).is_file():
         raise DataFileError(f'--out {out} exists and is no set of prompts; choose another')
     card, checksums = sets.read_card(out), [s.checksum() for s in sources]
@@ -92,7 +92,7 @@ def _finished(out: Path, asked: dict[str, Any], sources: Sequence[files.Source])
 
 @contextlib.contextmanager
 def _locked(partial: Path) -> Iterator[None]:
-    """Makes the folder and keeps other processes out of it; left only if it holds a stage."""
+    """Makes the folder and locks it; removes it at the end if it holds no finished input."""
     try:
         partial.mkdir(parents=True, exist_ok=True)
         file = (partial / 'lock').open('w')
@@ -131,7 +131,6 @@ def _build(settings: Settings, asked: dict[str, Any], sources: Sequence[files.So
         with _bar('writing', len(lines), ' prompts') as bar:
             written = sets.write(lines, whole, bar.update)
         card = cards.make(asked, inputs, unique, examples, dropped, written)
-        (whole / 'README.md').write_text(cards.text(card), 'utf-8')
         (whole / sets.CARD).write_text(json.dumps(card, indent=2, ensure_ascii=False), 'utf-8')
     shutil.rmtree(partial)
     return card

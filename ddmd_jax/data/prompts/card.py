@@ -1,4 +1,4 @@
-"""The card of a set of prompts: what it is made of, for programs (JSON) and for people."""
+"""The card of a set of prompts, ``card.json``: what it is made of."""
 
 from __future__ import annotations
 
@@ -11,14 +11,13 @@ from typing import Any
 import ddmd_jax
 from ddmd_jax.data.prompts.set import FORMAT, SPLITS, Written
 from ddmd_jax.data.prompts.stages import DROPPED, Settings
-from ddmd_jax.util.text import markdown
 
 DUPLICATES = {'exact_duplicates': 'equal to another after normalisation',
               'near_duplicates': 'near-duplicates of another'}
 
 
 def settings_of(settings: Settings, tokenizer: str) -> dict[str, Any]:
-    """All that decides on the result but the inputs; a tokenizer by the sha256 of its files."""
+    """The settings that decide on the result; a tokenizer by the sha256 of its files."""
     names = ('teacher', 'field', 'min_chars', 'max_chars', 'max_tokens', 'near_threshold',
              'validation')
     return {name: getattr(settings, name) for name in names} | {'tokenizer': tokenizer or None}
@@ -31,7 +30,7 @@ def fingerprint(settings: dict[str, Any], checksums: Sequence[str]) -> str:
 
 
 def differences(card: dict[str, Any], settings: dict[str, Any], checksums: Sequence[str]) -> str:
-    """What of a finished set is not as it is asked for now."""
+    """The settings and inputs in which a finished set differs from these."""
     names = [f'{n}: {card["settings"].get(n)} -> {v}' for n, v in settings.items()
              if card['settings'].get(n) != v]
     if sorted(i['sha256'] for i in card['inputs']) != sorted(checksums):
@@ -66,45 +65,9 @@ def histogram(lengths: Counter[int]) -> list[list[int]]:
 
 
 def warnings(card: dict[str, Any]) -> list[str]:
-    """What a person should know of a finished set, a line each."""
+    """Warnings about a finished set, a line each."""
     counts = card['counts']
     dropped = [f'{counts[name]} of {counts["read"]} prompts dropped: {words}'
                for name, words in (DROPPED | DUPLICATES).items() if counts[name]]
     return dropped + [f'no prompt fell into {s}; {sum(card["splits"].values())} in all'
                       for s in SPLITS if not card['splits'][s]]
-
-
-def text(card: dict[str, Any]) -> str:
-    """The card for people, as Markdown."""
-    settings = ', '.join(f'{n} {v}' for n, v in card['settings'].items() if v is not None)
-    inputs = [[i['input'], i['bytes'], i['read'], f'`{i["sha256"]}`'] for i in card['inputs']]
-    stages = [[words, -card['counts'][name]] for name, words in (DROPPED | DUPLICATES).items()]
-    blocks = [
-        f'# Prompts {card["identity"]}',
-        f'Made by `python -m ddmd_jax.prepare prompts` of ddmd_jax {card["version"]} for the '
-        f'teacher {card["teacher"]}. Settings: {settings}.',
-        '## Inputs', markdown(['input', 'bytes', 'prompts', 'sha256'], inputs),
-        '## What became of them',
-        markdown(['', 'prompts'], [['read', card['counts']['read']], *stages,
-                                 *([f'**{s}**', n] for s, n in card['splits'].items())]),
-        'Prompts are normalised (Unicode NFC, one line, single spaces) and stand in the order of '
-        'their ids, the first 16 hex digits of their sha256. The split of a prompt depends on '
-        'its own words alone. Near-duplicates were removed before the split was made, so none '
-        'stand across it.',
-        *(f'**{s} has no prompt.** That split cannot be asked for by TFDS.'
-          for s in SPLITS if not card['splits'][s]),
-        '## Lengths', _lengths(card, 'chars', 'characters'),
-    ]
-    if card['tokens']:
-        blocks.append(_lengths(card, 'tokens', 'tokens'))
-    if card['near_examples']:
-        pairs = [[f'{e["similarity"]:.3f}', e['dropped'], e['kept']] for e in card['near_examples']]
-        blocks += ['## Near-duplicates', f'The first {len(pairs)}.',
-                   markdown(['similarity', 'dropped', 'kept'], pairs)]
-    return '\n\n'.join(blocks) + '\n'
-
-
-def _lengths(card: dict[str, Any], name: str, unit: str) -> str:
-    return markdown([unit, 'prompts'], [[f'{low}-{high}', n] for low, high, n in card[name]])
-
-

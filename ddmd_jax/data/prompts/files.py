@@ -27,8 +27,8 @@ Advance = Callable[[int], object]
 class Source:
     """One input: `read(field, advance)` gives its texts in order, null ones as ''.
 
-    `advance` is told how many bytes of the `size` were done; `part` tells apart what is read
-    of the same `paths`.
+    `advance` gets the number of bytes read since the last call; `part` names a part of `paths`, a
+    split for example.
     """
 
     name: str  # as it was given
@@ -104,7 +104,7 @@ def _read_jsonl(path: Path, field: str, advance: Advance) -> Iterator[str]:
         except (ValueError, RecursionError) as e:
             raise DataFileError(f'{path} line {number}: not JSON ({e})') from e
         if not isinstance(row, dict):
-            raise DataFileError(f'{path} line {number}: a JSON object must stand there, found '
+            raise DataFileError(f'{path} line {number}: expected a JSON object, found '
                                 f'{_kind(row)}')
         if field not in row:
             raise _no_field(f'{path} line {number}', field, list(row))
@@ -165,7 +165,6 @@ def _read_parquet(path: Path, field: str, advance: Advance) -> Iterator[str]:
             yield from (text or '' for text in batch.column(0).to_pylist())
     except (pa.ArrowException, OSError, UnicodeDecodeError) as e:
         raise DataFileError(f'{path} cannot be read as parquet ({first_line(e)})') from e
-
 
 
 def _find_tfds(name: str) -> Source:

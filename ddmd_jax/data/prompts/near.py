@@ -39,7 +39,7 @@ _PUNCTUATION = _Punctuation()
 
 
 def key(text: str) -> str:
-    """What of `text` is compared. Symbols stay: prompts may differ in nothing but an emoji."""
+    """The part of `text` that is compared. Symbols stay: prompts may differ only in an emoji."""
     folded = text.casefold()
     return ' '.join(folded.translate(_PUNCTUATION).split()) or folded
 
@@ -85,7 +85,7 @@ def _hashes(keys: Sequence[str]) -> tuple[np.ndarray, np.ndarray]:
 def signatures(keys: Sequence[str], rows: int) -> np.ndarray:
     """``[n, PERMUTATIONS // rows]`` uint32: texts that agree in one of them are candidates."""
     hashes, starts = _hashes(keys)
-    # Not numpy's generator, whose stream may change from one version to another.
+    # numpy's own generator may change its stream from one version to another.
     numbers = np.arange(1, 3 * PERMUTATIONS + 1, dtype=np.uint64)
     odd, shift, mix = _mixed(numbers * GOLDEN).reshape(3, -1)
     out = np.zeros((len(keys), PERMUTATIONS // rows), np.uint32)
@@ -112,7 +112,7 @@ def find(texts: Sequence[str], threshold: float,
 
     A text is dropped if its similarity to an earlier one that stays is at least `threshold`;
     1 or more drops none. `texts` is read through once, and again where candidates are compared.
-    `advance` is told how many texts were done, half of each when it is hashed.
+    `advance` gets the number of texts done since the last call; hashing one counts half.
     """
     if threshold >= 1 or len(texts) < 2:
         advance(len(texts))

@@ -84,8 +84,8 @@ def _writer(folder: Path):
                                module_name=__name__)
     info = tfds.core.DatasetInfo(
         builder=identity, features=tfds.features.FeaturesDict({'prompt': text(), 'id': text()}),
-        description='Prompts without repetitions; see README.md beside this file.')
-    # Rows stand in the order they are given; the builder of data/builder.py would hold them all.
+        description='Prompts without repetitions; see card.json beside this file.')
+    # Rows stand in the order they are given; a `GeneratorBasedBuilder` would hold them all.
     return tfds.core.SequentialWriter(info, SHARD, file_format='array_record')
 
 

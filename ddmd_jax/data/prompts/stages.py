@@ -32,7 +32,7 @@ DROPPED = {'empty': 'empty', 'too_short': 'shorter than --min_chars',
 
 @dataclasses.dataclass(frozen=True)
 class Settings:
-    """What a set of prompts is made from, and how; every field is a flag of the command."""
+    """Inputs and filters of a set of prompts; every field is a flag of the command."""
 
     input: tuple[str, ...]
     field: str = 'prompt'

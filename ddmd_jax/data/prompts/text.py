@@ -1,4 +1,4 @@
-"""What one prompt is: its normal form, its id and the split it belongs to."""
+"""A prompt's normal form, its id, and the split it belongs to."""
 
 from __future__ import annotations
 

@@ -9,7 +9,7 @@ from typing import NamedTuple
 
 from ddmd_jax.data import DataFileError
 
-# What of a transformers folder decides on tokens; the weights that may lie beside it do not.
+# The files of a transformers folder that decide on tokens; weights may lie beside them.
 PARTS = ('tokenizer*', 'vocab*', 'merges*', 'added_tokens.json', 'special_tokens_map.json',
          '*.model')
 

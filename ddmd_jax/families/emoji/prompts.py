@@ -7,13 +7,13 @@ from typing import Any
 import jax
 from jax.sharding import Mesh
 
-from ddmd_jax.data.conditioning import REAL, Prompts
+from ddmd_jax.data.conditioning import Prompts
 from ddmd_jax.families.base import Teacher
 from ddmd_jax.families.emoji import data
 
 
 def load(config: Any, teacher: Teacher, mesh: Mesh) -> Prompts:
-    """Captions, all encoded at once: they are few; for a GAN with their images.
+    """Captions, all encoded at once: they are few; with their images.
 
     Raises:
       DataFileError: the data set is missing or cannot be read.
@@ -22,8 +22,6 @@ def load(config: Any, teacher: Teacher, mesh: Mesh) -> Prompts:
     pairs = data.load_pairs()
     cond = teacher.encode([pairs.caption(i) for i in range(len(pairs.glyph))])
     of = lambda rows: jax.tree.map(lambda x: x[rows], cond)
-    real = lambda rows: {REAL: pairs.images(rows)} if config.method.gan.weight else {}
     return Prompts(
-        data.training_mixture(pairs, config.data.white_repeat),
-        lambda rows, length: of(rows) | real(rows), of, teacher.encode(['']), pairs.caption,
-        identity='emoji')
+        data.training_mixture(pairs, config.data.white_repeat), lambda rows, length: of(rows), of,
+        teacher.encode(['']), pairs.caption, identity='emoji', real=pairs.images)

@@ -1,4 +1,4 @@
-"""Reading Orbax checkpoints: state, data iterator and a manifest that says whose they are."""
+"""Reading Orbax checkpoints: state, data iterator, and the manifest, which identifies their run."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ class CheckpointError(RuntimeError):
 
 
 def versions() -> dict[str, str]:
-    """What a manifest says of the packages that wrote it."""
+    """Versions of the packages that write a checkpoint, as its manifest has them."""
     return {f'{VERSION}{name}': importlib.metadata.version(name) for name in PACKAGES}
 
 
@@ -54,7 +54,7 @@ def differences(saved: Mapping[str, Any], current: Mapping[str, Any]) -> list[st
 
 
 def split_versions(manifest: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
-    """(what says whose the checkpoint is, what says which packages wrote it)."""
+    """(entries that identify the run, entries with the versions of packages)."""
     is_version = lambda name: name.startswith(VERSION)
     return ({k: v for k, v in manifest.items() if not is_version(k)},
             {k: v for k, v in manifest.items() if is_version(k)})
@@ -184,7 +184,7 @@ def newest_good(directory: Path) -> tuple[int | None, dict[int, str]]:
 
 
 def damage(folder: Path) -> str:
-    """What is wrong with the files of a checkpoint, or ''; all processes read them together."""
+    """The first fault in the files of a checkpoint, or ''; all processes read them together."""
     fault = checksums.fault(folder, jax.process_index(), jax.process_count())
     return (fault or 'found by another process') if anywhere(bool(fault)) else ''
 
@@ -245,7 +245,7 @@ def restore_part(folder: Path, name: str, abstract: Any, shardings: Any) -> Any:
     handler = ocp.PyTreeCheckpointHandler()
     try:
         with ocp.Checkpointer(handler) as reader:
-            # A partial restore takes what is missing for given: it hands back the request.
+            # A partial restore hands back the request for a leaf that is missing.
             must_match(handler.metadata(folder / 'state').tree[name], abstract)
             return reader.restore(folder / 'state', args=ocp.args.PyTreeRestore(
                 target, restore_args=ocp.checkpoint_utils.construct_restore_args(target),

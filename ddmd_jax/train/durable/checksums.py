@@ -1,4 +1,4 @@
-"""What every file of a checkpoint must be: sha256 and size, in a ``checksums.json`` beside it.
+"""sha256 and size of every file of a checkpoint, in its ``checksums.json``.
 
 Plain files and hashes: nothing here needs JAX or a device.
 """
@@ -37,7 +37,7 @@ def digest(path: Path) -> str:
 
 
 def write(folder: Path) -> None:
-    """Sums up a finished checkpoint; through a temporary file and a rename.
+    """Writes the checksums of a finished checkpoint.
 
     Raises:
       FileNotFoundError: the checkpoint is being deleted.
@@ -48,15 +48,15 @@ def write(folder: Path) -> None:
 
 
 def known(folder: Path) -> bool:
-    """Whether a checkpoint has been summed up."""
+    """Whether a checkpoint has checksums."""
     return (folder / NAME).is_file()
 
 
 def fault(folder: Path, part: int = 0, parts: int = 1) -> str:
-    """What is wrong with a checkpoint's files, or ''; the first thing that is.
+    """The first fault in a checkpoint's files, or ''.
 
-    One that was never summed up is only looked at for its items. `part` of `parts` processes
-    reads every so many-th file, so that together they have read them all.
+    Without checksums only its items are looked for. Process `part` of `parts` reads every
+    `parts`-th file, so that together they read them all.
     """
     missing = [name for name in ITEMS if not (folder / name).is_dir()]
     if not known(folder):
@@ -65,7 +65,7 @@ def fault(folder: Path, part: int = 0, parts: int = 1) -> str:
         wanted: dict[str, Any] = json.loads((folder / NAME).read_text())
         for name in sorted(wanted)[part::parts]:
             words = _file_fault(folder / name, wanted[name]['size'], wanted[name]['sha256'])
-            # A checkpoint may come from elsewhere: what it names must lie in it.
+            # A checkpoint may come from elsewhere: a file it names must lie in it.
             if not (folder / name).resolve().is_relative_to(folder.resolve()):
                 words = 'leads out of the checkpoint'
             if words:
@@ -85,7 +85,7 @@ def _file_fault(path: Path, size: int, sha256: str) -> str:
 
 
 def _manifest_fault(folder: Path) -> str:
-    """What is wrong with the manifest of a checkpoint that says nothing else of itself."""
+    """The fault in the manifest of a checkpoint without checksums, or ''."""
     try:
         json.loads((folder / 'manifest' / 'metadata').read_text())
     except (OSError, ValueError):

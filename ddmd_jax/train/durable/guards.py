@@ -1,4 +1,4 @@
-"""What a run does about figures that go wrong: batches left out, spikes told, verdicts acted on."""
+"""Figures that go wrong though they are finite: spikes told, verdicts acted on."""
 
 from __future__ import annotations
 
@@ -6,58 +6,22 @@ import dataclasses
 import math
 import statistics
 from collections.abc import Mapping, Sequence
-from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
-from ddmd_jax.method import health as diagnostics
-from ddmd_jax.train import state as st
-from ddmd_jax.util import jsonl as lines
+import jax
 
-NAME = 'bad_batches.jsonl'
-ON_NAN = ('abort', 'rollback')
-# What a bad verdict does to a run, and what it is told: one that lasts, but for the gravest, which
-# has no time to.
+from ddmd_jax.method import health
+from ddmd_jax.train.durable.checkpoint import anywhere
+from ddmd_jax.train.state import TrainState
+
+# `train.on_health`: the response to a bad verdict, in words. One that lasts is waited for, but for
+# the gravest, which leaves no time to.
 ON_HEALTH = {'nothing': '', 'stop': 'stopped here', 'stop_collapsing': 'stopped here',
              'lower_alpha': 'alpha - 1 is halved', 'raise_critic': 'one more critic update a step'}
 STOPS = ('stop', 'stop_collapsing')
 LEAST_ALPHA, MOST_EXTRA = 0.125, 8  # of alpha - 1, and of critic updates: then nothing more is done
-MOST = 3  # rollbacks to one checkpoint: then it is not the batches
 SPIKE_OVER, SPIKE_LEAST = 20, 5  # logged losses that a spike is told by, and the fewest of them
-UNWELL = 3  # logged intervals in a row that are unwell in one way before it is acted on
-
-
-class GuardError(RuntimeError):
-    """There is no bad batch to replay, or no checkpoint to replay it from, or no reading them."""
-
-
-def read_bad(workdir: Path) -> list[dict[str, Any]]:
-    """The steps that went wrong and were left out, oldest first.
-
-    Each has `step`; `batches`, their numbers in the run's order; `rows` of each; `checkpoint`,
-    the step gone back to; `bad`, the metrics that were not finite; `time`, the clock.
-
-    Raises:
-      GuardError: a line of the file is no entry.
-    """
-    try:
-        return lines.read(workdir / NAME)
-    except ValueError as e:
-        raise GuardError(str(e)) from None
-
-
-def record_bad(workdir: Path, entry: Mapping[str, Any]) -> None:
-    """Adds a line to the file that `read_bad` reads."""
-    lines.append(workdir / NAME, entry)
-
-
-def skipped(entries: Sequence[Mapping[str, Any]]) -> frozenset[int]:
-    """Numbers of the batches that a run leaves out."""
-    return frozenset(number for entry in entries for number in entry['batches'])
-
-
-def exhausted(entries: Sequence[Mapping[str, Any]]) -> bool:
-    """Whether the newest entry's checkpoint has been gone back to as often as makes sense."""
-    return sum(e['checkpoint'] == entries[-1]['checkpoint'] for e in entries) > MOST
+UNWELL = 3  # logged intervals in a row with one bad verdict before it is acted on
 
 
 def spike(losses: Sequence[float], limit: float) -> str:
@@ -74,33 +38,51 @@ def spike(losses: Sequence[float], limit: float) -> str:
             f'({mean:.4g})') if z > limit else ''
 
 
-def remedy(history: Sequence[Mapping[str, Any]], on_health: str) -> str:
-    """Words on what has to be done about a verdict, or ''.
+class Remedy(NamedTuple):
+    """The response to a verdict: '' is none; it may end the run, or change the state."""
+
+    text: str = ''
+    how: str = 'nothing'
+
+    @property
+    def ends(self) -> bool:
+        return bool(self.text) and self.how in STOPS
+
+    def act(self, state: TrainState) -> TrainState:
+        """`state` with less of alpha, or more critic updates, from the next step on."""
+        if self.how == 'lower_alpha':
+            return dataclasses.replace(state, alpha_share=state.alpha_share / 2)
+        return dataclasses.replace(state, critic_extra=state.critic_extra + 1)
+
+
+def agreed_remedy(history: Sequence[Mapping[str, Any]], how: str) -> Remedy:
+    """`remedy` of process 0's history, in every process: only it has a resumed run's lines."""
+    text = remedy(history, how)
+    if how == 'nothing' or not anywhere(bool(text) and jax.process_index() == 0):
+        return Remedy()
+    return Remedy(text or f'{ON_HEALTH[how]}, by process 0', how)
+
+
+def remedy(history: Sequence[Mapping[str, Any]], how: str) -> str:
+    """Words on the response to the last verdicts, or ''.
 
     It has to be bad and the same `UNWELL` times in a row, nothing having been done in between: the
     lines say how much of alpha and how many critic updates they were made with. Collapsing counts
     as over-baked, and for 'stop_collapsing' nothing else counts, and at once.
     """
-    told = f'{ON_HEALTH[on_health]}, as train.on_health={on_health!r} says'
+    response = f'{ON_HEALTH[how]}, as train.on_health={how!r} says'
     reason = history[-1].get('health_reason', '') if history else ''
-    if on_health == 'stop_collapsing':
-        grave = bool(history) and history[-1].get('health') == diagnostics.COLLAPSING
-        return f'{diagnostics.COLLAPSING} ({reason}); {told}' if grave else ''
-    kind = lambda word: diagnostics.OVER_BAKED if word == diagnostics.COLLAPSING else word
+    if how == 'stop_collapsing':
+        grave = bool(history) and history[-1].get('health') == health.COLLAPSING
+        return f'{health.COLLAPSING} ({reason}); {response}' if grave else ''
+    kind = lambda word: health.OVER_BAKED if word == health.COLLAPSING else word
     last = [(kind(v.get('health')), v.get('alpha_share', 1.0), v.get('critic_extra', 0.0))
             for v in history[-UNWELL:]]
-    if on_health == 'nothing' or len(last) < UNWELL or len(set(last)) > 1:
+    if how == 'nothing' or len(last) < UNWELL or len(set(last)) > 1:
         return ''
     verdict, share, extra = last[0]
     spent = {'lower_alpha': share <= LEAST_ALPHA, 'raise_critic': extra >= MOST_EXTRA}
-    if verdict in (None, diagnostics.HEALTHY) or spent.get(on_health):
+    if verdict in (None, health.HEALTHY) or spent.get(how):
         return ''
     words = ' and '.join(dict.fromkeys(v['health'] for v in history[-UNWELL:]))
-    return f'{words} for {UNWELL} logged intervals ({reason}); {told}'
-
-
-def act(state: st.TrainState, on_health: str) -> st.TrainState:
-    """`state` with less of alpha, or more critic updates, from the next step on."""
-    if on_health == 'lower_alpha':
-        return dataclasses.replace(state, alpha_share=state.alpha_share / 2)
-    return dataclasses.replace(state, critic_extra=state.critic_extra + 1)
+    return f'{words} for {UNWELL} logged intervals ({reason}); {response}'

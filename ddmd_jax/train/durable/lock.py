@@ -26,7 +26,7 @@ def held(workdir: Path) -> Iterator[None]:
     """Locks ``workdir/lock`` while inside, by process 0 for all of a run's processes.
 
     The lock is the kernel's (`flock`): it ends with the process that holds it, however that
-    dies, and what the file says is only there to be read.
+    dies. The text in the file is for people only.
 
     Raises:
       LockError: another run has it; names its process and host.
@@ -43,7 +43,7 @@ def held(workdir: Path) -> Iterator[None]:
 
 
 def _take(path: Path):
-    """(the open file, '') with the lock, or (None, who has it)."""
+    """(the open file, '') with the lock, or (None, its holder)."""
     file = path.open('a+')
     try:
         fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)

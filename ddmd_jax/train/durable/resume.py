@@ -16,12 +16,11 @@ from pathlib import Path
 from typing import Any
 
 import jax
-from jax.sharding import Mesh
 
-from ddmd_jax.parallel import sharding
 from ddmd_jax.train import state as st
 from ddmd_jax.train.durable import checkpoint as ckpt, checksums, saving
 from ddmd_jax.train.durable.checkpoint import CheckpointError
+from ddmd_jax.train.durable.rollback import GuardError
 from ddmd_jax.train.feed import Feed
 
 OWN, RESUME, INIT, SCRATCH = 'own', 'resume', 'init', 'scratch'
@@ -92,29 +91,43 @@ def _weights(named: str) -> Path:
     return path
 
 
-def start(source: Source, checkpoints: saving.Checkpoints, make: Callable[..., st.TrainState],
-          rules: sharding.Rules, mesh: Mesh, inputs: tuple[Any, ...], host: tuple[str, ...],
-          feed: Feed, read_weights: Callable[[str], Any] | None) -> st.TrainState:
-    """The state that `source` says, and `feed` at its place; see `begin`."""
+def recorded(config: Any, workdir: Path, step: int | None) -> Source:
+    """The checkpoint `step` of a run, or for None where the run once began.
+
+    Raises:
+      GuardError: that checkpoint is gone.
+    """
+    if step is None:
+        return origin(config)
+    path = workdir / 'checkpoints' / str(step)
+    if not path.is_dir():
+        raise GuardError(f'{path} is gone, from which a step went wrong; it cannot be replayed')
+    return Source(RESUME, path)
+
+
+def manifest_of(config: Any, identities: Mapping[str, str]) -> dict[str, Any]:
+    """Whose a checkpoint of this run is; see `checkpoint.check_manifest`."""
+    return ckpt.comparable(config.to_dict()) | ckpt.versions() | identities
+
+
+def start(source: Source, task: Any, checkpoints: saving.Checkpoints,
+          feed: Feed) -> st.TrainState:
+    """The state that `source` names, and `feed` at its place; see `begin`."""
     if source.kind == OWN:
-        return checkpoints.restore(*st.abstract_and_shardings(
-            make, rules, mesh, *inputs, host=host), feed)
-    state, checkpoints.interval = begin(source, checkpoints.manifest, make, rules, mesh, inputs,
-                                        host, feed, read_weights)
+        return checkpoints.restore(task.spec.shapes, task.spec.shardings, feed)
+    state, checkpoints.interval = begin(source, checkpoints.manifest, task, feed)
     return state
 
 
-def begin(source: Source, manifest: Mapping[str, Any], make: Callable[..., st.TrainState],
-          rules: sharding.Rules, mesh: Mesh, inputs: tuple[Any, ...], host: tuple[str, ...],
-          feed: Feed, read_weights: Callable[[str], Any] | None
-          ) -> tuple[st.TrainState, list[dict[str, Any]]]:
+def begin(source: Source, manifest: Mapping[str, Any], task: Any,
+          feed: Feed) -> tuple[st.TrainState, list[dict[str, Any]]]:
     """(the state of a run that has no checkpoint of its own; metrics not logged when it was saved).
 
     Args:
-      manifest: what a checkpoint must say of itself if it is gone on from.
-      make, rules, mesh, inputs, host: see `state.create`.
-      read_weights: ``path -> parameters`` of weights that are no checkpoint; None if the task
-        cannot read any.
+      source: where it comes from.
+      manifest: whose a checkpoint must be if it is gone on from.
+      task: a `train.Task`: its spec, and how it reads weights that are no checkpoint.
+      feed: is moved to its place.
 
     Raises:
       CheckpointError: another run's, not readable, or of other shapes.
@@ -122,15 +135,14 @@ def begin(source: Source, manifest: Mapping[str, Any], make: Callable[..., st.Tr
     """
     if source.kind in (SCRATCH, INIT):
         feed.start_prefetch()
-        state = st.create(make, rules, mesh, *inputs, host=host)
+        state = task.spec.create()
         return (state if source.kind == SCRATCH else
-                with_weights(state, source.path, read_weights)), []
-    abstract, shardings = st.abstract_and_shardings(make, rules, mesh, *inputs, host=host)
-    return ckpt.restore(source.path, manifest, abstract, shardings, feed)
+                with_weights(state, source.path, task.read_weights)), []
+    return ckpt.restore(source.path, manifest, task.spec.shapes, task.spec.shardings, feed)
 
 
 def with_weights(state: st.TrainState, path: Path,
-                 read_weights: Callable[[str], Any] | None) -> st.TrainState:
+                 read_weights: Callable[[str], Any]) -> st.TrainState:
     """A fresh `state` with the weights at `path`: student, critic and EMA of a checkpoint, or
     student and EMA alone where there is no more, the critic staying the teacher's."""
     layout = lambda tree: jax.tree.map(lambda x: x.sharding, tree)
@@ -142,9 +154,6 @@ def with_weights(state: st.TrainState, path: Path,
                 new = ckpt.restore_part(path, name, old, layout(old))
                 state = dataclasses.replace(state, **{name: new})
         return state
-    if read_weights is None:
-        raise CheckpointError(f'config.init_from: {path} holds no checkpoint, and this task starts '
-                              'from those only')
     found = read_weights(str(path))
     try:
         ckpt.must_match(found, state.student)
@@ -159,8 +168,8 @@ def with_weights(state: st.TrainState, path: Path,
                                ema=put(found, state.ema))
 
 
-def words(source: Source, workdir: Path, step: int) -> str:
-    """What is said of where the state came from; '' of a run from scratch."""
+def described(source: Source, workdir: Path, step: int) -> str:
+    """Where the state came from, for the log; '' of a run from scratch."""
     if source.kind == OWN:
         return f'resumed {workdir} at step {step}'
     if source.kind == RESUME:

@@ -97,6 +97,7 @@ class Checkpoints:
         self._failed = ''  # why the last save failed
         self._committed: int | None = None  # the last one that Orbax has finished
         self._save: _Save | None = None
+        self._unsettled = False  # whether nobody has asked yet how the last save went
         self._worker = futures.ThreadPoolExecutor(1, 'checkpoints')
         quiet_orbax()
         ckpt.set_aside(self.directory)
@@ -107,6 +108,15 @@ class Checkpoints:
             # Only that there is such a function makes Orbax write metrics beside a checkpoint.
             best_fn=(lambda m: m[best]) if best else None, best_mode=best_mode,
             preservation_policy=retention(keep, keep_every, best, best_mode, self.pinned)))
+
+    @classmethod
+    def of(cls, config: Any, workdir: Path, manifest: Mapping[str, Any],
+           bad: Sequence[Mapping[str, Any]] = ()) -> Checkpoints:
+        """A run's, as its config keeps them; those gone back to from `bad` steps stay."""
+        c = config.checkpoint
+        return cls(workdir, keep=c.keep, keep_every=c.keep_every, best=c.best,
+                   best_mode=c.best_mode, timeout=c.timeout, manifest=manifest,
+                   pinned=[entry['checkpoint'] for entry in bad])
 
     @property
     def latest(self) -> int | None:
@@ -140,13 +150,14 @@ class Checkpoints:
             return
         start = time.monotonic()
         self._settle()
-        self._failed = ''
+        self._failed, self._unsettled = '', True
         items = ocp.args.Composite(
             state=ocp.args.StandardSave(state),
             # One counter of global batches, the same in every process: Grain's own handler
             # writes a file a process, which another number of processes could not read.
             data=ocp.args.JsonSave(data.get_state() | {ckpt.INTERVAL: [
-                {name: float(value) for name, value in x.items()} for x in interval]}),
+                {name: float(value) for name, value in x.items()}
+                for x in jax.device_get(list(interval))]}),
             manifest=ocp.args.JsonSave(self.manifest))
         before, deadline = self.latest, time.monotonic() + self.timeout
         copied = self._worker.submit(self._copy, step, items, self._judged)
@@ -231,6 +242,36 @@ class Checkpoints:
             self._failed = 'by another process'
             self.manager.reload()
         return self._failed
+
+    def lost(self, asked: bool) -> bool:
+        """Whether the last save is now known to have failed; answers True once.
+
+        Several processes have to agree, and ask one another for as long as they do not know: a
+        loop asks (`asked`) where that costs little.
+        """
+        if not self._unsettled or not asked or ckpt.anywhere(self.under_way):
+            return False
+        self._unsettled = False
+        return bool(self.wait())
+
+    def settle(self, step: int, state: Any, data: Feed,
+               interval: Sequence[Mapping[str, Any]] = ()) -> None:
+        """Waits for the last save, of this `step`; one that failed is tried once more.
+
+        Raises:
+          CheckpointError: in vain.
+        """
+        if not self.wait():
+            return
+        self.save(step, state, data, interval)
+        reason = self.wait()
+        if reason:
+            kept = self.latest
+            raise CheckpointError(
+                f'step {step} could not be saved, twice ({reason}); '
+                + ('nothing was saved before' if kept is None else
+                   f'step {kept} is the newest checkpoint in {self.directory}')
+                + '; make room, then run the same command to go on from there')
 
     def restore(self, abstract: Any, shardings: Any,
                 data: Feed | None = None) -> Any:

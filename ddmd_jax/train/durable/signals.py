@@ -1,7 +1,7 @@
-"""SIGTERM and SIGINT: a run that is asked to stop saves between two steps and ends well.
+"""SIGTERM and SIGINT: the run finishes its step, saves, and ends with code 0.
 
-In a run of several processes SIGTERM is JAX's: its preemption service tells every process, and
-all of them agree on the step after which to stop.
+In a run of several processes JAX's preemption service handles SIGTERM: all processes agree on the
+step after which to stop.
 """
 
 from __future__ import annotations
@@ -16,18 +16,18 @@ import jax
 from jax.experimental import multihost_utils
 
 WATCHED = (signal.SIGTERM, signal.SIGINT)
-SAVED = '{}: stopped between steps; what was trained is saved, run the same command to go on'
+SAVED = '{}: stopped between steps and saved; run the same command to go on'
 
 
 class Stopped(RuntimeError):
-    """A signal has ended the run; nothing that it trained is lost."""
+    """A signal has ended the run; no training is lost."""
 
 
 class Watch:
-    """What is known of signals in this process, of which there can only be one."""
+    """The signals of this process; there is one such object."""
 
-    received = ''  # the first one's name; further ones change nothing
-    deferred = False  # whether it is only noted: there is something to save
+    received = ''  # name of the first; further ones change nothing
+    deferred = False  # whether a signal is only noted, because there is something to save
 
 
 _watch = Watch()
@@ -52,12 +52,12 @@ def watched() -> Iterator[None]:
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)
-        _watch.received = ''  # whoever trains next in this process is not meant
+        _watch.received = ''  # it does not concern the next run in this process
 
 
 def _handle(number: int, frame: object) -> None:
     if _watch.received:
-        return  # it is being seen to
+        return
     _watch.received = signal.Signals(number).name
     if not _watch.deferred:
         raise Stopped(SAVED.format(_watch.received))
@@ -69,7 +69,7 @@ def _forward(number: int, frame: object) -> None:
 
 @contextlib.contextmanager
 def deferred() -> Iterator[None]:
-    """Inside, a signal waits until `asked_to_stop` is asked; if nobody did, it raises at the end.
+    """Inside, a signal waits for a call of `asked_to_stop`; without one it raises at the end.
 
     Raises:
       Stopped: a signal came after that.

@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -19,9 +19,18 @@ from tqdm import tqdm
 
 from ddmd_jax.train.watch import trackers
 from ddmd_jax.util import files, jsonl as lines
+from ddmd_jax.util.text import first_line
 
 KEPT = 64  # logged intervals at either end of a run that are remembered: who asks needs no more
 FLUSHED = 120  # seconds after which TensorBoard's file is brought up to date
+
+
+def record(workdir: Path, config: Any, about: Mapping[str, Any] | None) -> None:
+    """``config.json`` and ``run.json``, by process 0: the config, and how it was called."""
+    if jax.process_index() == 0:
+        files.write_json(workdir / 'config.json', config.to_dict())
+        if about is not None:
+            files.write_json(workdir / 'run.json', about)
 
 
 class RunLog:
@@ -96,6 +105,22 @@ class RunLog:
     def say(self, text: str) -> None:
         if self.active:
             tqdm.write(text, file=sys.stderr)
+
+    def attempt(self, write: Callable[[Path], Any] | None,
+                workdir: Path) -> Callable[[Path], Any] | None:
+        """Has a report written, if there is to be one; the writer, or None once it has failed.
+
+        No run ends for a report.
+        """
+        if write is None or not self.active:
+            return write
+        try:
+            write(workdir)
+        except Exception as e:  # of a template, a plotting library, a disk
+            self.say(f'warning: the report cannot be written ({first_line(e)}); later: python -m '
+                     f'ddmd_jax.report {workdir}')
+            return None
+        return write
 
     def close(self) -> None:
         if self.active:

@@ -1,8 +1,7 @@
-"""What is done beside training: a profile of a few steps, a report now and then."""
+"""A profile of a few steps."""
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -10,20 +9,6 @@ from typing import Any
 import jax
 
 from ddmd_jax.util.text import first_line
-
-Profiled = tuple[int, int] | None
-
-
-@dataclasses.dataclass(frozen=True)
-class Beside:
-    """`profiled` are the first and the last step of a profile; `report` is called with the workdir
-    by process 0 where pictures are logged, and may fail."""
-
-    profiled: Profiled = None
-    report: Callable[[Path], Any] | None = None
-
-
-NOTHING = Beside()
 
 
 class Window:
@@ -33,7 +18,7 @@ class Window:
     Every process writes its own part. A run that goes on within the window profiles what is left.
     """
 
-    def __init__(self, steps: Profiled, folder: Path, say: Callable[[str], None]):
+    def __init__(self, steps: tuple[int, int] | None, folder: Path, say: Callable[[str], None]):
         self._steps, self._folder, self._say = steps, folder, say
         self._on = False
 

@@ -1,0 +1,80 @@
+"""What the objectives are given beside a batch and a recipe: networks, and keys by name."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from ddmd_jax.data.batch import Cond
+from ddmd_jax.diffusion.sampling import Predict, deinterleave, interleave
+
+Array = jax.Array
+Params = Any  # a nested dict of arrays
+
+# How the teacher's two or three predictions of an update are made: in one call, or one after
+# another in the memory of one. They are equal but for rounding.
+TEACHER_PASSES = ('together', 'apart')
+
+
+@dataclasses.dataclass(frozen=True)
+class Models:
+    """The networks of Algorithm 1: one function, and the parameters that make it each of them.
+
+    Attributes:
+      predict: ``(params, x_t [B, ...], t [B], cond) -> x_hat`` in fp32.
+      teacher: s_real's parameters.
+      student: G's, where they are not what is differentiated.
+      critic: s_fake's, likewise.
+      null: the null prompt's conditioning, one row.
+      extra: parameters of the regularisers that have some, by name.
+      teacher_passes: one of `TEACHER_PASSES`.
+    """
+
+    predict: Predict
+    teacher: Params
+    student: Params
+    critic: Params
+    null: Cond
+    extra: Mapping[str, Params] = dataclasses.field(default_factory=dict)
+    teacher_passes: str = 'together'
+
+    def teach(self, inputs: Sequence[tuple[Array, Array, Cond]]) -> list[Array]:
+        """The teacher's predictions of several ``(x_t [B, ...], t [B], cond)``."""
+        if self.teacher_passes == 'apart':
+            stacked = jax.tree.map(lambda *xs: jnp.stack(xs), *inputs)
+            return list(jax.lax.map(lambda one: self.predict(self.teacher, *one), stacked))
+        return deinterleave(self.predict(self.teacher, *interleave(*inputs)), len(inputs))
+
+
+class GeneratorKeys(NamedTuple):
+    """Keys of one generator objective, each used once."""
+
+    simulation: Array
+    levels: tuple[Array, Array]  # of tau_CA and of tau_DM
+    noise_ca: Array
+    noise_dm: Array
+    alpha: Array
+    regularisers: Callable[[int], Array]  # by their place
+
+    @classmethod
+    def of(cls, key: Array) -> GeneratorKeys:
+        simulation, levels, noise_ca, noise_dm = jax.random.split(key, 4)
+        return cls(simulation, tuple(jax.random.split(levels)), noise_ca, noise_dm,
+                   jax.random.fold_in(key, 1), lambda place: jax.random.fold_in(key, 2 + place))
+
+
+class CriticKeys(NamedTuple):
+    """Keys of one critic objective, each used once."""
+
+    simulation: Array
+    level: Array
+    noise: Array
+    regularisers: Callable[[int], Array]  # by their place
+
+    @classmethod
+    def of(cls, key: Array) -> CriticKeys:
+        return cls(*jax.random.split(key, 3), lambda place: jax.random.fold_in(key, 2 + place))

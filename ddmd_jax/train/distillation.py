@@ -1,0 +1,276 @@
+"""The task `distill`: how a distillation steps, is measured and is shown.
+
+`train/train.py` builds it and runs it; `plan` is what the planner and the study read of it.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import Mesh
+
+from ddmd_jax import families
+from ddmd_jax.data import loader
+from ddmd_jax.data.batch import Batch
+from ddmd_jax.data.conditioning import Prompts
+from ddmd_jax.data.order import Order, Planned
+from ddmd_jax.diffusion import drawing, process
+from ddmd_jax.diffusion.drawing import Request
+from ddmd_jax.evaluation import pictures, suites
+from ddmd_jax.evaluation.suites import Suite
+from ddmd_jax.families import LoadOptions, Teacher
+from ddmd_jax.method import health, recipe as recipes
+from ddmd_jax.method.recipe import Recipe
+from ddmd_jax.parallel import sharding
+from ddmd_jax.train import optim, prompts as prompt_sources
+from ddmd_jax.train.feed import Feed
+from ddmd_jax.train.startup import Compiling, Startup
+from ddmd_jax.train.state import StateSpec, TrainState, fresh
+from ddmd_jax.train.update import Frozen, Mechanics, Program, Updates
+from ddmd_jax.train.watch.logs import RunLog, means
+
+GRID = 8  # prompts of the picture that is logged during training
+PANEL_TAU = 0.5  # uniform time at which the panels compare teacher and critic
+# What `train.offload` keeps in the hosts' memory, to be fetched by the generator's update alone.
+OFFLOAD = {'none': (), 'ema': ('ema',), 'teacher': ('teacher',), 'ema+teacher': ('ema', 'teacher')}
+
+
+@dataclasses.dataclass(frozen=True)
+class Plan:
+    """A distillation's programs and layouts; nothing is on a device yet.
+
+    Attributes:
+      recipe: of its objectives.
+      spec: of its state.
+      frozen: teacher and null prompt, arrays or shapes, and `frozen_shardings` where they lie.
+      program: the two jitted updates.
+    """
+
+    recipe: Recipe
+    spec: StateSpec
+    frozen: Frozen
+    frozen_shardings: Frozen
+    program: Program
+
+
+def plan(config: Any, teacher: Teacher, null: Any, mesh: Mesh) -> Plan:
+    """What `config` makes of `teacher` and its null prompt, arrays or shapes, on `mesh`."""
+    recipe, c = recipes.from_config(config, teacher), config
+    student_tx = optim.make_optimizer(c.optim.student, c.train.steps)
+    critic_tx = optim.make_optimizer(
+        c.optim.critic, c.train.steps * c.critic.updates + c.critic.warmup)
+    mechanics = Mechanics(
+        student_tx, critic_tx, c.seed, c.train.accumulate, c.student.ema, c.student.ema_ramp,
+        c.critic.merge, c.train.teacher_passes)
+
+    def make(params: Any) -> TrainState:
+        # Student and critic both start at the teacher (Algorithm 1, line 1).
+        extra = {name: r.init(jax.random.key(c.seed)) for name, r in recipe.regularisers.items()}
+        return fresh(mechanics.student.init(params), student_tx, mechanics.critic.init(params),
+                     critic_tx, {name: x for name, x in extra.items() if x is not None})
+
+    own = [rule for r in recipe.regularisers.values() for rule in r.rules]
+    host = OFFLOAD[c.train.offload]
+    spec = StateSpec(make, (*own, *teacher.rules), mesh, (teacher.params,),
+                     tuple(name for name in host if name != 'teacher'))
+    layout = Frozen(sharding.shard_tree(teacher.params, teacher.rules, mesh),
+                    jax.tree.map(lambda _: sharding.replicated(mesh), null))
+    if 'teacher' in host:
+        layout = dataclasses.replace(layout, teacher=sharding.in_host_memory(layout.teacher))
+    updates = Updates(teacher.predict_clean, recipe, mechanics)
+    return Plan(recipe, spec, Frozen(teacher.params, null), layout,
+                updates.jitted(mesh, spec.shardings, layout))
+
+
+def load_teacher(config: Any, mesh: Mesh, path: str = '') -> Teacher:
+    """The teacher that `config` names; or, of its family, the network at `path`, unrounded.
+
+    Raises:
+      WeightsError: it cannot be read.
+    """
+    t = config.teacher
+    size = next(iter(config.data.get('sizes', ())), None)  # of the images that are shown
+    return families.get(t.name).load(LoadOptions(
+        path or t.path, mesh, t.dtype, size, t.remat, t.attention,
+        'float32' if path else t.param_dtype))
+
+
+def suite_of(config: Any) -> Suite | None:
+    """The suite that `eval.suite` names, or else the family's own; None if it has none.
+
+    Raises:
+      DataFileError: there is no such suite.
+    """
+    named = config.eval.get('suite', '')
+    return suites.find(named) if named else families.get(config.teacher.name).suite
+
+
+class Distillation:
+    """A distillation as a `train.Task`."""
+
+    name = 'distill'
+
+    def __init__(self, config: Any, teacher: Teacher, prompts: Prompts, order: Order,
+                 planned: Plan, startup: Startup):
+        self.config, self.teacher, self.prompts, self.order = config, teacher, prompts, order
+        self.recipe, self.startup = planned.recipe, startup
+        if not any(r.needs_real for r in self.recipe.regularisers.values()):
+            self.prompts = dataclasses.replace(prompts, real=None)
+        self.frozen = jax.device_put(planned.frozen, planned.frozen_shardings)
+        self.spec = dataclasses.replace(planned.spec, source=(self.frozen.teacher,))
+        self.identities = {'teacher_identity': teacher.identity, 'data_identity': prompts.identity}
+        self.extra_updates = 0  # of the critic, in every step, as the health verdict has it
+        self._compile(planned)
+        self._watch()
+
+    # --- Programs and batches ---
+
+    def _compile(self, planned: Plan) -> None:
+        """Lines up the programs of every kind of batch there may be, the first to come first.
+
+        The critic's comes before the generator's, as it is the first to run.
+        """
+        c, state, work = self.config, self.spec.targets, {}
+        frozen = jax.tree.map(lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s),
+                              planned.frozen, planned.frozen_shardings)
+        of_step = c.critic.updates + 1 + c.critic.warmup
+        for length, shape in self.order.kinds(of_step):
+            batch = self._shapes_of_batch(length, shape)
+            kinds = ('critic', 'generator') if of_step > 1 else ('generator',)
+            for kind in kinds:
+                program = getattr(planned.program, kind)
+                work[kind, batch.signature] = lambda p=program, b=batch: p.lower(
+                    frozen, state, b).compile()
+        self.startup.compiling = self._programs = Compiling(work)
+
+    def _shapes_of_batch(self, length: int | None, shape: tuple[int, ...]) -> Batch:
+        """A batch as `feed` gives it, as shapes."""
+        mesh = self.spec.mesh
+        some = np.resize(self.prompts.rows, sharding.batch_ways(mesh))
+        read = self.prompts.read(Planned(some, length, shape))
+        if self.prompts.encode:
+            read = dataclasses.replace(read, cond=jax.eval_shape(self.prompts.encode, read.cond))
+        rows, split = self.config.data.global_batch, sharding.batch_sharding(mesh)
+        return jax.tree.map(lambda x: jax.ShapeDtypeStruct(
+            (rows, *x.shape[1:]), jax.dtypes.canonicalize_dtype(x.dtype), sharding=split), read)
+
+    def feed(self, skip: frozenset[int]) -> Feed:
+        read = loader.batches(self.order, self.prompts.read, self.config.data.global_batch)
+        return Feed(read, prompt_sources.placer(self.prompts, self.spec.mesh), skip)
+
+    def read_weights(self, path: str) -> Any:
+        return load_teacher(self.config, self.spec.mesh, path).params
+
+    # --- A step ---
+
+    def step(self, state: TrainState, next_batch: Callable[[], Any],
+             fresh: bool) -> tuple[TrainState, dict[str, Any]]:
+        """Critic updates, each on a fresh batch, then one of the generator (two time scales).
+
+        The critic goes first, as everything the generator does leans on it. A new run's first step
+        begins with `critic.warmup` more; the verdict may have added some to every step.
+        """
+        c, warmup = self.config.critic, 0
+        if fresh:  # only then, as these have to be waited for
+            self.extra_updates = int(state.critic_extra)
+            warmup = 0 if int(state.critic_step) else c.warmup
+        critic_metrics = []
+        for _ in range(c.updates + self.extra_updates + warmup):
+            state, metrics = self._run('critic', state, next_batch())
+            critic_metrics.append(metrics)
+        state, metrics = self._run('generator', state, next_batch())
+        if not critic_metrics:
+            return state, metrics
+        # Means, so that a NaN in any of the critic's updates is seen under its own name.
+        mean = jax.tree.map(lambda *xs: sum(xs) / len(xs), *critic_metrics)
+        return state, mean | metrics | {'finite': metrics['finite'] & (mean['finite'] == 1)}
+
+    def _run(self, kind: str, state: TrainState, batch: Batch) -> tuple[TrainState, Any]:
+        return self._programs[kind, batch.signature](self.frozen, state, batch)
+
+    # --- Figures and images of the EMA student ---
+
+    def _watch(self) -> None:
+        """What is drawn again and again as the student changes: of fixed prompts and noise."""
+        c, mesh = self.config, self.spec.mesh
+        student = drawing.of_student(
+            self.teacher, c.student.steps, self.recipe.steps.time, c.student.sampler)
+        self._probed = self._judged = self._examples = None
+        if c.log.probe:
+            probed = request_of(self.prompts, c.log.probe, c.seed)
+            self._probed = drawing.drawer(student, probed, mesh)
+            self._probe = jax.jit(functools.partial(health.probe, limit=self.recipe.limit))
+        self._start = None  # what the student drew when it was the teacher
+        suite = suite_of(c)
+        if c.log.judge and suite and suite.watched:
+            held_out = c.log.judge // 3
+            self._examples = suite.watched(c.log.judge - held_out, held_out, c.seed)
+            captions = self._examples.captions
+            self._judged = drawing.drawer(student, Request(
+                drawing.names(captions, 1, c.seed), self.teacher.encode(captions),
+                self.prompts.null), mesh)
+        if self.teacher.latents.decode:
+            shown = request_of(self.prompts, GRID, c.seed)
+            self._drawn = drawing.drawer(student, shown, mesh)
+            self._noised = noised_predictor(self.teacher, self.recipe, shown, mesh)
+
+    def measure(self, state: TrainState, history: list[dict[str, Any]],
+                values: dict[str, Any]) -> tuple[dict[str, Any], str]:
+        if self._probed:
+            # The student began as the teacher, so that a resumed run finds the same start.
+            if self._start is None:
+                self._start = self._probed(self.frozen.teacher)
+            values = values | means([self._probe(self._probed(state.ema), self._start)])
+        if self._judged:
+            images = np.asarray(self.teacher.latents.decode(self._judged(state.ema)))
+            values = values | self._examples.measure(np.clip(images, -1, 1))
+        word, reason = health.verdict([*history, values], self.teacher.latents.std)
+        values = values | {'health': word, 'health_reason': reason}
+        fake = f'fake {values["fake_loss"]:.3f} ' if 'fake_loss' in values else ''
+        return values, (f'loss {values["loss"]:.3f} {fake}gap {values["dm_rel_gap"]:.3f} '
+                        f'dm/ca {values["dm_to_ca"]:.2f} std {values["x_std"]:.3f} {word}')
+
+    def show(self, state: TrainState, step: int, log: RunLog) -> None:
+        """Images of the EMA student; what teacher and critic predict of them re-noised."""
+        if not self.teacher.latents.decode:
+            return
+        x = self._drawn(state.ema)
+        real, fake = (self._noised(params, x) for params in (self.frozen.teacher, state.critic))
+        x, real, fake = (np.asarray(self.teacher.latents.decode(z)) for z in (x, real, fake))
+        log.image(step, 'panels/student_real_fake_difference',
+                  pictures.rows_of_images([x, real, fake, real - fake]))
+
+
+def request_of(prompts: Prompts, count: int, seed: int) -> Request:
+    """`count` images of different training prompts (fewer if there are fewer, then again)."""
+    rows = np.random.default_rng(seed).permutation(np.unique(prompts.rows))
+    rows = np.resize(rows, count)
+    names = drawing.names([prompts.caption(int(row)) for row in rows], 1, seed)
+    return Request(names, prompts.cond(rows), prompts.null)
+
+
+def noised_predictor(teacher: Teacher, recipe: Recipe, request: Request,
+                     mesh: Mesh) -> Callable[[Any, jax.Array], jax.Array]:
+    """``(params, x [n, ...]) -> x_hat``: a network's predictions of samples re-noised to PANEL_TAU.
+
+    The noise never changes, so that networks and updates can be compared. Both sides are whole on
+    every device.
+    """
+    count, split = len(request.names), sharding.batch_sharding(mesh)
+    rows = drawing.filled(count, mesh)
+
+    def predict(params: Any, x: jax.Array, cond: Any) -> jax.Array:
+        x, cond = jax.lax.with_sharding_constraint(jax.tree.map(
+            lambda a: jnp.resize(a, (rows, *a.shape[1:])), (x, cond)), split)
+        tau = recipe.steps.time(jnp.full((rows,), PANEL_TAU))
+        x_tau = process.renoise(x, tau, jax.random.normal(jax.random.key(0), x.shape))
+        return teacher.predict_clean(sharding.on_device(params), x_tau, tau, cond)[:count]
+
+    program = jax.jit(predict, out_shardings=sharding.replicated(mesh))
+    return lambda params, x: program(params, x, request.cond)

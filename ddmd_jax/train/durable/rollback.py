@@ -1,0 +1,121 @@
+"""Steps that were not finite: told, recorded, and gone back on with their batches left out."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jax
+from jax.experimental import multihost_utils
+
+from ddmd_jax.data.order import Order
+from ddmd_jax.util import jsonl
+
+NAME = 'bad_batches.jsonl'
+ON_NAN = ('abort', 'rollback')
+MOST = 3  # rollbacks to one checkpoint: then it is not the batches
+
+
+class GuardError(RuntimeError):
+    """There is no bad batch to replay, or no checkpoint to replay it from, or no reading them."""
+
+
+class Taken(NamedTuple):
+    """A step's number, its metrics, and the state of the data before and after it."""
+
+    step: int
+    metrics: Mapping[str, Any]
+    data: tuple[Any, Any]
+
+
+class DivergedError(RuntimeError):
+    """NaN or Inf in a loss or gradient; the update was not written.
+
+    `taken` is the step that went wrong, `bad` the metrics that were not finite, `checkpoint` the
+    newest one by then.
+    """
+
+    taken: Taken
+    bad: list[str]
+    checkpoint: int | None
+
+
+def check(newest: Taken | None, checkpoints: Any) -> None:
+    """Raises `DivergedError` if the newest step was not finite; a save under way ends first."""
+    if newest is None or bool(newest.metrics['finite']):
+        return
+    checkpoints.wait()
+    kept = 'no checkpoint had been written yet' if checkpoints.latest is None else (
+        f'the last good checkpoint, step {checkpoints.latest}, is kept')
+    metrics = jax.device_get(newest.metrics)
+    bad = [k for k, v in metrics.items() if v != v or abs(v) == float('inf')]
+    error = DivergedError(
+        f'step {newest.step}: NaN or Inf in {", ".join(bad) or "a gradient"}; that update was not '
+        f'written and {kept}; lower the learning rate or clip harder')
+    error.taken, error.bad, error.checkpoint = newest, bad, checkpoints.latest
+    raise error
+
+
+def leave_out(failed: DivergedError, config: Any, workdir: Path, order: Order) -> str:
+    """Records the batches of a failed step, which the next attempt skips; words for its log.
+
+    Raises:
+      DivergedError: that is not to be (`train.on_nan`), or has not helped.
+    """
+    if config.train.on_nan != 'rollback':
+        raise failed
+    bad = read(workdir)
+    first, last = (state['next_index'] for state in failed.taken.data)
+    numbers = [n for n in range(first, last) if n not in skipped(bad)]
+    entry = {'step': failed.taken.step, 'checkpoint': failed.checkpoint, 'bad': failed.bad,
+             'batches': numbers, 'time': round(time.time()),
+             'rows': [order[n].rows.tolist() for n in numbers]}
+    place = 'the start' if failed.checkpoint is None else f'step {failed.checkpoint}'
+    if sum(e['checkpoint'] == failed.checkpoint for e in bad) >= MOST:
+        raise DivergedError(f'{failed}; went back to {place} {MOST} times already: it is not the '
+                            'batches')
+    _together('bad batches read')  # nobody reads what process 0 is about to write
+    if jax.process_index() == 0:
+        jsonl.append(workdir / NAME, entry)
+    _together('bad batches recorded')  # and then everybody does
+    return f'{failed}; back at {place}, leaving out batches {", ".join(map(str, numbers))}'
+
+
+def _together(what: str) -> None:
+    if jax.process_count() > 1:
+        multihost_utils.sync_global_devices(what)
+
+
+def read(workdir: Path) -> list[dict[str, Any]]:
+    """The steps that went wrong and were left out, oldest first.
+
+    Each has `step`; `batches`, their numbers in the run's order; `rows` of each; `checkpoint`, the
+    step gone back to; `bad`, the metrics that were not finite; `time`, the clock.
+
+    Raises:
+      GuardError: a line of the file is no entry.
+    """
+    try:
+        return jsonl.read(workdir / NAME)
+    except ValueError as e:
+        raise GuardError(str(e)) from None
+
+
+def newest(workdir: Path) -> tuple[list[dict[str, Any]], dict[str, Any]]:
+    """(the entries before the newest one, the newest one).
+
+    Raises:
+      GuardError: there is none.
+    """
+    entries = read(workdir)
+    if not entries:
+        raise GuardError(f'{workdir / NAME} is not there: no batch has been left out '
+                         "(train.on_nan='rollback' leaves out)")
+    return entries[:-1], entries[-1]
+
+
+def skipped(entries: Sequence[Mapping[str, Any]]) -> frozenset[int]:
+    """Numbers of the batches that a run leaves out."""
+    return frozenset(number for entry in entries for number in entry['batches'])

@@ -1,0 +1,298 @@
+"""A run, from top to bottom: `distill` builds one, `fit` trains any task to its end.
+
+Sections: mesh, teacher, prompts, state, programs; then restore, loop, end. A step that goes wrong
+raises `DivergedError` out of one attempt, and `fit` begins the next one from the last checkpoint
+with that step's batches left out, if `train.on_nan` says so.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, NamedTuple, Protocol
+
+import jax
+
+from ddmd_jax.data.order import Order
+from ddmd_jax.evaluation import evaluate as evaluation
+from ddmd_jax.families import Teacher
+from ddmd_jax.parallel import sharding
+from ddmd_jax.train import prompts as prompt_sources
+from ddmd_jax.train.distillation import Distillation, load_teacher, plan, suite_of
+from ddmd_jax.train.durable import guards, resume, rollback, signals
+from ddmd_jax.train.durable.rollback import DivergedError, Taken
+from ddmd_jax.train.durable.saving import Checkpoints
+from ddmd_jax.train.feed import Feed
+from ddmd_jax.train.startup import Startup
+from ddmd_jax.train.state import StateSpec, TrainState
+from ddmd_jax.train.watch.logs import RunLog, means, record
+from ddmd_jax.train.watch.profiling import Window
+
+
+class Task(Protocol):
+    """What a kind of run brings to `fit`.
+
+    Attributes:
+      name: text of the progress bar.
+      spec: how its state is built and laid out.
+      order: which rows a batch holds.
+      identities: of what it is trained from and on; a checkpoint must agree with them.
+      startup: compiles what `step` calls, and counts the seconds until it can.
+    """
+
+    name: str
+    spec: StateSpec
+    order: Order
+    identities: dict[str, str]
+    startup: Startup
+
+    def feed(self, skip: frozenset[int]) -> Feed:
+        """Batches on the devices from the first on, but for those whose number is in `skip`."""
+
+    def step(self, state: TrainState, next_batch: Callable[[], Any],
+             fresh: bool) -> tuple[TrainState, dict[str, Any]]:
+        """One step, with as many batches as it needs; device scalars, `finite` among them.
+
+        `fresh`: the state was made, restored or acted on since the last step.
+        """
+
+    def measure(self, state: TrainState, history: list[dict[str, Any]],
+                values: dict[str, Any]) -> tuple[dict[str, Any], str]:
+        """(all values of a logged line, whose `step` and means are `values`; text for the bar)."""
+
+    def show(self, state: TrainState, step: int, log: RunLog) -> None:
+        """Logs images of the state."""
+
+    def read_weights(self, path: str) -> Any:
+        """Weights that are no checkpoint, for `init_from`."""
+
+
+class Options(NamedTuple):
+    """What a command adds to a config.
+
+    Attributes:
+      profile: first and last step to profile.
+      report: writes a report of the folder that it is given.
+      about: how the run was called and where, for ``run.json``.
+    """
+
+    profile: tuple[int, int] | None = None
+    report: Callable[[Path], Any] | None = None
+    about: dict[str, Any] | None = None
+
+
+NOTHING_ELSE = Options()
+
+
+class Seconds(NamedTuple):
+    """Of a run in this process: training, of which waiting for input after its first step."""
+
+    train: float
+    input_wait: float
+
+
+# ------------------------------------------------------------------------------------ distillation
+
+
+def distill(config: Any, workdir: Path, options: Options = NOTHING_ELSE) -> None:
+    """Distils `config`'s teacher, evaluates the EMA student, writes its results to `workdir`.
+
+    Raises:
+      CheckpointError, DataFileError, ShardingError, WeightsError: it cannot begin or go on.
+      DivergedError: a loss or gradient stopped being finite, for good.
+      Stopped: a signal asked for it; everything is saved.
+    """
+    started = time.monotonic()
+    task = prepare(config)
+    state, seconds = fit(task, config, workdir, options)
+
+    # -------------------------------------------------------------------------------- evaluation
+    compared = evaluation.Comparison(config, task.teacher, state.ema, task.spec.mesh)
+    suite = suite_of(config)
+    total = lambda: {**seconds._asdict(), 'total': time.monotonic() - started}
+    if suite:
+        evaluation.evaluate(compared, suite, task.teacher.encode, workdir, total)
+    elif task.teacher.latents.decode:
+        evaluation.sheet(compared, task.prompts, workdir)
+
+
+def prepare(config: Any, teacher: Teacher | None = None) -> Distillation:
+    """Everything that `fit` needs to distil `config`'s teacher, or the one that is given.
+
+    Raises:
+      DataFileError, ShardingError, WeightsError: see `distill`.
+    """
+    # -------------------------------------------------------------------------------------- mesh
+    # The batch lies over `data` and `fsdp`, parameters over `fsdp` and `tensor`. Every part of a
+    # batch must have rows on every device: each step of the student's schedule, each micro-batch.
+    mesh = sharding.make_mesh(config.mesh)
+    parts = config.student.steps * config.train.accumulate
+    sharding.check_batch(config.data.global_batch, mesh, parts)
+
+    # ----------------------------------------------------------------------------------- teacher
+    # Frozen. Student and critic start as copies of it; its identity is in every checkpoint.
+    startup = Startup()
+    with startup.stage('weights'):
+        teacher = teacher or load_teacher(config, mesh)
+
+    # ----------------------------------------------------------------------------------- prompts
+    # One global order of batches, a function of the seed and of a batch's number alone.
+    prompts = prompt_sources.load(config, teacher, mesh)
+    shapes = tuple(map(teacher.latents.shape_of, config.data.get('sizes', ()))) or (
+        teacher.latents.shape,)
+    order = Order(prompts.rows, config.data.global_batch, config.seed, prompts.lengths,
+                  config.data.get('lengths', ()), shapes)
+
+    # ------------------------------------------------------------------------------------- state
+    # Shapes and layout of student, critic, EMA and optimisers, and the two updates over them;
+    # nothing is allocated yet.
+    planned = plan(config, teacher, prompts.null, mesh)
+
+    # ---------------------------------------------------------------------------------- programs
+    # Compiled in a thread while the state is read: a program for every shape a batch may have.
+    return Distillation(config, teacher, prompts, order, planned, startup)
+
+
+# ----------------------------------------------------------------------------------- any task, run
+
+
+def fit(task: Task, config: Any, workdir: Path,
+        options: Options = NOTHING_ELSE) -> tuple[TrainState, Seconds]:
+    """Trains to `config.train.steps` from where `resume` says; (state, what it took).
+
+    Raises:
+      CheckpointError: `workdir` holds another run's checkpoints, or the last one could not be
+        written.
+      DivergedError: a loss or gradient stopped being finite, and that is not to be, or cannot be,
+        gone back on.
+      Stopped: a signal asked for it; everything is saved.
+    """
+    opening, started = '', time.monotonic()
+    while True:
+        try:
+            state, waited = _attempt(task, config, workdir, options, opening)
+            return state, Seconds(time.monotonic() - started, waited)
+        except DivergedError as e:
+            failed = e.with_traceback(None)  # its frames hold the state that is given up
+        opening = rollback.leave_out(failed, config, workdir, task.order)
+
+
+def _attempt(task: Task, config: Any, workdir: Path, options: Options,
+             opening: str) -> tuple[TrainState, float]:
+    """One go at the steps: (the state at the end, seconds that input was waited for)."""
+    total, c = config.train.steps, config
+
+    # ----------------------------------------------------------------------------------- restore
+    bad = rollback.read(workdir)
+    manifest = resume.manifest_of(config, task.identities)
+    with contextlib.closing(Checkpoints.of(config, workdir, manifest, bad)) as checkpoints, \
+            contextlib.ExitStack() as held:
+        if (checkpoints.latest or 0) < total:
+            task.startup.compiling.start()
+        feed = task.feed(rollback.skipped(bad))
+        source = resume.choose(config, checkpoints)
+        with task.startup.stage('state'):
+            state = jax.block_until_ready(resume.start(source, task, checkpoints, feed))
+        step = first = int(state.step)
+        record(workdir, config, options.about)  # now that the folder is known to be this run's
+
+        log = held.enter_context(contextlib.closing(
+            RunLog(workdir, step, total, task.name, config)))
+        window = held.enter_context(contextlib.closing(
+            Window(options.profile, workdir / 'profile', log.say)))
+        report = options.report
+        for line in (opening, resume.described(source, workdir, step)):
+            if line:
+                log.say(line)
+        if step == 0:
+            task.show(state, 0, log)
+
+        # ---------------------------------------------------------------------------------- loop
+        # `interval` holds the metrics since the last logged line, those of steps before a restart
+        # too: a line comes out the same wherever a run was interrupted.
+        interval, newest, fresh, ending = list(checkpoints.interval), None, True, ''
+        while step < total and not ending:
+            before = feed.get_state()
+            window.before(step + 1)
+            state, metrics = task.step(state, lambda: _first_timed(task, feed), fresh)
+            fresh = False
+            # Looked at one step late, so that the host never waits for the device.
+            rollback.check(newest, checkpoints)
+            step += 1
+            newest = Taken(step, metrics, (before, feed.get_state()))
+            interval.append(metrics)
+            window.after(step, state)
+            log.tick(step)
+            if step == first + 1:
+                feed.waited = 0.0  # until here programs were waited for
+                # From here on there is something to save: a signal waits for the step's end.
+                held.enter_context(signals.deferred())
+                if task.startup.compiling.finished:
+                    log.say(task.startup.summary())
+
+            due = lambda every, step=step: step == total or step % every == 0
+            signal = signals.asked_to_stop(step)
+
+            # Log: means of the interval, figures of the state, the verdict, and what it asks for.
+            if due(c.log.every):
+                rollback.check(newest, checkpoints)
+                values, text = task.measure(state, log.history, {'step': step, **means(interval)})
+                log.scalars(step, values, text)
+                interval = []
+                checkpoints.judge(values)
+                if spike := guards.spike([v['loss'] for v in log.history], c.train.spike):
+                    log.say(f'warning: step {step}: {spike}')
+                remedy = guards.agreed_remedy(log.history, c.train.get('on_health', 'nothing'))
+                if remedy.ends:
+                    ending = remedy.text
+                elif remedy.text:
+                    state, fresh = remedy.act(state), True
+                if remedy.text:
+                    log.say(f'step {step}: {remedy.text}')
+
+            # Show: images, and the report, for which no run ends.
+            if due(c.log.images_every):
+                task.show(state, step, log)
+                report = log.attempt(report, workdir)
+
+            # Save, beside the next steps; a save that has failed meanwhile is tried once more.
+            if due(c.checkpoint.every) or signal or ending or checkpoints.lost(
+                    jax.process_count() == 1 or step % c.log.every == 0):
+                rollback.check(newest, checkpoints)
+                checkpoints.save(step, state, feed, interval)
+            if signal:
+                checkpoints.settle(step, state, feed, interval)
+                raise signals.Stopped(
+                    f'{signal}: stopped at step {step} of {total}, saved in '
+                    f'{checkpoints.directory}; run the same command to go on')
+
+        # ----------------------------------------------------------------------------------- end
+        if step > first:
+            checkpoints.settle(step, state, feed, interval)
+        return state, feed.waited
+
+
+def _first_timed(task: Task, feed: Feed) -> Any:
+    """The next batch; the time of the first one is the start's."""
+    with task.startup.stage('first batch'):
+        return next(feed)
+
+
+def replay(task: Task, config: Any, workdir: Path) -> dict[str, Any]:
+    """Runs the newest step of ``bad_batches.jsonl`` again, from where the run went back to.
+
+    Returns its entry with `metrics`, a figure for each; writes nothing.
+
+    Raises:
+      GuardError: there is no such step, or its checkpoint is gone.
+    """
+    earlier, entry = rollback.newest(workdir)
+    source = resume.recorded(config, workdir, entry['checkpoint'])
+    feed = task.feed(rollback.skipped(earlier))
+    state, _ = resume.begin(source, resume.manifest_of(config, task.identities), task, feed)
+    first = int(state.step)
+    for step in range(first, entry['step']):
+        state, metrics = task.step(state, lambda: next(feed), step == first)
+    return entry | {'metrics': {k: float(v) for k, v in jax.device_get(metrics).items()}}

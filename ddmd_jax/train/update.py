@@ -1,0 +1,199 @@
+"""The mechanics around Algorithm 1: gradients, accumulation, optimisers, EMA, jit.
+
+`method/algorithm.py` has the objectives. An update binds the trained trees to networks,
+differentiates, applies, and leaves the state as it was where something is not finite. Both updates
+are ``(frozen, state, batch) -> (state, metrics)``, donate the state, and draw their randomness from
+the seed and a counter of the state, so that a resumed run draws what the uninterrupted one would.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import optax
+from jax.sharding import Mesh
+
+from ddmd_jax.data.batch import Batch, Cond
+from ddmd_jax.diffusion.sampling import Predict
+from ddmd_jax.method.algorithm import Metrics, critic_objective, generator_objective
+from ddmd_jax.method.inputs import Models
+from ddmd_jax.method.recipe import Recipe
+from ddmd_jax.models.adapters import Binding, Full
+from ddmd_jax.parallel import sharding
+from ddmd_jax.train.state import TrainState
+
+Array = jax.Array
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Frozen:
+    """What no update changes: the teacher's parameters and the null prompt's conditioning."""
+
+    teacher: Any
+    null: Cond
+
+
+@dataclasses.dataclass(frozen=True)
+class Mechanics:
+    """How the objectives' gradients become updates.
+
+    Attributes:
+      student_tx, critic_tx: optimisers; the critic's trains the regularisers' parameters too.
+      seed: root of everything drawn.
+      accumulate: micro-batches of one update.
+      ema, ema_ramp: see `ema_decay`.
+      merge: decay of the critic towards the student after each student update (IDA); 1 is off.
+      teacher_passes: one of `inputs.TEACHER_PASSES`.
+      student, critic: bindings of the trained trees to networks.
+    """
+
+    student_tx: optax.GradientTransformation
+    critic_tx: optax.GradientTransformation
+    seed: int = 0
+    accumulate: int = 1
+    ema: float = 0.999
+    ema_ramp: bool = True
+    merge: float = 1.0
+    teacher_passes: str = 'together'
+    student: Binding = Full()
+    critic: Binding = Full()
+
+
+class Program(NamedTuple):
+    """The two jitted updates, each ``(frozen, state, batch) -> (state, metrics)``."""
+
+    generator: Any
+    critic: Any
+
+
+@dataclasses.dataclass(frozen=True)
+class Updates:
+    """Algorithm 1's two updates of one network architecture, by one recipe."""
+
+    predict: Predict
+    recipe: Recipe
+    mechanics: Mechanics
+
+    def generator(self, frozen: Frozen, state: TrainState,
+                  batch: Batch) -> tuple[TrainState, Metrics]:
+        """One update of the student, its EMA, and the critic's merge."""
+        m = self.mechanics
+        key = jax.random.fold_in(jax.random.fold_in(jax.random.key(m.seed), 0), state.step)
+        recipe = self.recipe.at(state.step, state.alpha_share)
+        # `train.offload`: trees that are kept in the hosts' memory are fetched here.
+        frozen = sharding.on_device(frozen)
+        state = dataclasses.replace(state, ema=sharding.on_device(state.ema))
+        models = self._models(frozen, state)
+
+        def loss_fn(student: Any, batch: Batch, key: Array) -> tuple[Array, Metrics]:
+            return generator_objective(
+                m.student.bind(frozen.teacher, student), models, batch, recipe, key)
+
+        grads, metrics = accumulated_grads(loss_fn, state.student, batch, key, m.accumulate)
+        updates, opt = m.student_tx.update(grads, state.student_opt, state.student)
+        student = optax.apply_updates(state.student, updates)
+        decay = ema_decay(state.step, m.ema, m.ema_ramp)
+        critic = state.critic if m.merge == 1.0 else average(state.critic, student, m.merge)
+        new = dataclasses.replace(
+            state, step=state.step + 1, student=student, student_opt=opt,
+            ema=average(state.ema, student, decay), critic=critic)
+
+        grad_norm = optax.global_norm(grads)
+        finite = jnp.isfinite(metrics['loss']) & jnp.isfinite(grad_norm)
+        return keep_if(finite, new, state), metrics | {
+            'grad_norm': grad_norm, 'finite': finite, 'alpha_share': state.alpha_share,
+            'critic_extra': state.critic_extra}
+
+    def critic(self, frozen: Frozen, state: TrainState,
+               batch: Batch) -> tuple[TrainState, Metrics]:
+        """One update of the critic, and of the regularisers' parameters, on fresh samples."""
+        m = self.mechanics
+        key = jax.random.fold_in(
+            jax.random.fold_in(jax.random.key(m.seed), 1), state.critic_step)
+        models = self._models(frozen, state)
+
+        def loss_fn(params: Any, batch: Batch, key: Array) -> tuple[Array, Metrics]:
+            critic, extra = params
+            seen = dataclasses.replace(models, extra=extra or {})
+            return critic_objective(
+                m.critic.bind(frozen.teacher, critic), seen, batch, self.recipe, key)
+
+        params = (state.critic, state.extra)
+        grads, metrics = accumulated_grads(loss_fn, params, batch, key, m.accumulate)
+        updates, opt = m.critic_tx.update(grads[0], state.critic_opt, state.critic)
+        new = {'critic_step': state.critic_step + 1, 'critic_opt': opt,
+               'critic': optax.apply_updates(state.critic, updates)}
+        if state.extra is not None:
+            updates, opt = m.critic_tx.update(grads[1], state.extra_opt, state.extra)
+            new |= {'extra_opt': opt, 'extra': optax.apply_updates(state.extra, updates)}
+
+        grad_norm = optax.global_norm(grads)
+        finite = jnp.isfinite(metrics['fake_loss']) & jnp.isfinite(grad_norm)
+        # Every other field is handed on untouched: it may not even be in the device's memory.
+        kept = keep_if(finite, new, {name: getattr(state, name) for name in new})
+        return dataclasses.replace(state, **kept), metrics | {
+            'critic_grad_norm': grad_norm, 'finite': finite}
+
+    def _models(self, frozen: Frozen, state: TrainState) -> Models:
+        m, base = self.mechanics, frozen.teacher
+        return Models(self.predict, base, m.student.bind(base, state.student),
+                      m.critic.bind(base, state.critic), frozen.null, state.extra or {},
+                      m.teacher_passes)
+
+    def jitted(self, mesh: Mesh, state_shardings: TrainState, frozen_shardings: Frozen) -> Program:
+        """Both for a mesh: explicit shardings in and out, the state donated."""
+        batch, whole = sharding.batch_sharding(mesh), sharding.replicated(mesh)
+        program = lambda update: jax.jit(
+            update, in_shardings=(frozen_shardings, state_shardings, batch),
+            out_shardings=(state_shardings, whole), donate_argnums=1)
+        return Program(program(self.generator), program(self.critic))
+
+
+def accumulated_grads(loss_fn: Callable[[Any, Batch, Array], tuple[Array, Metrics]], params: Any,
+                      batch: Batch, key: Array, parts: int) -> tuple[Any, Metrics]:
+    """Mean gradient and metrics over `parts` micro-batches.
+
+    Micro-batches take every `parts`-th row, so that each holds rows of every device; each has a
+    key of its own, but for a single one, which has `key`.
+    """
+    value_and_grad = jax.value_and_grad(loss_fn, has_aux=True)
+    if parts == 1:
+        (_, metrics), grads = value_and_grad(params, batch, key)
+        return grads, metrics
+    split = jax.tree.map(lambda x: x.reshape(-1, parts, *x.shape[1:]).swapaxes(0, 1), batch)
+
+    def body(total: Any, inputs: tuple[Batch, Array]) -> tuple[Any, None]:
+        (_, metrics), grads = value_and_grad(params, *inputs)
+        return jax.tree.map(lambda a, b: a + b / parts, total, (grads, metrics)), None
+
+    inputs = (split, jax.random.split(key, parts))
+    first = jax.tree.map(lambda x: x[0], inputs)
+    (_, metrics), grads = jax.eval_shape(value_and_grad, params, *first)
+    zeros = jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), (grads, metrics))
+    return jax.lax.scan(body, zeros, inputs)[0]
+
+
+def ema_decay(step: Array, decay: float, ramp: bool) -> Array:
+    """Decay after `step` updates: ``min(decay, (1 + n) / (10 + n))`` while ramping.
+
+    Without the ramp a short run's average is mostly its starting point.
+    """
+    if not ramp:
+        return jnp.asarray(decay, jnp.float32)
+    n = step.astype(jnp.float32)
+    return jnp.minimum(decay, (1.0 + n) / (10.0 + n))
+
+
+def average(ema: Any, params: Any, decay: Array | float) -> Any:
+    """``decay * ema + (1 - decay) * params``, leaf by leaf in fp32."""
+    return jax.tree.map(lambda e, p: e * decay + p.astype(e.dtype) * (1.0 - decay), ema, params)
+
+
+def keep_if(ok: Array, new: Any, old: Any) -> Any:
+    """`new` where `ok`, else `old`: an update that went wrong leaves the state as it was."""
+    return jax.tree.map(lambda n, o: jnp.where(ok, n, o), new, old)
