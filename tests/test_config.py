@@ -96,7 +96,7 @@ DISTILL = [
     ('method.tau_ca', 0.9, 'two numbers'),
     ('method.tau_ca', (0.0, 0.5, 0.9), 'two numbers'),
     ('method.tau_ca', (False, 0.9), 'two numbers'),
-    ('method.tau_ca', (0.0, 0.75), 'must be above 0.75, where decoupled_hybrid draws this tau from'),
+    ('method.tau_ca', (0.0, 0.75), 'must be above 0.75, where decoupled_hybrid draws this tau'),
     ('method.normaliser', 'per_tern', "did you mean 'per_term'?"),
     ('method.floor', 0.0, 'above 0'),
     ('method.shift', 0.0, "None or a number above 0: None takes the teacher's"),

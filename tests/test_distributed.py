@@ -35,8 +35,7 @@ def free_port():
 def together(commands):
     """Outputs of Python commands that run at once, eight devices split over them."""
     env = os.environ | {
-        'XLA_FLAGS': f'--xla_force_host_platform_device_count={8 // len(commands)}',
-        'JAX_PLATFORMS': 'cpu', 'JAX_DISABLE_MOST_OPTIMIZATIONS': '1',
+        'XLA_FLAGS': tiny.xla_flags(8 // len(commands)),
         'PYTHONPATH': os.pathsep.join([str(tiny.ROOT), os.environ.get('PYTHONPATH', '')])}
     started = [subprocess.Popen([sys.executable, *map(str, command)], cwd=tiny.ROOT, env=env,
                                 text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT)

@@ -249,9 +249,7 @@ def command(folder, toy, *flags):
 @pytest.mark.slow
 def test_the_smallest_study_is_stopped_goes_on_and_is_reported(tmp_path, toy, monkeypatch):
     """Two steps a run, a toy teacher on two devices: through `main`, as for any other."""
-    monkeypatch.setenv('XLA_FLAGS', '--xla_force_host_platform_device_count=2')
-    monkeypatch.setenv('JAX_DISABLE_MOST_OPTIMIZATIONS', '1')
-    monkeypatch.setenv('JAX_PLATFORMS', 'cpu')
+    monkeypatch.setenv('XLA_FLAGS', tiny.xla_flags(2))
     first = subprocess.Popen(command(tmp_path, toy), cwd=tiny.ROOT, text=True,
                              stderr=subprocess.PIPE, stdout=subprocess.PIPE)
     while not (tmp_path / 'runs' / 'hybrid-seed0' / 'lock').exists():

@@ -135,6 +135,11 @@ def build_run(predict, params, tx, mesh, offload=(), recipe=None, extra=None, **
     return spec, updates.jitted(mesh, spec.shardings, layout), jax.device_put(frozen, layout)
 
 
+def xla_flags(devices: int) -> str:
+    """``XLA_FLAGS`` of this process and so many host devices (the last of two flags counts)."""
+    return f'{os.environ.get("XLA_FLAGS", "")} --xla_force_host_platform_device_count={devices}'
+
+
 def run_on_devices(script: str | Path, devices: int = 8, *args: str) -> str:
     """Output of a Python file run with `args` on `devices` host devices, in its own process.
 
@@ -142,9 +147,7 @@ def run_on_devices(script: str | Path, devices: int = 8, *args: str) -> str:
     itself, and setting it for all of them would slow down every other test.
     """
     env = os.environ | {
-        'XLA_FLAGS': f'--xla_force_host_platform_device_count={devices}',
-        'JAX_PLATFORMS': 'cpu',
-        'JAX_DISABLE_MOST_OPTIMIZATIONS': '1',  # see conftest.quick_compile
+        'XLA_FLAGS': xla_flags(devices),
         'PYTHONPATH': os.pathsep.join([str(ROOT), os.environ.get('PYTHONPATH', '')])}
     done = subprocess.run([sys.executable, str(script), *args], env=env, cwd=ROOT, text=True,
                           capture_output=True, timeout=600, check=False)

@@ -44,7 +44,7 @@ def free_port():
 
 
 class Runs:
-    """Starts runs that share one teacher and one folder of compiled programs."""
+    """Starts runs that share one teacher."""
 
     def __init__(self, root):
         self.root, self.weights = root, make_weights(root)
@@ -56,10 +56,7 @@ class Runs:
 
     def start(self, workdir, fields=None, flags=(), devices=1, **environ):
         """A process, its output as text; names in capitals go into its environment."""
-        env = os.environ | {
-            'XLA_FLAGS': f'--xla_force_host_platform_device_count={devices}',
-            'JAX_PLATFORMS': 'cpu', 'JAX_DISABLE_MOST_OPTIMIZATIONS': '1',
-            'JAX_COMPILATION_CACHE_DIR': str(self.root / 'xla')} | environ
+        env = os.environ | {'XLA_FLAGS': tiny.xla_flags(devices)} | environ
         return subprocess.Popen(
             self.command(workdir, fields, flags), cwd=tiny.ROOT, env=env, text=True,
             stdout=subprocess.PIPE, stderr=subprocess.PIPE)
