@@ -5,10 +5,10 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import tiny
+from ddmd_jax.losses.decoupled import Predictions, Update, decoupled_update
 
 from ddmd_jax.data.conditioning import encoded
 from ddmd_jax.families import Teacher
-from ddmd_jax.losses.decoupled import Predictions, Update, decoupled_update
 from ddmd_jax.method import recipe as method
 from ddmd_jax.method.health import (
     BROKEN,

@@ -12,13 +12,13 @@ import numpy as np
 import optax
 import pytest
 import tiny
+from ddmd_jax.train.step import Steps
 
 from ddmd_jax.data import loader
 from ddmd_jax.data.order import Order
 from ddmd_jax.parallel import sharding
 from ddmd_jax.train import distill, loop, state as st
 from ddmd_jax.train.durable import guards
-from ddmd_jax.train.step import Steps
 from ddmd_jax.util import jsonl as lines
 
 BATCH, STEPS = 4, 6

@@ -8,15 +8,15 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from hypothesis import assume, given, strategies as st
-
-from ddmd_jax.diffusion import process
 from ddmd_jax.losses.cfg_augmentation import ca_direction
 from ddmd_jax.losses.critic import critic_loss
 from ddmd_jax.losses.decoupled import NORMALISERS, Predictions, decoupled_loss, decoupled_update
 from ddmd_jax.losses.distribution_matching import dm_direction
 from ddmd_jax.losses.normalise import distance, normalise
 from ddmd_jax.losses.proxy import proxy_loss
+from hypothesis import assume, given, strategies as st
+
+from ddmd_jax.diffusion import process
 
 SHAPE = (3, 2, 2, 4)
 seeds = st.integers(0, 2**16)
