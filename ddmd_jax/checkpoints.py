@@ -5,8 +5,6 @@ Lists a run's checkpoints; with `--verify` reads every file and says which are d
 Exit codes: 0; 1 if one is damaged or it could not be done (one line on stderr); 2 a wrong flag.
 """
 
-from __future__ import annotations
-
 import os
 import shutil
 import sys

@@ -4,9 +4,9 @@ import numpy as np
 import pytest
 from hypothesis import given, strategies as some
 
-from ddmd_jax import summarise
 from ddmd_jax.evaluation import measures, pictures, tables
 from ddmd_jax.families.emoji import data as emoji, judge as classifier, suite
+from ddmd_jax.study import summarise
 
 
 @pytest.fixture(scope='module')
@@ -142,11 +142,11 @@ def test_summary_over_seeds(tmp_path):
     runs = [[{'name': 'real', 'steps': None, 'evaluations': None, 'guidance': None, 'fid': v},
              {'name': 'student', 'steps': 4, 'evaluations': 4, 'guidance': 1.0, 'fid': v}]
             for v in (0.5, 0.7)]
-    assert tables.over_runs(runs).splitlines() == [
+    assert summarise.over_runs(runs).splitlines() == [
         '|  | steps | evaluations | fid |', '|---|---|---|---|',
         '| real |  |  | 0.600 ± 0.141 |', '| student | 4 | 4 | 0.600 ± 0.141 |']
     with pytest.raises(KeyError):
-        tables.over_runs([runs[0], runs[1][:1]])
+        summarise.over_runs([runs[0], runs[1][:1]])
     with pytest.raises(SystemExit, match='not the result of a finished run'):
         summarise.load(str(tmp_path))
 

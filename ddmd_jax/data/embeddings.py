@@ -13,8 +13,6 @@ Arrays that have a row a token (`embeds [L, D]`) are cut to the prompt's own tok
 ``NAME.partial`` and gets its own name when all of it is there.
 """
 
-from __future__ import annotations
-
 import dataclasses
 import json
 import os

@@ -5,8 +5,6 @@ processes sees the same one, and a run that goes on after batch n needs to know 
 else.
 """
 
-from __future__ import annotations
-
 import dataclasses
 import functools
 import sys

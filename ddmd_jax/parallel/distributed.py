@@ -8,8 +8,6 @@ one line that names it. If the lost one is process 0, which holds JAX's coordina
 the others, in its own words.
 """
 
-from __future__ import annotations
-
 import atexit
 import contextlib
 import glob

@@ -6,8 +6,6 @@ follows `layers/attn/to_q/kernel`. A spec names mesh axes for a leaf's *last* di
 stacked layers add dimensions in front, which stay whole.
 """
 
-from __future__ import annotations
-
 import math
 import re
 from collections.abc import Mapping, Sequence

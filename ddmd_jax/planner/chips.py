@@ -1,7 +1,5 @@
 """Spec-sheet numbers of TPU chips, and the least time that a program's costs take on one."""
 
-from __future__ import annotations
-
 import dataclasses
 import re
 

@@ -4,8 +4,6 @@ Each instruction counts as often as its computation runs (`repeats.py`). What an
 out is said at each function.
 """
 
-from __future__ import annotations
-
 import dataclasses
 import functools
 import math

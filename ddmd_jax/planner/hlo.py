@@ -7,8 +7,6 @@ the text of libtpu 0.0.42.1 and jaxlib 0.10.2; what the format leaves open is sa
 function.
 """
 
-from __future__ import annotations
-
 import collections
 import dataclasses
 import functools

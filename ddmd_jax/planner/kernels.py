@@ -3,8 +3,6 @@
 A kernel's body is opaque there, and splash attention gives no estimate of what it does.
 """
 
-from __future__ import annotations
-
 import functools
 import math
 import re

@@ -1,7 +1,5 @@
 """Where a distillation's arrays lie on a mesh, as a table; from shapes alone, nothing compiled."""
 
-from __future__ import annotations
-
 import dataclasses
 import math
 from collections.abc import Collection, Sequence

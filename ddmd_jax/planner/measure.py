@@ -1,7 +1,5 @@
 """One program compiled, and what that says of a chip: memory, products, traffic, least time."""
 
-from __future__ import annotations
-
 import math
 import time
 from typing import Any

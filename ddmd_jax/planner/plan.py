@@ -1,7 +1,5 @@
 """The plan of a run: every program measured, the largest batch, advice, and the whole run."""
 
-from __future__ import annotations
-
 import dataclasses
 import functools
 from collections.abc import Sequence

@@ -1,7 +1,5 @@
 """A distillation's programs for a TPU topology: from shapes, without a TPU and without weights."""
 
-from __future__ import annotations
-
 import dataclasses
 import math
 import os

@@ -4,8 +4,6 @@ Both compile with the least effort (`measure.quick_peak`), which takes a fifth o
 temporaries are not the real ones; they are scaled by the ratio of the two at the config's batch.
 """
 
-from __future__ import annotations
-
 import copy
 import math
 from collections.abc import Callable, Iterator

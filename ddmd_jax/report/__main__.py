@@ -4,8 +4,6 @@ Of one run it is RUN/report.html, which the run itself writes, too; several are 
 in ``report.html`` here. Exit codes: 0; 1 if there is nothing to report of (one line on stderr).
 """
 
-from __future__ import annotations
-
 import sys
 from pathlib import Path
 

@@ -1,7 +1,5 @@
 """A report's figures: curves with the bands in which they are healthy, and verdicts."""
 
-from __future__ import annotations
-
 import dataclasses
 import math
 from collections.abc import Sequence

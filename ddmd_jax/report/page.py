@@ -1,7 +1,5 @@
 """The page: ``report.html``, which needs nothing beside it."""
 
-from __future__ import annotations
-
 import base64
 import io
 import json

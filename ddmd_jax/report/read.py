@@ -1,7 +1,5 @@
 """Reads the files of a run's folder for the report; nothing is computed anew."""
 
-from __future__ import annotations
-
 import dataclasses
 import json
 import re

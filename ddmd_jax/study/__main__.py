@@ -7,8 +7,6 @@ Runs the suite's experiments with every seed, resuming what was begun, and write
 Exit codes: 0 the report is written; 1 it could not be (one line says why); 2 a flag is wrong.
 """
 
-from __future__ import annotations
-
 import json
 import shlex
 import signal

@@ -4,8 +4,6 @@ Each claim is a function of the results, ``{experiment: {seed: result}}``, and h
 that can be wrong, the figure it is about, that figure for each seed, and the bound it has to pass.
 """
 
-from __future__ import annotations
-
 import dataclasses
 import math
 from collections.abc import Callable, Mapping, Sequence

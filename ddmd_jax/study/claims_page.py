@@ -1,7 +1,5 @@
 """A study's results as one HTML file that needs nothing beside it: a page for each claim."""
 
-from __future__ import annotations
-
 import statistics
 from collections.abc import Mapping, Sequence
 from pathlib import Path

@@ -6,8 +6,6 @@ critic, used or only watching, would move them back. A picture of that goes besi
 With `curves` the weights are not looked at.
 """
 
-from __future__ import annotations
-
 import json
 import sys
 from pathlib import Path

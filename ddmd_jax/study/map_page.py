@@ -1,7 +1,5 @@
 """The robustness map as one HTML file: outcomes, the verdict's hit rate, its trade-off."""
 
-from __future__ import annotations
-
 import dataclasses
 from collections.abc import Mapping, Sequence
 from pathlib import Path

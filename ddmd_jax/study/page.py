@@ -1,7 +1,5 @@
 """The common parts of a study's pages: a template, figures as data, badges."""
 
-from __future__ import annotations
-
 import base64
 import io
 from collections.abc import Mapping

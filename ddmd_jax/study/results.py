@@ -1,7 +1,5 @@
 """The results of a study's runs: one JSON file each, ``results/NAME-seedN.json``."""
 
-from __future__ import annotations
-
 import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path

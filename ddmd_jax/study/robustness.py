@@ -5,8 +5,6 @@ lines, which know nothing of the judge. What counts as a warning is a `Signal`: 
 tuned on half of the runs and reported on the other, which has other learning rates.
 """
 
-from __future__ import annotations
-
 import dataclasses
 import itertools
 import math

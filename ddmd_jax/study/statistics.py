@@ -1,7 +1,5 @@
 """The rule by which a claim holds: an interval of a mean over seeds, and where it lies."""
 
-from __future__ import annotations
-
 import dataclasses
 from collections.abc import Sequence
 

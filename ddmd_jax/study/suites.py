@@ -1,7 +1,5 @@
 """Experiments as fields of a config, and the suites made of them."""
 
-from __future__ import annotations
-
 import dataclasses
 import itertools
 from collections.abc import Mapping

@@ -4,8 +4,6 @@ A run is done when its result is there, ``results/NAME-seedN.json``; what was be
 its own checkpoint, and a run that ends in an error has a result that says so.
 """
 
-from __future__ import annotations
-
 import dataclasses
 import json
 import os

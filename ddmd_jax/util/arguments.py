@@ -1,7 +1,5 @@
 """How all commands but `main` and `prepare`, which read more, take their arguments."""
 
-from __future__ import annotations
-
 import sys
 from collections.abc import Callable
 

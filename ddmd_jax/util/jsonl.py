@@ -3,8 +3,6 @@
 Plain files: nothing here needs JAX or a device.
 """
 
-from __future__ import annotations
-
 import contextlib
 import io
 import json

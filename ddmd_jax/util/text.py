@@ -1,7 +1,5 @@
 """Errors, tables, sizes and durations as text."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from typing import Any
 

@@ -9,8 +9,6 @@ end; a run that was stopped goes on there. The result depends on the prompts alo
 order or on the files they come from.
 """
 
-from __future__ import annotations
-
 import contextlib
 import fcntl
 import json

@@ -1,7 +1,5 @@
 """The card of a set of prompts, ``card.json``: what it is made of."""
 
-from __future__ import annotations
-
 import hashlib
 import json
 from collections import Counter

@@ -1,7 +1,5 @@
 """Files of prompts as streams of raw text, a row at a time; what is wrong, by file and line."""
 
-from __future__ import annotations
-
 import contextlib
 import csv
 import dataclasses

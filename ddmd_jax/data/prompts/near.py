@@ -7,8 +7,6 @@ a few may stay, more of them among prompts that one template made.
 Nothing is random: the same texts in the same order give the same answer on every machine.
 """
 
-from __future__ import annotations
-
 import functools
 import itertools
 import unicodedata

@@ -1,7 +1,5 @@
 """A set of prompts on disk: a TFDS data set of ArrayRecord files with a card beside them."""
 
-from __future__ import annotations
-
 import dataclasses
 import errno
 import functools

@@ -5,8 +5,6 @@ each) and ``KEY.json`` (what was counted), which is put there last. KEY stands f
 it is on disk and every setting that matters here, so a stage is never taken for another's.
 """
 
-from __future__ import annotations
-
 import dataclasses
 import hashlib
 import itertools

@@ -1,7 +1,5 @@
 """A prompt's normal form, its id, and the split it belongs to."""
 
-from __future__ import annotations
-
 import hashlib
 import re
 import unicodedata

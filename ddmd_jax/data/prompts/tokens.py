@@ -1,7 +1,5 @@
 """Counting the tokens of prompts."""
 
-from __future__ import annotations
-
 import hashlib
 from collections.abc import Callable, Sequence
 from pathlib import Path

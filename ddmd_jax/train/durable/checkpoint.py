@@ -1,7 +1,5 @@
 """Reading Orbax checkpoints: state, data iterator, and the manifest, which identifies their run."""
 
-from __future__ import annotations
-
 import importlib.metadata
 import json
 import sys

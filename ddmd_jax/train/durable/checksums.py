@@ -3,8 +3,6 @@
 Plain files and hashes: nothing here needs JAX or a device.
 """
 
-from __future__ import annotations
-
 import hashlib
 import json
 from pathlib import Path

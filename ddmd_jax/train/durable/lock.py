@@ -1,7 +1,5 @@
 """A run's folder belongs to one run at a time."""
 
-from __future__ import annotations
-
 import contextlib
 import fcntl
 import os

@@ -3,8 +3,6 @@
 Nothing else is held back: no other message, and no exception.
 """
 
-from __future__ import annotations
-
 import asyncio
 import logging
 import sys

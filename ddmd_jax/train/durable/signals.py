@@ -4,8 +4,6 @@ In a run of several processes JAX's preemption service handles SIGTERM: all proc
 step after which to stop.
 """
 
-from __future__ import annotations
-
 import contextlib
 import os
 import signal
