@@ -41,13 +41,14 @@ def over_runs(runs: Sequence[Sequence[tables.Row]]) -> str:
         counts = [first[name] if first[name] is not None else '' for name in tables.SETTINGS[:2]]
         spreads = [_spread([run[first['name']][name] for run in named]) for name in figures]
         cells.append([first['name'].replace('_', ' '), *counts, *spreads])
-    return text.markdown(['', *tables.SETTINGS[:2], *(name.replace('_', ' ') for name in figures)], cells)
+    heads = ['', *tables.SETTINGS[:2], *(name.replace('_', ' ') for name in figures)]
+    return text.markdown(heads, cells)
 
 
 def _spread(values: Sequence[float]) -> str:
     """The spread is left out for a single run."""
-    mean = format(statistics.mean(values), tables.FORMAT)
-    return mean if len(values) == 1 else f'{mean} ± {format(statistics.stdev(values), tables.FORMAT)}'
+    shown = [statistics.mean(values), *([statistics.stdev(values)] if len(values) > 1 else [])]
+    return ' ± '.join(format(value, tables.FORMAT) for value in shown)
 
 
 def main(argv: list[str]) -> None:
