@@ -61,7 +61,7 @@ class Sampler:
     guidance: float
     method: str
     draw: Callable[[Any, Any, Any, Array], Array]
-    decode: Callable[[Array], Array] | None
+    decode: Callable[[Any], Array] | None
 
     @property
     def title(self) -> str:
@@ -216,6 +216,7 @@ def generate(sampler: Sampler, params: Any, request: Request, batch: int, mesh: 
       mesh: over which a batch is split.
       times: added to.
     """
+    assert sampler.decode is not None
     count, times, run = len(request.names), times or Times(), None
     batch = filled(batch, mesh)
     with tqdm(desc=sampler.title.replace('\n', ', '), total=count, unit=' images', bar_format=BAR,

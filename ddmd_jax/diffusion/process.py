@@ -17,7 +17,7 @@ import jax.numpy as jnp
 Array = jax.Array
 
 
-def expand_time(t: Array, like: Array) -> Array:
+def expand_time(t: Array | float, like: Array) -> Array:
     """Reshapes times ``[B]`` (or a scalar) to broadcast against ``like`` ``[B, ...]``."""
     t = jnp.asarray(t, jnp.float32)
     return t.reshape(t.shape + (1,) * (like.ndim - t.ndim)) if t.ndim else t

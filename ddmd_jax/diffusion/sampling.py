@@ -165,12 +165,13 @@ def sample_teacher(denoise: Denoise, cond: Cond, noise: Array, times: Array,
     """
     if solver not in SOLVERS:
         raise ValueError(f'unknown solver {solver!r}; known: {", ".join(SOLVERS)}')
-    unguided = guidance is None or guidance.scale == 1.0
-    both = None if unguided else interleave(cond, guidance.null)
+    if guidance is not None and guidance.scale == 1.0:
+        guidance = None
+    both: Any = None if guidance is None else interleave(cond, guidance.null)
 
     def slope(x: Array, t: Array) -> Array:
         at = lambda rows: jnp.full((rows,), t)
-        if unguided:
+        if guidance is None:
             return process.to_velocity(x, denoise(x, at(x.shape[0]), cond), t)
         out = denoise(interleave(x, x), at(2 * x.shape[0]), both)
         v_cond, v_uncond = (process.to_velocity(x, o, t) for o in deinterleave(out, 2))

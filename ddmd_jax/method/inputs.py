@@ -42,7 +42,7 @@ class Models:
     extra: Mapping[str, Params] = dataclasses.field(default_factory=dict)
     teacher_passes: str = 'together'
 
-    def teach(self, inputs: Sequence[tuple[Array, Array, Cond]]) -> list[Array]:
+    def teach(self, inputs: Sequence[tuple[Array, Array, Cond]]) -> Sequence[Array]:
         """The teacher's predictions of several ``(x_t [B, ...], t [B], cond)``."""
         if self.teacher_passes == 'apart':
             stacked = jax.tree.map(lambda *xs: jnp.stack(xs), *inputs)
@@ -63,7 +63,8 @@ class GeneratorKeys(NamedTuple):
     @classmethod
     def of(cls, key: Array) -> GeneratorKeys:
         simulation, levels, noise_ca, noise_dm = jax.random.split(key, 4)
-        return cls(simulation, tuple(jax.random.split(levels)), noise_ca, noise_dm,
+        level_ca, level_dm = jax.random.split(levels)
+        return cls(simulation, (level_ca, level_dm), noise_ca, noise_dm,
                    jax.random.fold_in(key, 1), lambda place: jax.random.fold_in(key, 2 + place))
 
 
@@ -77,4 +78,5 @@ class CriticKeys(NamedTuple):
 
     @classmethod
     def of(cls, key: Array) -> CriticKeys:
-        return cls(*jax.random.split(key, 3), lambda place: jax.random.fold_in(key, 2 + place))
+        simulation, level, noise = jax.random.split(key, 3)
+        return cls(simulation, level, noise, lambda place: jax.random.fold_in(key, 2 + place))

@@ -167,7 +167,7 @@ class UpBlock(nnx.Module):
         return x
 
 
-def _blocks(kind: type[nnx.Module], cfg: AutoencoderKLConfig, dims: tuple[int, ...],
+def _blocks(kind: Callable[..., nnx.Module], cfg: AutoencoderKLConfig, dims: tuple[int, ...],
             rngs: nnx.Rngs) -> nnx.List:
     """One block for each of `dims`, the channels that come out of it."""
     ends = enumerate(zip((dims[0], *dims), dims))
@@ -278,7 +278,7 @@ def from_latents(model: AutoencoderKL, latents: Array) -> Array:
                         + (cfg.shift_factor or 0.0))
 
 
-def decode_tiled(decode: Callable[[np.ndarray], Array], z: Array,
+def decode_tiled(decode: Callable[[np.ndarray], Array], z: np.ndarray,
                  cfg: AutoencoderKLConfig) -> np.ndarray:
     """Decodes latents of any size in overlapping, blended tiles, so that memory is bounded.
 
@@ -302,7 +302,7 @@ def decode_tiled(decode: Callable[[np.ndarray], Array], z: Array,
     if rest or tile % 4 or not tile:
         raise ValueError(f'sample_size {cfg.sample_size} must be a multiple of {4 * cfg.factor}: '
                          'a quarter of a tile has to be whole latents; take the next that is')
-    z, stride = np.asarray(z), tile * 3 // 4
+    stride = tile * 3 // 4
     batch, height, width = z.shape[:3]
     if max(height, width) <= tile:
         return np.asarray(decode(z), np.float32)

@@ -32,7 +32,7 @@ class Linear(nnx.Linear):
         super().__init__(din, dout, **kwargs)
         self.fold = fold
 
-    def __call__(self, x: Array) -> Array:
+    def __call__(self, x: Array) -> Array:  # type: ignore[override]  # as it is called here
         if not self.fold or x.ndim <= 2:
             return super().__call__(x)
         return super().__call__(x.reshape(-1, x.shape[-1])).reshape(*x.shape[:-1], -1)

@@ -71,7 +71,8 @@ def start(coordinator: str | None, num_processes: int | None, process_id: int | 
     if missing and len(missing) < len(given):
         raise DistributedError(f'{", ".join(missing)} not given; the three of '
                                f'{", ".join(given)} go together')
-    if not missing and not 0 <= process_id < num_processes:
+    if process_id is not None and num_processes is not None and (
+            not 0 <= process_id < num_processes):
         raise DistributedError(f'--process_id {process_id} must lie in 0..{num_processes - 1}')
     source = 'the flags' if not missing else launcher_in(environ)
     if source is None:
@@ -183,7 +184,7 @@ _exiting = threading.Lock()
 def exit_now(reason: str) -> None:
     """Ends this process of several with code 1 and one line that names it; tells the others."""
     # On a line of its own: a progress bar may stand on this one.
-    _exit(f'\nmain: process {_peers.me}: {reason}')
+    _exit(f'\nmain: process {_peers.me if _peers else 0}: {reason}')
 
 
 def _exit(line: str) -> None:

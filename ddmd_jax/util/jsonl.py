@@ -22,10 +22,11 @@ def read(path: Path) -> list[dict[str, Any]]:
     Raises:
       ValueError: another line is no JSON object; names the file and the line's number.
     """
-    entries = [_parsed(line) for line in _whole_lines(path)]
-    if None in entries:
-        raise ValueError(f'{path}, line {entries.index(None) + 1} is no JSON object; mend it, or '
-                         'take it out')
+    entries = []
+    for number, line in enumerate(_whole_lines(path), 1):
+        if (entry := _parsed(line)) is None:
+            raise ValueError(f'{path}, line {number} is no JSON object; mend it, or take it out')
+        entries.append(entry)
     return entries
 
 

@@ -69,7 +69,10 @@ class Gan(Regulariser):
 
     def __init__(self, section: Any, teacher: Teacher):
         self.weight, self.critic_weight = section.weight, section.critic_weight
-        self.r1, self.tau = section.r1, tuple(section.tau)
+        self.r1, (low, high) = section.r1, section.tau
+        self.tau = (low, high)
+        if teacher.features is None:
+            raise ValueError(f'{teacher.family} gives no features for a classifier to read')
         self.width = discriminator.feature_width(teacher)
         self.classify = discriminator.make_classify(teacher.features, self.width)
 

@@ -7,6 +7,7 @@ it falls short by shows what DM adds.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any, ClassVar
 
 import jax
@@ -55,7 +56,7 @@ class MeanVariance(Regulariser):
     curves: ClassVar = {'mv_kl': 'KL of the samples\' moments from those of real data'}
 
     def __init__(self, section: Any, teacher: Teacher):
-        known = teacher.latents.moments or (None, None)
+        known: Sequence[Any] = teacher.latents.moments or (None, None)  # then the config has them
         self.weight = section.weight
         self.mean = known[0] if section.mean is None else section.mean
         self.variance = known[1] if section.variance is None else section.variance

@@ -188,17 +188,17 @@ def look_up(table: nnx.Embed, ids: Array, mesh: Mesh | None) -> Array:
     the compiler does so for all rows of the batch.
     """
     x = table(ids)
-    if _splits(ids, mesh):
+    if mesh is not None and _splits(ids, mesh):
         x = jax.lax.with_sharding_constraint(x, NamedSharding(mesh, P('data', None, 'fsdp')))
     return rows_stay(x, mesh)
 
 
 def rows_stay(x: Array, mesh: Mesh | None) -> Array:
     """Keeps the batch of ``[B, ...]`` split over the mesh, if it divides; see `NextDiT`."""
-    if not _splits(x, mesh):
+    if mesh is None or not _splits(x, mesh):
         return x
     return jax.lax.with_sharding_constraint(x, NamedSharding(mesh, P(*BATCH)))
 
 
-def _splits(x: Array, mesh: Mesh | None) -> bool:
-    return mesh is not None and x.shape[0] % batch_ways(mesh) == 0
+def _splits(x: Array, mesh: Mesh) -> bool:
+    return x.shape[0] % batch_ways(mesh) == 0
