@@ -16,7 +16,6 @@ LAYERS = (  # from the bottom
     {'models', 'diffusion'},
     {'evaluation'},
     {'families'},
-    {'losses'},
     {'method'},
     {'config'},  # its conditions on several fields ask everything below
     {'train'},

@@ -97,9 +97,6 @@ def _short(value: Any) -> Any:
 
 def _band(figure: Any, runs: Sequence[RunFiles], curve: Curve, place: dict[str, int]) -> None:
     """A green band between the bounds; where one is open it ends with what is drawn."""
-    known = runs[0].about.get('data_std')
-    if curve.key == 'x_std' and known:
-        curve = dataclasses.replace(curve, high=SHIPPED.std_up * known)
     if curve.low is None and curve.high is None:
         return
     values = [v for run in runs for v in _series(run, curve.key)['y'] if v is not None]

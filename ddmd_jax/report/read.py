@@ -22,8 +22,7 @@ class RunFiles:
 
     Attributes:
       lines: of ``metrics.jsonl``, oldest first.
-      about: ``run.json``: command, versions, devices, fields that differ from the config's file,
-        standard deviation of real data (`data_std`).
+      about: ``run.json``: command, versions, devices, fields that differ from the config's file.
       times: ``times.jsonl``: when each line was written, seconds since 1970.
       pictures: files by name and step, in order of steps.
     """
