@@ -49,12 +49,13 @@ def page() -> str:
              '`train.steps * critic.updates + critic.warmup`.',
              '## Task `distill`', table(distill)]
     for name in regularisers.BUILT_IN:
-        own = regularisers.get(name).fields
-        parts += [f'### Regulariser `{name}`', table(under(f'method.{name}', own))]
+        own = under(f'method.{name}', regularisers.get(name).fields)
+        parts += [f'### Regulariser `{name}`', table(own)]
     parts += ['## Task `pretrain`', table(fields.PRETRAIN),
               'The architecture, `teacher.model.denoiser.*` and `teacher.model.text.*`, has the '
               'fields of `NextDiTConfig` and `CaptionEncoderConfig`.',
-              '## Data sets', '`prompts` and `embeddings`, of any family:', table(fields.PROMPTS)]
+              '## Data sets', '`prompts` and `embeddings`, of any family:',
+              table(under('data', fields.PROMPTS))]
     for family in map(families.get, families.NAMES):
         for name, data in family.data_sets.items():
             parts += [f'`{name}`, of the family {family.name}:', table(under('data', data.fields))]

@@ -79,7 +79,7 @@ DISTILL = [
     ('student.ema', 1.0, 'below 1'),
     ('student.ema_ramp', 1, 'True or False'),
     ('student.sampler', 'renoised', "did you mean 'renoise'?"),
-    ('critic.updates', 0, 'at least 1 while method.weight_dm or method.gan.weight is above 0'),
+    ('critic.updates', 0, 'at least 1 while method.weight_dm is above 0'),
     ('critic.updates', 0.5, 'a whole number at least 0'),
     ('critic.warmup', -1, 'at least 0'),
     ('critic.weighting', 'x', "'velocity' or 'clean'"),
@@ -140,6 +140,8 @@ DISTILL = [
     ('method.mean_variance.variance', 0.0, 'None or a number above 0'),
     ('method.mean_variance.wieght', 1.0, 'did you mean method.mean_variance.weight?'),
     ('method.gan.critic_weight', 0.0, 'above 0'),
+    ('method.regularisers', 3, 'a sequence of names'),
+    ('method.regularisers', (3,), 'a sequence of names'),
     ('method.gan', 1.0, 'a section with weight, critic_weight, r1, tau'),
     ('eval.prompts', 0, 'at least 1'),
     ('eval.held_out', 0, 'at least 1'),
@@ -189,7 +191,8 @@ def test_one_wrong_field_of_a_distillation_on_prompts(field, value, fragment):
     ('emoji', {'method.tau_ca': (0.8, 0.9), 'method.tau_ca_end': (0.0, 0.5),
                'method.tau_relax': 10}, 'method.tau_ca_end: (0.0, 0.5), its upper end'),
     ('lumina', {'log.judge': 8}, 'log.judge: 8, must be 0 for lumina'),
-    ('lumina', {'method.gan.weight': 5e-3}, 'method.gan.weight: 0.005, must be 0 while data.name'),
+    ('lumina', {'method.gan.weight': 5e-3},
+     "data.name: 'prompts', has no real images: the weight of method.gan, which needs them"),
     ('lumina', {'method.mean_variance.weight': 1.0},
      'method.mean_variance.weight: 1.0, needs method.mean_variance.mean and .variance'),
     ('lumina', {'method.mean_variance.weight': 1.0, 'method.mean_variance.mean': 0.075,
@@ -286,6 +289,46 @@ def test_an_unknown_field_like_no_other_is_told_the_known_ones():
     assert line.endswith('known here: name, path, dtype, param_dtype, remat, attention')
 
 
+@pytest.mark.parametrize(('path', 'name'), [
+    ('method.regularisers', ('gan', 'mean_varianc')), ('method.regularisers', ('my.regulariser',)),
+    ('method.schedule', 'my_module.my_schedule'), ('teacher.name', 'my_package.my_family'),
+])
+def test_what_cannot_be_imported_is_one_mistake(path, name):
+    (line,) = config_lib.validate(changed('emoji', {path: name}))
+    assert line.startswith(f'{path}: {name!r}, ') and ('imported' in line or 'known: ' in line)
+
+
+def test_no_regulariser_has_no_section():
+    config = config_lib.defaults('distill', {
+        'teacher.name': 'emoji', 'data.name': 'emoji', 'method.alpha': 2.0, 'train.steps': 8,
+        'optim.student.lr': 1e-5, 'optim.critic.lr': 1e-5, 'method.regularisers': ()})
+    assert 'gan' not in config.method and config_lib.validate(config) == []
+
+
+def test_a_users_regulariser_brings_its_fields(tmp_path, monkeypatch):
+    (tmp_path / 'own_terms.py').write_text("""if True:
+        from ddmd_jax.config.fields import FIXED, Field
+        from ddmd_jax.config.rules import WEIGHT
+        from ddmd_jax.method.regularisers import Regulariser
+        class REGULARISER(Regulariser):
+            name = 'smooth'
+            fields = (Field('weight', WEIGHT, 0.0, FIXED, 'weight of smoothness'),)
+            needs_real = True
+    """)
+    monkeypatch.syspath_prepend(tmp_path)
+    config = config_lib.defaults('distill', {
+        'teacher.name': 'emoji', 'data.name': 'prompts', 'method.alpha': 2.0, 'train.steps': 8,
+        'optim.student.lr': 1e-5, 'optim.critic.lr': 1e-5, 'method.regularisers': ['own_terms']})
+    assert config.method.smooth.to_dict() == {'weight': 0.0} and 'gan' not in config.method
+    assert config_lib.validate(config) == []
+    config.method.smooth.weight = 1.0
+    (line,) = config_lib.validate(config)
+    assert line.startswith("data.name: 'prompts', has no real images: the weight of method.smooth")
+    config.method.smooth.weight = -1.0
+    (line,) = config_lib.validate(config)
+    assert line == 'method.smooth.weight: -1.0, must be a number at least 0: 0 is off'
+
+
 def test_a_renamed_field_is_one_mistake():
     config = changed('emoji', {'method.alhpa': 4.0})
     with config.unlocked():
@@ -325,7 +368,7 @@ def test_unusual_but_right(fields):
 
 @pytest.mark.parametrize(('fields', 'start', 'fragment'), [
     ({'method.weight_ca': 0.0, 'method.weight_dm': 0.0}, 'method.weight_ca: 0.0, must be above 0',
-     'method.weight_dm, method.mean_variance.weight and method.gan.weight are 0'),
+     'method.weight_dm and the weights of all regularisers are 0'),
     ({'method.schedule': 'decoupled_constrained', 'method.tau_dm': (0.0, 0.5)},
      'method.tau_dm: (0.0, 0.5), its upper end', 'above 0.75'),
     ({'student.steps': 64, 'data.global_batch': 64}, 'method.tau_ca: (0.0, 0.98)', 'above 0.9844'),

@@ -62,43 +62,43 @@ def field(config: Any, name: str) -> Any:
 
 
 def fields_of(config: Any) -> tuple[Field, ...]:
-    """The fields of the task, the teacher's family, the data set and the regularisers of `config`.
+    """The fields of a config: of its task, its teacher's family, its data set, its regularisers.
 
-    `config` may be wrong. A misspelt task is told by its sections; where family or data set are not
-    there, whatever stands in the sections whose fields they bring is taken as it is.
+    `config` may be wrong. A misspelt task is told by its sections; where a family, a data set or a
+    regulariser is not there, what stands in the section whose fields it brings is taken as it is.
     """
     from ddmd_jax import families
     from ddmd_jax.method import regularisers
 
     distill = config.get('task') == 'distill' or (
         config.get('task') != 'pretrain' and 'critic' in config)
+    found = fields.COMMON + (fields.DISTILL if distill else fields.PRETRAIN)
     try:
-        family = families.get(field(config, 'teacher.name'))
-    except families.UnknownFamily:  # `together` says so
+        family = families.get(str(field(config, 'teacher.name')))
+    except families.UnknownFamily:
         family = families.Family('')
-    data = field(config, 'data.name')
-    if data in family.data_sets:
-        found = under('data', family.data_sets[data].fields)
-    else:
-        found = fields.PROMPTS if distill and data in fields.PROMPT_SETS else _any(config, 'data')
+    data_sets = {name: data.fields for name, data in family.data_sets.items()}
     if distill:
-        named = field(config, 'method.regularisers')
-        for name in regularisers.BUILT_IN if named is None else named:
-            try:
-                kind = regularisers.get(name)
-            except ValueError:  # `together` says so
-                continue
-            found += under(f'method.{kind.name}', kind.fields)
-        return fields.COMMON + fields.DISTILL + found
-    found += under('teacher.model', family.architecture) or _any(config, 'teacher.model')
-    return fields.COMMON + fields.PRETRAIN + found
-
-
-def _any(config: Any, section: str) -> tuple[Field, ...]:
-    given, known = field(config, section), {f.path for f in fields.COMMON}
-    paths = [f'{section}.{name}' for name in (given if hasattr(given, 'get') else ())]
-    return tuple(Field(path, ANY, REQUIRED, fields.FIXED, '') for path in paths
-                 if path not in known)
+        data_sets |= dict.fromkeys(fields.PROMPT_SETS, fields.PROMPTS)
+    brought = [('data', data_sets.get(str(field(config, 'data.name'))))]
+    if not distill:
+        brought.append(('teacher.model', family.architecture or None))
+    else:
+        names = field(config, 'method.regularisers')
+        try:
+            kinds = [regularisers.get(n) for n in (fields.REGULARISERS if names is None else names)]
+            brought += [(f'method.{kind.name}', kind.fields) for kind in kinds]
+        except (TypeError, ValueError):
+            brought.append(('method', None))
+    for section, own in brought:
+        found += under(section, own or ())
+    known = [f'{f.path}.' for f in found]
+    for section in (section for section, own in brought if own is None):
+        given = field(config, section)
+        paths = [f'{section}.{name}' for name in (given if hasattr(given, 'get') else ())]
+        found += tuple(Field(path, ANY, REQUIRED, fields.FIXED, '') for path in paths
+                       if not any(name.startswith(f'{path}.') for name in known))
+    return found
 
 
 def _fill(config: ConfigDict) -> None:
@@ -151,6 +151,7 @@ def validate(config: ConfigDict) -> list[str]:
             lines.append(f'{path}: missing, must be {f.rule.allowed}')
         else:
             sound[path] = f.default
+    lines += [f'{path}: {show(sound[path])}, {wrong}' for path, wrong in together.look_up(sound)]
     for condition, path, *others in together.CONDITIONS:
         if {path, *others} <= sound.keys():
             wrong = condition(*(sound[name] for name in (path, *others)))

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import functools
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 from ddmd_jax.config.fields import PROMPT_SETS
@@ -22,10 +21,36 @@ def about(*paths: str) -> Callable[[Callable], Callable]:
     return register
 
 
-def _family(name: str) -> Any:
-    from ddmd_jax import families
+def look_up(sound: dict[str, Any]) -> Iterator[tuple[str, str]]:
+    """Adds what names stand for to `sound` fields: `family`, `schedule`, active `regularisers`.
 
-    return families.get(name)
+    Yields (field, why it is wrong) where nothing goes by a name, and takes that field out.
+    """
+    from ddmd_jax import families
+    from ddmd_jax.method import regularisers, schedules
+
+    def family(name: str) -> Any:
+        found = families.get(name)
+        if sound.get('task') == 'distill' and found.load is None:
+            raise ValueError('has a text side here, and no teacher to distil')
+        if sound.get('task') == 'pretrain' and not found.architecture:
+            raise ValueError('must be of a family that is trained here: this one comes trained')
+        return found
+
+    def active(names: Sequence[str]) -> list[Any]:
+        return [kind for kind in map(regularisers.get, names)
+                if sound.get(f'method.{kind.name}.weight')]
+
+    for path, noun, get, known in (
+            ('teacher.name', 'family', family, families.NAMES),
+            ('method.schedule', 'schedule', schedules.get, schedules.SCHEDULES),
+            ('method.regularisers', 'regularisers', active, ())):
+        try:
+            if path in sound:
+                sound[noun] = get(sound[path])
+        except ValueError as e:
+            yield path, f'{e}{choice(*known).hint(sound[path])}'
+            del sound[path]
 
 
 @about('optim.student.name', 'optim.student.chain')
@@ -38,90 +63,52 @@ def optimiser_known(name: str, chain: Sequence[Any]) -> str | None:
         return f'must be {known.allowed} (any other: give a chain){known.hint(name)}'
 
 
-@about('teacher.name', 'task')
-def teacher_known(teacher: str, task: str) -> str | None:
-    from ddmd_jax import families
-
-    try:
-        family = families.get(teacher)
-    except families.UnknownFamily as e:
-        return f'{e}{choice(*families.NAMES).hint(teacher)}'
-    if task == 'distill' and family.load is None:
-        return 'has a text side here, and no teacher to distil'
-    if task == 'pretrain' and not family.architecture:
-        return 'must be of a family that is trained here: this one comes trained'
-
-
-@about('data.name', 'teacher.name', 'task')
-def data_known(dataset: str, teacher: str, task: str) -> str | None:
-    known = choice(*_family(teacher).data_sets, *(PROMPT_SETS if task == 'distill' else ()))
+@about('data.name', 'task', 'family')
+def data_known(dataset: str, task: str, family: Any) -> str | None:
+    known = choice(*family.data_sets, *(PROMPT_SETS if task == 'distill' else ()))
     if not known.ok(dataset):
-        return f'must be {known.allowed} with teacher.name {teacher!r}{known.hint(dataset)}'
+        return f'must be {known.allowed} with teacher.name {family.name!r}{known.hint(dataset)}'
 
 
-@about('data.sizes', 'teacher.name')
-def sizes_fit(sizes: Sequence[Any], teacher: str) -> str | None:
-    if sizes and _family(teacher).one_size:
-        return f'must be empty for {teacher}, which has one size'
+@about('data.sizes', 'family')
+def sizes_fit(sizes: Sequence[Any], family: Any) -> str | None:
+    if sizes and family.one_size:
+        return f'must be empty for {family.name}, which has one size'
 
 
-@about('teacher.attention', 'teacher.name')
-def attention_fits(attention: str, teacher: str) -> str | None:
-    known = choice(*_family(teacher).attention)
-    if not known.ok(attention):
-        return f'must be {known.allowed} for {teacher}, whose network takes no other'
+@about('teacher.attention', 'family')
+def attention_fits(attention: str, family: Any) -> str | None:
+    if attention not in family.attention:
+        return f'must be {choice(*family.attention).allowed} for {family.name}'
 
 
-@about('teacher.path', 'teacher.name')
-def teacher_given(path: str, teacher: str) -> str | None:
-    if not path and not _family(teacher).ships:
-        return f'must name a diffusers folder, gs:// URL or hub id: {teacher} does not ship'
+@about('teacher.path', 'family')
+def teacher_given(path: str, family: Any) -> str | None:
+    if not path and not family.ships:
+        return f'must name a diffusers folder, gs:// URL or hub id: {family.name} does not ship'
 
 
-@about('log.judge', 'teacher.name', 'eval.suite')
-def judge_known(prompts: int, teacher: str, suite: str) -> str | None:
-    own = _family(teacher).suite
-    if prompts and not suite and not (own and own.watched):
-        return f'must be 0 for {teacher}, whose suite judges nothing during a run'
+@about('log.judge', 'eval.suite', 'family')
+def judge_known(prompts: int, suite: str, family: Any) -> str | None:
+    if prompts and not suite and not (family.suite and family.suite.watched):
+        return f'must be 0 for {family.name}, whose suite judges nothing during a run'
 
 
-@about('method.gan.weight', 'data.name', 'teacher.name')
-def reals_known(weight: float, dataset: str, teacher: str) -> str | None:
-    known = [name for name, data in _family(teacher).data_sets.items() if data.has_reals]
-    if weight and dataset not in known:
-        return (f'must be 0 while data.name is {dataset!r}: a GAN needs real images, and only '
-                f'{" or ".join(map(repr, known)) or "data sets of other families"} have them')
+@about('data.name', 'family', 'regularisers')
+def reals_known(dataset: str, family: Any, regularisers: Sequence[Any]) -> str | None:
+    data = family.data_sets.get(dataset)
+    needing = [kind.name for kind in regularisers if kind.needs_real]
+    if needing and not (data and data.has_reals):
+        return f'has no real images: the weight of method.{needing[0]}, which needs them, must be 0'
 
 
 @about('method.mean_variance.weight', 'method.mean_variance.mean',
-       'method.mean_variance.variance', 'teacher.name')
+       'method.mean_variance.variance', 'family')
 def moments_known(weight: float, mean: float | None, variance: float | None,
-                  teacher: str) -> str | None:
-    if weight and None in (mean, variance) and not _family(teacher).knows_moments:
+                  family: Any) -> str | None:
+    if weight and None in (mean, variance) and not family.knows_moments:
         return ('needs method.mean_variance.mean and .variance: those of real latents are not '
-                f'known for {teacher} (the paper has .075 and .81 for SDXL)')
-
-
-@about('method.schedule')
-def schedule_known(schedule: str) -> str | None:
-    from ddmd_jax.method import schedules
-
-    try:
-        schedules.get(schedule)
-    except ValueError as e:
-        known = choice(*schedules.SCHEDULES)
-        return f'must be {known.allowed}, or a dotted name ({e}){known.hint(schedule)}'
-
-
-@about('method.regularisers')
-def regularisers_known(names: Sequence[str]) -> str | None:
-    from ddmd_jax.method import regularisers
-
-    try:
-        for name in names:
-            regularisers.get(name)
-    except ValueError as e:
-        return f'must name regularisers: {e}'
+                f'known for {family.name} (the paper has .075 and .81 for SDXL)')
 
 
 @about('init_from', 'resume')
@@ -144,19 +131,20 @@ def alpha_guides(alpha: float, weight_ca: float) -> str | None:
                 'alpha - 1, and alpha = 1 makes CA zero')
 
 
-@about('method.weight_ca', 'method.weight_dm', 'method.mean_variance.weight',
-       'method.gan.weight')
-def some_weight(weight_ca: float, *others: float) -> str | None:
-    if not any((weight_ca, *others)):
-        return ('must be above 0 while method.weight_dm, method.mean_variance.weight and '
-                'method.gan.weight are 0: nothing would train the student')
+@about('method.weight_ca', 'method.weight_dm', 'regularisers')
+def some_weight(weight_ca: float, weight_dm: float, regularisers: Sequence[Any]) -> str | None:
+    if not (weight_ca or weight_dm or regularisers):
+        return ('must be above 0 while method.weight_dm and the weights of all regularisers are '
+                '0: nothing would train the student')
 
 
-@about('critic.updates', 'method.weight_dm', 'method.gan.weight')
-def critic_needed(updates: int, weight_dm: float, gan: float) -> str | None:
-    if not updates and (weight_dm or gan):
-        return ('must be at least 1 while method.weight_dm or method.gan.weight is above 0: they '
-                'ask the critic, which has to follow the student')
+@about('critic.updates', 'method.weight_dm', 'regularisers')
+def critic_needed(updates: int, weight_dm: float, regularisers: Sequence[Any]) -> str | None:
+    asking = ['method.weight_dm'] if weight_dm else []
+    asking += [f'method.{kind.name}.weight' for kind in regularisers if kind.needs_critic]
+    if asking and not updates:
+        return (f'must be at least 1 while {" or ".join(asking)} is above 0: the critic has to '
+                'follow the student')
 
 
 @about('log.tracker')
@@ -183,19 +171,24 @@ def batch_divides(batch: int, steps: int, accumulate: int) -> str | None:
                 f'steps not dividing; the next batch that does: {unit * -(-batch // unit)}')
 
 
-def tau_reaches(term: str, span: Sequence[float], schedule: str, steps: int) -> str | None:
+@about('method.tau_ca', 'schedule', 'method.schedule', 'student.steps')
+@about('method.tau_ca_end', 'schedule', 'method.schedule', 'student.steps')
+def tau_ca_reaches(span: Sequence[float], schedule: Any, name: str, steps: int) -> str | None:
+    return _reaches(span, schedule.ca, name, steps)
+
+
+@about('method.tau_dm', 'schedule', 'method.schedule', 'student.steps')
+@about('method.tau_dm_end', 'schedule', 'method.schedule', 'student.steps')
+def tau_dm_reaches(span: Sequence[float], schedule: Any, name: str, steps: int) -> str | None:
+    return _reaches(span, schedule.dm, name, steps)
+
+
+def _reaches(span: Sequence[float], bounds: Any, name: str, steps: int) -> str | None:
     """A term that is bounded below needs room above the bound of the student's last step."""
-    from ddmd_jax.method import schedules
-
-    low = getattr(schedules.get(schedule), term).low((steps - 1) / steps)
+    low = bounds.low((steps - 1) / steps)
     if span and span[1] <= low:
-        return (f'its upper end must be above {low:.4g}, where {schedule} draws this tau from at '
-                f'the last of {steps} steps')
-
-
-for _term in ('ca', 'dm'):
-    for _path in (f'method.tau_{_term}', f'method.tau_{_term}_end'):
-        about(_path, 'method.schedule', 'student.steps')(functools.partial(tau_reaches, _term))
+        return (f'its upper end must be above {low:.4g}, where {name} draws this tau from at the '
+                f'last of {steps} steps')
 
 
 @about(*(f'teacher.model.denoiser.{name}' for name in (
