@@ -68,15 +68,14 @@ def _quick(changed: dict[str, Any], topology: str, which: str) -> tuple[dict[str
     os.environ['JAX_PLATFORMS'] = 'cpu'
     sys.path[:0] = [str(ROOT)]
     from configs import lumina
-    from ddmd_jax import plan
     from ddmd_jax.parallel import sharding
-    from ddmd_jax.planner import chips, measure, programs, search
+    from ddmd_jax.planner import chips, command, measure, programs, search
 
     config = lumina.get_config()
     for field, value in {'data.name': 'embeddings', **changed}.items():
         config = search.with_field(config, field, value)
     mesh = sharding.make_mesh(config.mesh, programs.topology(topology))
-    built, resident = programs.programs(config, *plan.parts_for(config, mesh))
+    built, resident = programs.programs(config, *command.parts_for(config, mesh))
     return measure.measure(built[which], chips.chip_for(topology), measure.LEAST_EFFORT), resident
 
 

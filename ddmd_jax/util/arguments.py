@@ -1,4 +1,4 @@
-"""How all commands but `main` and `prepare`, which read more, take their arguments."""
+"""Arguments of the commands; `main` and `prepare`, which take more, have their own."""
 
 import sys
 from collections.abc import Callable
@@ -7,7 +7,7 @@ from absl import flags
 
 
 def parser(command: str) -> Callable[[list[str]], list[str]]:
-    """absl's parser, with what is wrong said in one line of `command`, exit code 2."""
+    """absl's parser; an error is one line that begins with `command`, and exit code 2."""
     def parse(argv: list[str]) -> list[str]:
         try:
             return flags.FLAGS(argv)
