@@ -25,8 +25,6 @@ LAYERS = (  # from the bottom
 RANK = {f'ddmd_jax.{name}': rank for rank, names in enumerate(LAYERS) for name in names}
 # Edges that go up all the same, and why.
 ALLOWED = {
-    'ddmd_jax.config.together -> ddmd_jax.train.optim': 'asks for the names of optimisers',
-    'ddmd_jax.config.together -> ddmd_jax.train.watch.trackers': 'asks which are installed',
     'ddmd_jax.diffusion.drawing -> ddmd_jax.families': 'names the type of a teacher',
     'ddmd_jax.evaluation.evaluate -> ddmd_jax.families': 'names the type of a teacher',
 }

@@ -126,7 +126,7 @@ def test_one_that_cannot_begin_is_told_too(tmp_path, monkeypatch, capfd):
 def test_one_that_is_not_installed_is_a_wrong_config(monkeypatch):
     config = tiny.load_config('emoji')
     config.log.tracker = 'mlflow'
-    monkeypatch.setattr(trackers, 'installed', lambda name: False)
+    monkeypatch.setattr('importlib.util.find_spec', lambda name: None)
     (error,) = config_lib.validate(config)
     assert "log.tracker: 'mlflow', which is not installed here: pip install mlflow" in str(error)
 

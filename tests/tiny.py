@@ -6,7 +6,6 @@ Imported by `conftest.py`, and by test code that runs in a process of its own.
 from __future__ import annotations
 
 import dataclasses
-import importlib.util
 import os
 import subprocess
 import sys
@@ -21,6 +20,7 @@ from ml_collections import ConfigDict
 from ddmd_jax.data.batch import Batch, CondSpec
 from ddmd_jax.diffusion.time import FewSteps, Shift
 from ddmd_jax.families.base import Latents, Teacher
+from ddmd_jax import config as config_lib
 from ddmd_jax.families.emoji import teacher as emoji
 from ddmd_jax.method import schedules
 from ddmd_jax.method.losses import Normaliser
@@ -163,7 +163,4 @@ def unshift(t, shift):
 
 def load_config(name: str, *args: str) -> Any:
     """`get_config(*args)` of ``configs/<name>.py``."""
-    spec = importlib.util.spec_from_file_location(name, ROOT / 'configs' / f'{name}.py')
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module.get_config(*args)
+    return config_lib.load(':'.join([name, *args])).unlock()

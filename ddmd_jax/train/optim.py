@@ -8,8 +8,6 @@ from typing import Any
 import jax
 import optax
 
-NAMES = ('adamw',)
-
 
 def learning_rate(cfg: Mapping[str, Any], steps: int) -> optax.Schedule:
     """Linear warm-up over `warmup` updates, flat, linear decay to 0 over the last `decay` part.
@@ -58,5 +56,5 @@ def make_optimizer(cfg: Mapping[str, Any], steps: int) -> optax.GradientTransfor
                            weight_decay=cfg['weight_decay'], mask=_matrices,
                            mu_dtype=cfg['mu_dtype'])
     else:
-        raise ValueError(f'unknown optimiser {cfg["name"]!r}; known: {", ".join(NAMES)}')
+        raise ValueError(f'unknown optimiser {cfg["name"]!r}; known: adamw')
     return optax.chain(*clip, core)

@@ -7,7 +7,6 @@ do is told once, and it is asked no more.
 
 from __future__ import annotations
 
-import importlib.util
 import json
 import secrets
 from collections.abc import Callable, Mapping
@@ -105,11 +104,6 @@ class Trackio:
 
 KINDS: dict[str, type] = {'wandb': WandB, 'mlflow': MLflow, 'trackio': Trackio}
 NAMES = ('', *KINDS)
-
-
-def installed(name: str) -> bool:
-    """Whether it is there as a package; a folder of its name that lies here is none."""
-    return not name or getattr(importlib.util.find_spec(name), 'loader', None) is not None
 
 
 class Told:
