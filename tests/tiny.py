@@ -17,10 +17,10 @@ import jax.numpy as jnp
 import numpy as np
 from ml_collections import ConfigDict
 
+from ddmd_jax import config as config_lib
 from ddmd_jax.data.batch import Batch, CondSpec
 from ddmd_jax.diffusion.time import FewSteps, Shift
 from ddmd_jax.families.base import Latents, Teacher
-from ddmd_jax import config as config_lib
 from ddmd_jax.families.emoji import teacher as emoji
 from ddmd_jax.method import schedules
 from ddmd_jax.method.losses import Normaliser
