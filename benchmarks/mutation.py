@@ -40,8 +40,7 @@ from typing import Any
 ROOT = Path(__file__).resolve().parent.parent
 TARGETS = ('ddmd_jax/method', 'ddmd_jax/diffusion')
 # What a test imports if it is to execute those files in its own process.
-IMPORTS = ('ddmd_jax.method', 'ddmd_jax.diffusion', 'ddmd_jax.train.update', 'ddmd_jax.train.step',
-           'tiny', 'reference')
+IMPORTS = ('ddmd_jax.method', 'ddmd_jax.diffusion', 'ddmd_jax.train.update', 'reference')
 PRELOAD = ('jax.numpy', 'flax.nnx', 'optax', 'orbax.checkpoint', 'grain', 'numpy', 'pytest',
            'hypothesis', 'ml_collections', 'PIL.Image', 'safetensors', 'tokenizers', 'transformers')
 SWAPS: dict[type, type] = {
@@ -344,7 +343,8 @@ def try_mutant(mutant: Mutant, known: dict[str, Any], flags: list[str]) -> dict[
     began = time.monotonic()
     limit = 60 + 4 * sum(seconds(x) for x in passing if x.split('::')[0] in tests)
     code, by = forked(work, limit) or (None, 'it hangs or crashes') if tests else (0, '')
-    out |= {'killed': code not in (0, 5), 'by': by or ('' if code == 0 else 'it cannot be imported'),
+    killed = code not in (0, 5)
+    out |= {'killed': killed, 'by': by or ('it cannot be imported' if killed else ''),
             'tests': len(first), 'seconds': round(time.monotonic() - began, 1)}
     return out
 
