@@ -204,21 +204,19 @@ def test_banding_finds_nearly_all_pairs_at_every_threshold():
 
 
 @pytest.mark.slow
-def test_a_hundred_thousand_prompts_take_seconds(tmp_path):
+def test_a_hundred_thousand_prompts_fit_in_600_megabytes(tmp_path):
     """``pytest -m slow -s -k hundred`` shows the figures."""
     texts = words(95_000)
     put(tmp_path / 'a.txt', texts + retyped(texts, 5_000))
     code = ('import runpy, sys\ntry:\n    runpy.run_module("ddmd_jax.prepare", None, "__main__")\n'
             'finally:\n    print(open("/proc/self/status").read())')
     args = ['prompts', f'--input={tmp_path}/a.txt', f'--out={tmp_path}/out']
-    start = time.monotonic()
     done = subprocess.run([sys.executable, '-c', code, *args], cwd=tiny.ROOT, capture_output=True,
                           text=True)
-    seconds = time.monotonic() - start
     assert done.returncode == 0, done.stderr
     peak = int(done.stdout.split('VmHWM:')[1].split()[0]) / 1e3
-    print(f'\n100,000 prompts: {seconds:.1f} s, at most {peak:.0f} MB')
-    assert seconds < 120 and peak < 600
+    print(f'\n100,000 prompts: at most {peak:.0f} MB')
+    assert peak < 600
 
 
 # --- Files of prompts ---

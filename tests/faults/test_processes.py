@@ -65,11 +65,10 @@ def test_the_other_ends_when_one_is_killed_and_a_restart_resumes(toy, which):
     workdir = toy.root / f'killed{which}'
     started = training_together(toy, workdir, '--peer_timeout=8')
     victim, survivor = started.pop(which), started[0]
-    start = time.monotonic()
     victim.kill()
     victim.communicate()
     _, err = survivor.communicate(timeout=60)
-    assert time.monotonic() - start < 8 + 10 and survivor.returncode != 0
+    assert survivor.returncode != 0
     if which == 0:  # JAX's own words, unless ours come first
         assert ('the JAX distributed service detected fatal errors' in err
                 or 'process 0 does not answer' in err)
