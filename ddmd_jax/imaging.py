@@ -19,12 +19,10 @@ from ddmd_jax.data.prompts import build as prompt_sets, files as prompt_files
 from ddmd_jax.data.prompts.text import normalise
 from ddmd_jax.diffusion import drawing
 from ddmd_jax.evaluation import pictures
-from ddmd_jax.families import Cond, Family, LoadOptions, Teacher
+from ddmd_jax.families import Family, LoadOptions, Teacher
 from ddmd_jax.parallel import sharding
 from ddmd_jax.train import prompts as sources
 from ddmd_jax.train.durable import checkpoint as ckpt
-
-TEXT_ROWS = 8  # prompts encoded at a time: always as many, so that none depends on the others
 
 
 class RequestError(ValueError):
@@ -152,23 +150,14 @@ def _of_run(workdir: Path, step: int, manifest: Mapping[str, Any], path: str,
 # --- With whose weights ---
 
 
-def encode(prompts: Sequence[str], model: Model, mesh: Mesh) -> tuple[Cond, Cond]:
-    """Conditioning ``[n, ...]`` of prompts, and the null prompt's ``[1, ...]``, on the host.
-
-    As a run has them that encodes online (`train/prompts.py`). The text encoder is let go.
+def request(named: Sequence[drawing.ImageName], model: Model, mesh: Mesh) -> drawing.Request:
+    """The images asked for with their prompts encoded; the text encoder is let go.
 
     Raises:
       WeightsError: the text encoder cannot be read.
     """
     text = model.family.load_text(LoadOptions(model.path, mesh, model.dtype))
-    run = sources.make_encoder(text, mesh, whole=True)
-    texts = [*prompts, '']
-    texts += [''] * (-len(texts) % TEXT_ROWS)
-    parts = [jax.tree.map(np.asarray, run(text.tokenize(texts[i:i + TEXT_ROWS])))
-             for i in range(0, len(texts), TEXT_ROWS)]
-    whole = jax.tree.map(lambda *xs: np.concatenate(xs), *parts)
-    n = len(prompts)
-    return jax.tree.map(lambda x: x[:n], whole), jax.tree.map(lambda x: x[n:n + 1], whole)
+    return drawing.Request.encoded(named, lambda texts: sources.encode_texts(texts, text, mesh))
 
 
 def load(model: Model, whose: Sequence[str], mesh: Mesh) -> tuple[Teacher, dict[str, Any]]:

@@ -111,7 +111,6 @@ def describe(model: Any, sampler: Sampler, teacher: Any) -> dict[str, str]:
 def run(out: Path) -> None:
     """Everything from prompts to files; raises the errors that `main` puts in one line."""
     import jax
-    import numpy as np
 
     from ddmd_jax import imaging
     from ddmd_jax.diffusion import drawing
@@ -125,9 +124,7 @@ def run(out: Path) -> None:
     files, sheet = imaging.places(out, named, FLAGS.grid or FLAGS.compare_teacher,
                                   f'.{FLAGS.format}', FLAGS.overwrite)
     mesh = sharding.make_mesh({'fsdp': -1})
-    cond, null = imaging.encode(prompts, model, mesh)
-    cond = jax.tree.map(lambda x: np.repeat(x, FLAGS.count, axis=0), cond)
-    request = drawing.Request(named, cond, null)
+    request = imaging.request(named, model, mesh)
     whose = ['teacher'] if FLAGS.teacher else ['student'] + ['teacher'] * FLAGS.compare_teacher
     teacher, params = imaging.load(model, whose, mesh)
     todo, batch = samplers(model, teacher), drawing.filled(

@@ -168,21 +168,21 @@ def test_the_prompt_matters_and_the_student_is_not_its_teacher(run, command, wei
     mesh = sharding.make_mesh({}, jax.devices()[:1])
     model = imaging.find_model(run, '', None)
     assert (model.steps, model.step, model.shift, model.dtype) == (2, 7, None, 'float32')
-    cond, null = imaging.encode(PROMPTS[:2], model, mesh)
-    assert cond['embeds'].shape == (2, 10, 16) and null['mask'].sum() == 1
-    swapped = jax.tree.map(lambda x: x[::-1], cond)
+    asked = imaging.request(drawing.names(PROMPTS[:2], 1, 0), model, mesh)
+    assert asked.cond['embeds'].shape == (2, 10, 16) and asked.null['mask'].sum() == 1
+    swapped = jax.tree.map(lambda x: x[::-1], asked.cond)
 
     def draw(params, cond):
-        request = drawing.Request(drawing.names(PROMPTS[:2], 1, 0), cond, null)
+        request = drawing.Request(asked.names, cond, asked.null)
         images = next(drawing.generate(drawing.of_student(teacher, 2), params, request, 2, mesh))
         return pictures.to_uint8(images).astype(int)
 
     _, params = imaging.load(model, ['student', 'teacher'], mesh)
-    got = draw(params['student'], cond)
+    got = draw(params['student'], asked.cond)
     want = pixels(three / '0000-a-red-heart.png')
     assert np.abs(got[0] - want).max() <= 1
     assert np.abs(draw(params['student'], swapped)[0] - want).max() > 2
-    assert np.abs(draw(params['teacher'], cond)[0] - want).max() > 2
+    assert np.abs(draw(params['teacher'], asked.cond)[0] - want).max() > 2
 
 
 def test_names_tell_images_apart_and_nothing_else_matters():

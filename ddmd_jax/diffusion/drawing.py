@@ -171,6 +171,15 @@ class Request:
         for field in ('cond', 'null'):
             object.__setattr__(self, field, jax.tree.map(_rounded, getattr(self, field)))
 
+    @classmethod
+    def encoded(cls, names: Sequence[ImageName],
+                encode: Callable[[Sequence[str]], Cond]) -> Request:
+        """A request whose prompts, and the null prompt, are still to be encoded, each once."""
+        texts = list(dict.fromkeys([*(name.prompt for name in names), '']))
+        cond, rows = encode(texts), [texts.index(name.prompt) for name in names]
+        return cls(names, {k: x[rows] for k, x in cond.items()},
+                   {k: x[[texts.index('')]] for k, x in cond.items()})
+
     def first(self, count: int) -> Request:
         """The first `count` of its images."""
         return Request(self.names[:count], jax.tree.map(lambda x: x[:count], self.cond), self.null)

@@ -69,14 +69,14 @@ def evaluate(compared: Comparison, suite: Suite, encode: Callable[[Sequence[str]
     Args:
       compared: what is drawn.
       suite: of which prompts, and how it is measured.
-      encode: ``captions -> conditioning``, arrays in the host's memory.
+      encode: ``texts -> conditioning``, arrays in the host's memory.
       workdir: where to write.
       seconds: what the run took so far, by part; called at the end.
     """
     config = compared.config
     examples = suite.examples(config.eval.prompts, config.eval.held_out, config.seed)
     names = drawing.names(examples.captions, 1, config.seed)
-    drawn = compared.images(Request(names, encode(examples.captions), encode([''])))
+    drawn = compared.images(Request.encoded(names, encode))
     images = drawn if examples.real is None else {'real': examples.real, **drawn}
     if jax.process_index() != 0:
         return

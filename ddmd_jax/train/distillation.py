@@ -212,9 +212,9 @@ class Distillation:
             held_out = c.log.judge // 3
             self._examples = suite.watched(c.log.judge - held_out, held_out, c.seed)
             captions = self._examples.captions
-            self._judged = drawing.drawer(student, Request(
-                drawing.names(captions, 1, c.seed), self.teacher.encode(captions),
-                self.prompts.null), mesh)
+            encode = prompt_sources.image_encoder(c, self.teacher, mesh)
+            judged = Request.encoded(drawing.names(captions, 1, c.seed), encode)
+            self._judged = drawing.drawer(student, judged, mesh)
         if self.teacher.latents.decode:
             shown = request_of(self.prompts, GRID, c.seed)
             self._drawn = drawing.drawer(student, shown, mesh)

@@ -8,13 +8,15 @@ encoder on the mesh, a jitted program of its own, as batches are needed (online)
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable
+import sys
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
+from tqdm import tqdm
 
 from ddmd_jax import families as teachers
 from ddmd_jax.data import conditioning
@@ -25,6 +27,7 @@ from ddmd_jax.families import Teacher, TextEncoder
 from ddmd_jax.parallel import sharding
 
 CHUNK = 4096  # texts tokenised at a time
+TEXT_ROWS = 8  # prompts of images encoded at a time
 
 
 def load(config: Any, teacher: Teacher, mesh: Mesh) -> Prompts:
@@ -40,9 +43,8 @@ def load(config: Any, teacher: Teacher, mesh: Mesh) -> Prompts:
     if config.data.name == 'embeddings':
         found = conditioning.open_embeddings(config.data.path, teacher.cond.width)
     else:
-        text = teacher.text or family.load_text(teachers.LoadOptions(
-            config.teacher.path, mesh, config.teacher.dtype))
-        found = online(config.data.path, text, mesh, bool(config.data.lengths))
+        found = online(config.data.path, text_of(config, teacher, mesh), mesh,
+                       bool(config.data.lengths))
     conditioning.check_buckets(config.data.lengths, found)
     return found
 
@@ -83,6 +85,36 @@ def make_encoder(text: TextEncoder, mesh: Mesh, whole: bool = False) -> Callable
     run, layout = encoder_program(text, mesh, whole)
     params = jax.device_put(text.params, layout)
     return lambda tokens: run(params, tokens)
+
+
+def encode_texts(texts: Sequence[str], text: TextEncoder, mesh: Mesh) -> Cond:
+    """Conditioning ``[n, ...]`` of texts that name images, in the host's memory.
+
+    Always `TEXT_ROWS` rows at a time, so that no prompt's depends on the others: `sample` and a
+    run's end condition one prompt alike. Process 0 shows a progress bar.
+    """
+    run, parts = make_encoder(text, mesh, whole=True), []
+    filled = [*texts, *[''] * (-len(texts) % TEXT_ROWS)]
+    for i in tqdm(range(0, len(filled), TEXT_ROWS), 'encoding prompts', unit=' batches',
+                  file=sys.stderr, disable=jax.process_index() != 0, dynamic_ncols=True):
+        parts.append(jax.tree.map(np.asarray, run(text.tokenize(filled[i:i + TEXT_ROWS]))))
+    return jax.tree.map(lambda *xs: np.concatenate(xs)[:len(texts)], *parts)
+
+
+def image_encoder(config: Any, teacher: Teacher,
+                  mesh: Mesh) -> Callable[[Sequence[str]], Cond]:
+    """`encode_texts` by the teacher's text side, which is held no longer than a call."""
+    return lambda texts: encode_texts(texts, text_of(config, teacher, mesh), mesh)
+
+
+def text_of(config: Any, teacher: Teacher, mesh: Mesh) -> TextEncoder:
+    """The teacher's text side: its own, or the one that its family loads apart.
+
+    Raises:
+      WeightsError: it cannot be read.
+    """
+    return teacher.text or teachers.get(config.teacher.name).load_text(teachers.LoadOptions(
+        config.teacher.path, mesh, config.teacher.dtype))
 
 
 def encoder_program(text: TextEncoder, mesh: Mesh, whole: bool = False) -> tuple[Any, Any]:

@@ -113,7 +113,8 @@ def distill(config: Any, workdir: Path, options: Options = NOTHING_ELSE) -> None
     suite = suite_of(config)
     total = lambda: {**seconds._asdict(), 'total': time.monotonic() - started}
     if suite:
-        evaluation.evaluate(compared, suite, task.teacher.encode, workdir, total)
+        encode = prompt_sources.image_encoder(config, task.teacher, task.spec.mesh)
+        evaluation.evaluate(compared, suite, encode, workdir, total)
     elif task.teacher.latents.decode:
         evaluation.sheet(compared, task.prompts, workdir)
 

@@ -8,6 +8,8 @@ and contrast, so that it judges what is drawn and not the last bit of how.
 
 from __future__ import annotations
 
+import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +18,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 from flax import nnx
+from tqdm import tqdm
 
 from ddmd_jax.families.emoji import data as emoji
 from ddmd_jax.weights import flat
@@ -52,17 +55,17 @@ class Classifier(nnx.Module):
         return self.glyph(hidden), self.colour(hidden), features
 
 
-def _apply(graphdef: Any, abstract: Any, params: Any, images: Array) -> tuple[Array, ...]:
-    state = jax.tree.map(lambda x: x, abstract)
-    nnx.replace_by_pure_dict(state, params)
-    return nnx.merge(graphdef, state)(images)
-
-
-def build(glyphs: int, colours: int) -> Any:
-    """``apply(params, images)`` of the architecture."""
+def build(glyphs: int, colours: int) -> Callable[[Any, Array], tuple[Array, Array, Array]]:
+    """``(params, images) -> (glyph logits, colour logits, features)``."""
     graphdef, abstract = nnx.split(
         nnx.eval_shape(lambda: Classifier(glyphs, colours, nnx.Rngs(0))))
-    return lambda params, images: _apply(graphdef, abstract, params, images)
+
+    def apply(params: Any, images: Array) -> tuple[Array, Array, Array]:
+        state = jax.tree.map(lambda x: x, abstract)
+        nnx.replace_by_pure_dict(state, params)
+        return nnx.merge(graphdef, state)(images)
+
+    return apply
 
 
 def load(path: Path = WEIGHTS) -> Any:
@@ -136,7 +139,7 @@ def train(steps: int, seed: int, out: Path) -> dict[str, float]:
         return optax.apply_updates(params, updates), opt, loss
 
     opt, rng = tx.init(params), np.random.default_rng(seed)
-    for _ in range(steps):
+    for _ in tqdm(range(steps), 'classifier', unit=' updates', file=sys.stderr, dynamic_ncols=True):
         params, opt, _ = step(params, opt, training_batch(rng, pairs))
     flat.save(out, params, {'glyphs': str(counts[0]), 'steps': str(steps)}, dtype=jnp.bfloat16)
     return accuracies(load(out), pairs)
