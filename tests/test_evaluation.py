@@ -1,7 +1,6 @@
 """Drawing and evaluating: which noise an image has, and what a run's end shows of it."""
 
 import json
-import types
 
 import jax
 import numpy as np
@@ -137,12 +136,10 @@ def test_table_sheet_and_sample_show_the_same_image(run, evaluated, command, mon
     (folder, compared), (_, measured, _) = run, evaluated
     columns = []
     monkeypatch.setattr(pictures, 'captioned_sheet', lambda *args: columns.append(args))
-    null = compared.teacher.encode([''])
-    prompts = types.SimpleNamespace(
-        rows=np.arange(3), null=null, caption=PROMPTS[1:].__getitem__,
-        cond=lambda rows: compared.teacher.encode([PROMPTS[1:][i] for i in rows]))
-    evaluate.sheet(compared, prompts, tmp_path)
+    request = drawing.Request.encoded(drawing.names(PROMPTS[1:], 1, 5), compared.teacher.encode)
+    evaluate.sheet(compared, request, tmp_path)
     (captions, titles, images, _), = columns
+    assert captions == PROMPTS[1:]
     assert titles == ['teacher\n2 steps, w=2', 'teacher\n2 steps', 'student\n2 steps']
     for row, caption in enumerate(captions):
         for name, table in zip(images, measured, strict=True):

@@ -13,7 +13,6 @@ import numpy as np
 from jax.sharding import Mesh
 from tqdm import tqdm
 
-from ddmd_jax.data import conditioning
 from ddmd_jax.diffusion import drawing, time as time_maps
 from ddmd_jax.diffusion.drawing import Request, Sampler
 from ddmd_jax.evaluation import pictures, tables
@@ -93,16 +92,11 @@ def evaluate(compared: Comparison, suite: Suite, encode: Callable[[Sequence[str]
           + '  (* prompt held out of all training)' * bool(held.any()))
 
 
-def sheet(compared: Comparison, prompts: conditioning.Prompts, workdir: Path) -> None:
-    """Writes ``samples.png`` alone, of prompts of the run: for a family without a suite."""
-    config = compared.config
-    rows = np.resize(np.random.default_rng(config.seed).permutation(np.unique(prompts.rows)),
-                     min(SHEET_ROWS, config.eval.prompts))
-    captions = [prompts.caption(int(i)) for i in rows]
-    request = Request(drawing.names(captions, 1, config.seed), prompts.cond(rows), prompts.null)
+def sheet(compared: Comparison, request: Request, workdir: Path) -> None:
+    """Writes ``samples.png`` alone: for a family without a suite."""
     images = compared.images(request)
     if jax.process_index() == 0:
-        _draw_sheet(compared, captions, images, workdir)
+        _draw_sheet(compared, [name.prompt for name in request.names], images, workdir)
         print(workdir / SHEET)
 
 

@@ -20,7 +20,7 @@ from ddmd_jax.evaluation import evaluate as evaluation
 from ddmd_jax.families import Teacher
 from ddmd_jax.parallel import sharding
 from ddmd_jax.train import prompts as prompt_sources
-from ddmd_jax.train.distillation import Distillation, load_teacher, plan, suite_of
+from ddmd_jax.train.distillation import Distillation, load_teacher, plan, request_of, suite_of
 from ddmd_jax.train.durable import guards, resume, rollback, signals
 from ddmd_jax.train.durable.rollback import DivergedError, Taken
 from ddmd_jax.train.durable.saving import Checkpoints
@@ -116,7 +116,8 @@ def distill(config: Any, workdir: Path, options: Options = NOTHING_ELSE) -> None
         encode = prompt_sources.image_encoder(config, task.teacher, task.spec.mesh)
         evaluation.evaluate(compared, suite, encode, workdir, total)
     elif task.teacher.latents.decode:
-        evaluation.sheet(compared, task.prompts, workdir)
+        shown = min(evaluation.SHEET_ROWS, config.eval.prompts)
+        evaluation.sheet(compared, request_of(task.prompts, shown, config.seed), workdir)
 
 
 def prepare(config: Any, teacher: Teacher | None = None) -> Distillation:
