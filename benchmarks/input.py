@@ -71,7 +71,7 @@ def main(argv: list[str]) -> None:
         found['online_rows_per_second'] = rate(online)
         found['online_bucketed_rows_per_second'] = rate(online, (8, text.length))
         start = time.monotonic()
-        embedding.embed(Path(argv[0]), 'train', text, mesh, Path(scratch) / 'e', 256,
+        embedding.embed(sets.open_set(argv[0]), text, mesh, Path(scratch) / 'e', 256,
                         lambda words: True)
         found['embed_seconds'] = time.monotonic() - start
         found['cached_rows_per_second'] = rate(

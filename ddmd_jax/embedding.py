@@ -19,7 +19,7 @@ from jax.sharding import Mesh
 from tqdm import tqdm
 
 from ddmd_jax.data import DataFileError, embeddings
-from ddmd_jax.data.prompts import build as prompt_sets
+from ddmd_jax.data.prompts.set import PromptSet
 from ddmd_jax.families import TextEncoder
 from ddmd_jax.parallel import sharding
 from ddmd_jax.train import prompts as sources
@@ -28,14 +28,15 @@ from ddmd_jax.util.text import in_units
 STEP = 32  # batches are cut to multiples of so many tokens: few programs, little padding
 
 
-def plan(stored: Any, split: str, text: TextEncoder, out: Path) -> tuple[embeddings.Job, Any]:
+def plan(stored: PromptSet, text: TextEncoder, out: Path) -> tuple[embeddings.Job, Any]:
     """(what is to be written, the null prompt's arrays); encodes the null prompt only."""
     lengths = sources.token_counts(text, stored)
     null = jax.device_get(sources.in_bf16(jax.jit(text.apply)(text.params, text.tokenize(['']))))
     (null,) = embeddings.trimmed(null)
     settings = {
         'encoder': text.name, 'encoder_identity': text.identity, 'prompts': stored.identity,
-        'split': split, 'width': text.width, 'length': int(max(lengths.max(), len(null['embeds']))),
+        'split': stored.split, 'width': text.width,
+        'length': int(max(lengths.max(), len(null['embeds']))),
         'dtype': embeddings.FLOAT.__name__}
     digest = hashlib.sha256(json.dumps(settings).encode()).hexdigest()[:16]
     job = embeddings.Job(out, settings | {'identity': digest}, lengths,
@@ -43,7 +44,7 @@ def plan(stored: Any, split: str, text: TextEncoder, out: Path) -> tuple[embeddi
     return job, null
 
 
-def write(job: embeddings.Job, null: Any, stored: Any, text: TextEncoder, mesh: Mesh,
+def write(job: embeddings.Job, null: Any, stored: PromptSet, text: TextEncoder, mesh: Mesh,
           rows: int) -> None:
     """Encodes what is not written yet, `rows` prompts at a time, and finishes the folder.
 
@@ -95,18 +96,17 @@ def _fetched(at: np.ndarray, cond: Any) -> Iterator[tuple[int, Any]]:
     yield from zip(at.tolist(), found)
 
 
-def embed(prompts: Path, split: str, text: TextEncoder, mesh: Mesh, out: Path, rows: int,
+def embed(stored: PromptSet, text: TextEncoder, mesh: Mesh, out: Path, rows: int,
           agreed: Callable[[str], bool]) -> tuple[embeddings.Job, bool]:
-    """Writes `out` from a prompt set's `split`, after asking whether the disk may be used so.
+    """Writes `out` from a set of prompts, after asking whether the disk may be used so.
 
     `agreed(words)` is asked once, with what will be written and what is free. Returns what was
     written, and whether it was there already.
 
     Raises:
-      DataFileError: no such prompts, no room, `out` is something else, or the answer is no.
+      DataFileError: no room, `out` is something else, or the answer is no.
     """
-    stored = prompt_sets.open_set(prompts, split)
-    job, null = plan(stored, split, text, out)
+    job, null = plan(stored, text, out)
     if out.exists():
         if embeddings.Embeddings(out).card['identity'] != job.settings['identity']:
             raise DataFileError(f'{out} holds other embeddings; choose another --out or delete it')

@@ -97,6 +97,7 @@ def run_embed() -> None:
             sys.exit(f'prepare: no --{name} given; name a folder')
     from ddmd_jax import embedding
     from ddmd_jax.data import DataFileError
+    from ddmd_jax.data.prompts.set import open_set
     from ddmd_jax.parallel import sharding
     from ddmd_jax.weights.flat import WeightsError
 
@@ -104,7 +105,7 @@ def run_embed() -> None:
     try:
         text = families.get(FLAGS.teacher).load_text(
             families.LoadOptions(FLAGS.path, mesh, FLAGS.dtype))
-        job, there = embedding.embed(Path(FLAGS.prompts), FLAGS.split, text, mesh,
+        job, there = embedding.embed(open_set(FLAGS.prompts, FLAGS.split), text, mesh,
                                      Path(FLAGS.out).absolute(), FLAGS.batch, _agreed)
     except (DataFileError, families.UnknownFamily, sharding.ShardingError, WeightsError) as e:
         sys.exit(f'prepare: {e}')

@@ -161,7 +161,7 @@ def test_what_is_not_whole_is_refused_in_one_line(tmp_path, monkeypatch, damage)
 class Texts(list):
     """What a prompt set is to `embedding`."""
 
-    identity = 'texts'
+    identity, split = 'texts', 'train'
 
     def __getitems__(self, rows):
         return [self[row] for row in rows]
@@ -189,7 +189,7 @@ def stored(monkeypatch):
 
 def test_cached_is_online(tmp_path, text, mesh, stored):
     """The same conditioning to bf16's rounding, in any batch, at any cut."""
-    embedding.embed('prompts', 'train', text, mesh, tmp_path / 'e', 3, lambda words: True)
+    embedding.embed(stored, text, mesh, tmp_path / 'e', 3, lambda words: True)
     cached = conditioning.open_embeddings(str(tmp_path / 'e'), text.width)
     online = sources.online('prompts', text, mesh, measure=True)
     np.testing.assert_array_equal(cached.lengths, online.lengths)
@@ -209,7 +209,7 @@ def test_cached_is_online(tmp_path, text, mesh, stored):
 
 def test_cached_and_online_give_the_same_step(tmp_path, text, mesh, stored, predict, params,
                                               quick_compile):
-    embedding.embed('prompts', 'train', text, mesh, tmp_path / 'e', 3, lambda words: True)
+    embedding.embed(stored, text, mesh, tmp_path / 'e', 3, lambda words: True)
     cached = conditioning.open_embeddings(str(tmp_path / 'e'), text.width)
     online = sources.online('prompts', text, mesh)
     make, steps, frozen = tiny.build_run(predict, params, optax.sgd(1.0), mesh)
@@ -230,7 +230,7 @@ def test_the_disk_is_asked_about_first(tmp_path, text, mesh, stored, agrees):
     def agreed(words):
         asked.append(words)
         return agrees
-    args = ('prompts', 'train', text, mesh, tmp_path / 'e', 8, agreed)
+    args = (stored, text, mesh, tmp_path / 'e', 8, agreed)
     if agrees:
         job, there = embedding.embed(*args)
         assert not there and embedding.embed(*args)[1]  # and is not asked again
@@ -247,13 +247,13 @@ def test_the_disk_is_asked_about_first(tmp_path, text, mesh, stored, agrees):
 def test_where_there_is_no_room_nothing_is_written(tmp_path, text, mesh, stored, monkeypatch):
     monkeypatch.setattr(embeddings.shutil, 'disk_usage', lambda path: type('U', (), {'free': 10}))
     with pytest.raises(DataFileError, match='10 B free: there is no room; choose another --out'):
-        embedding.embed('prompts', 'train', text, mesh, tmp_path / 'e', 8, pytest.fail)
+        embedding.embed(stored, text, mesh, tmp_path / 'e', 8, pytest.fail)
     assert not any(tmp_path.iterdir())
 
 
 def test_a_full_disk_keeps_what_is_finished(tmp_path, text, mesh, stored, monkeypatch):
     monkeypatch.setattr(embeddings, 'SHARD_BYTES', 600)
-    job, null = embedding.plan(stored, 'train', text, tmp_path / 'e')
+    job, null = embedding.plan(stored, text, tmp_path / 'e')
     assert len(job.shards()) > 2
     written, replace = [], os.replace
 

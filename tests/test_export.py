@@ -19,7 +19,7 @@ from flax import nnx
 from saved import save
 
 from ddmd_jax import families as teachers
-from ddmd_jax.export import export
+from ddmd_jax.export import Wanted, export
 from ddmd_jax.families import LoadOptions
 from ddmd_jax.families.lumina import teacher as lumina
 from ddmd_jax.models.layers import abstract_params
@@ -86,7 +86,7 @@ def restore(workdir, abstract):
 
 @pytest.mark.parametrize('dtype', ['float32', 'bfloat16'])
 def test_the_exported_student_reads_back_bitwise(run, ema, tmp_path, dtype):
-    folder, card = export(run, tmp_path / 'deep' / 'out', dtype)
+    folder, card = export(run, tmp_path / 'deep' / 'out', Wanted(dtype=dtype))
     assert folder == tmp_path / 'deep' / 'out' / 'transformer'
     assert card == tmp_path / 'deep' / 'out' / 'README.md'
     assert json.loads((folder / 'config.json').read_text()) == json.loads(json.dumps(CONFIG))
@@ -99,7 +99,7 @@ def test_a_teacher_that_moved_is_named_by_hand(ema, tmp_path):
     manifest = {'teacher.name': 'lumina', 'teacher.path': '/gone'}
     workdir = save(tmp_path / 'run', manifest, ema)
     with pytest.raises(WeightsError, match='no folder /gone'):
-        export(workdir, tmp_path / 'out', 'float32')
+        export(workdir, tmp_path / 'out')
     assert not (tmp_path / 'out').exists()
     pipeline = tmp_path / 'pipeline'  # the whole one will do as well as its transformer
     for name, content in {'model_index.json': {}, 'transformer/config.json': CONFIG,
@@ -107,7 +107,7 @@ def test_a_teacher_that_moved_is_named_by_hand(ema, tmp_path):
                           }.items():
         (pipeline / name).parent.mkdir(parents=True, exist_ok=True)
         (pipeline / name).write_text(json.dumps(content))
-    export(workdir, tmp_path / 'out', 'float32', str(pipeline))
+    export(workdir, tmp_path / 'out', Wanted(teacher=str(pipeline)))
     made = json.loads((tmp_path / 'out/scheduler/scheduler_config.json').read_text())
     assert made['stochastic_sampling'] and made['shift'] == 6.0 and made['base_shift'] == 0.5
     index = json.loads((tmp_path / 'out/model_index.json').read_text())
@@ -116,7 +116,7 @@ def test_a_teacher_that_moved_is_named_by_hand(ema, tmp_path):
 
 
 def test_a_bare_transformer_stays_one_and_says_so(run, tmp_path, capfd):
-    export(run, tmp_path / 'out', 'float32')
+    export(run, tmp_path / 'out')
     assert 'is a bare transformer, and so is the student written' in capfd.readouterr().err
     assert sorted(p.name for p in (tmp_path / 'out').iterdir()) == ['README.md', 'transformer']
 
@@ -144,7 +144,7 @@ def emoji_run(tmp_path_factory):
 @pytest.mark.parametrize('average', [True, False])
 def test_one_file_of_an_emoji_student_is_a_teacher_to_load(emoji_run, tmp_path, average):
     teacher, ema, workdir = emoji_run
-    file, _ = export(workdir, tmp_path, 'float32', form='safetensors', average=average)
+    file, _ = export(workdir, tmp_path, Wanted('safetensors', ema=average))
     again = teachers.load_teacher(str(file))
     want = ema if average else jax.tree.map(lambda x: x + 1, ema)
     jax.tree.map(np.testing.assert_array_equal, again.params, want)
@@ -157,7 +157,7 @@ def test_an_orbax_checkpoint_is_the_tree_alone(emoji_run, tmp_path):
     import orbax.checkpoint as ocp
 
     _, ema, workdir = emoji_run
-    folder, _ = export(workdir, tmp_path, 'bfloat16', form='orbax')
+    folder, _ = export(workdir, tmp_path, Wanted('orbax', 'bfloat16'))
     with ocp.StandardCheckpointer() as reader:
         got = reader.restore(folder)
     jax.tree.map(lambda a, b: np.testing.assert_array_equal(a, b.astype(jnp.bfloat16)), got, ema)
@@ -165,7 +165,7 @@ def test_an_orbax_checkpoint_is_the_tree_alone(emoji_run, tmp_path):
 
 def test_the_card_says_what_it_is(emoji_run, tmp_path):
     *_, workdir = emoji_run
-    names = {p.name for p in export(workdir, tmp_path, 'float32')}
+    names = {p.name for p in export(workdir, tmp_path)}
     assert names == {'transformer', 'text_encoder', 'tokenizer', 'scheduler', 'pipeline.py',
                      'model_index.json', 'README.md'}
     card = (tmp_path / 'README.md').read_text()
@@ -174,7 +174,7 @@ def test_the_card_says_what_it_is(emoji_run, tmp_path):
     for words in ('# A 4-step student of emoji', '**without guidance**', '](samples.png)',
                   '| `method.alpha` | 2.5 |', '|student | 4 | 0.457 |', 'health *healthy*',
                   '; collapsing before, from update 20 to 20.',
-                  'averaged weights after 40 updates', emoji_run[0].identity,
+                  'EMA weights after 40 updates', emoji_run[0].identity,
                   f"from_pretrained('{tmp_path.name}', trust_remote_code=True)"):
         assert words in card.replace('| student', '|student'), words
     assert (tmp_path / 'samples.png').read_bytes() == b'a picture'
@@ -189,7 +189,7 @@ def test_the_card_has_that_of_the_prompts(ema, teacher, tmp_path):
     assert done.returncode == 0, done.stderr
     workdir = as_run(tmp_path / 'run', 'lumina', ema, **{
         'teacher.path': str(teacher), 'data.path': f'{tmp_path}/set'})
-    export(workdir, tmp_path / 'out', 'float32')
+    export(workdir, tmp_path / 'out')
     card = (tmp_path / 'out/README.md').read_text()
     assert 'this set.' in card and 'p.txt' in card and 'the run was not evaluated' in card
     config = json.loads((tmp_path / 'out/training_config.json').read_text())
@@ -208,7 +208,7 @@ def as_run(folder, name, params, step=40, **fields):
 @pytest.mark.parametrize(('flags', 'stochastic', 'words'), [
     ({}, False, '|student | 4 | 0.457 |'),
     ({'sampler': 'renoise'}, True, "None: the run judged what 'deterministic' draws"),
-    ({'average': False}, False, 'None: these are the live weights'),
+    ({'ema': False}, False, 'None: these are the raw weights'),
     ({'steps': 30}, False, 'None: the run judged its weights at step 30, these are of 40')])
 def test_the_run_says_how_it_draws_and_figures_are_of_what_is_exported(
         emoji_run, tmp_path, flags, stochastic, words):
@@ -217,7 +217,7 @@ def test_the_run_says_how_it_draws_and_figures_are_of_what_is_exported(
     (run / 'eval.json').write_text(json.dumps({
         'rows': [{'name': 'student', 'steps': 4, 'frechet': 0.4567}],
         'config': {'train': {'steps': flags.pop('steps', 40)}}}))
-    export(run, tmp_path / 'out', 'float32', **flags)
+    export(run, tmp_path / 'out', Wanted(**flags))
     made = json.loads((tmp_path / 'out/scheduler/scheduler_config.json').read_text())
     assert made['stochastic_sampling'] == stochastic
     card = (tmp_path / 'out/README.md').read_text().replace('| student', '|student')
@@ -229,7 +229,7 @@ def test_the_run_says_how_it_draws_and_figures_are_of_what_is_exported(
 def test_nothing_beside_the_model_is_overwritten_either(emoji_run, tmp_path, name):
     (tmp_path / name).write_text('mine')
     with pytest.raises(WeightsError, match=f'{name} exists already'):
-        export(emoji_run[2], tmp_path, 'float32')
+        export(emoji_run[2], tmp_path)
     assert [p.name for p in tmp_path.iterdir()] == [name]
 
 
@@ -238,14 +238,14 @@ def test_a_path_on_disk_is_no_name_on_the_hub(ema, teacher, tmp_path, monkeypatc
     (tmp_path / 'weights').mkdir()
     (tmp_path / 'weights/lumina').symlink_to(teacher)
     workdir = as_run(tmp_path / 'run', 'lumina', ema, **{'teacher.path': 'weights/lumina'})
-    export(workdir, tmp_path / 'out', 'float32')
+    export(workdir, tmp_path / 'out')
     assert 'base_model' not in (tmp_path / 'out/README.md').read_text()
 
 
 def test_another_teacher_than_the_runs_is_told(emoji_run, tmp_path, capfd):
     run = save(tmp_path / 'run', {'teacher.name': 'emoji', 'teacher_identity': 'another'},
                emoji_run[1])
-    export(run, tmp_path / 'out', 'float32')
+    export(run, tmp_path / 'out')
     assert 'distils another teacher than the one at its path' in capfd.readouterr().err
 
 
@@ -386,7 +386,7 @@ def another_shape(run, small, tmp_path):
 def test_what_cannot_be_exported_is_refused_in_one_line(run, small, tmp_path, case):
     workdir, words = case(run, small, tmp_path)
     with pytest.raises(CheckpointError, match=words) as e:
-        export(workdir, tmp_path / 'out', 'float32')
+        export(workdir, tmp_path / 'out')
     assert len(str(e.value).splitlines()) == 1
     assert not (tmp_path / 'out').exists()
 
@@ -396,7 +396,7 @@ def test_export_never_overwrites(run, tmp_path):
     mine.parent.mkdir()
     mine.write_text('kept')
     with pytest.raises(WeightsError, match='transformer exists already; choose another place'):
-        export(run, tmp_path, 'float32')
+        export(run, tmp_path)
     assert mine.read_text() == 'kept' and len(list(tmp_path.rglob('*'))) == 2
 
 

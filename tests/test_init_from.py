@@ -73,7 +73,7 @@ def first(files, tmp_path_factory, quick_compile):
     """A run of one step, and where its student was exported to."""
     workdir = tmp_path_factory.mktemp('first')
     _, state = trained(config_of(files), workdir)
-    export(workdir, workdir / 'out', 'float32')
+    export(workdir, workdir / 'out')
     return workdir, jax.device_get(state)
 
 

@@ -78,7 +78,7 @@ def small(tmp_path_factory):
 @pytest.mark.parametrize('mode', sampling.STUDENT_MODES)
 def test_an_emoji_student_draws_the_same_in_diffusers(small, tmp_path, mode):
     teacher, params, workdir = small
-    export.export(workdir, tmp_path / 'student', 'float32', sampler=mode)
+    export.export(workdir, tmp_path / 'student', export.Wanted(sampler=mode))
     pipe = diffusers.DiffusionPipeline.from_pretrained(tmp_path / 'student',
                                                        trust_remote_code=True)
     prompts = ['red heart on blue', 'a cat', '', 'words that nobody knows, and too many of them '
@@ -98,7 +98,7 @@ def test_an_emoji_student_draws_the_same_in_diffusers(small, tmp_path, mode):
 
 
 def test_code_of_the_folder_is_not_run_unasked(small, tmp_path):
-    export.export(small[2], tmp_path / 'student', 'float32')
+    export.export(small[2], tmp_path / 'student')
     with pytest.raises(Exception, match='trust_remote_code'):
         diffusers.DiffusionPipeline.from_pretrained(tmp_path / 'student')
 
@@ -124,7 +124,7 @@ def test_a_lumina_student_draws_the_same_in_its_pipeline(folder, tmp_path, mode,
     params = moved(teacher.params)
     workdir = save(tmp_path / 'run', RUN | {
         'teacher.name': 'lumina', 'teacher.path': str(folder), 'method.shift': shift}, params)
-    export.export(workdir, tmp_path / 'student', 'float32', sampler=mode)
+    export.export(workdir, tmp_path / 'student', export.Wanted(sampler=mode))
     pipe = diffusers.DiffusionPipeline.from_pretrained(tmp_path / 'student')
     assert type(pipe).__name__ == 'Lumina2Pipeline'
     prompts = ['a red fox in the snow', 'two boats']
@@ -147,7 +147,7 @@ def test_a_pipeline_that_was_exported_is_a_teachers_folder(folder, tmp_path):
     workdir = save(tmp_path / 'run', RUN | {
         'teacher.name': 'lumina', 'teacher.path': str(folder)}, moved(teacher.params))
     (folder / 'vae' / 'diffusion_pytorch_model.bin').write_bytes(b'a pickle')
-    written = export.export(workdir, tmp_path / 'out', 'bfloat16')
+    written = export.export(workdir, tmp_path / 'out', export.Wanted(dtype='bfloat16'))
     assert [p.name for p in written] == ['transformer', 'scheduler', 'vae', 'text_encoder',
                                          'tokenizer', 'model_index.json', 'README.md']
     assert not list((tmp_path / 'out').rglob('*.bin')) + list((tmp_path / 'out').rglob('*.tmp'))

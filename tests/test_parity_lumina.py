@@ -17,12 +17,11 @@ import tiny
 from ddmd_jax import families as teachers
 from ddmd_jax.diffusion import sampling
 from ddmd_jax.diffusion.time import Shift
-from ddmd_jax.families.lumina import teacher as lumina, text
+from ddmd_jax.families.lumina import names, teacher as lumina, text
 from ddmd_jax.models import autoencoder_kl
 from ddmd_jax.models.layers import abstract_params
 from ddmd_jax.models.nextdit import NextDiT, NextDiTConfig
 from ddmd_jax.weights import flat
-from ddmd_jax.weights.names import autoencoder_kl as vae_names, nextdit as names
 
 pytestmark = pytest.mark.parity
 torch = pytest.importorskip('torch')
@@ -116,13 +115,13 @@ def test_import_and_export_change_nothing(theirs, tmp_path, dtype):
 
 @pytest.mark.parametrize('cls, config, make, entry', [
     ('Lumina2Transformer2DModel', {'cap_feat_dim': 2304},
-     lambda: abstract_params(lambda: NextDiT(NextDiTConfig(), nnx_rngs())), names.entry),
+     lambda: abstract_params(lambda: NextDiT(NextDiTConfig(), nnx_rngs())), names.transformer),
     ('AutoencoderKL',
      {'block_out_channels': (128, 256, 512, 512), 'layers_per_block': 2, 'latent_channels': 16,
       'down_block_types': ('DownEncoderBlock2D',) * 4, 'up_block_types': ('UpDecoderBlock2D',) * 4,
       'use_quant_conv': False, 'use_post_quant_conv': False},
      lambda: autoencoder_kl.abstract_params(autoencoder_kl.AutoencoderKLConfig()),
-     vae_names.entry)])
+     names.autoencoder)])
 def test_full_size_every_tensor_has_its_name_and_shape(cls, config, make, entry):
     with torch.device('meta'):
         published_model = getattr(diffusers, cls)(**config)

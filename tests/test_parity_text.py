@@ -25,11 +25,6 @@ from ddmd_jax.families.zimage import text as zimage
 from ddmd_jax.models.layers import abstract_params, functional
 from ddmd_jax.models.text import clip, gemma2, qwen3
 from ddmd_jax.weights import diffusers as folder_reader, flat, transformers as folders
-from ddmd_jax.weights.names import (
-    clip as clip_names,
-    gemma2 as gemma2_names,
-    qwen3 as qwen3_names,
-)
 
 pytestmark = pytest.mark.parity
 torch = pytest.importorskip('torch')
@@ -231,19 +226,19 @@ def test_gemma2_scales_its_tokens_as_theirs(dtype):
 # --- Names ---
 
 FULL = {
-    'Gemma2Model': (gemma2.Gemma2, gemma2.Gemma2Config(), gemma2_names.entry,
-                    gemma2_names.PUBLISHED, {}),
-    'Gemma2ForCausalLM': (gemma2.Gemma2, gemma2.Gemma2Config(), gemma2_names.entry,
-                          gemma2_names.PUBLISHED, {}),
+    'Gemma2Model': (gemma2.Gemma2, gemma2.Gemma2Config(), lumina.entry,
+                    lumina.PUBLISHED, {}),
+    'Gemma2ForCausalLM': (gemma2.Gemma2, gemma2.Gemma2Config(), lumina.entry,
+                          lumina.PUBLISHED, {}),
     'Qwen3ForCausalLM': (
-        qwen3.Qwen3, qwen3.Qwen3Config(), qwen3_names.entry, qwen3_names.PUBLISHED,
+        qwen3.Qwen3, qwen3.Qwen3Config(), zimage.entry, zimage.PUBLISHED,
         {'hidden_size': 2560, 'intermediate_size': 9728, 'num_hidden_layers': 36,
          'num_attention_heads': 32, 'num_key_value_heads': 8, 'tie_word_embeddings': True}),
     'CLIPTextModel': (
-        clip.ClipText, clip.ClipConfig(), clip_names.entry, clip_names.PUBLISHED,
+        clip.ClipText, clip.ClipConfig(), sdxl.entry, sdxl.PUBLISHED,
         {'hidden_size': 768, 'intermediate_size': 3072, 'num_attention_heads': 12}),
     'CLIPTextModelWithProjection': (
-        clip.ClipText, clip.BIG_G, clip_names.entry, clip_names.PROJECTED,
+        clip.ClipText, clip.BIG_G, sdxl.entry, sdxl.PROJECTED,
         {'hidden_size': 1280, 'intermediate_size': 5120, 'num_hidden_layers': 32,
          'num_attention_heads': 20, 'hidden_act': 'gelu', 'projection_dim': 1280}),
 }

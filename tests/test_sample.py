@@ -23,14 +23,13 @@ from ddmd_jax.diffusion.time import Shift
 from ddmd_jax.evaluation import pictures
 from ddmd_jax.families import LoadOptions
 from ddmd_jax.families.emoji import teacher as emoji, tokenizer
-from ddmd_jax.families.lumina import teacher as lumina
+from ddmd_jax.families.lumina import names, teacher as lumina
 from ddmd_jax.models import autoencoder_kl
 from ddmd_jax.models.layers import abstract_params
 from ddmd_jax.models.nextdit import NextDiT
 from ddmd_jax.parallel import sharding
 from ddmd_jax.util import arguments
 from ddmd_jax.weights import diffusers
-from ddmd_jax.weights.names import autoencoder_kl as vae_names
 
 pytestmark = pytest.mark.usefixtures('quick_compile')
 
@@ -314,7 +313,7 @@ def pipeline(tmp_path_factory):
                   np.float32)
     config = {'_class_name': lumina.AUTOENCODER, **published.VAE}
     abstract = autoencoder_kl.abstract_params(lumina._vae_config(config, 'float32'))
-    diffusers.export_tree(published_text.random_params(abstract, 2), vae_names.entry,
+    diffusers.export_tree(published_text.random_params(abstract, 2), names.autoencoder,
                           folder / 'vae', config, np.float32)
     (folder / 'scheduler').mkdir()
     (folder / 'scheduler/scheduler_config.json').write_text('{"shift": 6.0}')

@@ -26,11 +26,6 @@ from ddmd_jax.models.text import causal, clip, gemma2, qwen3
 from ddmd_jax.parallel import sharding
 from ddmd_jax.weights import flat
 from ddmd_jax.weights.flat import WeightsError
-from ddmd_jax.weights.names import (
-    clip as clip_names,
-    gemma2 as gemma2_names,
-    qwen3 as qwen3_names,
-)
 
 
 def load(family, folder, dtype='float32', mesh=None):
@@ -293,12 +288,12 @@ def tower(width, inner, count, projected):
 
 
 @pytest.mark.parametrize('module, cfg, entry, want, size', [
-    (gemma2.Gemma2, gemma2.Gemma2Config(), gemma2_names.entry,
+    (gemma2.Gemma2, gemma2.Gemma2Config(), lumina.entry,
      decoder(GEMMA2_LAYER, 26, 256000, 2304), 2_614_341_888),
-    (qwen3.Qwen3, qwen3.Qwen3Config(), qwen3_names.entry,
+    (qwen3.Qwen3, qwen3.Qwen3Config(), zimage.entry,
      decoder(QWEN3_LAYER, 36, 151936, 2560), 4_022_468_096),
-    (clip.ClipText, clip.ClipConfig(), clip_names.entry, tower(768, 3072, 12, False), 123_060_480),
-    (clip.ClipText, clip.BIG_G, clip_names.entry, tower(1280, 5120, 32, True), 694_659_840),
+    (clip.ClipText, clip.ClipConfig(), sdxl.entry, tower(768, 3072, 12, False), 123_060_480),
+    (clip.ClipText, clip.BIG_G, sdxl.entry, tower(1280, 5120, 32, True), 694_659_840),
 ], ids=['gemma-2-2b', 'qwen3-4b', 'clip-l', 'bigG'])
 def test_full_size(module, cfg, entry, want, size):
     whole = dataclasses.replace(cfg, penultimate=False)
@@ -318,7 +313,7 @@ def test_full_size(module, cfg, entry, want, size):
 
 
 def test_unknown_parameters_have_no_name():
-    for names in (gemma2_names, qwen3_names, clip_names):
+    for names in (lumina, zimage, sdxl):
         for path in ('layers/attn/to_x/kernel', 'odd/weight', 'layers/norm9/scale'):
             with pytest.raises(KeyError):
                 names.entry(path)

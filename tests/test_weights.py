@@ -16,13 +16,12 @@ from flax import nnx
 
 from ddmd_jax import families as teachers
 from ddmd_jax.families import LoadOptions
-from ddmd_jax.families.lumina import teacher as lumina
+from ddmd_jax.families.lumina import names, teacher as lumina
 from ddmd_jax.models.layers import abstract_params
 from ddmd_jax.models.nextdit import NextDiT
 from ddmd_jax.parallel import sharding
 from ddmd_jax.weights import diffusers, fetch, flat
 from ddmd_jax.weights.flat import WeightsError
-from ddmd_jax.weights.names import autoencoder_kl as vae_names, nextdit as names
 
 CONFIG = {'_class_name': lumina.TRANSFORMER, **published.TRANSFORMER}
 STEM = 'diffusion_pytorch_model'
@@ -43,7 +42,7 @@ def params(abstract):
 @pytest.fixture(scope='module')
 def exported(params, tmp_path_factory):
     folder = tmp_path_factory.mktemp('published') / 'transformer'
-    diffusers.export_tree(params, names.entry, folder, CONFIG, np.float32, file_bytes=100_000)
+    diffusers.export_tree(params, names.transformer, folder, CONFIG, np.float32, file_bytes=100_000)
     return folder
 
 
@@ -80,10 +79,10 @@ def test_every_name_is_the_published_one(exported):
     assert index['metadata']['total_size'] == sum(
         x.nbytes for f in exported.glob('*.safetensors')
         for x in safetensors.numpy.load_file(f).values())
-    entry = vae_names.entry('decoder/mid_block/attentions/0/to_out/kernel')
+    entry = names.autoencoder('decoder/mid_block/attentions/0/to_out/kernel')
     assert entry.name == 'decoder.mid_block.attentions.0.to_out.0.weight'
     assert entry.layout == 'linear'
-    assert vae_names.entry('encoder/conv_in/kernel').shape((3, 3, 4, 8)) == (8, 4, 3, 3)
+    assert names.autoencoder('encoder/conv_in/kernel').shape((3, 3, 4, 8)) == (8, 4, 3, 3)
 
 
 def test_a_published_matrix_is_stored_out_by_in(exported, params):
@@ -96,7 +95,7 @@ def test_a_published_matrix_is_stored_out_by_in(exported, params):
 
 
 def test_half_precision_is_read_into_fp32(params, tmp_path):
-    diffusers.export_tree(params, names.entry, tmp_path / 't', CONFIG, jnp.bfloat16)
+    diffusers.export_tree(params, names.transformer, tmp_path / 't', CONFIG, jnp.bfloat16)
     back = load(tmp_path / 't').params
     same = lambda a, b: np.testing.assert_array_equal(a, b.astype(jnp.bfloat16).astype(np.float32))
     jax.tree.map(same, back, params)
@@ -239,7 +238,7 @@ def test_sizes_must_fit_the_patches(exported):
 
 def test_export_never_overwrites(exported, params):
     with pytest.raises(WeightsError, match='exists already'):
-        diffusers.export_tree(params, names.entry, exported, CONFIG, np.float32)
+        diffusers.export_tree(params, names.transformer, exported, CONFIG, np.float32)
 
 
 def test_load_tells_families_apart(exported):
@@ -270,7 +269,7 @@ def check_import(workdir):
     zeros = jax.tree.map(lambda a: np.zeros(a.shape, a.dtype), abstract)  # no pages of their own
     zeros['layers']['attn']['to_q']['kernel'] = np.random.default_rng(0).standard_normal(
         zeros['layers']['attn']['to_q']['kernel'].shape).astype(np.float32)
-    diffusers.export_tree(zeros, names.entry, Path(workdir) / 't', wide, np.float32, 2**24)
+    diffusers.export_tree(zeros, names.transformer, Path(workdir) / 't', wide, np.float32, 2**24)
 
     mesh = sharding.make_mesh({'data': 2, 'fsdp': 4})
     layout = sharding.shard_tree(abstract, lumina.RULES, mesh)
@@ -285,7 +284,7 @@ def check_import(workdir):
     watcher = threading.Thread(target=watch)
     watcher.start()
     params = jax.block_until_ready(
-        diffusers.import_tree(checkpoint, abstract, layout, names.entry))
+        diffusers.import_tree(checkpoint, abstract, layout, names.transformer))
     done.set()
     watcher.join()
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from pathlib import Path
 
 from ddmd_jax.export import card
@@ -14,27 +15,38 @@ FORMATS = ('diffusers', 'safetensors', 'orbax')
 DTYPES = ('float32', 'bfloat16', 'float16')
 
 
-def export(workdir: Path, out: Path, dtype: str, teacher: str = '', form: str = 'diffusers',
-           average: bool = True, sampler: str = '') -> list[Path]:
+@dataclasses.dataclass(frozen=True)
+class Wanted:
+    """What is to be exported of a run, and how.
+
+    Attributes:
+      format: one of FORMATS.
+      dtype: of the tensors, one of DTYPES.
+      ema: the EMA student, or the raw one.
+      sampler: of the pipeline's scheduler, of `sampling.STUDENT_MODES`; '' is the run's.
+      teacher: where the teacher lies, if no longer where it was.
+    """
+
+    format: str = 'diffusers'
+    dtype: str = 'float32'
+    ema: bool = True
+    sampler: str = ''
+    teacher: str = ''
+
+
+def export(workdir: Path, out: Path, wanted: Wanted = Wanted()) -> list[Path]:
     """Writes the newest student of a run into `out`; returns what was written, model first.
 
     One process does it, with all of its devices.
 
-    Args:
-      dtype: of the tensors, one of DTYPES.
-      teacher: where the teacher lies, if no longer where it was.
-      form: one of FORMATS.
-      average: the averaged student, or the live one.
-      sampler: what the pipeline's scheduler does, of `sampling.STUDENT_MODES`; '' is the run's.
-
     Raises:
-      CheckpointError: there is no checkpoint, it is damaged, or its student has no published
-        format.
+      CheckpointError: there is no checkpoint, it is damaged, or it has no student.
       WeightsError: the teacher cannot be read, `out` holds something of the same name, or the
         family has no such format.
     """
-    student = open_student(workdir, teacher, average)
+    student = open_student(workdir, wanted.teacher, wanted.ema)
     family = student.export
+    form = wanted.format
     if form not in family.names:
         raise WeightsError(f'students of {student.family} are not written as {form}; give --format='
                            f'{" or ".join(name for name in FORMATS if name in family.names)}')
@@ -42,9 +54,8 @@ def export(workdir: Path, out: Path, dtype: str, teacher: str = '', form: str = 
     there = [out / name for name in planned if (out / name).exists()]
     if there:  # before anything large is read
         raise WeightsError(f'{there[0]} exists already; choose another place or delete it')
-    sampler = sampler or student.sampler
     exported = Exported(student.read(), student.source, student.step, student.steps, student.time,
-                        dtype, sampler)
+                        wanted.dtype, wanted.sampler or student.sampler)
     out.mkdir(parents=True, exist_ok=True)
     if form == 'orbax':
         write_orbax(exported, out / family.names[form][0])
@@ -57,4 +68,4 @@ def export(workdir: Path, out: Path, dtype: str, teacher: str = '', form: str = 
     return [out / name for name in named if (out / name).exists()]
 
 
-__all__ = ['CheckpointError', 'DTYPES', 'FORMATS', 'Student', 'export']
+__all__ = ['CheckpointError', 'DTYPES', 'FORMATS', 'Student', 'Wanted', 'export']

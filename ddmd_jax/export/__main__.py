@@ -1,11 +1,12 @@
 """``python -m ddmd_jax.export --checkpoint=WORKDIR --out=DIR``: a student for others to load.
 
-Writes the averaged student of a run: as a pipeline that diffusers loads, as safetensors or as an
+Writes the EMA student of a run: as a pipeline that diffusers loads, as safetensors or as an
 Orbax checkpoint, with a model card. Exit code 1, and one line on stderr, if it cannot.
 """
 
 from __future__ import annotations
 
+import dataclasses
 import sys
 from pathlib import Path
 
@@ -24,7 +25,7 @@ def define_flags() -> None:
     flags.DEFINE_string('out', None, 'Folder to write; nothing in it is overwritten.')
     flags.DEFINE_enum('format', 'diffusers', FORMATS, 'What reads the result.')
     flags.DEFINE_enum('dtype', 'float32', DTYPES, 'Type of the tensors written.')
-    flags.DEFINE_boolean('ema', True, 'The averaged student; --noema is the live one.')
+    flags.DEFINE_boolean('ema', True, 'The EMA student; --noema is the raw one.')
     flags.DEFINE_enum('sampler', '', ('', *STUDENT_MODES), 'What the pipeline\'s scheduler does; '
                       'default: what the run was trained for.')
     flags.DEFINE_string('teacher', '', 'The teacher\'s folder, if it is no longer where it was.')
@@ -42,7 +43,7 @@ def main(argv: list[str]) -> None:
             sys.exit(f'export: no --{name} given')
     if FLAGS.push and FLAGS.push.count('/') != 1:
         sys.exit(f'export: --push={FLAGS.push} is not OWNER/NAME')
-    from ddmd_jax.export import CheckpointError, WeightsError, export, hub
+    from ddmd_jax.export import CheckpointError, Wanted, WeightsError, export, hub
     from ddmd_jax.parallel.sharding import ShardingError
 
     path = lambda name: Path(FLAGS[name].value).expanduser().absolute()
@@ -52,8 +53,8 @@ def main(argv: list[str]) -> None:
     except OSError as e:
         sys.exit(f'export: --out {out} cannot be made ({e.strerror}); choose another')
     try:
-        written = export(path('checkpoint'), out, FLAGS.dtype, FLAGS.teacher, FLAGS.format,
-                         FLAGS.ema, FLAGS.sampler)
+        written = export(path('checkpoint'), out, Wanted(
+            **{f.name: FLAGS[f.name].value for f in dataclasses.fields(Wanted)}))
         print('\n'.join(map(str, written)))
         if FLAGS.push:
             print(hub.push(out, FLAGS.push, FLAGS.private))

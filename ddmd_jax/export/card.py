@@ -53,8 +53,8 @@ def _figures(student: Student, sampler: str) -> tuple[Any, str]:
     """(``eval.json`` or None, why what the run has judged is not what is exported, or '')."""
     found = student.file('eval.json')
     judged = (found or {}).get('config', {}).get('train', {}).get('steps', student.step)
-    if not student.average:
-        return None, 'these are the live weights, and the run judged their average'
+    if not student.ema:
+        return None, 'these are the raw weights, and the run judged their EMA'
     if sampler != student.sampler:
         return None, f'the run judged what {student.sampler!r} draws'
     if judged != student.step:

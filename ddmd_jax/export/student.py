@@ -31,7 +31,7 @@ class Student:
     family: str
     export: Export
     source: Source
-    average: bool
+    ema: bool
     mesh: Mesh
 
     @property
@@ -62,7 +62,7 @@ class Student:
                 'the newest good one, or move that folder away')
         like = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, jnp.float32),
                             self.source.abstract)
-        return ckpt.restore_part(saved, 'ema' if self.average else 'student', like,
+        return ckpt.restore_part(saved, 'ema' if self.ema else 'student', like,
                                  sharding.shard_tree(like, self.source.rules, self.mesh))
 
     def file(self, name: str) -> Any:
@@ -82,7 +82,7 @@ def write_orbax(student: Exported, folder: Path) -> None:
             jax.tree.map(lambda x: x.astype(student.dtype), student.params)))
 
 
-def open_student(workdir: Path, teacher: str, average: bool) -> Student:
+def open_student(workdir: Path, teacher: str, ema: bool) -> Student:
     """Raises `CheckpointError` and `WeightsError`; reads no weights of the student."""
     step, manifest = ckpt.read_manifest(workdir)
     if manifest.get('task', 'distill') != 'distill':
@@ -97,5 +97,5 @@ def open_student(workdir: Path, teacher: str, average: bool) -> Student:
     if source.identity not in (None, manifest.get('teacher_identity', source.identity)):
         ckpt.warn(f'{workdir} distils another teacher than the one at {teacher or "its path"}: '
                   'what is written beside the student may not belong to it')
-    return Student(workdir, step, manifest, family.name, export, source, average,
+    return Student(workdir, step, manifest, family.name, export, source, ema,
                    sharding.make_mesh({'fsdp': -1}))

@@ -22,6 +22,8 @@ from ddmd_jax.weights.names import Entry
 
 STEM = 'model'
 
+# Of decoders: logits' matrix; frequencies that early versions saved.
+DECODER_UNUSED = (r'lm_head\.weight', r'(layers\.\d+\.self_attn\.)?rotary_emb\.inv_freq')
 _TOP = {'token/embedding': 'embed_tokens.weight', 'norm/weight': 'norm.weight'}
 _LAYER = {
     'attn/to_q': 'self_attn.q_proj', 'attn/to_k': 'self_attn.k_proj',

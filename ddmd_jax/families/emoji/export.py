@@ -15,7 +15,7 @@ from ddmd_jax.families.emoji import teacher as emoji, tokenizer
 from ddmd_jax.families.family import Export, Exported, Source
 from ddmd_jax.families.lumina import teacher as lumina
 from ddmd_jax.weights import diffusers, flat, scheduler
-from ddmd_jax.weights.names import caption
+from ddmd_jax.weights.names import Entry
 
 CODE = Path(__file__).with_name('code')
 USE = """from diffusers import DiffusionPipeline
@@ -59,7 +59,7 @@ def write_pipeline(student: Exported, out: Path) -> None:
     dtype = jnp.dtype(student.dtype)
     lumina.export(student.params, student.source.config, out / 'transformer', dtype)
     encoder = {'_class_name': 'CaptionEncoder', **dataclasses.asdict(text_cfg)}
-    diffusers.export_tree(text, caption.entry, out / 'text_encoder', encoder, dtype)
+    diffusers.export_tree(text, caption_encoder_entry, out / 'text_encoder', encoder, dtype)
     shutil.copyfile(CODE / 'caption_encoder.py', out / 'text_encoder' / 'caption_encoder.py')
     shutil.copyfile(CODE / 'pipeline.py', out / 'pipeline.py')
     _write_tokenizer(out / 'tokenizer', text_cfg.max_length)
@@ -79,6 +79,17 @@ def _write_tokenizer(folder: Path, length: int) -> None:
         'tokenizer_class': 'PreTrainedTokenizerFast', 'model_max_length': length,
         'padding_side': 'right', 'truncation_side': 'right', 'pad_token': tokenizer.PAD,
         'unk_token': tokenizer.UNK, 'bos_token': tokenizer.BOS}, indent=2) + '\n')
+
+
+def caption_encoder_entry(path: str) -> Entry:
+    """Name in `code/caption_encoder.py` of our parameter, e.g. ``layers/to_qkv/kernel``."""
+    module, _, leaf = path.rpartition('/')
+    if not module:
+        return Entry(leaf)
+    layout = 'linear' if leaf == 'kernel' else 'same'
+    stack, _, inner = module.partition('/')
+    name = f'layers.{{}}.{inner.replace("/", ".")}' if stack == 'layers' else module
+    return Entry(f'{name}.weight', layout)
 
 
 EXPORT = Export(

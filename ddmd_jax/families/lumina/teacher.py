@@ -39,7 +39,7 @@ from ddmd_jax.families.base import (
     Teacher,
     kernels_in,
 )
-from ddmd_jax.families.lumina import text
+from ddmd_jax.families.lumina import names, text
 from ddmd_jax.models import autoencoder_kl, flops, nextdit
 from ddmd_jax.models.attention import resolve
 from ddmd_jax.models.autoencoder_kl import AutoencoderKLConfig
@@ -49,7 +49,6 @@ from ddmd_jax.models.text.gemma2 import Gemma2Config
 from ddmd_jax.parallel import sharding
 from ddmd_jax.weights import diffusers, fetch
 from ddmd_jax.weights.flat import WeightsError
-from ddmd_jax.weights.names import autoencoder_kl as vae_names, nextdit as names
 
 TRANSFORMER, AUTOENCODER = 'Lumina2Transformer2DModel', 'AutoencoderKL'
 FILES = ('model_index.json', 'scheduler/*.json', 'transformer/*.json', 'transformer/*.safetensors',
@@ -175,13 +174,13 @@ def load(options: LoadOptions) -> Teacher:
     cfg = model_config(transformer.config, options.dtype, options.remat, kind)
     abstract = _abstract_params(cfg, options.param_dtype)
     layout = sharding.shard_tree(abstract, RULES, mesh)
-    diffusers.check(transformer, abstract, names.entry)
+    diffusers.check(transformer, abstract, names.transformer)
     # Everything is checked before the first byte of weights goes to a device.
     factor, decode = (FACTOR, None) if vae is None else _decoder(vae, mesh)
     latents = Latents(_latent_shape(options.size or SIZE, cfg, factor), decode, LIMIT,
                       functools.partial(_latent_shape, cfg=cfg, factor=factor))
     return Teacher(
-        'lumina', diffusers.import_tree(transformer, abstract, layout, names.entry),
+        'lumina', diffusers.import_tree(transformer, abstract, layout, names.transformer),
         make_denoiser(cfg, mesh), latents, CondSpec.text(cfg.cap_feat_dim), Shift(shift),
         diffusers.identity(transformer), RULES, rescale=rescale,
         features=make_features(cfg, mesh))
@@ -232,8 +231,8 @@ def _decoder(vae: diffusers.Checkpoint, mesh: Mesh) -> tuple[int, Callable[[Arra
     """(pixels a latent, latents -> images; in tiles beyond the area the codec is meant for)."""
     cfg = _vae_config(vae.config, 'float32')
     program = _decoder_program(cfg, mesh, (cfg.sample_size, cfg.sample_size))
-    diffusers.check(vae, program.params, vae_names.entry)
-    params = diffusers.import_tree(vae, program.params, program.shardings, vae_names.entry)
+    diffusers.check(vae, program.params, names.autoencoder)
+    params = diffusers.import_tree(vae, program.params, program.shardings, names.autoencoder)
     decode = functools.partial(program.run, params)
     largest = (cfg.sample_size // cfg.factor) ** 2
 
@@ -251,4 +250,4 @@ def export(params: Any, published: dict[str, Any], folder: Path, dtype: Any) -> 
 
     `published` is the teacher's own ``transformer/config.json``: a student has its shape.
     """
-    diffusers.export_tree(params, names.entry, folder, published, dtype)
+    diffusers.export_tree(params, names.transformer, folder, published, dtype)

@@ -14,13 +14,20 @@ from ddmd_jax.families.base import LoadOptions, TextEncoder
 from ddmd_jax.families.published_text import Component, Pipeline
 from ddmd_jax.models.text import gemma2
 from ddmd_jax.models.text.gemma2 import Gemma2, Gemma2Config
-from ddmd_jax.weights.names import gemma2 as names
+from ddmd_jax.weights.names import Entry
+from ddmd_jax.weights.transformers import DECODER_UNUSED, Published, decoder_entry
 
 CLASSES = ('Lumina2Pipeline', 'Lumina2Text2ImgPipeline')
 SYSTEM_PROMPT = ('You are an assistant designed to generate superior images with the superior '
                  'degree of image-text alignment based on textual prompts or user prompts.')
 FIXED = {'hidden_activation': 'gelu_pytorch_tanh', 'attention_bias': False,
          'use_bidirectional_attention': False}
+PUBLISHED = Published(('Gemma2Model', 'Gemma2ForCausalLM'), 'model.', DECODER_UNUSED)
+# What is called "post attention" stands behind the attention here; in Qwen3 before the network.
+_NORMS = {
+    'norm1': 'input_layernorm', 'norm2': 'post_attention_layernorm',
+    'ffn_norm1': 'pre_feedforward_layernorm', 'ffn_norm2': 'post_feedforward_layernorm',
+}
 
 
 def full_prompt(prompt: str) -> str:
@@ -37,9 +44,18 @@ def model_config(published: dict[str, Any], dtype: str = 'float32') -> Gemma2Con
         layer_types=None if kinds is None else tuple(kinds))
 
 
+def entry(path: str) -> Entry:
+    """Published counterpart of our parameter at `path`, e.g. ``layers/attn/to_q/kernel``.
+
+    Raises:
+      KeyError: `path` is not a parameter of `Gemma2`.
+    """
+    return decoder_entry(path, _NORMS)
+
+
 PIPELINE = Pipeline(
     'lumina', CLASSES,
-    (Component('text_encoder', 'tokenizer', names.PUBLISHED, model_config, Gemma2, names.entry),),
+    (Component('text_encoder', 'tokenizer', PUBLISHED, model_config, Gemma2, entry),),
     length=256, rules=gemma2.RULES, text=lambda tokenizer, prompt: full_prompt(prompt))
 
 

@@ -15,9 +15,15 @@ from ddmd_jax.families.base import LoadOptions, TextEncoder
 from ddmd_jax.families.published_text import Component, Pipeline
 from ddmd_jax.models.text import qwen3
 from ddmd_jax.models.text.qwen3 import Qwen3, Qwen3Config
-from ddmd_jax.weights.names import qwen3 as names
+from ddmd_jax.weights.names import Entry
+from ddmd_jax.weights.transformers import DECODER_UNUSED, Published, decoder_entry
 
 FIXED = {'hidden_act': 'silu', 'attention_bias': False, 'use_sliding_window': False}
+PUBLISHED = Published(('Qwen3ForCausalLM', 'Qwen3Model'), 'model.', DECODER_UNUSED)
+_NORMS = {
+    'norm_attn': 'input_layernorm', 'norm_ffn': 'post_attention_layernorm',
+    'attn/norm_q': 'self_attn.q_norm', 'attn/norm_k': 'self_attn.k_norm',
+}
 
 
 def full_prompt(tokenizer: Any, prompt: str) -> str:
@@ -33,9 +39,18 @@ def model_config(published: dict[str, Any], dtype: str = 'float32') -> Qwen3Conf
                                     rope_theta=published_text.rope_theta(published))
 
 
+def entry(path: str) -> Entry:
+    """Published counterpart of our parameter at `path`, e.g. ``layers/attn/norm_q/weight``.
+
+    Raises:
+      KeyError: `path` is not a parameter of `Qwen3`.
+    """
+    return decoder_entry(path, _NORMS)
+
+
 PIPELINE = Pipeline(
     'zimage', ('ZImagePipeline', 'ZImageImg2ImgPipeline'),
-    (Component('text_encoder', 'tokenizer', names.PUBLISHED, model_config, Qwen3, names.entry),),
+    (Component('text_encoder', 'tokenizer', PUBLISHED, model_config, Qwen3, entry),),
     length=512, rules=qwen3.RULES, text=full_prompt)
 
 

@@ -1,7 +1,7 @@
 """How one parameter of ours is called, and laid out, in a published PyTorch checkpoint.
 
-Each architecture has a file beside this one with a function ``entry(path) -> Entry`` over our
-flattened parameter paths. It is the only map: import reads by it, export writes by it.
+A family has a function ``path -> Entry`` over our flattened parameter paths for each published
+network. It is the only map: import reads by it, export writes by it.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Names of Lumina-Image-2.0's transformer (diffusers: `Lumina2Transformer2DModel`)."""
+"""Published names of Lumina-Image-2.0's parameters (diffusers), by our paths."""
 
 from __future__ import annotations
 
@@ -17,8 +17,8 @@ _BLOCK = {'attn/to_out': 'attn.to_out.0', 'modulation': 'norm1.linear'}
 STACKS = ('context_refiner', 'noise_refiner', 'layers')
 
 
-def entry(path: str) -> Entry:
-    """Published counterpart of our parameter at `path`, e.g. ``layers/attn/to_q/kernel``.
+def transformer(path: str) -> Entry:
+    """Of `Lumina2Transformer2DModel`, e.g. ``layers/attn/to_q/kernel``.
 
     Raises:
       KeyError: `path` is not a parameter of `NextDiT`.
@@ -34,3 +34,11 @@ def entry(path: str) -> Entry:
     if inner == 'norm1' and stack != 'context_refiner':
         theirs = 'norm1.norm'
     return Entry(f'{stack}.{{}}.{theirs}.{leaf}', layout)
+
+
+def autoencoder(path: str) -> Entry:
+    """Of `AutoencoderKL`, spelt alike: ``decoder/mid_block/attentions/0/to_q/kernel``."""
+    *modules, leaf = path.split('/')
+    layout = 'same' if leaf != 'kernel' else 'linear' if modules[-1].startswith('to_') else 'conv'
+    leaf = 'bias' if leaf == 'bias' else 'weight'
+    return Entry('.'.join(['to_out.0' if m == 'to_out' else m for m in modules] + [leaf]), layout)
