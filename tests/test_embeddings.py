@@ -1,5 +1,6 @@
 """Encoded prompts on disk: what is read is what was encoded, and only what is whole is read."""
 
+import dataclasses
 import json
 import os
 
@@ -11,7 +12,8 @@ import pytest
 import tiny
 
 from ddmd_jax import embedding
-from ddmd_jax.data import DataFileError, conditioning, embeddings, loader
+from ddmd_jax.data import DataFileError, conditioning, embeddings
+from ddmd_jax.data.batch import Batch
 from ddmd_jax.families.emoji import teacher as emoji, tokenizer
 from ddmd_jax.parallel import sharding
 from ddmd_jax.train import prompts as sources
@@ -212,13 +214,14 @@ def test_cached_and_online_give_the_same_step(tmp_path, text, mesh, stored, pred
     embedding.embed(stored, text, mesh, tmp_path / 'e', 3, lambda words: True)
     cached = conditioning.open_embeddings(str(tmp_path / 'e'), text.width)
     online = sources.online('prompts', text, mesh)
-    make, steps, frozen = tiny.build_run(predict, params, optax.sgd(1.0), mesh)
+    spec, program, frozen = tiny.build_run(predict, params, optax.sgd(1.0), mesh)
     rows, moved = np.asarray([6, 2, 5, 0]), []
     for prompts in (cached, online):
-        batch = sources.placer(prompts, mesh)(loader.Batch(prompts.lookup(rows, 10)))
-        before = make()
+        batch = sources.placer(prompts, mesh)(Batch(prompts.lookup(rows, 10), shape=tiny.SHAPE))
+        before = spec.create()
         start = jax.tree.map(np.asarray, before.student)
-        state, _ = steps.generator(before, frozen | {'null': prompts.null}, batch.rows)
+        frozen = dataclasses.replace(frozen, null=prompts.null)
+        state, _ = program.generator(frozen, before, batch)
         moved.append(jax.tree.map(lambda a, b: np.asarray(a) - b, state.student, start))
     apart = jax.tree.map(np.subtract, *moved)
     assert optax.global_norm(apart) <= 2**-7 * optax.global_norm(moved[0]) > 0

@@ -191,7 +191,8 @@ def test_the_card_has_that_of_the_prompts(ema, teacher, tmp_path):
         'teacher.path': str(teacher), 'data.path': f'{tmp_path}/set'})
     export(workdir, tmp_path / 'out')
     card = (tmp_path / 'out/README.md').read_text()
-    assert 'this set.' in card and 'p.txt' in card and 'the run was not evaluated' in card
+    assert '2 of them, made from' in card and 'p.txt' in card
+    assert 'the run was not evaluated' in card
     config = json.loads((tmp_path / 'out/training_config.json').read_text())
     assert config['data']['path'] == config['teacher']['path'] == ''  # no places of a machine
 
@@ -330,7 +331,8 @@ def test_the_average_is_read_and_not_the_student(small):
 
 
 def test_the_manifest_comes_with_the_newest_step(small):
-    assert read_manifest(small) == (7, {'teacher.name': 'emoji'})
+    step, manifest = read_manifest(small)
+    assert step == 7 and manifest['teacher.name'] == 'emoji'
 
 
 # --- Refusals: one line ---

@@ -11,7 +11,7 @@ from typing import Any
 import jinja2
 
 import ddmd_jax
-from ddmd_jax.data.prompts import card as prompt_card, set as prompt_set
+from ddmd_jax.data.prompts import set as prompt_set
 from ddmd_jax.export.student import Student
 from ddmd_jax.families.family import Exported
 from ddmd_jax.method import health as diagnostics
@@ -110,9 +110,7 @@ def _health(workdir: Path) -> dict[str, Any] | None:
     return last if 'health' in last else None
 
 
-def _prompts(path: str) -> str:
+def _prompts(path: str) -> dict[str, Any] | None:
     """The card of the set of prompts at `path`, if it is where it was."""
     file = Path(path).expanduser() / prompt_set.CARD if path else None
-    if file is None or not file.is_file():
-        return ''
-    return prompt_card.text(prompt_set.read_card(file.parent))
+    return prompt_set.read_card(file.parent) if file and file.is_file() else None
