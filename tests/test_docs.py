@@ -171,4 +171,4 @@ def test_programs_in_the_docs_run(page, block):
     done = subprocess.run([shutil.which('bash'), '-c', f'python() {{ "{sys.executable}" "$@"; }}\n'
                            + block], cwd=tiny.ROOT, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
-    assert bool(done.stdout) == (page != 'architecture.md')  # which prints what is wrong
+    assert done.stdout

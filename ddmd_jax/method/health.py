@@ -32,7 +32,7 @@ RATE_OVER = 10  # updates over which growth is measured, at least
 
 @dataclasses.dataclass(frozen=True)
 class Thresholds:
-    """Where the verdict turns; docs/metrics.md has the runs that set these.
+    """Where the verdict turns; docs/metrics.md says how these were set.
 
     Attributes:
       gap_up: growth of dm_rel_gap that counts as up.

@@ -152,7 +152,7 @@ def kept(results: Results, sentence: str, name: str) -> Part:
                  f'within {EQUAL_STD:g} of 0', lambda v: rule.within(v, EQUAL_STD))
 
 
-# --- The six claims (docs/method.md, "Claims") ---
+# --- The six claims (docs/study.md) ---
 
 
 def engine(r: Results) -> Claim:
