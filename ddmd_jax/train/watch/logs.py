@@ -72,20 +72,22 @@ class RunLog:
         if self.active:
             self.bar.update(step - self.bar.n)
 
-    def scalars(self, step: int, values: dict[str, float], words: str = '') -> None:
-        """One line of JSON (`step` first), the same keys in TensorBoard, `words` in the bar."""
-        self.history.append({'step': step, **values})
+    def scalars(self, step: int, values: dict[str, Any], text: str = '') -> None:
+        """One line of JSON (`step` first), its figures in TensorBoard and tracker, `text` beside
+        the bar."""
+        line = {'step': step, **values}
+        self.history.append(line)
         self._forget()
         if not self.active:
             return
-        lines.append(self._file, {'step': step, **values})
+        lines.append(self._file, line)
         lines.append(self._times, {'step': step, 'time': round(time.time(), 2)})
-        for name, value in values.items():
-            if not isinstance(value, str):
-                self._board.add(step, summary.scalar(name, value))
-        self._tracker.scalars(step, values)
-        if words:
-            self.bar.set_postfix_str(words)
+        figures = {k: v for k, v in values.items() if k != 'step' and not isinstance(v, str)}
+        for name, value in figures.items():
+            self._board.add(step, summary.scalar(name, value))
+        self._tracker.scalars(step, figures)
+        if text:
+            self.bar.set_postfix_str(text)
 
     def image(self, step: int, name: str, image: np.ndarray) -> None:
         """``[H, W, 3]`` uint8."""
