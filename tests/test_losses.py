@@ -4,19 +4,27 @@ Signs are checked on Gaussians, where teacher and critic are known in closed for
 N(m, s^2) and x_t = t x + (1 - t) noise, the best clean prediction is E[x | x_t].
 """
 
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from ddmd_jax.losses.cfg_augmentation import ca_direction
-from ddmd_jax.losses.critic import critic_loss
-from ddmd_jax.losses.decoupled import NORMALISERS, Predictions, decoupled_loss, decoupled_update
-from ddmd_jax.losses.distribution_matching import dm_direction
-from ddmd_jax.losses.normalise import distance, normalise
-from ddmd_jax.losses.proxy import proxy_loss
 from hypothesis import assume, given, strategies as st
 
 from ddmd_jax.diffusion import process
+from ddmd_jax.method.losses import (
+    NORMALISERS,
+    Normaliser,
+    Predictions,
+    ca_direction,
+    critic_loss,
+    directions,
+    dm_direction,
+    mean_distance,
+    normalise,
+    proxy_loss,
+)
 
 SHAPE = (3, 2, 2, 4)
 seeds = st.integers(0, 2**16)
@@ -47,7 +55,7 @@ def close(a, b, rtol=1e-5, atol=1e-5):
 def test_tied_levels_give_classic_dmd(seed, alpha):
     """CA + DM is the guided teacher less the unguided critic, before normalisation."""
     x, cond, uncond, fake = draw(seed)
-    u = decoupled_update(x, tied(cond, uncond, fake), alpha=alpha, normaliser='none', floor=1.0)
+    u = directions(x, tied(cond, uncond, fake), alpha, Normaliser('none', 1.0))
     guided = uncond + alpha * (cond - uncond)
     close(u.raw_ca + u.raw_dm, guided - fake)
     close(u.ca + u.dm, guided - fake)
@@ -64,11 +72,11 @@ def dmd2_gradient(x, cond, uncond, fake, alpha):
 def test_dmd2_normaliser_gives_the_whole_dmd2_update(seed, alpha):
     x, cond, uncond, fake = draw(seed)
     p = tied(cond, uncond, fake)
-    u = decoupled_update(x, p, alpha=alpha, normaliser='dmd2', floor=1e-6)
+    u = directions(x, p, alpha, Normaliser('dmd2', 1e-6))
     want = dmd2_gradient(x, cond, uncond, fake, alpha)
     close(u.ca + u.dm, -want)
     # DMD2's loss is .5 * mse(x, (x - grad).detach()): the same value, and the same gradient.
-    value, grad = jax.value_and_grad(lambda z: decoupled_loss(z, u, 1.0, 1.0))(jnp.asarray(x))
+    value, grad = jax.value_and_grad(lambda z: proxy_loss(z, u.ca + u.dm))(jnp.asarray(x))
     close(value, 0.5 * np.mean(np.square(want)), rtol=1e-4)
     close(grad, want / x.size)
 
@@ -78,7 +86,7 @@ def test_per_term_divides_each_term_at_its_own_level(seed, alpha):
     """By the *conditional* prediction's distance, not the guided one's (METHOD, section 3)."""
     x, ca_cond, ca_uncond, dm_cond, dm_fake = draw(seed, 5)
     p = Predictions(ca_cond, ca_uncond, dm_cond, dm_fake)
-    u = decoupled_update(x, p, alpha=alpha, normaliser='per_term', floor=1e-6)
+    u = directions(x, p, alpha, Normaliser('per_term', 1e-6))
     mean_abs = lambda a: np.abs(a).mean(axis=(1, 2, 3), keepdims=True)
     close(u.ca, (alpha - 1) * (ca_cond - ca_uncond) / mean_abs(x - ca_cond), rtol=1e-4)
     close(u.dm, (dm_cond - dm_fake) / mean_abs(x - dm_cond), rtol=1e-4)
@@ -91,14 +99,14 @@ def test_per_term_divides_each_term_at_its_own_level(seed, alpha):
 def test_no_guidance_means_no_ca(normaliser):
     """alpha = 1 is no guidance: a factor alpha in place of alpha - 1 shows here."""
     x, cond, uncond, fake = draw(0)
-    u = decoupled_update(x, tied(cond, uncond, fake), alpha=1.0, normaliser=normaliser, floor=0.1)
+    u = directions(x, tied(cond, uncond, fake), 1.0, Normaliser(normaliser, 0.1))
     assert not np.any(u.ca) and not np.any(u.raw_ca) and np.any(u.dm)
 
 
 @normalisers
 def test_critic_equal_to_teacher_means_no_dm(normaliser):
     x, cond, uncond, _ = draw(1)
-    u = decoupled_update(x, tied(cond, uncond, cond), alpha=4.0, normaliser=normaliser, floor=0.1)
+    u = directions(x, tied(cond, uncond, cond), 4.0, Normaliser(normaliser, 0.1))
     assert not np.any(u.dm) and not np.any(u.raw_dm) and np.any(u.ca)
 
 
@@ -128,8 +136,8 @@ def test_predictions_get_no_gradient():
     x, *rest = (jnp.asarray(a) for a in draw(3, 5))
 
     def loss(x, p):
-        update = decoupled_update(x, p, alpha=4.0, normaliser='per_term', floor=0.1)
-        return decoupled_loss(jax.lax.stop_gradient(x), update, 1.0, 1.0)
+        update = directions(x, p, 4.0, Normaliser('per_term', 0.1))
+        return proxy_loss(jax.lax.stop_gradient(x), update.ca + update.dm)
 
     grads = jax.grad(loss, argnums=(0, 1))(x, Predictions(*rest))
     assert not any(np.any(g) for g in jax.tree.leaves(grads))
@@ -137,8 +145,9 @@ def test_predictions_get_no_gradient():
 
 def test_weights_scale_their_own_term():
     x, *rest = draw(4, 5)
-    u = decoupled_update(x, Predictions(*rest), alpha=4.0, normaliser='per_term', floor=0.1)
-    grad = lambda ca, dm: jax.grad(lambda z: decoupled_loss(z, u, ca, dm))(jnp.asarray(x)) * x.size
+    u = directions(x, Predictions(*rest), 4.0, Normaliser('per_term', 0.1))
+    loss = lambda z, ca, dm: proxy_loss(z, ca * u.ca + dm * u.dm)
+    grad = lambda ca, dm: jax.grad(loss)(jnp.asarray(x), ca, dm) * x.size
     close(grad(2.0, 0.0), -2 * u.ca)
     close(grad(0.0, 3.0), -3 * u.dm)
 
@@ -158,7 +167,13 @@ def student_gradient(student, *, cond, uncond, tau=(0.3, 0.5), weights=(1.0, 1.0
 
     `cond` and `uncond` are (mean, width) of the teacher's conditional and unconditional data.
     """
-    keys = jax.random.split(jax.random.key(seed), 3)
+    key, numbers = jax.random.key(seed), (cond, uncond, tau, weights, alpha)
+    return np.asarray(gaussian_gradient(np.float32(student), numbers, key, normaliser))
+
+
+@functools.partial(jax.jit, static_argnames='normaliser')  # compiled once for all examples
+def gaussian_gradient(student, numbers, key, normaliser):
+    (cond, uncond, tau, weights, alpha), keys = numbers, jax.random.split(key, 3)
     eps, noise_ca, noise_dm = (jax.random.normal(k, (64, 2, 2, 4)) for k in keys)
 
     def loss(student):
@@ -170,10 +185,10 @@ def student_gradient(student, *, cond, uncond, tau=(0.3, 0.5), weights=(1.0, 1.0
             ca_uncond=posterior_mean(x_ca, tau[0], *uncond),
             dm_cond=posterior_mean(x_dm, tau[1], *cond),
             dm_fake=posterior_mean(x_dm, tau[1], *student))
-        update = decoupled_update(x, p, alpha=alpha, normaliser=normaliser, floor=1e-3)
-        return decoupled_loss(x, update, *weights)
+        update = directions(x, p, alpha, Normaliser(normaliser, 1e-3))
+        return proxy_loss(x, weights[0] * update.ca + weights[1] * update.dm)
 
-    return np.asarray(jax.grad(loss)(jnp.asarray(student, jnp.float32)))
+    return jax.grad(loss)(student)
 
 
 @normalisers
@@ -232,7 +247,7 @@ def test_normaliser_is_finite_at_the_clean_end_in_bf16():
     x = jnp.asarray(draw(5, 1)[0], jnp.bfloat16)
     nudged = x + jnp.asarray(0.004, jnp.bfloat16)
     p = Predictions(ca_cond=x, ca_uncond=nudged, dm_cond=x, dm_fake=nudged)
-    u = decoupled_update(x, p, alpha=4.0, normaliser='per_term', floor=0.02)
+    u = directions(x, p, 4.0, Normaliser('per_term', 0.02))
     assert np.isfinite(u.ca).all() and np.isfinite(u.dm).all()
     assert float(u.floor_hit_ca) == float(u.floor_hit_dm) == 1.0
     wide = lambda a: np.asarray(a.astype(jnp.float32))
@@ -244,17 +259,17 @@ def test_bf16_predictions_are_compared_in_fp32():
     half = [jnp.asarray(a, jnp.bfloat16) for a in draw(6, 5)]
     wide = [a.astype(jnp.float32) for a in half]
     for normaliser in NORMALISERS:
-        got, want = (decoupled_update(a[0], Predictions(*a[1:]), alpha=3.3,
-                                      normaliser=normaliser, floor=0.1) for a in (half, wide))
+        got, want = (directions(a[0], Predictions(*a[1:]), 3.3, Normaliser(normaliser, 0.1))
+                     for a in (half, wide))
         for field in ('ca', 'dm', 'raw_ca', 'raw_dm'):
             assert getattr(got, field).dtype == jnp.float32
             np.testing.assert_array_equal(getattr(got, field), getattr(want, field))
 
 
-def test_distance_is_summed_in_fp32():
+def test_distances_are_summed_in_fp32():
     """A bf16 sum of 4096 small gaps stops growing long before its end."""
     x = jnp.zeros((1, 32, 32, 4), jnp.bfloat16)
-    got = distance(x, x + jnp.asarray(0.01, jnp.bfloat16))
+    got = mean_distance(x, x + jnp.asarray(0.01, jnp.bfloat16))
     assert got.dtype == jnp.float32
     close(got, [float(jnp.asarray(0.01, jnp.bfloat16))], rtol=1e-6)
 
@@ -272,8 +287,8 @@ def test_examples_are_normalised_one_by_one(seed, row):
     x, *rest = draw(seed, 5)
     other = [a.copy() for a in (x, *rest)]
     other[0][row] += 5.0
-    one, two = (np.asarray(decoupled_update(a[0], Predictions(*a[1:]), alpha=4.0,
-                                            normaliser='per_term', floor=0.01).dm)
+    per_term = Normaliser('per_term', 0.01)
+    one, two = (np.asarray(directions(a[0], Predictions(*a[1:]), 4.0, per_term).dm)
                 for a in ((x, *rest), other))
     same = [np.array_equal(a, b) for a, b in zip(one, two, strict=True)]
     assert same == [i != row for i in range(3)]
@@ -317,7 +332,7 @@ def test_critic_loss_is_fp32(dtype):
 def test_unknown_names_are_refused():
     x, *rest = draw(10, 5)
     with pytest.raises(ValueError, match='unknown normaliser .*per_term'):
-        decoupled_update(x, Predictions(*rest), alpha=4.0, normaliser='dmd', floor=0.1)
+        directions(x, Predictions(*rest), 4.0, Normaliser('dmd', 0.1))
     with pytest.raises(ValueError, match='unknown weighting .*velocity'):
         critic_loss(x, rest[0], np.full(3, 0.5, np.float32), 'speed')
 
