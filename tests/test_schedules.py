@@ -12,7 +12,7 @@ from tiny import make_recipe, unshift
 
 from ddmd_jax.diffusion.time import Shift
 from ddmd_jax.method import schedules
-from ddmd_jax.method.schedules import SCHEDULES, Alpha, Ranges, Schedule, anywhere, cleaner
+from ddmd_jax.method.schedules import ANYWHERE, CLEANER, SCHEDULES, Alpha, Bounds, Ranges, Schedule
 
 STEPS, DRAWS = 4, 2000
 FULL = (0.0, 1.0)
@@ -123,7 +123,7 @@ def test_spans_are_filled():
 def test_the_authors_example():
     """METHOD, section 3: the step at .75 under shift 3 draws tau_CA in [.5, 1]."""
     keys, t = jax.random.split(jax.random.key(0)), jnp.full((DRAWS,), 0.75)
-    tau = Schedule(cleaner, anywhere).levels(keys, t, Ranges(FULL, FULL), Shift(3.0)).ca
+    tau = Schedule(CLEANER, ANYWHERE).levels(keys, t, Ranges(FULL, FULL), Shift(3.0)).ca
     assert float(tau.min()) == pytest.approx(0.5, abs=5e-3)
     assert float(tau.max()) == pytest.approx(1.0, abs=5e-3)
     assert float(tau.min()) >= 0.5 - 1e-6
@@ -139,15 +139,8 @@ def test_different_keys_draw_different_levels():
 # --- A schedule of one's own ---
 
 WIDTH = 0.1
-
-
-def within(t, span):
-    """A window [t, t + WIDTH] within the configured range: the terms look only just ahead."""
-    low, high = span
-    return jnp.clip(t, low, high), jnp.clip(t + WIDTH, low, high)
-
-
-window = Schedule(anywhere, within)  # named by `test_a_schedule_is_found_by_its_name`
+# The terms look only just ahead: [t, t + WIDTH] within the configured range.
+window = Schedule(ANYWHERE, Bounds(low=lambda t: t, high=lambda t: t + WIDTH))
 
 
 def test_a_window_after_the_step_is_a_schedule():
@@ -173,7 +166,7 @@ def test_a_schedule_is_found_by_its_name():
     ('hybird', "unknown schedule 'hybird'; known: coupled_shared"),
     ('no_module.at_all', 'cannot be imported'),
     (f'{__name__}.none', 'cannot be imported'),
-    (f'{__name__}.within', 'is a function, not a Schedule')])
+    (f'{__name__}.draw', 'is a function, not a Schedule')])
 def test_what_is_no_schedule_is_refused_in_one_line(name, words):
     with pytest.raises(ValueError, match=words) as e:
         schedules.get(name)

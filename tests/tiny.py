@@ -71,6 +71,27 @@ def make_params() -> list[Any]:
     return [teacher, near(teacher, one), near(teacher, two)]
 
 
+def small_network(params: Any, x_t: Any, t: Any, cond: Any) -> Any:
+    """A network of a matrix and a bias, for what is the same with any: it compiles at once."""
+    p, at = params['x_embedder'], lambda v: v[:, None, None, None]
+    seen = jnp.tanh(x_t @ p['kernel']) + at(t) * p['bias']
+    return seen + at(jnp.mean(cond['embeds'], (1, 2)))
+
+
+def small_params() -> list[Any]:
+    """Of `small_network`: teacher, student and critic, near one another."""
+    rng = np.random.default_rng(0)
+    draw = lambda: {'kernel': rng.normal(size=(3, 3)), 'bias': rng.normal(size=3)}
+    teacher, one, two = ({'x_embedder': jax.tree.map(jnp.float32, draw())} for _ in range(3))
+    near = lambda a, b: jax.tree.map(lambda x, y: x + 0.1 * (y - x), a, b)
+    return [teacher, near(teacher, one), near(teacher, two)]
+
+
+def small_tokens(params: Any, x_t: Any, t: Any, cond: Any) -> Any:
+    """The tokens of `small_network`, one a pixel: what a GAN's head judges."""
+    return (x_t @ params['x_embedder']['kernel']).reshape(x_t.shape[0], -1, 3)
+
+
 def make_cond(batch: int, seed: int = 0) -> dict[str, jax.Array]:
     """Random captions of `CAPTION` tokens; the last one of every second caption is padding."""
     embeds = jax.random.normal(jax.random.key(seed), (batch, CAPTION, 16))
@@ -100,11 +121,11 @@ def make_recipe(schedule='decoupled_hybrid', steps=2, shift=1.0, alpha=4.0, alph
         Alpha(alpha, alpha_range, alpha_ramp), normaliser=Normaliser(normaliser, floor), **changes)
 
 
-def make_gan(features: Any = None, **section: Any) -> Gan:
-    """The GAN on the tiny NextDiT's tokens, or on those of `features`."""
+def make_gan(features: Any = None, params: Any = None, **section: Any) -> Gan:
+    """The GAN on the tiny NextDiT's tokens, or on those of ``features(params, x_t, t, cond)``."""
     teacher = Teacher(
-        'tiny', make_params()[0], None, Latents(SHAPE), CondSpec.text(16), Shift(), 'tiny',
-        emoji.RULES, features=features or emoji.make_features(MODEL))
+        'tiny', params or make_params()[0], None, Latents(SHAPE), CondSpec.text(16), Shift(),
+        'tiny', emoji.RULES, features=features or emoji.make_features(MODEL))
     default = {'weight': 0.3, 'critic_weight': 0.2, 'r1': 0.0, 'tau': (0.0, 0.98)}
     return Gan(ConfigDict(default | section), teacher)
 
