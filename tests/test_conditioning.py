@@ -4,22 +4,13 @@ import numpy as np
 import pytest
 
 from ddmd_jax.data import DataFileError, conditioning
+from ddmd_jax.data.batch import null_like
 from ddmd_jax.families.lumina import text as lumina
-from ddmd_jax.train import distill
 
 
 def test_the_null_prompt_stands_without_the_system_prompt():
     assert lumina.full_prompt('') == ''
     assert lumina.full_prompt('a cat') == f'{lumina.SYSTEM_PROMPT} <Prompt Start> a cat'
-
-
-def test_prompts_that_are_shown_are_different_ones_as_long_as_there_are():
-    prompts = conditioning.encoded(np.asarray([2, 5, 5, 5, 7]), None, null=None, caption=str,
-                                   identity='')
-    assert sorted(distill.shown_rows(prompts, 3, seed=0)) == [2, 5, 7]
-    more = distill.shown_rows(prompts, 7, seed=0)
-    assert len(more) == 7 and set(more) == {2, 5, 7}
-    np.testing.assert_array_equal(more, distill.shown_rows(prompts, 7, seed=0))
 
 
 @pytest.mark.parametrize('buckets, words', [
@@ -42,7 +33,7 @@ def test_the_null_prompt_is_cut_to_the_batch(length):
             'pooled': rng.standard_normal((1, 4))}
     cond = {'embeds': np.zeros((6, length, 2)), 'mask': np.ones((6, length), bool),
             'pooled': np.zeros((6, 4))}
-    found = conditioning.null_like(null, cond)
+    found = null_like(null, cond)
     assert {k: x.shape for k, x in found.items()} == {k: x.shape for k, x in cond.items()}
     for row in range(6):
         np.testing.assert_array_equal(found['embeds'][row], null['embeds'][0, :length].astype('f'))

@@ -7,6 +7,7 @@ import pytest
 from ddmd_jax.losses.mean_variance import moments
 
 from ddmd_jax.families.emoji import data as emoji, teacher, tokenizer
+from ddmd_jax.method.regularisers.mean_variance import moments
 from ddmd_jax.parallel.sharding import ShardingError, check_batch, make_mesh
 from ddmd_jax.weights import flat
 

@@ -6,6 +6,7 @@ import pytest
 from hypothesis import given, strategies as some
 
 from ddmd_jax.data import loader
+from ddmd_jax.data.batch import Batch
 from ddmd_jax.data.order import Order
 from ddmd_jax.parallel.sharding import ShardingError
 from ddmd_jax.train.feed import Feed
@@ -24,7 +25,7 @@ def make(count=50, batch=4, seed=0, **changes):
 
 def read(order, batch, processes=1, process=0):
     """An iterator over the rows that this process gets."""
-    return loader.batches(order, lambda rows, length: rows, batch, processes, process)
+    return loader.batches(order, lambda planned: planned.rows, batch, processes, process)
 
 
 @given(count=some.integers(1, 70), batch=some.integers(1, 12), window=some.integers(1, 9),
@@ -105,7 +106,7 @@ def test_the_global_order_does_not_depend_on_the_number_of_processes(processes):
     parts = [read(order, 4, processes, p) for p in range(processes)]
     for i in range(30):
         np.testing.assert_array_equal(
-            np.concatenate([next(part).rows for part in parts]), order[i].rows)
+            np.concatenate([next(part) for part in parts]), order[i].rows)
 
 
 @pytest.mark.parametrize('before, after', [(4, 1), (1, 2), (2, 4)])
@@ -114,13 +115,13 @@ def test_another_number_of_processes_goes_on_where_it_was(before, after):
     order, seen = make(48), []
     parts = [read(order, 4, before, p) for p in range(before)]
     for _ in range(5):
-        seen += [row for part in parts for row in next(part).rows]
+        seen += [row for part in parts for row in next(part)]
     (state,) = {str(part.get_state()) for part in parts}  # the same in all of them
     parts, state = [read(order, 4, after, p) for p in range(after)], parts[0].get_state()
     for part in parts:
         part.set_state(state)
     for _ in range(7):
-        seen += [row for part in parts for row in next(part).rows]
+        seen += [row for part in parts for row in next(part)]
     assert sorted(seen) == list(range(48))
 
 
@@ -136,8 +137,8 @@ def test_a_feed_is_one_batch_ahead_and_its_state_is_not():
     placed = []
 
     def place(batch):
-        placed.append(batch.rows)
-        return batch.rows
+        placed.append(batch)
+        return batch
 
     order = make()
     feed = Feed(read(order, 4), place)
@@ -172,6 +173,6 @@ def test_a_feed_counts_the_seconds_that_it_is_not_ready():
 
 
 def test_a_batch_is_a_tree_whose_shape_is_not_traced():
-    batch = loader.Batch({'x': np.ones(2)}, (8, 8, 4))
+    batch = Batch({'x': np.ones(2)}, shape=(8, 8, 4))
     double = jax.jit(lambda b: jax.tree.map(lambda x: 2 * x, b))(batch)
-    assert double.shape == (8, 8, 4) and double.rows['x'].tolist() == [2, 2]
+    assert double.shape == (8, 8, 4) and double.cond['x'].tolist() == [2, 2]

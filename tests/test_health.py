@@ -1,15 +1,10 @@
 """Health figures against numpy, and the verdict's words for runs of known kinds."""
 
-import jax
-import jax.numpy as jnp
+import dataclasses
+
 import numpy as np
 import pytest
-import tiny
-from ddmd_jax.losses.decoupled import Predictions, Update, decoupled_update
 
-from ddmd_jax.data.conditioning import encoded
-from ddmd_jax.families import Teacher
-from ddmd_jax.method import recipe as method
 from ddmd_jax.method.health import (
     BROKEN,
     COLLAPSING,
@@ -21,21 +16,20 @@ from ddmd_jax.method.health import (
     WASHED_OUT,
     Thresholds,
     before,
-    health,
+    measure,
     probe,
     verdict,
 )
-from ddmd_jax.parallel import sharding
-from ddmd_jax.train import distill, state as st
+from ddmd_jax.method.losses import Normaliser, Predictions, directions
 
 
 def figures(alpha=4.0, floor=0.1, seed=0):
-    """``(x, predictions, update, health)`` of random arrays."""
+    """``(x, predictions, directions, health)`` of random arrays."""
     rng = np.random.default_rng(seed)
     x, *rest = rng.normal(size=(5, 6, 4, 4, 3)).astype(np.float32)
     p = Predictions(*rest)
-    update = decoupled_update(x, p, alpha=alpha, normaliser='per_term', floor=floor)
-    return x, p, update, {k: float(v) for k, v in health(x, p, update).items()}
+    delta = directions(x, p, alpha, Normaliser('per_term', floor))
+    return x, p, delta, {k: float(v) for k, v in measure(x, p, delta).items()}
 
 
 def rms(a):
@@ -43,7 +37,7 @@ def rms(a):
 
 
 def test_formulas():
-    """METHOD, section 4: gaps are of the raw directions, whatever normalises the update."""
+    """METHOD, section 4: gaps are of the raw directions, whatever divides them afterwards."""
     x, p, _, got = figures(alpha=4.0)
     dm, ca = p.dm_cond - p.dm_fake, 3.0 * (p.ca_cond - p.ca_uncond)
     pairs = zip(p.dm_fake.reshape(6, -1), p.dm_cond.reshape(6, -1), strict=True)
@@ -58,15 +52,14 @@ def test_formulas():
 
 def test_each_example_has_its_own_mean():
     """x_std is contrast: shifting whole images apart must not look like inflation."""
-    x, p, update, before = figures()
+    x, p, delta, before = figures()
     apart = x + np.arange(6, dtype=np.float32)[:, None, None, None]
-    assert float(health(apart, p, update)['x_std']) == pytest.approx(before['x_std'], rel=1e-4)
+    assert float(measure(apart, p, delta)['x_std']) == pytest.approx(before['x_std'], rel=1e-4)
 
 
 def test_floor_rates_are_passed_on():
-    x, p, update, _ = figures()
-    marked = Update(*[update.raw_ca, update.raw_dm, update.ca, update.dm], 0.25, 0.75)
-    got = health(x, p, marked)
+    x, p, delta, _ = figures()
+    got = measure(x, p, dataclasses.replace(delta, floor_hit_ca=0.25, floor_hit_dm=0.75))
     assert got['floor_hit_ca'] == 0.25 and got['floor_hit_dm'] == 0.75
 
 
@@ -77,8 +70,8 @@ def test_no_guidance_gives_a_finite_ratio():
 
 def test_saturation_has_a_limit_of_its_own():
     """Latents are no pixels: their range is said by the caller."""
-    x, p, update, _ = figures()
-    assert float(health(x, p, update, limit=1e6)['saturation']) == 0.0
+    x, p, delta, _ = figures()
+    assert float(measure(x, p, delta, limit=1e6)['saturation']) == 0.0
 
 
 # --- The probe of the averaged student ---
@@ -143,33 +136,6 @@ def test_contrast_is_std_and_no_cast():
 
 def test_a_blank_start_gives_no_nan():
     assert np.isfinite(list(probed(samples(), np.zeros((5, 4, 6, 3), np.float32)).values())).all()
-
-
-def probe_of(count):
-    """`make_probe` of a student that multiplies, and a state with the average at `gain`."""
-    config = tiny.load_config('emoji')
-    config.log.probe, config.student.steps = count, 1
-    brighten = lambda gain, x_t, t, cond: gain * jnp.tanh(x_t + cond['c'][:, None, None, None])
-    teacher = Teacher('toy', jnp.float32(0.5), brighten, None, None, (4, 4, 3), 1.0, 'none', ())
-    prompts = encoded(np.arange(9), lambda rows, length: {'c': rows / 9}, null={'c': np.zeros(1)},
-                      caption=str, identity='')
-    recipe = method.method_from(config, teacher)
-    made = distill.make_probe(config, teacher, prompts, {'teacher': teacher.params}, recipe,
-                              sharding.make_mesh({}, jax.devices()[:1]))
-    state = lambda gain: st.TrainState(None, None, None, None, jnp.float32(gain), None, None)
-    return lambda gain: {name: float(value) for name, value in made(state(gain)).items()}
-
-
-def test_a_run_is_probed_against_the_teachers_weights():
-    probe_at = probe_of(4)
-    more = probe_at(0.75)  # first, as in a resumed run: the start is not what is probed first
-    assert probe_at(0.5) == {'ema_std': 1.0, 'ema_cast': 0.0, 'ema_saturation': 0.0}
-    assert more['ema_std'] == pytest.approx(1.5, rel=1e-5)
-    assert probe_at(0.75) == more  # the same prompts and noise each time
-
-
-def test_a_probe_of_no_samples_is_off():
-    assert probe_of(0)(0.75) == {}
 
 
 # --- The verdict ---
