@@ -1,4 +1,4 @@
-"""What a batch holds, and what conditions a network."""
+"""Batches and conditioning."""
 
 from __future__ import annotations
 

@@ -59,8 +59,8 @@ def student_inputs(denoise: Denoise, cond: Cond, steps: FewSteps, key: Array,
                    shape: tuple[int, ...]) -> tuple[Array, Array]:
     """Backward simulation (Algorithm 1): z_t reached by the student's own earlier steps.
 
-    Rows of step k run k earlier steps, no more: N (N - 1) / 2 of N rows' forward passes rather
-    than N (N - 1).
+    Rows of step k run k earlier steps, no more: a group of N rows costs N (N - 1) / 2 evaluations
+    of a row rather than N (N - 1).
 
     Args:
       denoise: the student; no gradient flows into the result.

@@ -2,7 +2,9 @@
 
 Read them beside the paper. ``t = 0`` is noise and ``t = 1`` is clean; `models.predict` gives clean
 predictions x_hat, in which everything is compared; `recipe` holds what a config can say. Both are
-pure functions of their arguments: gradients, optimisers and devices are `train/update.py`'s.
+pure functions of their arguments. Line 1, the start from the teacher's weights, is
+`train/distillation.py`'s `plan`; the alternation of the two updates its `step`; gradients, optimisers
+and EMA are `train/update.py`'s.
 """
 
 from __future__ import annotations
@@ -18,19 +20,20 @@ from ddmd_jax.method import health, losses
 from ddmd_jax.method.inputs import CriticKeys, GeneratorKeys, Models, Params
 from ddmd_jax.method.recipe import Recipe
 from ddmd_jax.method.regularisers import Sight
-from ddmd_jax.method.schedules import ANYWHERE
+from ddmd_jax.method.schedules import draw_between
 
 Array = jax.Array
 Metrics = dict[str, Array]
 
 
-def generator_objective(student: Params, models: Models, batch: Batch, recipe: Recipe,
-                        key: Array) -> tuple[Array, Metrics]:
+def generator_objective(student: Params, critic: Params, models: Models, batch: Batch,
+                        recipe: Recipe, key: Array) -> tuple[Array, Metrics]:
     """Loss of the student on one batch, and its health; differentiate in `student` alone.
 
     Args:
       student: parameters of the generator G.
-      models: teacher (s_real), critic (s_fake), and the null prompt.
+      critic: parameters of s_fake.
+      models: the network's function, the teacher (s_real), and the null prompt.
       batch: B prompts; their real latents, if any, are the regularisers'.
       recipe: as it is at this update (`Recipe.at`).
       key: of everything drawn here.
@@ -69,7 +72,7 @@ def generator_objective(student: Params, models: Models, batch: Batch, recipe: R
     dm_cond = rest[0] if rest else ca_cond
 
     # s_fake at tau_DM, on the very sample that s_real saw.
-    dm_fake = models.predict(models.critic, x_dm, tau.dm, cond)
+    dm_fake = models.predict(critic, x_dm, tau.dm, cond)
     p = losses.Predictions(ca_cond, ca_uncond, dm_cond, dm_fake)
 
     # Delta_CA = (alpha - 1) (s_real_cond - s_real_uncond), Delta_DM = s_real_cond - s_fake_cond,
@@ -77,39 +80,39 @@ def generator_objective(student: Params, models: Models, batch: Batch, recipe: R
     alpha = expand_time(recipe.alpha.draw(keys.alpha, batch.rows), x)
     delta = losses.directions(x, p, alpha, recipe.normaliser)
 
-    # The proxy loss whose gradient is -Delta: descending it moves x along Delta.
+    # The proxy loss whose gradient in x is -Delta / size: descending it moves x along Delta.
     loss = losses.proxy_loss(
         x_hat, recipe.weight_ca * delta.ca + recipe.weight_dm * delta.dm)
 
     # The paper's other regularisers, beside DM or in its place (section 4).
     metrics: Metrics = {}
     for place, (name, regulariser) in enumerate(recipe.regularisers.items()):
-        sight = Sight(models.critic, models.extra.get(name), batch, keys.regularisers(place), few)
+        sight = Sight(critic, models.extra.get(name), batch, keys.regularisers(place), few)
         term, curves = regulariser.student_term(x_hat, sight)
         loss, metrics = loss + term, metrics | curves
 
     return loss, {'loss': loss, **metrics, **health.measure(x, p, delta, recipe.limit)}
 
 
-def critic_objective(critic: Params, models: Models, batch: Batch, recipe: Recipe,
-                     key: Array) -> tuple[Array, Metrics]:
+def critic_objective(critic: Params, student: Params, models: Models, batch: Batch,
+                     recipe: Recipe, key: Array) -> tuple[Array, Metrics]:
     """Loss of the critic on fresh samples of the student; differentiate in `critic`.
 
     Regularisers with parameters of their own are trained by the same loss: differentiate in
     `models.extra` too.
 
-    Args and returns as of `generator_objective`; the student is `models.student`.
+    Args and returns as of `generator_objective`; nothing that `recipe` says of it changes over a run.
     """
     keys, cond, few = CriticKeys.of(key), batch.cond, recipe.steps
     shape = (batch.rows, *batch.shape)
 
     # A fresh sample of the student as it is now, of every step of its schedule, no gradient.
-    generate = functools.partial(models.predict, jax.lax.stop_gradient(models.student))
+    generate = functools.partial(models.predict, jax.lax.stop_gradient(student))
     z, k = student_inputs(generate, cond, few, keys.simulation, shape)
     x = jax.lax.stop_gradient(generate(z, few.times[k], cond))
 
-    # tau' ~ U over all levels, whatever the generator's step: s_fake has to know them all.
-    tau = few.time(ANYWHERE.draw(keys.level, few.uniform[k], recipe.critic_range))
+    # tau' ~ U, whatever the generator's step: s_fake is asked at all levels of tau_DM.
+    tau = few.time(draw_between(keys.level, *recipe.critic_range, (batch.rows,)))
     x_tau = renoise(x, tau, jax.random.normal(keys.noise, shape))
 
     # Denoising: s_fake learns the distribution that the student draws from.

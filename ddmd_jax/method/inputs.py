@@ -1,8 +1,9 @@
-"""What the objectives are given beside a batch and a recipe: networks, and keys by name."""
+"""Networks and PRNG keys of the objectives, by name."""
 
 from __future__ import annotations
 
 import dataclasses
+import functools
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
@@ -22,13 +23,11 @@ TEACHER_PASSES = ('together', 'apart')
 
 @dataclasses.dataclass(frozen=True)
 class Models:
-    """The networks of Algorithm 1: one function, and the parameters that make it each of them.
+    """One network architecture, and the parameters that no gradient reaches.
 
     Attributes:
       predict: ``(params, x_t [B, ...], t [B], cond) -> x_hat`` in fp32.
       teacher: s_real's parameters.
-      student: G's, where they are not what is differentiated.
-      critic: s_fake's, likewise.
       null: the null prompt's conditioning, one row.
       extra: parameters of the regularisers that have some, by name.
       teacher_passes: one of `TEACHER_PASSES`.
@@ -36,8 +35,6 @@ class Models:
 
     predict: Predict
     teacher: Params
-    student: Params
-    critic: Params
     null: Cond
     extra: Mapping[str, Params] = dataclasses.field(default_factory=dict)
     teacher_passes: str = 'together'
@@ -51,32 +48,41 @@ class Models:
 
 
 class GeneratorKeys(NamedTuple):
-    """Keys of one generator objective, each used once."""
+    """Keys of one generator objective.
+
+    Draws are those of every run so far, which fixes how keys are derived. As JAX's `fold_in(key, i)`
+    is `split(key)[i]`, alpha's is the parent of the levels', and a regulariser's would be a noise's:
+    it has two children of that one.
+    """
 
     simulation: Array
     levels: tuple[Array, Array]  # of tau_CA and of tau_DM
     noise_ca: Array
     noise_dm: Array
     alpha: Array
-    regularisers: Callable[[int], Array]  # by their place
+    regularisers: Callable[[int], Array]  # two for each, by their place
 
     @classmethod
     def of(cls, key: Array) -> GeneratorKeys:
         simulation, levels, noise_ca, noise_dm = jax.random.split(key, 4)
         level_ca, level_dm = jax.random.split(levels)
         return cls(simulation, (level_ca, level_dm), noise_ca, noise_dm,
-                   jax.random.fold_in(key, 1), lambda place: jax.random.fold_in(key, 2 + place))
+                   jax.random.fold_in(key, 1), functools.partial(_own_keys, key))
 
 
 class CriticKeys(NamedTuple):
-    """Keys of one critic objective, each used once."""
+    """Keys of one critic objective; see `GeneratorKeys`."""
 
     simulation: Array
     level: Array
     noise: Array
-    regularisers: Callable[[int], Array]  # by their place
+    regularisers: Callable[[int], Array]  # two for each, by their place
 
     @classmethod
     def of(cls, key: Array) -> CriticKeys:
         simulation, level, noise = jax.random.split(key, 3)
-        return cls(simulation, level, noise, lambda place: jax.random.fold_in(key, 2 + place))
+        return cls(simulation, level, noise, functools.partial(_own_keys, key))
+
+
+def _own_keys(key: Array, place: int) -> Array:
+    return jax.random.split(jax.random.fold_in(key, 2 + place))

@@ -135,8 +135,8 @@ def critic_loss(x_hat_fake: Array, x: Array, tau: Array, weighting: str = 'veloc
       x_hat_fake: the critic's clean prediction from ``renoise(x, tau)``.
       x: the student's sample, without gradient.
       tau: ``[B]`` noise levels, the paper's t.
-      weighting: 'velocity' divides by ``(1 - tau)^2``, which is the flow-matching loss that the
-        teacher was trained with; 'clean' does not weigh.
+      weighting: 'velocity' divides by ``(1 - tau)^2``, floored at MIN_NOISE: a flow-matching
+        teacher's own loss; 'clean' does not weigh.
 
     Raises:
       ValueError: unknown weighting.

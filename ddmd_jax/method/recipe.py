@@ -20,7 +20,7 @@ Array = jax.Array
 
 @dataclasses.dataclass(frozen=True)
 class Recipe:
-    """What `method/algorithm.py` reads.
+    """Settings of Algorithm 1.
 
     Attributes:
       steps: the student's few-step schedule, under the run's time map.

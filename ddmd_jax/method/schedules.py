@@ -24,7 +24,7 @@ Range = tuple[float | Array, float | Array]  # (low, high), both in uniform time
 
 @dataclasses.dataclass(frozen=True)
 class Bounds:
-    """Between which levels a term looks, given the generator's step at uniform time t.
+    """Interval of tau as a function of the generator's uniform time t.
 
     `low` and `high` are plain arithmetic of t, on a number as on an array: a config is checked with
     them before any device is asked for. The configured range cuts off what lies beyond it.

@@ -71,7 +71,9 @@ def plan(config: Any, teacher: Teacher, null: Any, mesh: Mesh) -> Plan:
 
     def make(params: Any) -> TrainState:
         # Student and critic both start at the teacher (Algorithm 1, line 1).
-        extra = {name: r.init(jax.random.key(c.seed)) for name, r in recipe.regularisers.items()}
+        root = jax.random.fold_in(jax.random.key(c.seed), 2)  # 0 and 1 are the updates'
+        extra = {name: r.init(jax.random.fold_in(root, place))
+                 for place, (name, r) in enumerate(recipe.regularisers.items())}
         return fresh(mechanics.student.init(params), student_tx, mechanics.critic.init(params),
                      critic_tx, {name: x for name, x in extra.items() if x is not None})
 
@@ -142,7 +144,8 @@ class Distillation:
         of_step = c.critic.updates + 1 + c.critic.warmup
         for length, shape in self.order.kinds(of_step):
             batch = self._shapes_of_batch(length, shape)
-            kinds = ('critic', 'generator') if of_step > 1 else ('generator',)
+            critic = of_step > 1 or c.train.on_health == 'raise_critic'
+            kinds = ('critic', 'generator') if critic else ('generator',)
             for kind in kinds:
                 program = getattr(planned.program, kind)
                 work[kind, batch.signature] = lambda p=program, b=batch: p.lower(
@@ -223,7 +226,7 @@ class Distillation:
     def measure(self, state: TrainState, history: list[dict[str, Any]],
                 values: dict[str, Any]) -> tuple[dict[str, Any], str]:
         if self._probed:
-            # The student began as the teacher, so that a resumed run finds the same start.
+            # Compared with the teacher's weights, so that a resumed run finds the same start.
             if self._start is None:
                 self._start = self._probed(self.frozen.teacher)
             values = values | means([self._probe(self._probed(state.ema), self._start)])

@@ -32,7 +32,7 @@ Array = jax.Array
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class Frozen:
-    """What no update changes: the teacher's parameters and the null prompt's conditioning."""
+    """The teacher's parameters and the null prompt's conditioning: no update changes them."""
 
     teacher: Any
     null: Cond
@@ -88,20 +88,22 @@ class Updates:
         # `train.offload`: trees that are kept in the hosts' memory are fetched here.
         frozen = sharding.on_device(frozen)
         state = dataclasses.replace(state, ema=sharding.on_device(state.ema))
-        models = self._models(frozen, state)
+        critic = m.critic.bind(frozen.teacher, state.critic)
+        models = Models(self.predict, frozen.teacher, frozen.null, state.extra or {},
+                        m.teacher_passes)
 
-        def loss_fn(student: Any, batch: Batch, key: Array) -> tuple[Array, Metrics]:
-            return generator_objective(
-                m.student.bind(frozen.teacher, student), models, batch, recipe, key)
+        def loss_fn(trained: Any, batch: Batch, key: Array) -> tuple[Array, Metrics]:
+            student = m.student.bind(frozen.teacher, trained)
+            return generator_objective(student, critic, models, batch, recipe, key)
 
         grads, metrics = accumulated_grads(loss_fn, state.student, batch, key, m.accumulate)
         updates, opt = m.student_tx.update(grads, state.student_opt, state.student)
         student = optax.apply_updates(state.student, updates)
         decay = ema_decay(state.step, m.ema, m.ema_ramp)
-        critic = state.critic if m.merge == 1.0 else average(state.critic, student, m.merge)
+        merged = state.critic if m.merge == 1.0 else average(state.critic, student, m.merge)
         new = dataclasses.replace(
             state, step=state.step + 1, student=student, student_opt=opt,
-            ema=average(state.ema, student, decay), critic=critic)
+            ema=average(state.ema, student, decay), critic=merged)
 
         grad_norm = optax.global_norm(grads)
         finite = jnp.isfinite(metrics['loss']) & jnp.isfinite(grad_norm)
@@ -115,13 +117,13 @@ class Updates:
         m = self.mechanics
         key = jax.random.fold_in(
             jax.random.fold_in(jax.random.key(m.seed), 1), state.critic_step)
-        models = self._models(frozen, state)
+        student = m.student.bind(frozen.teacher, state.student)
 
         def loss_fn(params: Any, batch: Batch, key: Array) -> tuple[Array, Metrics]:
-            critic, extra = params
-            seen = dataclasses.replace(models, extra=extra or {})
-            return critic_objective(
-                m.critic.bind(frozen.teacher, critic), seen, batch, self.recipe, key)
+            trained, extra = params
+            critic = m.critic.bind(frozen.teacher, trained)
+            models = Models(self.predict, frozen.teacher, frozen.null, extra or {})
+            return critic_objective(critic, student, models, batch, self.recipe, key)
 
         params = (state.critic, state.extra)
         grads, metrics = accumulated_grads(loss_fn, params, batch, key, m.accumulate)
@@ -138,12 +140,6 @@ class Updates:
         kept = keep_if(finite, new, {name: getattr(state, name) for name in new})
         return dataclasses.replace(state, **kept), metrics | {
             'critic_grad_norm': grad_norm, 'finite': finite}
-
-    def _models(self, frozen: Frozen, state: TrainState) -> Models:
-        m, base = self.mechanics, frozen.teacher
-        return Models(self.predict, base, m.student.bind(base, state.student),
-                      m.critic.bind(base, state.critic), frozen.null, state.extra or {},
-                      m.teacher_passes)
 
     def jitted(self, mesh: Mesh, state_shardings: TrainState, frozen_shardings: Frozen) -> Program:
         """Both for a mesh: explicit shardings in and out, the state donated."""

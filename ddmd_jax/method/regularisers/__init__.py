@@ -28,20 +28,20 @@ BUILT_IN = ('gan', 'mean_variance')
 
 @dataclasses.dataclass(frozen=True)
 class Sight:
-    """What a regulariser may look at beside the student's samples.
+    """Inputs of a regulariser beside the student's samples.
 
     Attributes:
       critic: parameters of the critic, its trunk; gradients reach them in the critic's objective.
       own: its own parameters (`Regulariser.init`), likewise; None if it has none.
       batch: the prompts; `batch.real` where `needs_real`.
-      key: of everything it draws in this update.
+      keys: two, for everything it draws in this update.
       steps: the student's schedule; `steps.time` maps uniform times.
     """
 
     critic: Any
     own: Any
     batch: Batch
-    key: Array
+    keys: Array
     steps: FewSteps
 
 

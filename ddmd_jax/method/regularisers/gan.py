@@ -49,7 +49,7 @@ def r1_penalty(gradient: Array) -> Array:
 
 
 class Gan(Regulariser):
-    """Weights in the student's and in the critic's loss, of R1, and the range of its levels."""
+    """A GAN on the critic's trunk, with R1 where its weight is above 0."""
 
     name: ClassVar[str] = 'gan'
     fields: ClassVar = (
@@ -79,20 +79,20 @@ class Gan(Regulariser):
     def init(self, key: Array) -> Any:
         return discriminator.init(self.width, key)
 
-    def noised(self, x: Array, key: Array, sight: Sight) -> tuple[Array, Array]:
+    def noised(self, x: Array, keys: Array, sight: Sight) -> tuple[Array, Array]:
         """`x` re-noised for the classifier, and the level ``[B]`` of each sample."""
-        k_tau, k_noise = jax.random.split(key)
+        k_tau, k_noise = keys
         tau = sight.steps.time(draw_between(k_tau, *self.tau, x.shape[:1]))
         return renoise(x, tau, jax.random.normal(k_noise, x.shape)), tau
 
     def student_term(self, x_hat: Array, sight: Sight) -> Term:
-        x_tau, tau = self.noised(x_hat, sight.key, sight)
+        x_tau, tau = self.noised(x_hat, sight.keys, sight)
         loss = student_gan_loss(
             self.classify(sight.critic, sight.own, x_tau, tau, sight.batch.cond))
         return self.weight * loss, {'gan_loss': loss}
 
     def critic_term(self, x: Array, sight: Sight) -> Term:
-        k_real, k_fake = jax.random.split(sight.key)
+        k_real, k_fake = map(jax.random.split, sight.keys)
         cond = sight.batch.cond
         x_real, t_real = self.noised(sight.batch.real, k_real, sight)
         x_fake, t_fake = self.noised(x, k_fake, sight)

@@ -43,7 +43,7 @@ def mean_variance_kl(x_hat: Array, mean: float | Array, variance: float | Array)
 
 
 class MeanVariance(Regulariser):
-    """Moments that a config leaves open are those of the teacher's data."""
+    """KL to real moments; those that a config leaves open are of the teacher's data."""
 
     name: ClassVar[str] = 'mean_variance'
     fields: ClassVar = (
