@@ -3,6 +3,7 @@
 The objectives are handed a spy in place of a network, and are asked what they made of it.
 """
 
+import dataclasses
 import functools
 
 import jax
@@ -61,18 +62,18 @@ class Spy:
         return [call for call in self.calls if call[0] == int(network['who'])]
 
 
-def watched(objective, trained, seed=0, **changes):
-    """What networks were asked in one objective."""
+def watched(objective, trained, other, seed=0, **changes):
+    """What networks were asked in one objective of two networks, the one that learns first."""
     spy = Spy()
-    models = Models(spy, TEACHER, STUDENT, CRITIC, tiny.make_null())
-    objective(trained, models, tiny.make_batch(BATCH), tiny.make_recipe(shift=3.0, **changes),
-              jax.random.key(seed))
+    models = Models(spy, TEACHER, tiny.make_null())
+    objective(trained, other, models, tiny.make_batch(BATCH),
+              tiny.make_recipe(shift=3.0, **changes), jax.random.key(seed))
     return spy
 
 
 @functools.cache
 def watch_generator(name, seed=0):
-    return watched(generator_objective, STUDENT, seed, schedule=name)
+    return watched(generator_objective, STUDENT, CRITIC, seed, schedule=name)
 
 
 def noise_in(x_tau, tau, x):
@@ -139,7 +140,7 @@ def test_tau_ca_is_cleaner_than_the_step_in_the_objective_itself(name):
 
 
 def test_the_critic_learns_on_fresh_samples_of_the_student(cond):
-    spy = watched(critic_objective, CRITIC, critic_range=(0.2, 0.6))
+    spy = watched(critic_objective, CRITIC, STUDENT, critic_range=(0.2, 0.6))
     (_, x_t, tau, seen, _), = spy.of(CRITIC)
     noise = noise_in(x_t, tau, spy.of(STUDENT)[-1][-1])
     assert abs(noise.mean()) < 0.15 and abs(noise.std() - 1) < 0.1
@@ -162,13 +163,12 @@ def test_the_generators_gradient_reaches_the_student_only():
     teacher, student, critic = tiny.small_params()
 
     def loss(student, others):
-        teacher, seen, critic, embeds = others
-        null = tiny.make_null() | {'embeds': embeds}
-        models = Models(tiny.small_network, teacher, seen, critic, null)
-        return generator_objective(student, models, tiny.make_batch(BATCH), tiny.make_recipe(),
-                                   jax.random.key(0))[0]
+        teacher, critic, embeds = others
+        models = Models(tiny.small_network, teacher, tiny.make_null() | {'embeds': embeds})
+        return generator_objective(student, critic, models, tiny.make_batch(BATCH),
+                                   tiny.make_recipe(), jax.random.key(0))[0]
 
-    others = (teacher, student, critic, tiny.make_null()['embeds'])
+    others = (teacher, critic, tiny.make_null()['embeds'])
     trained, frozen = jax.grad(loss, argnums=(0, 1))(student, others)
     assert reached(trained) == {True} and reached(frozen) == {False}
 
@@ -177,9 +177,9 @@ def test_the_critics_gradient_reaches_the_critic_only():
     teacher, student, critic = tiny.small_params()
 
     def loss(critic, student, teacher):
-        models = Models(tiny.small_network, teacher, student, critic, tiny.make_null())
-        return critic_objective(critic, models, tiny.make_batch(BATCH), tiny.make_recipe(),
-                                jax.random.key(0))[0]
+        models = Models(tiny.small_network, teacher, tiny.make_null())
+        return critic_objective(critic, student, models, tiny.make_batch(BATCH),
+                                tiny.make_recipe(), jax.random.key(0))[0]
 
     trained, *frozen = jax.grad(loss, argnums=(0, 1, 2))(critic, student, teacher)
     assert reached(trained) == {True} and reached(frozen) == {False}
@@ -217,14 +217,13 @@ def student_of(seed=6):
     return {'x': jnp.asarray(draw(seed, *SHAPE), jnp.float32)}
 
 
-def models_of(critic, student=None):
-    return Models(spoken, SPEAKING_TEACHER, student, critic, tiny.make_null(), {'gan': HEAD})
+SPEAKING = Models(spoken, SPEAKING_TEACHER, tiny.make_null(), {'gan': HEAD})
 
 
 def gradient(critic=SPEAKING_CRITIC, **changes):
     """Gradient of the generator's loss in its samples, times their number."""
     recipe = tiny.make_recipe(steps=1, **changes)
-    loss = lambda s: generator_objective(s, models_of(critic), tiny.make_batch(BATCH), recipe,
+    loss = lambda s: generator_objective(s, critic, SPEAKING, tiny.make_batch(BATCH), recipe,
                                          jax.random.key(0))[0]
     return np.asarray(jax.grad(loss)(student_of())['x'], np.float64) * np.prod(SHAPE)
 
@@ -246,7 +245,7 @@ def test_mean_and_variance_enter_with_their_weight():
 
 def test_the_gan_enters_with_its_weight():
     x, moved = np.asarray(student_of()['x'], np.float64), gradient(regularisers=make_gan())
-    k_tau, k_noise = jax.random.split(GeneratorKeys.of(jax.random.key(0)).regularisers(0))
+    k_tau, k_noise = GeneratorKeys.of(jax.random.key(0)).regularisers(0)
     tau = np.asarray(draw_between(k_tau, 0.1, 0.9, (BATCH,)), np.float64)
     noise = np.asarray(jax.random.normal(k_noise, SHAPE), np.float64)
 
@@ -310,7 +309,7 @@ def test_coupled_shared_with_dmd2s_normaliser_is_classic_dmd2(alpha):
     """The same key, the same loss, the same gradient, up to fp32's rounding."""
     recipe = tiny.make_recipe('coupled_shared', normaliser='dmd2', alpha=alpha, floor=1e-6)
     batch, key = tiny.make_batch(BATCH), jax.random.key(3)
-    ours = lambda s: generator_objective(s, models_of(SPEAKING_CRITIC), batch, recipe, key)[0]
+    ours = lambda s: generator_objective(s, SPEAKING_CRITIC, SPEAKING, batch, recipe, key)[0]
     theirs = lambda s: classic_dmd2(s, recipe, key, batch.cond)
     (a, da), (b, db) = (jax.value_and_grad(f)(student_of()) for f in (ours, theirs))
     close(a, float(b), rtol=1e-5)
@@ -327,8 +326,8 @@ def with_real(seed=0):
 
 def criticised(**regularisers):
     recipe = tiny.make_recipe(steps=1, regularisers=regularisers)
-    return critic_objective(SPEAKING_CRITIC, models_of(SPEAKING_CRITIC, student_of()),
-                            with_real(), recipe, jax.random.key(1))
+    return critic_objective(SPEAKING_CRITIC, student_of(), SPEAKING, with_real(), recipe,
+                            jax.random.key(1))
 
 
 def test_the_head_is_shown_real_and_fake_diffused_at_the_same_prompts():
@@ -375,13 +374,13 @@ class Noted(Regulariser):
 @pytest.mark.parametrize('objective, added, curve', [
     (generator_objective, 3.0, 7.0), (critic_objective, 5.0, 8.0)])
 def test_a_regulariser_of_ones_own_sees_the_samples_and_adds_its_term(objective, added, curve):
-    """Its critic and its own parameters are those of this update, its key a key of its own."""
+    """Its critic and its own parameters are those of this update, its keys of its own."""
     noted, key = Noted(), jax.random.key(2)
-    trained = student_of() if objective is generator_objective else SPEAKING_CRITIC
-    models, batch = models_of(SPEAKING_CRITIC, student_of()), with_real()
-    models = Models(**{**vars(models), 'extra': {'noted': HEAD}})
+    networks, batch = (student_of(), SPEAKING_CRITIC), with_real()
+    networks = networks if objective is generator_objective else networks[::-1]
+    models = dataclasses.replace(SPEAKING, extra={'noted': HEAD})
     given = lambda **terms: objective(
-        trained, models, batch, tiny.make_recipe(steps=1, regularisers=terms), key)
+        *networks, models, batch, tiny.make_recipe(steps=1, regularisers=terms), key)
     (plain, _), (loss, metrics) = given(), given(noted=noted)
     assert float(loss - plain) == pytest.approx(added, rel=1e-5)
     assert float(metrics['noted']) == curve
@@ -389,4 +388,4 @@ def test_a_regulariser_of_ones_own_sees_the_samples_and_adds_its_term(objective,
     close(x, np.asarray(student_of()['x']))
     assert sight.critic is SPEAKING_CRITIC and sight.own is HEAD and sight.batch is batch
     keys = GeneratorKeys if objective is generator_objective else CriticKeys
-    assert same(*map(jax.random.key_data, (sight.key, keys.of(key).regularisers(0))))
+    assert same(*map(jax.random.key_data, (sight.keys, keys.of(key).regularisers(0))))

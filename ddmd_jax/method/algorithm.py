@@ -2,9 +2,9 @@
 
 Read them beside the paper. ``t = 0`` is noise and ``t = 1`` is clean; `models.predict` gives clean
 predictions x_hat, in which everything is compared; `recipe` holds what a config can say. Both are
-pure functions of their arguments. Line 1, the start from the teacher's weights, is
-`train/distillation.py`'s `plan`; the alternation of the two updates its `step`; gradients, optimisers
-and EMA are `train/update.py`'s.
+pure functions of their arguments. Line 1, the start from the teacher's weights, is `plan` of
+`train/distillation.py`; the two updates alternate in its `step`; gradients, optimisers and EMA are
+`train/update.py`'s.
 """
 
 from __future__ import annotations
@@ -101,7 +101,7 @@ def critic_objective(critic: Params, student: Params, models: Models, batch: Bat
     Regularisers with parameters of their own are trained by the same loss: differentiate in
     `models.extra` too.
 
-    Args and returns as of `generator_objective`; nothing that `recipe` says of it changes over a run.
+    Args and returns as of `generator_objective`; nothing of `recipe` read here changes in a run.
     """
     keys, cond, few = CriticKeys.of(key), batch.cond, recipe.steps
     shape = (batch.rows, *batch.shape)

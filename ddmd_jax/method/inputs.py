@@ -50,9 +50,9 @@ class Models:
 class GeneratorKeys(NamedTuple):
     """Keys of one generator objective.
 
-    Draws are those of every run so far, which fixes how keys are derived. As JAX's `fold_in(key, i)`
-    is `split(key)[i]`, alpha's is the parent of the levels', and a regulariser's would be a noise's:
-    it has two children of that one.
+    Draws are those of every run so far, which fixes how keys are derived. JAX's `fold_in(key, i)`
+    is `split(key)[i]`: so alpha's is the parent of the levels', and a regulariser, whose key would
+    be a noise's, has two children of that one.
     """
 
     simulation: Array
