@@ -4,7 +4,6 @@ import shutil
 
 import numpy as np
 import pytest
-from ddmd_jax.losses.mean_variance import moments
 
 from ddmd_jax.families.emoji import data as emoji, teacher, tokenizer
 from ddmd_jax.method.regularisers.mean_variance import moments

@@ -1,4 +1,4 @@
-"""A distillation as a task of the loop, around a network of one matrix: batches, probe, pictures."""
+"""A distillation as a task of the loop, around a network of one matrix: batches, probe."""
 
 import jax
 import numpy as np
