@@ -161,7 +161,7 @@ def main(argv: list[str]) -> None:
     if len(argv) > 1:
         sys.exit(f'main: unexpected argument {argv[1]!r}; flags look like --config.field=value')
     if _CONFIG.value is None:
-        sys.exit('main: no --config given; try --config=configs/emoji.py')
+        sys.exit('main: no --config given; try --config=emoji')
     try:
         config_lib.check(_CONFIG.value)
     except config_lib.ConfigError as e:
@@ -222,7 +222,7 @@ def parse_flags(argv: list[str]) -> list[str]:
             flags.FLAGS.config.to_dict()  # a missing file is only noticed when it is looked at
         return rest
     except OSError:
-        print(f'config: {_named_config(argv)} cannot be read; try configs/emoji.py',
+        print(f'config: {_named_config(argv)} cannot be read; try --config=emoji',
               file=sys.stderr)
     except (AttributeError, KeyError) as e:  # an override of a field that is not there
         reason = ' '.join(str(e.args[0]).replace('\\n', ' ').replace("\\'", '').split())

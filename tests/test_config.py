@@ -15,6 +15,7 @@ from ddmd_jax.config import fields, load, rules
 from ddmd_jax.diffusion import sampling
 from ddmd_jax.method.inputs import TEACHER_PASSES
 from ddmd_jax.method.losses import NORMALISERS, WEIGHTINGS
+from ddmd_jax.method.regularisers import BUILT_IN
 from ddmd_jax.method.schedules import SCHEDULES
 from ddmd_jax.models import attention, layers
 from ddmd_jax.train.distillation import OFFLOAD
@@ -449,6 +450,10 @@ def test_one_field_is_one_line(monkeypatch):
 def test_the_table_names_what_the_modules_know(path, names):
     (rule,) = (f.rule for f in fields.COMMON + fields.DISTILL if f.path == path)
     assert rule.allowed == rules.choice(*names).allowed
+
+
+def test_the_regularisers_of_the_table_are_the_built_in():
+    assert load('emoji').method.regularisers == BUILT_IN
 
 
 def test_the_reference_is_up_to_date():

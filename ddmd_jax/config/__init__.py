@@ -86,7 +86,7 @@ def fields_of(config: Any) -> tuple[Field, ...]:
     else:
         names = field(config, 'method.regularisers')
         try:
-            kinds = [regularisers.get(n) for n in (fields.REGULARISERS if names is None else names)]
+            kinds = map(regularisers.get, regularisers.BUILT_IN if names is None else names)
             brought += [(f'method.{kind.name}', kind.fields) for kind in kinds]
         except (TypeError, ValueError):
             brought.append(('method', None))
@@ -143,7 +143,7 @@ def validate(config: ConfigDict) -> list[str]:
                      + (f'did you mean {near}?' if near else f'known here: {beside}'))
         if wrong:
             named.add(path)
-            lines.append(f'{path}: {show(value)}, {wrong}')
+            lines.append(f'{path}: {_show(value)}, {wrong}')
     for path, f in known.items():
         if path in sound or any(f'{path}.'.startswith(f'{name}.') for name in named):
             continue
@@ -151,16 +151,16 @@ def validate(config: ConfigDict) -> list[str]:
             lines.append(f'{path}: missing, must be {f.rule.allowed}')
         else:
             sound[path] = f.default
-    lines += [f'{path}: {show(sound[path])}, {wrong}' for path, wrong in together.look_up(sound)]
+    lines += [f'{path}: {_show(sound[path])}, {wrong}' for path, wrong in together.look_up(sound)]
     for condition, path, *others in together.CONDITIONS:
         if {path, *others} <= sound.keys():
             wrong = condition(*(sound[name] for name in (path, *others)))
             if wrong:  # one line for a field, and no other that only follows from it
-                lines.append(f'{path}: {show(sound.pop(path))}, {wrong}')
+                lines.append(f'{path}: {_show(sound.pop(path))}, {wrong}')
     return lines
 
 
-def show(value: Any) -> str:
+def _show(value: Any) -> str:
     """A value in a message, no longer than a line of it can bear."""
     shown = repr(value)
     return shown if len(shown) <= 80 else shown[:77] + '...'

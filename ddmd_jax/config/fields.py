@@ -17,7 +17,6 @@ from typing import Any
 from ddmd_jax.config import rules as r
 
 REQUIRED = dataclasses.MISSING
-REGULARISERS = ('gan', 'mean_variance')
 FIXED, FREE = False, True  # whether a resumed run may change it: else it is another experiment
 
 
@@ -109,7 +108,7 @@ DISTILL = (
     Field('critic.updates', r.NATURAL, 5, FIXED, "critic updates for each of the student's"),
     Field('critic.warmup', r.NATURAL, 0, FIXED, 'further critic updates before the first step'),
     Field('critic.weighting', r.choice('velocity', 'clean'), 'velocity', FIXED, 'weighting of the denoising loss'),
-    Field('critic.tau', r.TAU_RANGE, (0.0, 0.98), FIXED, "pre-shift range of the critic's levels"),
+    Field('critic.tau', r.TAU_RANGE, (0.0, 0.98), FIXED, "range, in uniform time, of the critic's levels"),
     Field('critic.merge', r.number('1 is off', at_least=0, at_most=1), 1.0, FIXED, 'decay of the critic towards the student after each student update'),
     Field('method.schedule', r.TEXT, 'decoupled_hybrid', FIXED, "one of the paper's four re-noising schedules; dotted: your own"),
     Field('method.alpha', r.number(), REQUIRED, FIXED, 'guidance scale to bake in; not alpha - 1'),
@@ -117,15 +116,15 @@ DISTILL = (
     Field('method.alpha_ramp', r.UPDATES, 0, FIXED, 'student updates in which alpha rises from 1'),
     Field('method.weight_ca', r.number(at_least=0), 1.0, FIXED, 'weight of CA; 0 is DM only'),
     Field('method.weight_dm', r.number(at_least=0), 1.0, FIXED, 'weight of DM; 0 is CA only'),
-    Field('method.tau_ca', r.TAU_RANGE, (0.0, 0.98), FIXED, 'pre-shift range of tau_CA'),
-    Field('method.tau_dm', r.TAU_RANGE, (0.0, 0.98), FIXED, 'pre-shift range of tau_DM; not read by `coupled_shared`'),
+    Field('method.tau_ca', r.TAU_RANGE, (0.0, 0.98), FIXED, 'range, in uniform time, of tau_CA'),
+    Field('method.tau_dm', r.TAU_RANGE, (0.0, 0.98), FIXED, 'range, in uniform time, of tau_DM; not read by `coupled_shared`'),
     Field('method.tau_ca_end', r.or_empty(r.TAU_RANGE), (), FIXED, 'range of tau_CA after `tau_relax` updates; empty: it stays'),
     Field('method.tau_dm_end', r.or_empty(r.TAU_RANGE), (), FIXED, 'the same of tau_DM'),
     Field('method.tau_relax', r.UPDATES, 0, FIXED, 'student updates in which a range gets there'),
     Field('method.normaliser', r.choice('per_term', 'dmd2', 'none'), 'per_term', FIXED, 'divisor of the terms'),
     Field('method.floor', r.number('no floor, and a tiny denominator makes NaNs', above=0), 0.02, FIXED, 'smallest divisor, in units of x'),
     Field('method.shift', r.or_none(r.number("None takes the teacher's", above=0)), None, FIXED, 'time shift of steps and levels'),
-    Field('method.regularisers', r.NAMES, REGULARISERS, FIXED, 'terms beside CA and DM, each with a section `method.NAME`; dotted: your own module'),
+    Field('method.regularisers', r.NAMES, ('gan', 'mean_variance'), FIXED, 'terms beside CA and DM, each with a section `method.NAME`; dotted: your own module'),
     Field('train.accumulate', r.COUNT, 1, FIXED, 'micro-batches of one update'),
     Field('train.teacher_passes', r.choice('together', 'apart'), 'together', FREE, "the teacher's predictions of a step in one call, or one by one in the memory of one"),
     Field('train.offload', r.choice('none', 'ema', 'teacher', 'ema+teacher'), 'none', FREE, "kept in the host's pinned memory and fetched when it is needed"),

@@ -61,7 +61,7 @@ def main(argv: list[str]) -> None:
     if len(argv) > 1:
         sys.exit(f'plan: unexpected argument {argv[1]!r}; flags look like --topology=v5e:4x4')
     if FLAGS.config is None:
-        sys.exit('plan: no --config given; try --config=configs/lumina.py')
+        sys.exit('plan: no --config given; try --config=lumina')
     from ddmd_jax.parallel import sharding
     from ddmd_jax.planner import layout, plan, programs
     from ddmd_jax.weights.flat import WeightsError

@@ -63,7 +63,7 @@ def load_config(path: str) -> Any:
     except config_lib.ConfigError as e:
         wrong(str(e))
     except Exception as e:  # the file is the user's code
-        wrong(f'--config {path} cannot be read ({" ".join(str(e).split())}); try configs/emoji.py')
+        wrong(f'--config {path} cannot be read ({" ".join(str(e).split())}); try --config=emoji')
     return config
 
 
