@@ -124,7 +124,7 @@ COMMANDS: Mapping[str, Command] = {
 
 def commands() -> Mapping[str, Command]:
     """The words of this command, those that the built-in families offer among them."""
-    return ChainMap(*(families.get(name).commands for name in families.NAMES), COMMANDS)
+    return ChainMap(*(dict(families.get(name).commands) for name in families.NAMES), COMMANDS)
 
 
 def parse_flags(argv: list[str]) -> list[str]:

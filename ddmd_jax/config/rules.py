@@ -30,7 +30,7 @@ class Rule:
     hint: Callable[[Any], str] = lambda value: ''
 
 
-def _is_number(value: Any, kind: type = numbers.Real) -> bool:
+def _is_number(value: Any, kind: Any = numbers.Real) -> bool:
     return isinstance(value, kind) and not isinstance(value, bool) and math.isfinite(value)
 
 

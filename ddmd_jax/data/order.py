@@ -53,8 +53,10 @@ class Order:
         self._stream = grain.MapDataset.source(rows).seed(seed).shuffle().repeat()
         self._epoch, self._batch, self._window_size = len(rows), global_batch, window
         self._buckets, self._shapes, self._seed = np.asarray(buckets, int), tuple(shapes), seed
-        self._bucket_of = None
+        self._bucket_of: np.ndarray | None = None
         if len(self._buckets):
+            if lengths is None:
+                raise ValueError('buckets need the lengths of prompts')
             longest = int(lengths[rows].max())
             if longest > self._buckets[-1]:
                 raise ValueError(f'a prompt has {longest} tokens, the last bucket '
@@ -100,7 +102,7 @@ class Order:
     def _sort(self, first: int, last: int) -> np.ndarray:
         """``[batches, global_batch]`` rows of a window."""
         rows = self._rows(first, last)
-        if last - first > 1:
+        if self._bucket_of is not None and last - first > 1:
             rows = rows[np.argsort(self._bucket_of[rows], kind='stable')]
         batches = rows.reshape(last - first, self._batch)
         return batches[self._draw(0, first).permutation(len(batches))]

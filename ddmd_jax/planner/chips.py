@@ -84,5 +84,5 @@ def roofline(chip: Chip, flops: float, hbm_bytes: float,
         'memory': hbm_bytes / chip.hbm_bandwidth,
         'network': collective_bytes / chip.ici_bandwidth,
     }
-    bound = max(seconds, key=seconds.get)
+    bound = max(seconds, key=lambda name: seconds[name])
     return seconds[bound], bound

@@ -227,7 +227,7 @@ def _group_size(module: Module, i: Instruction) -> int:
     """
     text = i.attributes.get('replica_groups', '{}')
     if text.startswith('['):
-        return int(re.match(r'\[([\d,]+)\]', text)[1].split(',')[-1])
+        return int(text[1:text.index(']')].split(',')[-1])
     if text.startswith('mesh'):
         mesh, _, axes = text.partition(']')
         axes = axes or i.attributes['device_ids']

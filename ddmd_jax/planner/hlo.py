@@ -228,7 +228,9 @@ def parse(text: str) -> Module:
 
 def _blocks(lines: list[str]) -> Iterator[tuple[re.Match, list[str]]]:
     """``(header, statements)`` of each computation; tables of source lines are passed over."""
-    header, statements, pending, depth = None, [], [], 0
+    header, depth = None, 0
+    statements: list[str] = []
+    pending: list[str] = []
     for line in lines:
         if header is None:
             header, statements = _HEADER.match(line), []

@@ -134,7 +134,7 @@ def _trips(module: Module, loop: Instruction, state: Any) -> int | None:
 
 _COMPARE = {'LT': int.__lt__, 'LE': int.__le__, 'GT': int.__gt__, 'GE': int.__ge__,
             'EQ': int.__eq__, 'NE': int.__ne__}
-_SCALAR = {'add': int.__add__, 'subtract': int.__sub__, 'multiply': int.__mul__,
+_SCALAR: dict[str, Any] = {'add': int.__add__, 'subtract': int.__sub__, 'multiply': int.__mul__,
            'minimum': min, 'maximum': max, 'and': int.__and__, 'or': int.__or__}
 
 
@@ -145,7 +145,8 @@ class _Scope:
     """
 
     def __init__(self, module: Module, comp: Computation, args: list[Any]):
-        self.module, self.comp, self.args, self.known = module, comp, args, {}
+        self.module, self.comp, self.args = module, comp, args
+        self.known: dict[str, Any] = {}
 
     def root(self) -> Any:
         return self.value(self.comp.root.name)

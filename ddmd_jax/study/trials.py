@@ -126,7 +126,8 @@ def perform(trials: Sequence[Trial], config: str, processes: int, say: Callable[
     Raises:
       Stopped: a run was stopped by a signal.
     """
-    waiting, going = [trial for trial in trials if not trial.done], []
+    waiting = [trial for trial in trials if not trial.done]
+    going: list[Any] = []
     for folder in {trial.folder for trial in trials}:
         (folder / 'results').mkdir(parents=True, exist_ok=True)
     say(f'{len(waiting)} of {len(trials)} runs to do')

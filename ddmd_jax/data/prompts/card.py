@@ -56,7 +56,7 @@ def make(settings: dict[str, Any], inputs: Sequence[dict[str, Any]], unique: int
 
 def histogram(lengths: Counter[int]) -> list[list[int]]:
     """[from, to, how many] with bounds that double: 1-1, 2-3, 4-7, ..."""
-    bins = Counter()
+    bins: Counter[int] = Counter()
     for length, count in lengths.items():
         bins[length.bit_length()] += count
     return [[2**b // 2, 2**b - 1, bins[b]] for b in range(min(bins), max(bins) + 1)]

@@ -202,6 +202,6 @@ def _read_tfds(name: str, source: Any, field: str, advance: Advance) -> Iterator
         yield from texts
 
 
-KINDS = {'.txt': _read_text, '.jsonl': _read_jsonl,
+KINDS: dict[str, Callable[..., Any]] = {'.txt': _read_text, '.jsonl': _read_jsonl,
          '.csv': functools.partial(_read_table, delimiter=','),
          '.tsv': functools.partial(_read_table, delimiter='\t'), '.parquet': _read_parquet}

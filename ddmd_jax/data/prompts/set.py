@@ -135,7 +135,7 @@ class PromptSet(Sequence):
     def __len__(self) -> int:
         return self.length
 
-    def __getitem__(self, index: int) -> str:
+    def __getitem__(self, index: int) -> str:  # type: ignore[override]  # no slices
         return self.__getitems__([index])[0]
 
     def __getitems__(self, indices: Sequence[int]) -> list[str]:

@@ -120,12 +120,12 @@ class Lines(Sequence):
         found = [_index(m, share) for m in self._maps]
         self._file = np.repeat(np.arange(len(found)), [len(f) for f in found])
         whole = np.concatenate(found)
-        self._at, self.ids, self.validation = (whole[name] for name in whole.dtype.names)
+        self._at, self.ids, self.validation = (whole[name] for name in whole.dtype.names or ())
 
     def __len__(self) -> int:
         return len(self._at)
 
-    def __getitem__(self, row: int) -> str:
+    def __getitem__(self, row: int) -> str:  # type: ignore[override]  # no slices
         return self.row(row)[1]
 
     def row(self, row: int) -> tuple[int, str]:

@@ -16,7 +16,7 @@ class Counter(NamedTuple):
     """`count(texts)` gives the tokens of each, special ones included; `identity` is sha256."""
 
     identity: str
-    count: Callable[[Sequence[str]], list[int]]
+    count: Callable[[Sequence[str]], list[int]]  # type: ignore[assignment]  # not tuple.count
 
 
 def of_folder(folder: Path) -> Counter:
