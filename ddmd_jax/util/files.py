@@ -1,12 +1,15 @@
 """Files that are there whole or not at all."""
 
 import contextlib
+import fcntl
 import json
 import os
 import shutil
+import socket
+import time
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 
 @contextlib.contextmanager
@@ -45,6 +48,27 @@ def write(path: Path, content: str | bytes, sync: bool = False) -> None:
 def write_json(path: Path, value: Any, indent: int | None = 1, sync: bool = False) -> None:
     """Writes a value as JSON, non-ASCII characters as themselves; see `replacing`."""
     write(path, json.dumps(value, indent=indent, ensure_ascii=False), sync)
+
+
+def lock(path: Path) -> tuple[IO[str] | None, str]:
+    """(the open file, '') with the kernel's lock on it, or (None, its holder's own words).
+
+    The lock (`flock`) ends with the process that holds it, however that dies. The text in the
+    file is for people only.
+    """
+    file = path.open('a+')
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError:
+        file.seek(0)
+        holder = ' '.join(file.read().split()) or 'another process'
+        file.close()
+        return None, holder
+    file.truncate(0)
+    file.write(f'process {os.getpid()} on {socket.gethostname()}, since '
+               f'{time.strftime("%Y-%m-%d %H:%M:%S %z")}\n')
+    file.flush()
+    return file, ''
 
 
 def remove(path: Path) -> None:

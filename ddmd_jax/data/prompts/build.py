@@ -10,7 +10,6 @@ order or on the files they come from.
 """
 
 import contextlib
-import fcntl
 import json
 import shutil
 import sys
@@ -32,7 +31,7 @@ from ddmd_jax.data.prompts import (
 )
 from ddmd_jax.data.prompts.set import PromptSet, open_set
 from ddmd_jax.data.prompts.stages import Settings
-from ddmd_jax.util.files import replacing
+from ddmd_jax.util.files import lock, replacing
 
 __all__ = ['PromptSet', 'Settings', 'open_set', 'prepare']
 EXAMPLES = 10  # pairs of near-duplicates that the card shows
@@ -80,7 +79,7 @@ def _finished(out: Path, asked: dict[str, Any], sources: Sequence[files.Source])
     """The card of the finished set at `out`, if its settings and inputs are these."""
     if not (out / sets.CARD).is_file():
         raise DataFileError(f'--out {out} exists and is no set of prompts; choose another')
-    card, checksums = sets.read_card(out), [s.checksum() for s in sources]
+    card, checksums = sets.read_card(out), [s.checksum for s in sources]
     if card['fingerprint'] != cards.fingerprint(asked, checksums):
         raise DataFileError(f'--out {out} holds another set of prompts '
                             f'({cards.differences(card, asked, checksums)}); choose another or '
@@ -93,14 +92,12 @@ def _locked(partial: Path) -> Iterator[None]:
     """Makes the folder and locks it; removes it at the end if it holds no finished input."""
     try:
         partial.mkdir(parents=True, exist_ok=True)
-        file = (partial / 'lock').open('w')
+        file, holder = lock(partial / 'lock')
     except OSError as e:
         raise DataFileError(f'--out {partial} cannot be made ({e.strerror}); choose another') from e
+    if file is None:
+        raise DataFileError(f'{partial} is being written by {holder}')
     with file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError as e:
-            raise DataFileError(f'{partial} is being written by another process') from e
         try:
             yield
         finally:

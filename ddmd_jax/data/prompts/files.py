@@ -38,11 +38,7 @@ class Source:
     def size(self) -> int:
         return sum(p.stat().st_size for p in self.paths)
 
-    def stamp(self) -> list[Any]:
-        """Changes when the content may have; much cheaper than `checksum`."""
-        stats = [(p, p.stat()) for p in self.paths]
-        return [self.part, *([str(p.absolute()), s.st_size, s.st_mtime_ns] for p, s in stats)]
-
+    @functools.cached_property
     def checksum(self) -> str:
         """sha256 of the content; of a TFDS split, of its files and of what is read of them."""
         hasher = hashlib.sha256(self.part.encode())

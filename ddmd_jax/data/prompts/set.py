@@ -146,13 +146,6 @@ class PromptSet(Sequence):
         for start in range(0, self.length, BATCH):
             yield from self.__getitems__(range(start, min(start + BATCH, self.length)))
 
-    @functools.cached_property
-    def ids(self) -> tuple[str, ...]:
-        """Of every prompt 16 hex digits, in order; the whole split is read for them, once."""
-        starts = range(0, self.length, BATCH)
-        return tuple(row['id'].decode() for start in starts
-                     for row in self._rows(range(start, min(start + BATCH, self.length))))
-
     def _rows(self, indices: Sequence[int]) -> list[dict[str, bytes]]:
         for i in indices:
             if not -self.length <= i < self.length:

@@ -1,8 +1,8 @@
-"""One input after the other, read once: normalised, filtered, written where a rerun finds it.
+"""Reads inputs one after the other: normalised, filtered, kept for a rerun of the command.
 
-A finished input is two files of the partial folder: ``KEY.txt`` (tokens, tab, prompt, a line
-each) and ``KEY.json`` (what was counted), which is put there last. KEY stands for the input as
-it is on disk and every setting that matters here, so a stage is never taken for another's.
+A finished input is two files of the partial folder: ``KEY.txt`` (tokens, tab, prompt on each line)
+and, written last, ``KEY.json`` (counts). KEY is a hash of the input's content and of every setting
+that matters here.
 """
 
 import dataclasses
@@ -44,7 +44,7 @@ class Settings:
 
 
 def _stage_key(source: prompt_files.Source, settings: Settings, tokenizer: str) -> str:
-    parts = [VERSION, source.stamp(), settings.field, settings.min_chars, settings.max_chars,
+    parts = [VERSION, source.checksum, settings.field, settings.min_chars, settings.max_chars,
              settings.max_tokens, tokenizer]
     return hashlib.sha256(json.dumps(parts).encode()).hexdigest()[:16]
 
@@ -66,7 +66,7 @@ def stage(source: prompt_files.Source, settings: Settings,
     except BaseException:
         lines.unlink(missing_ok=True)
         raise
-    found = {'input': source.name, 'bytes': source.size, 'sha256': source.checksum(), **counts}
+    found = {'input': source.name, 'bytes': source.size, 'sha256': source.checksum, **counts}
     write_json(record, found, sync=True)
     return lines, found
 
