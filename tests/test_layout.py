@@ -13,7 +13,7 @@ from ddmd_jax.families.emoji import teacher as emoji, tokenizer
 from ddmd_jax.parallel import sharding
 from ddmd_jax.parallel.sharding import AXES
 from ddmd_jax.planner import layout as planner, programs
-from ddmd_jax.train import distill
+from ddmd_jax.train import distillation
 from ddmd_jax.util import text
 
 MESH = AbstractMesh((2, 2, 2), AXES)
@@ -77,13 +77,12 @@ def test_parameters_are_listed_once_and_trees_have_a_line_each(printed, teacher)
 
 
 def test_the_totals_are_what_a_device_holds(printed, teacher):
-    null = {'embeds': jax.ShapeDtypeStruct((1, TOKENS, teacher.cond.width), jnp.float16),
-            'mask': jax.ShapeDtypeStruct((1, TOKENS), bool)}
-    p = distill.plan(tiny.load_config('emoji'), teacher, null, MESH)
-    frozen = {'teacher': teacher.params, 'null': null}
-    each = (programs.bytes_per_device(p.state, p.state_shardings)
-            + programs.bytes_per_device(frozen, p.frozen_shardings))
-    whole = sum(math.prod(x.shape) * x.dtype.itemsize for x in jax.tree.leaves((p.state, frozen)))
+    null = teacher.cond.shapes(1, TOKENS, jnp.bfloat16)
+    p = distillation.plan(tiny.load_config('emoji'), teacher, null, MESH)
+    each = (programs.bytes_per_device(p.spec.shapes, p.spec.shardings)
+            + programs.bytes_per_device(p.frozen, p.frozen_shardings))
+    whole = sum(math.prod(x.shape) * x.dtype.itemsize
+                for x in jax.tree.leaves((p.spec.shapes, p.frozen)))
     last = re.split('  +', printed.splitlines()[-1])
     assert last[0] == 'all'
     assert last[-2:] == [text.in_units(whole), text.in_units(each)]
