@@ -147,9 +147,8 @@ class Distillation:
             critic = of_step > 1 or c.train.on_health == 'raise_critic'
             kinds = ('critic', 'generator') if critic else ('generator',)
             for kind in kinds:
-                program = getattr(planned.program, kind)
-                work[kind, batch.signature] = lambda p=program, b=batch: p.lower(
-                    frozen, state, b).compile()
+                shapes = (frozen, state, batch)
+                work[kind, batch.signature] = getattr(planned.program, kind), shapes
         self.startup.compiling = self._programs = Compiling(work)
 
     def _shapes_of_batch(self, length: int | None, shape: tuple[int, ...]) -> Batch:

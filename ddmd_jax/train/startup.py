@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import threading
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Hashable, Iterator, Mapping
 from concurrent.futures import Future
 from typing import Any
 
@@ -13,13 +13,14 @@ from typing import Any
 class Compiling:
     """Named programs, compiled one after another in a thread beside whatever else is to be done.
 
-    Their order is that of `programs`, in every process of a run the same. What is handed out
-    is the compiled program itself: a jitted function would compile anew when it is called.
+    `programs` are jitted functions and the shapes of their arguments, by name; their order is the
+    same in every process of a run. Handed out are compiled programs: a jitted function would compile
+    anew when it is called.
     """
 
-    def __init__(self, programs: Mapping[str, Callable[[], Any]]):
+    def __init__(self, programs: Mapping[Hashable, tuple[Any, tuple[Any, ...]]]):
         self._programs = programs
-        self._futures: dict[str, Future] = {name: Future() for name in programs}
+        self._futures: dict[Hashable, Future] = {name: Future() for name in programs}
         self._thread = threading.Thread(target=self._compile_all, name='compile')
         self._lock = threading.Lock()
         self.seconds = 0.0  # spent compiling
@@ -32,7 +33,7 @@ class Compiling:
             if self._thread.ident is None:
                 self._thread.start()
 
-    def __getitem__(self, name: str) -> Any:
+    def __getitem__(self, name: Hashable) -> Any:
         """The compiled program, waited for; raises whatever compiling it, or one before, raised."""
         future = self._futures[name]
         if not future.done():
@@ -46,19 +47,19 @@ class Compiling:
 
     def _compile_all(self) -> None:
         start, error = time.monotonic(), None
-        for name, compile_one in self._programs.items():
+        for name, (program, shapes) in self._programs.items():
             # A run that failed meanwhile is kept from ending by one program, not by all.
             if error is None and not threading.main_thread().is_alive():
                 error = RuntimeError('the run ended before its programs were compiled')
-            program = None
+            compiled = None
             try:
-                program = compile_one() if error is None else None
+                compiled = program.lower(*shapes).compile() if error is None else None
             except BaseException as e:  # raised where the program is asked for
                 error = e
             self.finished = time.monotonic()
             self.seconds = self.finished - start
             if error is None:
-                self._futures[name].set_result(program)
+                self._futures[name].set_result(compiled)
             else:
                 self._futures[name].set_exception(error)
 
