@@ -64,8 +64,8 @@ def field(config: Any, name: str) -> Any:
 def fields_of(config: Any) -> tuple[Field, ...]:
     """The fields of a config: of its task, its teacher's family, its data set, its regularisers.
 
-    `config` may be wrong. A misspelt task is told by its sections; where a family, a data set or a
-    regulariser is not there, what stands in the section whose fields it brings is taken as it is.
+    `config` may be wrong. A misspelt task is recognised by its sections; where no family, data set
+    or regulariser goes by a name, the section whose fields it would bring may hold anything.
     """
     from ddmd_jax import families
     from ddmd_jax.method import regularisers
@@ -80,6 +80,7 @@ def fields_of(config: Any) -> tuple[Field, ...]:
     data_sets = {name: data.fields for name, data in family.data_sets.items()}
     if distill:
         data_sets |= dict.fromkeys(fields.PROMPT_SETS, fields.PROMPTS)
+    # (section, the fields that somebody brings to it; None where nobody is found)
     brought = [('data', data_sets.get(str(field(config, 'data.name'))))]
     if not distill:
         brought.append(('teacher.model', family.architecture or None))
@@ -94,7 +95,7 @@ def fields_of(config: Any) -> tuple[Field, ...]:
         found += under(section, own or ())
     known = [f'{f.path}.' for f in found]
     for section in (section for section, own in brought if own is None):
-        given = field(config, section)
+        given = field(config, section)  # the wrong name is one mistake, and no more
         paths = [f'{section}.{name}' for name in (given if hasattr(given, 'get') else ())]
         found += tuple(Field(path, ANY, REQUIRED, fields.FIXED, '') for path in paths
                        if not any(name.startswith(f'{path}.') for name in known))
@@ -102,6 +103,7 @@ def fields_of(config: Any) -> tuple[Field, ...]:
 
 
 def _fill(config: ConfigDict) -> None:
+    """Puts a default where a field is absent."""
     for f in fields_of(config):
         if f.filled and f.default is not REQUIRED:
             _put(config, f.path, f.default, over=False)

@@ -4,10 +4,17 @@ from __future__ import annotations
 
 import importlib.util
 from collections.abc import Callable, Iterator, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from ddmd_jax.config.fields import PROMPT_SETS
 from ddmd_jax.config.rules import choice
+
+if TYPE_CHECKING:
+    from ddmd_jax.families import Family
+    from ddmd_jax.method.regularisers import Regulariser
+    from ddmd_jax.method.schedules import Bounds, Schedule
+
+    Active = Sequence[type[Regulariser]]  # those that have a weight
 
 # (condition, the field it is about, the others it reads): asked where the config has all of them
 # and each alone is right.
@@ -30,7 +37,7 @@ def look_up(sound: dict[str, Any]) -> Iterator[tuple[str, str]]:
     from ddmd_jax import families
     from ddmd_jax.method import regularisers, schedules
 
-    def family(name: str) -> Any:
+    def family(name: str) -> Family:
         found = families.get(name)
         if sound.get('task') == 'distill' and found.load is None:
             raise ValueError('has a text side here, and no teacher to distil')
@@ -38,7 +45,7 @@ def look_up(sound: dict[str, Any]) -> Iterator[tuple[str, str]]:
             raise ValueError('must be of a family that is trained here: this one comes trained')
         return found
 
-    def active(names: Sequence[str]) -> list[Any]:
+    def active(names: Sequence[str]) -> Active:
         return [kind for kind in map(regularisers.get, names)
                 if sound.get(f'method.{kind.name}.weight')]
 
@@ -63,38 +70,38 @@ def optimiser_known(name: str, chain: Sequence[Any]) -> str | None:
 
 
 @about('data.name', 'task', 'family')
-def data_known(dataset: str, task: str, family: Any) -> str | None:
+def data_known(dataset: str, task: str, family: Family) -> str | None:
     known = choice(*family.data_sets, *(PROMPT_SETS if task == 'distill' else ()))
     if not known.ok(dataset):
         return f'must be {known.allowed} with teacher.name {family.name!r}{known.hint(dataset)}'
 
 
 @about('data.sizes', 'family')
-def sizes_fit(sizes: Sequence[Any], family: Any) -> str | None:
+def sizes_fit(sizes: Sequence[Any], family: Family) -> str | None:
     if sizes and family.one_size:
         return f'must be empty for {family.name}, which has one size'
 
 
 @about('teacher.attention', 'family')
-def attention_fits(attention: str, family: Any) -> str | None:
+def attention_fits(attention: str, family: Family) -> str | None:
     if attention not in family.attention:
         return f'must be {choice(*family.attention).allowed} for {family.name}'
 
 
 @about('teacher.path', 'family')
-def teacher_given(path: str, family: Any) -> str | None:
+def teacher_given(path: str, family: Family) -> str | None:
     if not path and not family.ships:
         return f'must name a diffusers folder, gs:// URL or hub id: {family.name} does not ship'
 
 
 @about('log.judge', 'eval.suite', 'family')
-def judge_known(prompts: int, suite: str, family: Any) -> str | None:
+def judge_known(prompts: int, suite: str, family: Family) -> str | None:
     if prompts and not suite and not (family.suite and family.suite.watched):
         return f'must be 0 for {family.name}, whose suite judges nothing during a run'
 
 
 @about('data.name', 'family', 'regularisers')
-def reals_known(dataset: str, family: Any, regularisers: Sequence[Any]) -> str | None:
+def reals_known(dataset: str, family: Family, regularisers: Active) -> str | None:
     data = family.data_sets.get(dataset)
     needing = [kind.name for kind in regularisers if kind.needs_real]
     if needing and not (data and data.has_reals):
@@ -104,7 +111,7 @@ def reals_known(dataset: str, family: Any, regularisers: Sequence[Any]) -> str |
 @about('method.mean_variance.weight', 'method.mean_variance.mean',
        'method.mean_variance.variance', 'family')
 def moments_known(weight: float, mean: float | None, variance: float | None,
-                  family: Any) -> str | None:
+                  family: Family) -> str | None:
     if weight and None in (mean, variance) and not family.knows_moments:
         return ('needs method.mean_variance.mean and .variance: those of real latents are not '
                 f'known for {family.name} (the paper has .075 and .81 for SDXL)')
@@ -131,14 +138,14 @@ def alpha_guides(alpha: float, weight_ca: float) -> str | None:
 
 
 @about('method.weight_ca', 'method.weight_dm', 'regularisers')
-def some_weight(weight_ca: float, weight_dm: float, regularisers: Sequence[Any]) -> str | None:
+def some_weight(weight_ca: float, weight_dm: float, regularisers: Active) -> str | None:
     if not (weight_ca or weight_dm or regularisers):
         return ('must be above 0 while method.weight_dm and the weights of all regularisers are '
                 '0: nothing would train the student')
 
 
 @about('critic.updates', 'method.weight_dm', 'regularisers')
-def critic_needed(updates: int, weight_dm: float, regularisers: Sequence[Any]) -> str | None:
+def critic_needed(updates: int, weight_dm: float, regularisers: Active) -> str | None:
     asking = ['method.weight_dm'] if weight_dm else []
     asking += [f'method.{kind.name}.weight' for kind in regularisers if kind.needs_critic]
     if asking and not updates:
@@ -171,17 +178,17 @@ def batch_divides(batch: int, steps: int, accumulate: int) -> str | None:
 
 @about('method.tau_ca', 'schedule', 'method.schedule', 'student.steps')
 @about('method.tau_ca_end', 'schedule', 'method.schedule', 'student.steps')
-def tau_ca_reaches(span: Sequence[float], schedule: Any, name: str, steps: int) -> str | None:
+def tau_ca_reaches(span: Sequence[float], schedule: Schedule, name: str, steps: int) -> str | None:
     return _reaches(span, schedule.ca, name, steps)
 
 
 @about('method.tau_dm', 'schedule', 'method.schedule', 'student.steps')
 @about('method.tau_dm_end', 'schedule', 'method.schedule', 'student.steps')
-def tau_dm_reaches(span: Sequence[float], schedule: Any, name: str, steps: int) -> str | None:
+def tau_dm_reaches(span: Sequence[float], schedule: Schedule, name: str, steps: int) -> str | None:
     return _reaches(span, schedule.dm, name, steps)
 
 
-def _reaches(span: Sequence[float], bounds: Any, name: str, steps: int) -> str | None:
+def _reaches(span: Sequence[float], bounds: Bounds, name: str, steps: int) -> str | None:
     """A term that is bounded below needs room above the bound of the student's last step."""
     low = bounds.low((steps - 1) / steps)
     if span and span[1] <= low:
