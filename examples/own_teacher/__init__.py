@@ -19,4 +19,4 @@ from own_teacher import shapes, teacher
 
 FAMILY = Family(
     __name__, load=teacher.load, one_size=(shapes.SIZE, shapes.SIZE), guidance=2.0,
-    data_sets={'shapes': DataSet(shapes.load)})
+    data_sets={'shapes': DataSet(shapes.load)}, suite=shapes.SUITE)

@@ -8,6 +8,7 @@ import jax
 import numpy as np
 
 from ddmd_jax.data import conditioning
+from ddmd_jax.evaluation.suites import Examples, Suite
 from ddmd_jax.families import Teacher
 
 SIZE = 8
@@ -31,3 +32,14 @@ def load(config: Any, teacher: Teacher, mesh: Any) -> conditioning.Prompts:
     lookup = lambda rows, length: jax.tree.map(lambda x: x[rows], cond)
     return conditioning.encoded(np.arange(len(CAPTIONS)), lookup, null=teacher.encode(['']),
                                 caption=CAPTIONS.__getitem__, identity='shapes')
+
+
+def examples(seen: int, held_out: int, seed: int) -> Examples:
+    """Captions in their order, as often as they are asked for; nothing is held out of training."""
+    captions = list(np.resize(CAPTIONS, seen + held_out))
+    real = np.stack([draw(caption) for caption in captions])
+    error = lambda images: {'error': float(np.sqrt(np.mean(np.square(images - real))))}
+    return Examples(captions, error, real=real)
+
+
+SUITE = Suite('shapes', {'error': '.3f'}, examples)
