@@ -20,7 +20,8 @@ HEAD = """# Every field of a config
 `--config=NAME:SCHEDULE` sets `method.schedule`. Any field can be given as
 `--config.section.field=value` (tuples in quotes: `--config.method.tau_ca='(0.0, 0.9)'`).
 A config has to give the fields that are *required*, and `ddmd_jax.config.defaults(task, changes)`
-adds all others. Fields that *may change* may differ when a run is resumed
+adds all others. The fields of your own regulariser or data set are there once the file names it,
+and not if a flag does. Fields that *may change* may differ when a run is resumed
 ([resuming.md](resuming.md)); any other makes it another experiment, and is refused."""
 
 LINE = '| {} | {} | {} | {} | {} |'
