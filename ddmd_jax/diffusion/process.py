@@ -2,7 +2,7 @@
 
 Every function here is a pure map of arrays. Published checkpoints use other
 conventions (sigma = 1 - t, a negated output, integer steps); those are converted in
-the teacher's own file, so that nothing above this room has to know about them.
+the teacher's own file, and callers need not know them.
 
 Shapes: `x`, `noise` are ``[B, ...]``; `t` is ``[B]`` or a scalar, broadcast over the
 trailing axes. All arithmetic is done in fp32: near t = 1 the noise weight `1 - t` is a

@@ -60,7 +60,7 @@ class Plan:
 
 
 def plan(config: Any, teacher: Teacher, null: Any, mesh: Mesh) -> Plan:
-    """What `config` makes of `teacher` and its null prompt, arrays or shapes, on `mesh`."""
+    """Recipe, state and updates of a config for a teacher and null prompt, arrays or shapes."""
     recipe, c = recipes.from_config(config, teacher), config
     student_tx = optim.make_optimizer(c.optim.student, c.train.steps)
     critic_tx = optim.make_optimizer(
@@ -199,7 +199,7 @@ class Distillation:
     # --- Figures and images of the EMA student ---
 
     def _watch(self) -> None:
-        """What is drawn again and again as the student changes: of fixed prompts and noise."""
+        """Builds the samplers of fixed prompts and noise, for figures and images."""
         c, mesh = self.config, self.spec.mesh
         student = drawing.of_student(
             self.teacher, c.student.steps, self.recipe.steps.time, c.student.sampler)

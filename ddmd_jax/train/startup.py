@@ -14,8 +14,8 @@ class Compiling:
     """Named programs, compiled one after another in a thread beside whatever else is to be done.
 
     `programs` are jitted functions and the shapes of their arguments, by name; their order is the
-    same in every process of a run. Handed out are compiled programs: a jitted function would compile
-    anew when it is called.
+    same in every process of a run. Handed out are compiled programs: a jitted function would be
+    compiled anew when it is called.
     """
 
     def __init__(self, programs: Mapping[Hashable, tuple[Any, tuple[Any, ...]]]):
@@ -48,7 +48,7 @@ class Compiling:
     def _compile_all(self) -> None:
         start, error = time.monotonic(), None
         for name, (program, shapes) in self._programs.items():
-            # A run that failed meanwhile is kept from ending by one program, not by all.
+            # Once the main thread has ended nobody wants the programs that are left.
             if error is None and not threading.main_thread().is_alive():
                 error = RuntimeError('the run ended before its programs were compiled')
             compiled = None

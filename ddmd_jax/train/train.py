@@ -109,12 +109,14 @@ def distill(config: Any, workdir: Path, options: Options = NOTHING_ELSE) -> None
     state, seconds = fit(task, config, workdir, options)
 
     # -------------------------------------------------------------------------------- evaluation
-    compared = evaluation.Comparison(config, task.teacher, state.ema, task.spec.mesh)
+    ema = state.ema
+    del state  # critic and optimisers make room for images
+    compared = evaluation.Comparison(config, task.teacher, ema, task.spec.mesh)
     suite = suite_of(config)
-    total = lambda: {**seconds._asdict(), 'total': time.monotonic() - started}
+    timings = lambda: {**seconds._asdict(), 'total': time.monotonic() - started}
     if suite:
         encode = prompt_sources.image_encoder(config, task.teacher, task.spec.mesh)
-        evaluation.evaluate(compared, suite, encode, workdir, total)
+        evaluation.evaluate(compared, suite, encode, workdir, timings)
     elif task.teacher.latents.decode:
         shown = min(evaluation.SHEET_ROWS, config.eval.prompts)
         evaluation.sheet(compared, request_of(task.prompts, shown, config.seed), workdir)
@@ -167,8 +169,7 @@ def fit(task: Task, config: Any, workdir: Path,
     Raises:
       CheckpointError: `workdir` holds another run's checkpoints, or the last one could not be
         written.
-      DivergedError: a loss or gradient stopped being finite, and that is not to be, or cannot be,
-        gone back on.
+      DivergedError: a loss or gradient stopped being finite; rollback is off, or has not helped.
       Stopped: a signal asked for it; everything is saved.
     """
     opening, started = '', time.monotonic()
@@ -187,22 +188,22 @@ def _attempt(task: Task, config: Any, workdir: Path, options: Options,
     total, c = config.train.steps, config
 
     # ----------------------------------------------------------------------------------- restore
-    bad = rollback.read(workdir)
+    bad_steps = rollback.read(workdir)
     manifest = resume.manifest_of(config, task.identities)
-    with contextlib.closing(Checkpoints.of(config, workdir, manifest, bad)) as checkpoints, \
-            contextlib.ExitStack() as held:
+    with contextlib.closing(Checkpoints.of(config, workdir, manifest, bad_steps)) as checkpoints, \
+            contextlib.ExitStack() as stack:
         if (checkpoints.latest or 0) < total:
             task.startup.compiling.start()
-        feed = task.feed(rollback.skipped(bad))
+        feed = task.feed(rollback.skipped(bad_steps))
         source = resume.choose(config, checkpoints)
         with task.startup.stage('state'):
             state = jax.block_until_ready(resume.start(source, task, checkpoints, feed))
         step = first = int(state.step)
         record(workdir, config, options.about)  # now that the folder is known to be this run's
 
-        log = held.enter_context(contextlib.closing(
+        log = stack.enter_context(contextlib.closing(
             RunLog(workdir, step, total, task.name, config)))
-        window = held.enter_context(contextlib.closing(
+        window = stack.enter_context(contextlib.closing(
             Window(options.profile, workdir / 'profile', log.say)))
         report = options.report
         for line in (opening, resume.described(source, workdir, step)):
@@ -214,23 +215,24 @@ def _attempt(task: Task, config: Any, workdir: Path, options: Options,
         # ---------------------------------------------------------------------------------- loop
         # `interval` holds the metrics since the last logged line, those of steps before a restart
         # too: a line comes out the same wherever a run was interrupted.
-        interval, newest, fresh, ending = list(checkpoints.interval), None, True, ''
-        while step < total and not ending:
+        interval, pending, fresh, stop = list(checkpoints.interval), None, True, ''
+        while step < total and not stop:
             before = feed.get_state()
             window.before(step + 1)
+            # Of a distillation: critic updates, each on a fresh batch, then one of the generator.
             state, metrics = task.step(state, lambda: _first_timed(task, feed), fresh)
             fresh = False
             # Looked at one step late, so that the host never waits for the device.
-            rollback.check(newest, checkpoints)
+            rollback.check(pending, checkpoints)
             step += 1
-            newest = Taken(step, metrics, (before, feed.get_state()))
+            pending = Taken(step, metrics, (before, feed.get_state()))
             interval.append(metrics)
             window.after(step, state)
             log.tick(step)
             if step == first + 1:
                 feed.waited = 0.0  # until here programs were waited for
                 # From here on there is something to save: a signal waits for the step's end.
-                held.enter_context(signals.deferred())
+                stack.enter_context(signals.deferred())
                 if task.startup.compiling.finished:
                     log.say(task.startup.summary())
 
@@ -239,7 +241,7 @@ def _attempt(task: Task, config: Any, workdir: Path, options: Options,
 
             # Log: means of the interval, figures of the state, the verdict, and what it asks for.
             if due(c.log.every):
-                rollback.check(newest, checkpoints)
+                rollback.check(pending, checkpoints)
                 values, text = task.measure(state, log.history, {'step': step, **means(interval)})
                 log.scalars(step, values, text)
                 interval = []
@@ -248,7 +250,7 @@ def _attempt(task: Task, config: Any, workdir: Path, options: Options,
                     log.say(f'warning: step {step}: {spike}')
                 remedy = guards.agreed_remedy(log.history, c.train.get('on_health', 'nothing'))
                 if remedy.ends:
-                    ending = remedy.text
+                    stop = remedy.text
                 elif remedy.text:
                     state, fresh = remedy.act(state), True
                 if remedy.text:
@@ -260,9 +262,9 @@ def _attempt(task: Task, config: Any, workdir: Path, options: Options,
                 report = log.attempt(report, workdir)
 
             # Save, beside the next steps; a save that has failed meanwhile is tried once more.
-            if due(c.checkpoint.every) or signal or ending or checkpoints.lost(
+            if due(c.checkpoint.every) or signal or stop or checkpoints.lost(
                     jax.process_count() == 1 or step % c.log.every == 0):
-                rollback.check(newest, checkpoints)
+                rollback.check(pending, checkpoints)
                 checkpoints.save(step, state, feed, interval)
             if signal:
                 checkpoints.settle(step, state, feed, interval)

@@ -14,8 +14,7 @@ from ddmd_jax.method import health
 from ddmd_jax.train.durable.checkpoint import anywhere
 from ddmd_jax.train.state import TrainState
 
-# `train.on_health`: the response to a bad verdict, in words. One that lasts is waited for, but for
-# the gravest, which leaves no time to.
+# `train.on_health`: the response to UNWELL equal verdicts in a row; to a collapse, at once.
 ON_HEALTH = {'nothing': '', 'stop': 'stopped here', 'stop_collapsing': 'stopped here',
              'lower_alpha': 'alpha - 1 is halved', 'raise_critic': 'one more critic update a step'}
 STOPS = ('stop', 'stop_collapsing')

@@ -1,4 +1,4 @@
-"""Steps that were not finite: told, recorded, and gone back on with their batches left out."""
+"""Detects steps that are not finite, records their batches, and leaves these out."""
 
 from __future__ import annotations
 
@@ -37,9 +37,9 @@ class DivergedError(RuntimeError):
     newest one by then.
     """
 
-    taken: Taken
-    bad: list[str]
-    checkpoint: int | None
+    def __init__(self, message: str, taken: Taken, bad: list[str], checkpoint: int | None):
+        super().__init__(message)
+        self.taken, self.bad, self.checkpoint = taken, bad, checkpoint
 
 
 def check(newest: Taken | None, checkpoints: Any) -> None:
@@ -51,11 +51,10 @@ def check(newest: Taken | None, checkpoints: Any) -> None:
         f'the last good checkpoint, step {checkpoints.latest}, is kept')
     metrics = jax.device_get(newest.metrics)
     bad = [k for k, v in metrics.items() if v != v or abs(v) == float('inf')]
-    error = DivergedError(
+    raise DivergedError(
         f'step {newest.step}: NaN or Inf in {", ".join(bad) or "a gradient"}; that update was not '
-        f'written and {kept}; lower the learning rate or clip harder')
-    error.taken, error.bad, error.checkpoint = newest, bad, checkpoints.latest
-    raise error
+        f'written and {kept}; lower the learning rate or clip harder',
+        newest, bad, checkpoints.latest)
 
 
 def leave_out(failed: DivergedError, config: Any, workdir: Path, order: Order) -> str:
@@ -75,7 +74,7 @@ def leave_out(failed: DivergedError, config: Any, workdir: Path, order: Order) -
     place = 'the start' if failed.checkpoint is None else f'step {failed.checkpoint}'
     if sum(e['checkpoint'] == failed.checkpoint for e in bad) >= MOST:
         raise DivergedError(f'{failed}; went back to {place} {MOST} times already: it is not the '
-                            'batches')
+                            'batches', failed.taken, failed.bad, failed.checkpoint)
     _together('bad batches read')  # nobody reads what process 0 is about to write
     if jax.process_index() == 0:
         jsonl.append(workdir / NAME, entry)

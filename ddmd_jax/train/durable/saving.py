@@ -1,4 +1,4 @@
-"""Writing a run's checkpoints: beside its steps, so many kept, failures told; by Orbax."""
+"""Asynchronous checkpoint saving by Orbax: retention, failures told, one retry."""
 
 from __future__ import annotations
 
@@ -98,6 +98,7 @@ class Checkpoints:
         self._committed: int | None = None  # the last one that Orbax has finished
         self._save: _Save | None = None
         self._unsettled = False  # whether nobody has asked yet how the last save went
+        self._retry = False  # whether the next save stands for one that failed
         self._worker = futures.ThreadPoolExecutor(1, 'checkpoints')
         quiet_orbax()
         ckpt.set_aside(self.directory)
@@ -150,7 +151,8 @@ class Checkpoints:
             return
         start = time.monotonic()
         self._settle()
-        self._failed, self._unsettled = '', True
+        # A retry is not asked about again: on a full disk every step would save.
+        self._failed, self._unsettled, self._retry = '', not self._retry, False
         items = ocp.args.Composite(
             state=ocp.args.StandardSave(state),
             # One counter of global batches, the same in every process: Grain's own handler
@@ -213,7 +215,7 @@ class Checkpoints:
         kept = self._save.before
         return HungError(
             f'checkpoint {self.directory / str(self._save.step)} was not on disk after '
-            f'{self.timeout:g} s (checkpoint.timeout): what writes it hangs and cannot be stopped; '
+            f'{self.timeout:g} s (checkpoint.timeout): the write hangs and cannot be stopped; '
             + ('nothing was saved before' if kept is None else
                f'step {kept} is the newest checkpoint in {self.directory}')
             + '; see to the disk, then run the same command to go on from there')
@@ -252,7 +254,8 @@ class Checkpoints:
         if not self._unsettled or not asked or ckpt.anywhere(self.under_way):
             return False
         self._unsettled = False
-        return bool(self.wait())
+        self._retry = bool(self.wait())
+        return self._retry
 
     def settle(self, step: int, state: Any, data: Feed,
                interval: Sequence[Mapping[str, Any]] = ()) -> None:

@@ -97,7 +97,7 @@ class RunLog:
             self._tracker.image(step, name, image)
 
     def _keep(self, step: int, name: str, image: np.ndarray) -> None:
-        """A file of it, for reports; without room there is none, which TensorBoard's has told."""
+        """A PNG for reports. Disk errors are left alone: TensorBoard has warned of them."""
         with contextlib.suppress(OSError):
             self._pictures.mkdir(exist_ok=True)
             file = self._pictures / f'{name.replace("/", "_")}-{step:08d}.png'
@@ -180,4 +180,5 @@ class Board:
 def means(metrics: list[dict[str, Any]]) -> dict[str, float]:
     """Means over an interval of per-step device scalars; one transfer for all of them."""
     host = jax.device_get(metrics)
-    return {k: float(np.mean([m[k] for m in host])) for k in host[0]}
+    # The critic may rest in some steps: a figure's mean is over those that have it.
+    return {k: float(np.mean([m[k] for m in host if k in m])) for m in reversed(host) for k in m}
