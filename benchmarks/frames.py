@@ -1,9 +1,8 @@
 """``python benchmarks/frames.py``: our own frames between `main` and the critic's forward pass.
 
-Traces the critic's objective of the demo's config and stops at the first forward pass of the
-critic's network. Printed are the frames of the package on the way: those of the main thread at the moment
-the programs' thread was started, then those of that thread. JAX's own are left out; lambdas and
-functions defined inside functions are marked.
+Traces the critic's objective of the demo's config and stops where it asks for the critic's network.
+Printed are the frames of the package on the way: those of the main thread at the moment the
+programs' thread was started, then those of that thread. JAX's own are left out.
 """
 
 from __future__ import annotations
