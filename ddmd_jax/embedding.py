@@ -4,8 +4,6 @@ The folder's format is `data/embeddings.py`'s; what is written is what the onlin
 step, bit for bit up to how XLA fuses a batch of another size.
 """
 
-from __future__ import annotations
-
 import hashlib
 import json
 import sys

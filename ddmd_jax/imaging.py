@@ -1,7 +1,5 @@
 """What a request for images needs: prompts, places to write to, weights, and writing itself."""
 
-from __future__ import annotations
-
 import dataclasses
 import os
 from collections.abc import Iterable, Mapping, Sequence

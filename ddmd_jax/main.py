@@ -5,8 +5,6 @@ line on stderr says what, where and how to mend it); 2 the config is wrong (ever
 named).
 """
 
-from __future__ import annotations
-
 import errno
 import math
 import os

@@ -9,8 +9,6 @@
 could not go on (one line on stderr says what, where and how to mend it); 2 a flag is wrong.
 """
 
-from __future__ import annotations
-
 import dataclasses
 import sys
 from collections import ChainMap

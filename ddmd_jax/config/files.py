@@ -4,8 +4,6 @@
 ``--config=configs/lumina.py`` is the file, as ever.
 """
 
-from __future__ import annotations
-
 from pathlib import Path
 from typing import Any
 

@@ -4,8 +4,6 @@ Nothing of the project is imported here nor in `fields`: regularisers and famili
 their own, made of these rules.
 """
 
-from __future__ import annotations
-
 import dataclasses
 import difflib
 import functools

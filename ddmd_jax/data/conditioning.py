@@ -1,7 +1,5 @@
 """What a distillation run asks of its prompts, and prompts that were encoded beforehand."""
 
-from __future__ import annotations
-
 import dataclasses
 from collections.abc import Callable, Sequence
 from pathlib import Path

@@ -1,7 +1,5 @@
 """Grain pipelines: this process's part of every batch of a global order."""
 
-from __future__ import annotations
-
 import dataclasses
 from collections.abc import Callable
 from typing import Any

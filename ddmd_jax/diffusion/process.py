@@ -9,8 +9,6 @@ trailing axes. All arithmetic is done in fp32: near t = 1 the noise weight `1 - 
 few hundredths, which bfloat16 rounds by as much as 20 %.
 """
 
-from __future__ import annotations
-
 import jax
 import jax.numpy as jnp
 

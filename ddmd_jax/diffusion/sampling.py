@@ -4,8 +4,6 @@ A network is a function ``denoise(x_t [B, ...], t [B], cond) -> x_hat``; t is th
 are fp32.
 """
 
-from __future__ import annotations
-
 import dataclasses
 from collections.abc import Callable
 from typing import Any

@@ -9,8 +9,6 @@ A flow-matching teacher has a `Shift`. A teacher with a table of discrete steps 
 own: see docs/extending.md.
 """
 
-from __future__ import annotations
-
 import dataclasses
 
 import jax

@@ -3,8 +3,6 @@
 Defined in words in docs/metrics.md. Images are ``[N, H, W, 3]`` fp32, nominally in [-1, 1].
 """
 
-from __future__ import annotations
-
 import numpy as np
 from skimage import color
 

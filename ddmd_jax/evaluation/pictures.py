@@ -1,7 +1,5 @@
 """Grids and captioned sheets as uint8 arrays; files that say what is in them."""
 
-from __future__ import annotations
-
 import json
 import textwrap
 from collections.abc import Mapping, Sequence

@@ -10,8 +10,6 @@ A family names the suite of its runs; `eval.suite` names another, at a dotted pa
     SUITE = Suite('brightness', {'brightness': '.3f'}, examples)
 """
 
-from __future__ import annotations
-
 import dataclasses
 import importlib
 from collections.abc import Callable, Mapping, Sequence

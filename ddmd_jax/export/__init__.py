@@ -1,7 +1,5 @@
 """A student for others to load: a diffusers pipeline, safetensors, or an Orbax checkpoint."""
 
-from __future__ import annotations
-
 import dataclasses
 from pathlib import Path
 

@@ -4,8 +4,6 @@ Writes the EMA student of a run: as a pipeline that diffusers loads, as safetens
 Orbax checkpoint, with a model card. Exit code 1, and one line on stderr, if it cannot.
 """
 
-from __future__ import annotations
-
 import dataclasses
 import sys
 from pathlib import Path

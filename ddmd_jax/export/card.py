@@ -1,7 +1,5 @@
 """The model card: what the student is, how to draw with it, what it was trained on, figures."""
 
-from __future__ import annotations
-
 import json
 import shutil
 from collections.abc import Mapping

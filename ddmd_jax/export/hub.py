@@ -1,7 +1,5 @@
 """Pushes an exported folder to a model hub."""
 
-from __future__ import annotations
-
 from pathlib import Path
 
 from ddmd_jax.util.text import first_line

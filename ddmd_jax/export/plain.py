@@ -1,7 +1,5 @@
 """Export of a family that brings none of its own: the network by the names it has here."""
 
-from __future__ import annotations
-
 from pathlib import Path
 
 import jax

@@ -1,7 +1,5 @@
 """The student of a run's newest checkpoint, and what the run says of it."""
 
-from __future__ import annotations
-
 import dataclasses
 import json
 from collections.abc import Mapping

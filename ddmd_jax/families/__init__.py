@@ -1,7 +1,5 @@
 """The registry of teacher families, and how a path or a name becomes a `Teacher`."""
 
-from __future__ import annotations
-
 import functools
 import importlib
 from collections.abc import Sequence

@@ -1,7 +1,5 @@
 """What every teacher family boils down to."""
 
-from __future__ import annotations
-
 import dataclasses
 import functools
 from collections.abc import Callable, Sequence

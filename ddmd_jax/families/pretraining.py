@@ -1,7 +1,5 @@
 """What a family brings to have a teacher of its own trained (task `pretrain`)."""
 
-from __future__ import annotations
-
 import dataclasses
 from collections.abc import Callable
 from pathlib import Path

@@ -5,8 +5,6 @@ tokens loses its end, behind which the tokenizer still puts what it always puts.
 given a published config refuses fields that it does not know.
 """
 
-from __future__ import annotations
-
 import dataclasses
 import functools
 import hashlib

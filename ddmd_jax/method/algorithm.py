@@ -7,8 +7,6 @@ pure functions of their arguments. Line 1, the start from the teacher's weights,
 `train/update.py`'s.
 """
 
-from __future__ import annotations
-
 import functools
 
 import jax

@@ -5,8 +5,6 @@ inside the generator step, from arrays it has anyway; the verdict is host arithm
 logged history.
 """
 
-from __future__ import annotations
-
 import dataclasses
 import math
 from collections.abc import Sequence

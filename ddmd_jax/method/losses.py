@@ -4,8 +4,6 @@ Shapes: samples and predictions are ``[B, ...]``. All arithmetic is fp32: near t
 predictions differ by a few thousandths, below what bfloat16 resolves.
 """
 
-from __future__ import annotations
-
 import dataclasses
 
 import jax

@@ -1,7 +1,5 @@
 """Batches on the device before they are asked for."""
 
-from __future__ import annotations
-
 import collections
 import time
 from collections.abc import Callable

@@ -1,7 +1,5 @@
 """Optimisers from config: AdamW with the usual trimmings, or any Optax chain."""
 
-from __future__ import annotations
-
 from collections.abc import Mapping
 from typing import Any
 

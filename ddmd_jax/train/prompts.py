@@ -5,8 +5,6 @@ family; embeddings that were written beforehand (cached); prompts whose tokens g
 encoder on the mesh, a jitted program of its own, as batches are needed (online).
 """
 
-from __future__ import annotations
-
 import dataclasses
 import sys
 from collections.abc import Callable, Sequence

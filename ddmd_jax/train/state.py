@@ -1,7 +1,5 @@
 """The train state: one plain pytree of arrays, born sharded."""
 
-from __future__ import annotations
-
 import dataclasses
 import functools
 from collections.abc import Callable

@@ -5,8 +5,6 @@ raises `DivergedError` out of one attempt, and `fit` begins the next one from th
 with that step's batches left out, if `train.on_nan` says so.
 """
 
-from __future__ import annotations
-
 import contextlib
 import time
 from collections.abc import Callable

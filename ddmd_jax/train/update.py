@@ -6,8 +6,6 @@ are ``(frozen, state, batch) -> (state, metrics)``, donate the state, and draw t
 the seed and a counter of the state, so that a resumed run draws what the uninterrupted one would.
 """
 
-from __future__ import annotations
-
 import dataclasses
 from collections.abc import Callable
 from typing import Any, NamedTuple

@@ -4,8 +4,6 @@ Reading goes shard by shard: of each tensor only the part that a device holds is
 and handed over before the next is looked at, so that no host ever has a copy of the model.
 """
 
-from __future__ import annotations
-
 import contextlib
 import dataclasses
 import hashlib

@@ -1,7 +1,5 @@
 """Brings a published folder to this machine's disk: from a path, a URL, or the hub."""
 
-from __future__ import annotations
-
 import fnmatch
 import hashlib
 import os

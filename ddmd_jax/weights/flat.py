@@ -1,7 +1,5 @@
 """Parameter trees as flat safetensors files: ``a/b/kernel`` names, atomic, no pickle."""
 
-from __future__ import annotations
-
 import hashlib
 from pathlib import Path
 from typing import Any

@@ -4,8 +4,6 @@ A family has a function ``path -> Entry`` over our flattened parameter paths for
 network. It is the only map: import reads by it, export writes by it.
 """
 
-from __future__ import annotations
-
 import dataclasses
 
 import numpy as np

@@ -6,8 +6,6 @@ x at sigma, `deterministic` goes along the line from it to the noisy sample, an 
 `renoise` draws new noise, ``(1 - sigma') x + sigma' noise``: `stochastic_sampling` there.
 """
 
-from __future__ import annotations
-
 import json
 from collections.abc import Mapping
 from pathlib import Path

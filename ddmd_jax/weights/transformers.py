@@ -7,8 +7,6 @@ Checkpoints are read as ever: `diffusers.check` against the *whole* published ar
 `diffusers.import_tree` of the part of it that is run, see `part`.
 """
 
-from __future__ import annotations
-
 import dataclasses
 import re
 from collections.abc import Mapping

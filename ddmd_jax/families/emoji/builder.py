@@ -1,7 +1,5 @@
 """TFDS builder of the emoji glyphs: ArrayRecord on disk, no TensorFlow to write or read."""
 
-from __future__ import annotations
-
 import shutil
 import tempfile
 from pathlib import Path

@@ -6,8 +6,6 @@ in ten is held out of all training: objects and colours are known there, their c
 is not. Glyphs ship with the package as ArrayRecord behind a TFDS builder (SIL OFL 1.1).
 """
 
-from __future__ import annotations
-
 import dataclasses
 import functools
 import hashlib

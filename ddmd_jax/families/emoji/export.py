@@ -1,7 +1,5 @@
 """The embedded teacher's students: its network is Lumina's, its text side comes with its code."""
 
-from __future__ import annotations
-
 import dataclasses
 import json
 import shutil

@@ -6,8 +6,6 @@ distance. It never saw a generated image, nor any held-out (glyph, colour) pair:
 and contrast, so that it judges what is drawn and not the last bit of how.
 """
 
-from __future__ import annotations
-
 import sys
 from collections.abc import Callable
 from pathlib import Path

@@ -1,7 +1,5 @@
 """`prepare emoji` and `prepare classifier`: the data files that ship with the package."""
 
-from __future__ import annotations
-
 import os
 import sys
 from pathlib import Path

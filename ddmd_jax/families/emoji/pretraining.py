@@ -1,7 +1,5 @@
 """How the embedded teacher was trained: composed emoji, token ids, both networks at once."""
 
-from __future__ import annotations
-
 import functools
 from typing import Any
 

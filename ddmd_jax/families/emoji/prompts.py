@@ -1,7 +1,5 @@
 """The data set `emoji`: captions of all pairs that are not held out, with their images."""
 
-from __future__ import annotations
-
 from typing import Any
 
 import jax

@@ -4,8 +4,6 @@ Used by ``python -m ddmd_jax.prepare emoji``. Needs Pillow and NotoColorEmoji.tt
 1.1; Debian: fonts-noto-color-emoji). Training only reads what this wrote.
 """
 
-from __future__ import annotations
-
 import unicodedata
 from collections.abc import Iterator
 from pathlib import Path

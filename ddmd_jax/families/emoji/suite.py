@@ -1,7 +1,5 @@
 """The suite of the embedded world: pairs of glyph and background, measured by the classifier."""
 
-from __future__ import annotations
-
 import numpy as np
 
 from ddmd_jax.evaluation import measures

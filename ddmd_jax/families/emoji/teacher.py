@@ -9,8 +9,6 @@ Conventions, all of them here and nowhere else:
   * the null prompt is the encoded empty caption, one [BOS] token, never zeros.
 """
 
-from __future__ import annotations
-
 import dataclasses
 import functools
 import json

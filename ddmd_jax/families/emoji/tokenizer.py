@@ -1,7 +1,5 @@
 """The small WordPiece tokenizer of the embedded default (library: `tokenizers`)."""
 
-from __future__ import annotations
-
 import functools
 import hashlib
 from collections.abc import Iterable, Sequence

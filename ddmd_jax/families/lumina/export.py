@@ -1,7 +1,5 @@
 """Lumina's students: the teacher's pipeline with another transformer and scheduler."""
 
-from __future__ import annotations
-
 import shutil
 import sys
 from pathlib import Path

@@ -1,7 +1,5 @@
 """Published names of Lumina-Image-2.0's parameters (diffusers), by our paths."""
 
-from __future__ import annotations
-
 from ddmd_jax.weights.names import Entry
 
 _TOP = {

@@ -12,8 +12,6 @@
   * Latents. FLUX's autoencoder, 8 x 8 pixels a latent, 2 x 2 latents a token.
 """
 
-from __future__ import annotations
-
 import dataclasses
 import functools
 from collections.abc import Callable, Sequence

@@ -5,8 +5,6 @@ Gemma-2's last but one state of at most 256 tokens, padded on the right. The tok
 empty text without it, [BOS] alone.
 """
 
-from __future__ import annotations
-
 from typing import Any
 
 from ddmd_jax.families import published_text

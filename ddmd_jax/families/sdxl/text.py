@@ -7,8 +7,6 @@ away from *zeros*; the null prompt here is the encoded empty text all the same, 
 that an encoder gave. `null_is_zeros` says which of the two a folder's pipeline does.
 """
 
-from __future__ import annotations
-
 import functools
 from pathlib import Path
 from typing import Any

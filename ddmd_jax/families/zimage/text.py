@@ -6,8 +6,6 @@ padding to the tokenizer and keeps the real tokens alone; here padding is on the
 leaves their states as they are.
 """
 
-from __future__ import annotations
-
 from typing import Any
 
 from ddmd_jax.families import published_text

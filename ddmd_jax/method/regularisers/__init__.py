@@ -4,8 +4,6 @@ A regulariser is a class in a module of its own. `method.regularisers` names the
 'my_module' with a class `REGULARISER`. Each has a section ``method.<name>`` of the config.
 """
 
-from __future__ import annotations
-
 import dataclasses
 import importlib
 from collections.abc import Mapping, Sequence

@@ -4,8 +4,6 @@ The classifier is a head on the critic's trunk, so that it starts from what the 
 needs real images, which CA and DM do not.
 """
 
-from __future__ import annotations
-
 from typing import Any, ClassVar
 
 import jax

@@ -5,8 +5,6 @@ images, which is its point: that it keeps CA from collapsing shows what DM is ne
 it falls short by shows what DM adds.
 """
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from typing import Any, ClassVar
 

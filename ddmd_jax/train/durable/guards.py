@@ -1,7 +1,5 @@
 """Figures that go wrong though they are finite: spikes told, verdicts acted on."""
 
-from __future__ import annotations
-
 import dataclasses
 import math
 import statistics

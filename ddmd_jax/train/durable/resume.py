@@ -8,8 +8,6 @@
 | else nothing | `scratch` | as the teacher's | fresh | none yet |
 """
 
-from __future__ import annotations
-
 import dataclasses
 from collections.abc import Callable, Mapping
 from pathlib import Path

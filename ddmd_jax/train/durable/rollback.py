@@ -1,7 +1,5 @@
 """Detects steps that are not finite, records their batches, and leaves these out."""
 
-from __future__ import annotations
-
 import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path

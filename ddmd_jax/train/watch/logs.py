@@ -1,7 +1,5 @@
 """Where a run's numbers and pictures go: terminal, `metrics.jsonl`, TensorBoard, a tracker."""
 
-from __future__ import annotations
-
 import contextlib
 import sys
 import time

@@ -1,7 +1,5 @@
 """A profile of a few steps."""
 
-from __future__ import annotations
-
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any

@@ -5,8 +5,6 @@ One of them, by `log.tracker`, if it is installed; each is set up by its own env
 do is told once, and it is asked no more.
 """
 
-from __future__ import annotations
-
 import json
 import secrets
 from collections.abc import Callable, Mapping
