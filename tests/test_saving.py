@@ -22,10 +22,11 @@ def hanging(tmp_path, monkeypatch):
     released, opened_here = threading.Event(), []
 
     def made(where):
-        checkpoints, data = opened(tmp_path, timeout=0.5), feed()
+        checkpoints, data = opened(tmp_path), feed()
         opened_here.append(checkpoints)
         checkpoints.save(1, state_at(1), data)
         assert checkpoints.wait() == ''
+        checkpoints.timeout = 0.5
         hang = lambda *args, **kwargs: released.wait(60)
         monkeypatch.setattr(*{'copying': (checkpoints.manager, 'save'),
                               'summing': (checksums, 'write')}[where], hang)
