@@ -22,20 +22,19 @@ from ddmd_jax import config as config_lib
 
 _CONFIG = config_lib.define_flag()
 _COORDINATOR = flags.DEFINE_string(
-    'coordinator', None, 'host:port of process 0, where the environment does not tell '
-    '(TPU pods, Slurm and Open MPI do).')
-_NUM_PROCESSES = flags.DEFINE_integer('num_processes', None, 'How many; with --coordinator.')
-_PROCESS_ID = flags.DEFINE_integer('process_id', None, 'Which this is; with --coordinator.')
+    'coordinator', None, 'host:port of process 0, if the environment does not name it (TPU pods, '
+    'Slurm and Open MPI do).')
+_NUM_PROCESSES = flags.DEFINE_integer('num_processes', None, 'Number of processes; with --coordinator.')
+_PROCESS_ID = flags.DEFINE_integer('process_id', None, 'Index of this process; with --coordinator.')
 _COMPILE_CACHE = flags.DEFINE_string(
     'compile_cache', None, 'Folder or gs:// URL of compiled programs, shared by all processes; '
-    'default: JAX_COMPILATION_CACHE_DIR, else WORKDIR/compile_cache. Empty: none is kept.')
+    'default: JAX_COMPILATION_CACHE_DIR, else WORKDIR/compile_cache. Empty: no cache.')
 _WORKDIR = flags.DEFINE_string('workdir', None, 'Folder of the run; resumed if it holds one.')
 _PEER_TIMEOUT = flags.DEFINE_integer(
-    'peer_timeout', 100, 'Seconds after which a process that is not heard of counts as dead, and '
-    'the others end.', lower_bound=1)
+    'peer_timeout', 100, 'Seconds of silence of one process after which the others end.',
+    lower_bound=1)
 _REPLAY = flags.DEFINE_boolean(
-    'replay', False, 'Run the step that WORKDIR/bad_batches.jsonl has last, print its figures, '
-    'and do nothing else.')
+    'replay', False, 'Only repeat the last step of WORKDIR/bad_batches.jsonl and print its figures.')
 _PROFILE = flags.DEFINE_string(
     'profile', None, 'FIRST:LAST, steps to profile into WORKDIR/profile, as --profile=10:20.')
 
@@ -137,8 +136,8 @@ def report(workdir: Path) -> None:
     try:
         page.write(workdir)
     except Exception as e:  # of a template, a plotting library, a disk
-        print(f'warning: {workdir / page.NAME} cannot be written ({e}); later: python -m '
-              f'ddmd_jax.report {workdir}', file=sys.stderr)
+        print(f'warning: {workdir / page.NAME} cannot be written ({e}); write it later with '
+              f'`python -m ddmd_jax.report {workdir}`', file=sys.stderr)
 
 
 def replay(config, workdir: Path) -> None:
@@ -202,8 +201,8 @@ def main(argv: list[str]) -> None:
         distributed.fail(str(e))
     except Exception as e:
         if isinstance(e, OSError) and e.errno in (errno.ENOSPC, errno.EDQUOT):
-            distributed.fail(f'{workdir} cannot be written ({e.strerror}); make room, then run the '
-                             'same command to go on from the last checkpoint')
+            distributed.fail(f'{workdir} cannot be written ({e.strerror}); free some space; the '
+                             'same command resumes')
         distributed.exit_if_distributed(e)
         raise
 
