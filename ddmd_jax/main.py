@@ -24,7 +24,8 @@ _CONFIG = config_lib.define_flag()
 _COORDINATOR = flags.DEFINE_string(
     'coordinator', None, 'host:port of process 0, if the environment does not name it (TPU pods, '
     'Slurm and Open MPI do).')
-_NUM_PROCESSES = flags.DEFINE_integer('num_processes', None, 'Number of processes; with --coordinator.')
+_NUM_PROCESSES = flags.DEFINE_integer(
+    'num_processes', None, 'Number of processes; with --coordinator.')
 _PROCESS_ID = flags.DEFINE_integer('process_id', None, 'Index of this process; with --coordinator.')
 _COMPILE_CACHE = flags.DEFINE_string(
     'compile_cache', None, 'Folder or gs:// URL of compiled programs, shared by all processes; '
@@ -34,7 +35,8 @@ _PEER_TIMEOUT = flags.DEFINE_integer(
     'peer_timeout', 100, 'Seconds of silence of one process after which the others end.',
     lower_bound=1)
 _REPLAY = flags.DEFINE_boolean(
-    'replay', False, 'Only repeat the last step of WORKDIR/bad_batches.jsonl and print its figures.')
+    'replay', False, 'Only repeat the last step of WORKDIR/bad_batches.jsonl and print its '
+    'figures.')
 _PROFILE = flags.DEFINE_string(
     'profile', None, 'FIRST:LAST, steps to profile into WORKDIR/profile, as --profile=10:20.')
 
@@ -201,8 +203,8 @@ def main(argv: list[str]) -> None:
         distributed.fail(str(e))
     except Exception as e:
         if isinstance(e, OSError) and e.errno in (errno.ENOSPC, errno.EDQUOT):
-            distributed.fail(f'{workdir} cannot be written ({e.strerror}); free some space; the '
-                             'same command resumes')
+            distributed.fail(f'{workdir} cannot be written ({e.strerror}); make room, then run the '
+                             'same command to go on from the last checkpoint')
         distributed.exit_if_distributed(e)
         raise
 
