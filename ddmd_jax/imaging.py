@@ -41,10 +41,9 @@ def read_prompts(given: Sequence[str], name: str, split: str) -> list[str]:
     """
     found = [normalise(text) for text in given]
     if name:
-        if Path(name).expanduser().is_dir():
-            texts = prompt_sets.open_set(name, split)
-        else:
-            texts = prompt_files.find(name).read('prompt', lambda size: None)
+        texts: Iterable[str] = (
+            prompt_sets.open_set(name, split) if Path(name).expanduser().is_dir()
+            else prompt_files.find(name).read('prompt', lambda size: None))
         more = list(filter(None, map(normalise, texts)))
         if not more:
             raise RequestError(f'{name} holds no prompt')
@@ -169,7 +168,7 @@ def load(model: Model, whose: Sequence[str], mesh: Mesh) -> tuple[Teacher, dict[
       WeightsError: the teacher cannot be read.
     """
     # Kernels in the type of the products: predictions are the same, and half is read.
-    teacher = model.family.load(LoadOptions(
+    teacher = model.family.load_teacher(LoadOptions(
         model.path, mesh, model.dtype, model.size, param_dtype=model.dtype))
     if teacher.latents.decode is None:
         raise RequestError(f'{model.path} has no autoencoder beside its transformer; give the '
@@ -182,7 +181,7 @@ def load(model: Model, whose: Sequence[str], mesh: Mesh) -> tuple[Teacher, dict[
     if 'teacher' in whose:
         params['teacher'] = jax.device_put(teacher.params, layout)
     teacher = dataclasses.replace(teacher, params=None)  # no longer held on to
-    if 'student' in whose:
+    if model.workdir and 'student' in whose:
         params['student'] = ckpt.restore_ema(model.workdir, model.step, abstract, layout)
     return teacher, params
 

@@ -11,9 +11,9 @@ could not go on (one line on stderr says what, where and how to mend it); 2 a fl
 
 import dataclasses
 import sys
-from collections import ChainMap
 from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 from absl import app, flags, logging
 
@@ -64,8 +64,9 @@ def run_prompts() -> None:
     from ddmd_jax.data import DataFileError
     from ddmd_jax.data.prompts import build as prompts, card as prompt_card
 
-    names = [f.name for f in dataclasses.fields(prompts.Settings) if f.name != 'input']
-    settings = prompts.Settings(_inputs(FLAGS.input), **{n: FLAGS[n].value for n in names})
+    given: dict[str, Any] = {f.name: FLAGS[f.name].value
+                             for f in dataclasses.fields(prompts.Settings) if f.name != 'input'}
+    settings = prompts.Settings(_inputs(FLAGS.input), **given)
     try:
         count = families.get(FLAGS.teacher).count_tokens
         card, there = prompts.prepare(settings, Path(FLAGS.out), count() if count else None)
@@ -122,7 +123,10 @@ COMMANDS: Mapping[str, Command] = {
 
 def commands() -> Mapping[str, Command]:
     """The words of this command, those that the built-in families offer among them."""
-    return ChainMap(*(dict(families.get(name).commands) for name in families.NAMES), COMMANDS)
+    found = dict(COMMANDS)
+    for name in families.NAMES:
+        found |= families.get(name).commands
+    return found
 
 
 def parse_flags(argv: list[str]) -> list[str]:

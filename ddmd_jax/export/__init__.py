@@ -45,25 +45,22 @@ def export(workdir: Path, out: Path, wanted: Wanted = Wanted()) -> list[Path]:
     student = open_student(workdir, wanted.teacher, wanted.ema)
     family = student.export
     form = wanted.format
-    if form not in family.names:
+    write = {'diffusers': family.write_pipeline, 'safetensors': family.write_weights,
+             'orbax': write_orbax}[form]
+    names = {**family.names, 'orbax': ('params',)}
+    if write is None or form not in names:
         raise WeightsError(f'students of {student.family} are not written as {form}; give --format='
-                           f'{" or ".join(name for name in FORMATS if name in family.names)}')
-    planned = (*family.names[form], *card.NAMES)
+                           f'{" or ".join(names)}')
+    planned = (*names[form], *card.NAMES)
     there = [out / name for name in planned if (out / name).exists()]
     if there:  # before anything large is read
         raise WeightsError(f'{there[0]} exists already; choose another place or delete it')
     exported = Exported(student.read(), student.source, student.step, student.steps, student.time,
                         wanted.dtype, wanted.sampler or student.sampler)
     out.mkdir(parents=True, exist_ok=True)
-    if form == 'orbax':
-        write_orbax(exported, out / family.names[form][0])
-    elif form == 'safetensors':
-        family.write_weights(exported, out)
-    else:
-        family.write_pipeline(exported, out)
+    write(exported, out)
     card.write(student, out, form, exported)
-    named = (*family.names[form], card.README)
-    return [out / name for name in named if (out / name).exists()]
+    return [out / name for name in (*names[form], card.README) if (out / name).exists()]
 
 
 __all__ = ['CheckpointError', 'DTYPES', 'FORMATS', 'Student', 'Wanted', 'export']

@@ -7,6 +7,7 @@ Orbax checkpoint, with a model card. Exit code 1, and one line on stderr, if it 
 import dataclasses
 import sys
 from pathlib import Path
+from typing import Any
 
 from absl import app, flags, logging
 
@@ -44,15 +45,15 @@ def main(argv: list[str]) -> None:
     from ddmd_jax.export import CheckpointError, Wanted, WeightsError, export, hub
     from ddmd_jax.parallel.sharding import ShardingError
 
-    path = lambda name: Path(FLAGS[name].value).expanduser().absolute()
+    path = lambda name: Path(str(FLAGS[name].value)).expanduser().absolute()
+    asked: dict[str, Any] = {f.name: FLAGS[f.name].value for f in dataclasses.fields(Wanted)}
     out = path('out')
     try:
         out.mkdir(parents=True, exist_ok=True)
     except OSError as e:
         sys.exit(f'export: --out {out} cannot be made ({e.strerror}); choose another')
     try:
-        written = export(path('checkpoint'), out, Wanted(
-            **{f.name: FLAGS[f.name].value for f in dataclasses.fields(Wanted)}))
+        written = export(path('checkpoint'), out, Wanted(**asked))
         print('\n'.join(map(str, written)))
         if FLAGS.push:
             print(hub.push(out, FLAGS.push, FLAGS.private))

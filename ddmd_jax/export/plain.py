@@ -18,7 +18,7 @@ params, about = flat.load('{{folder}}/{FILE}', 'export it again')
 def export_of(family: Family) -> Export:
     """The family's own export, or else one that writes safetensors and Orbax checkpoints."""
     def open_source(path: str) -> Source:
-        teacher = family.load(LoadOptions(path))
+        teacher = family.load_teacher(LoadOptions(path))
         shapes = jax.eval_shape(lambda: teacher.params)
         return Source(teacher.identity, shapes, teacher.rules, teacher.time)
 
@@ -27,4 +27,4 @@ def export_of(family: Family) -> Export:
                   dtype=student.dtype)
 
     return family.export or Export(
-        open_source, write_weights, {'safetensors': (FILE,), 'orbax': ('params',)}, ALONE)
+        open_source, write_weights, {'safetensors': (FILE,)}, ALONE)

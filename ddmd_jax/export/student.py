@@ -73,10 +73,10 @@ class Student:
         return config_lib.field(self.file('config.json'), name)
 
 
-def write_orbax(student: Exported, folder: Path) -> None:
-    """The parameters by their names here, as an Orbax checkpoint of nothing else."""
+def write_orbax(student: Exported, out: Path) -> None:
+    """``OUT/params``: the parameters by their names here, as an Orbax checkpoint."""
     with ocp.Checkpointer(ocp.StandardCheckpointHandler()) as writer:
-        writer.save(folder, args=ocp.args.StandardSave(
+        writer.save(out / 'params', args=ocp.args.StandardSave(
             jax.tree.map(lambda x: x.astype(student.dtype), student.params)))
 
 

@@ -98,10 +98,7 @@ def load_teacher(path_or_name: str, mesh: Mesh | None = None, dtype: str = 'floa
       >>> x_hat = teacher.predict_clean(teacher.params, noise, jnp.zeros(1), cond)
     """
     family, path = find(path_or_name)
-    if family.load is None:
-        raise WeightsError(f'{path_or_name} is of the family {family.name}, of which the text side '
-                           'alone can be read')
-    return family.load(LoadOptions(path, mesh, dtype, size))
+    return family.load_teacher(LoadOptions(path, mesh, dtype, size))
 
 
 __all__ = ['Cond', 'Family', 'LoadOptions', 'NAMES', 'Teacher', 'TextEncoder', 'UnknownFamily',

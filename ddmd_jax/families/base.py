@@ -11,6 +11,7 @@ from jax.sharding import Mesh
 
 from ddmd_jax.data.batch import Cond, CondSpec
 from ddmd_jax.diffusion.time import TimeMap
+from ddmd_jax.parallel import sharding
 from ddmd_jax.parallel.sharding import Rules
 
 Array = jax.Array
@@ -146,6 +147,11 @@ class LoadOptions:
     remat: str = 'none'
     attention: str = 'auto'
     param_dtype: str = 'float32'
+
+    @property
+    def devices(self) -> Mesh:
+        """`mesh`, or one device."""
+        return self.mesh or sharding.make_mesh({}, jax.devices()[:1])
 
 
 @functools.lru_cache(maxsize=8)

@@ -15,9 +15,10 @@ from typing import TYPE_CHECKING, Any
 
 from jax.sharding import Mesh
 
-from ddmd_jax.diffusion.time import TimeMap
+from ddmd_jax.diffusion.time import Shift, TimeMap
 from ddmd_jax.families.base import LoadOptions, Teacher, TextEncoder
 from ddmd_jax.parallel.sharding import Rules
+from ddmd_jax.weights.flat import WeightsError
 
 if TYPE_CHECKING:
     from ddmd_jax.config.fields import Field
@@ -85,6 +86,14 @@ class Exported:
     dtype: str
     sampler: str
 
+    @property
+    def shift(self) -> float:
+        """Of time, where it is one; raises `WeightsError`: diffusers' scheduler knows no other."""
+        if not isinstance(self.time, Shift):
+            raise WeightsError(f'{self.time} is no shift of time, which a pipeline needs; give '
+                               '--format=safetensors')
+        return self.time.shift
+
 
 @dataclasses.dataclass(frozen=True)
 class Export:
@@ -94,7 +103,7 @@ class Export:
       open_source: ``teacher's path -> Source``; raises `WeightsError`.
       write_weights: writes the network alone into a folder.
       write_pipeline: writes a diffusers pipeline; None where there is none to write.
-      names: of the files and folders written, by format; the model's first.
+      names: of what these two write, by format, 'safetensors' and 'diffusers'; the model's first.
       use, alone: a program that draws with the pipeline, and one that loads the network alone;
         ``{folder}``, ``{dtype}`` and ``{steps}`` are filled in.
     """
@@ -160,6 +169,15 @@ class Family:
     pretraining: Callable[[Any], Pretraining] | None = None
     commands: Mapping[str, Command] = dataclasses.field(default_factory=dict)
 
+    def load_teacher(self, options: LoadOptions) -> Teacher:
+        """The teacher; raises `WeightsError`."""
+        if self.load is None:
+            raise WeightsError(f'of {self.name} the text side alone can be read, not its teacher')
+        return self.load(options)
+
     def load_text(self, options: LoadOptions) -> TextEncoder:
-        """The text side, loaded apart or with its teacher."""
-        return self.text(options) if self.text else self.load(options).text
+        """The text side, loaded apart or with its teacher; raises `WeightsError`."""
+        text = self.text(options) if self.text else self.load_teacher(options).text
+        if text is None:
+            raise WeightsError(f'{self.name} has no text side')
+        return text

@@ -82,9 +82,6 @@ class _Opened:
         kept = folders.part(self.checkpoint, self.abstract, names)
         return diffusers.import_tree(kept, self.abstract, self.layout, names)
 
-    def network(self, mesh: Mesh) -> Callable:
-        return functional(lambda: self.component.module(self.config, nnx.Rngs(0), mesh))
-
 
 # --- Configs ---
 
@@ -128,7 +125,7 @@ def load(pipeline: Pipeline, options: LoadOptions) -> TextEncoder:
       WeightsError: another pipeline, or missing, damaged, misshapen or quantised.
       ShardingError: a parameter does not divide over the mesh.
     """
-    mesh = options.mesh or sharding.make_mesh({}, jax.devices()[:1])
+    mesh = options.devices
     folder = fetch.local_folder(options.path, _files(pipeline))
     _check_pipeline(folder, pipeline)
     tokenizers = _tokenizers(folder, pipeline)
@@ -137,7 +134,8 @@ def load(pipeline: Pipeline, options: LoadOptions) -> TextEncoder:
               for c in pipeline.components]
     return TextEncoder(
         pipeline.family, {o.component.folder: o.read() for o in opened},
-        functools.partial(_tokenize, pipeline, tokenizers), _apply(opened, mesh), pipeline.length,
+        functools.partial(_tokenize, pipeline, tokenizers), _apply(
+            [(o.component, o.config) for o in opened], mesh), pipeline.length,
         sum(o.config.hidden_size for o in opened), pipeline.rules,
         _joined([diffusers.identity(o.checkpoint) for o in opened]), pipeline.cuts)
 
@@ -145,15 +143,14 @@ def load(pipeline: Pipeline, options: LoadOptions) -> TextEncoder:
 def abstract(pipeline: Pipeline, config: Any, options: LoadOptions) -> TextEncoder:
     """A pipeline's one text encoder with shapes in place of weights: to compile for, not to run.
 
-    `config` is its architecture, ``options.mesh`` what its parameters are laid out over.
+    `config` is its architecture.
     """
     (component,) = pipeline.components
     cfg = dataclasses.replace(config, dtype=options.dtype)
     shapes = _abstract(component, cfg, options.dtype)
-    layout = sharding.shard_tree(shapes, pipeline.rules, options.mesh)
     return TextEncoder(
         pipeline.family, {component.folder: shapes}, _no_tokenizer,
-        _apply([_Opened(component, None, cfg, shapes, layout)], options.mesh), pipeline.length,
+        _apply([(component, cfg)], options.devices), pipeline.length,
         cfg.hidden_size, pipeline.rules, 'abstract', pipeline.cuts,
         flops=functools.partial(flops.causal_forward, cfg))
 
@@ -204,10 +201,15 @@ def _abstract(component: Component, cfg: Any, dtype: str) -> Any:
     return jax.tree_util.tree_map_with_path(stored, params)
 
 
-def _apply(opened: Sequence[_Opened], mesh: Mesh) -> Callable[[Any, dict[str, Any]], Cond]:
-    """`TextEncoder.apply` of one encoder, or of two side by side."""
-    names = [o.component.folder for o in opened]
-    networks = [o.network(mesh) for o in opened]
+def _apply(parts: Sequence[tuple[Component, Any]],
+           mesh: Mesh) -> Callable[[Any, dict[str, Any]], Cond]:
+    """`TextEncoder.apply` of one encoder with its config, or of two side by side."""
+    names = [component.folder for component, _ in parts]
+
+    def network(component: Component, config: Any) -> Callable:
+        return functional(lambda: component.module(config, nnx.Rngs(0), mesh))
+
+    networks = [network(*part) for part in parts]
 
     def states(params: Any, tokens: dict[str, Any]) -> Cond:
         found = networks[0](params[names[0]], tokens['ids'], tokens['mask'])
@@ -219,7 +221,7 @@ def _apply(opened: Sequence[_Opened], mesh: Mesh) -> Callable[[Any, dict[str, An
         return {'embeds': jnp.concatenate(found, axis=-1), 'mask': tokens['mask'],
                 'pooled': pooled[-1]}
 
-    return both if len(opened) > 1 else states
+    return both if len(parts) > 1 else states
 
 
 def _joined(identities: Sequence[str]) -> str:

@@ -46,7 +46,7 @@ def parts_for(config: Any, mesh: Any) -> tuple[Any, Any, int, Any]:
     if family.abstract:
         teacher = family.abstract(options)
     else:  # no array can lie on devices that are only described
-        teacher = family.load(dataclasses.replace(options, mesh=None))
+        teacher = family.load_teacher(dataclasses.replace(options, mesh=None))
     tokens = max(config.data.get('lengths', ()), default=teacher.text.length)
     return teacher, mesh, tokens, teacher.text if config.data.name == 'prompts' else None
 

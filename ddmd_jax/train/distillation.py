@@ -98,7 +98,7 @@ def load_teacher(config: Any, mesh: Mesh, path: str = '') -> Teacher:
     """
     t = config.teacher
     size = next(iter(config.data.get('sizes', ())), None)  # of the images that are shown
-    return families.get(t.name).load(LoadOptions(
+    return families.get(t.name).load_teacher(LoadOptions(
         path or t.path, mesh, t.dtype, size, t.remat, t.attention,
         'float32' if path else t.param_dtype))
 

@@ -61,7 +61,7 @@ def write_pipeline(student: Exported, out: Path) -> None:
     shutil.copyfile(CODE / 'caption_encoder.py', out / 'text_encoder' / 'caption_encoder.py')
     shutil.copyfile(CODE / 'pipeline.py', out / 'pipeline.py')
     _write_tokenizer(out / 'tokenizer', text_cfg.max_length)
-    scheduler.write(out / 'scheduler', student.time.shift, student.sampler)
+    scheduler.write(out / 'scheduler', student.shift, student.sampler)
     scheduler.write_index(out, ['pipeline', 'EmojiPipeline'], {
         'transformer': ['diffusers', lumina.TRANSFORMER],
         'text_encoder': ['caption_encoder', 'CaptionEncoder'],
@@ -94,5 +94,5 @@ EXPORT = Export(
     open_source, write_weights, names={
         'diffusers': ('transformer', 'text_encoder', 'tokenizer', 'scheduler', 'pipeline.py',
                       'model_index.json'),
-        'safetensors': ('student.safetensors',), 'orbax': ('params',)},
+        'safetensors': ('student.safetensors',)},
     alone=ALONE, write_pipeline=write_pipeline, use=USE)

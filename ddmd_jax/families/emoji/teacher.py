@@ -22,11 +22,10 @@ import numpy as np
 from flax import nnx
 
 from ddmd_jax.data.batch import CondSpec
-from ddmd_jax.diffusion import process
+from ddmd_jax.diffusion.sampling import Predict
 from ddmd_jax.diffusion.time import Shift
 from ddmd_jax.families.base import (
     Array,
-    Cond,
     Latents,
     LoadOptions,
     Teacher,
@@ -34,6 +33,7 @@ from ddmd_jax.families.base import (
     kernels_in,
 )
 from ddmd_jax.families.emoji import data, tokenizer
+from ddmd_jax.families.lumina import teacher as lumina
 from ddmd_jax.models import flops, nextdit
 from ddmd_jax.models.layers import functional
 from ddmd_jax.models.nextdit import NextDiT, NextDiTConfig
@@ -70,28 +70,14 @@ def init_params(model: dict[str, Any], key: Array) -> dict[str, Any]:
             'text': pure(CaptionEncoder(text_cfg, nnx.Rngs(k2)))}
 
 
-def make_denoiser(model: dict[str, Any]):
+def make_denoiser(model: dict[str, Any]) -> Predict:
     """`predict_clean(params, x_t, t, cond)` over denoiser parameters; see `Teacher`."""
-    network = _network(model, '__call__')
-
-    def predict_clean(params: Any, x_t: Array, t: Array, cond: Cond) -> Array:
-        t = jnp.broadcast_to(jnp.asarray(t, jnp.float32), x_t.shape[:1])
-        return process.to_clean(x_t, network(params, x_t, t, cond), t)
-
-    return predict_clean
+    return lumina.make_denoiser(model_configs(model)[0], time_scale=TIME_SCALE)
 
 
-def make_features(model: dict[str, Any]):
+def make_features(model: dict[str, Any]) -> Predict:
     """`features(params, x_t, t, cond)` over denoiser parameters; see `Teacher`."""
-    return _network(model, 'features')
-
-
-def _network(model: dict[str, Any], method: str):
-    """A method of the denoiser as ``(params, x_t, t [B], cond)``, in the project's time."""
-    cfg, _ = model_configs(model)
-    apply = functional(lambda: NextDiT(cfg, nnx.Rngs(0)), method)
-    return lambda params, x_t, t, cond: apply(
-        params, x_t, TIME_SCALE * t, cond['embeds'], cond['mask'])
+    return lumina.make_features(model_configs(model)[0], time_scale=TIME_SCALE)
 
 
 def make_text_encoder(model: dict[str, Any]):

@@ -67,7 +67,7 @@ def write_pipeline(student: Exported, out: Path) -> None:
     for name in copied:
         _copy(source / name, out / name)
     base = source / 'scheduler' / 'scheduler_config.json'
-    scheduler.write(out / 'scheduler', student.time.shift, student.sampler,
+    scheduler.write(out / 'scheduler', student.shift, student.sampler,
                     diffusers.read_json(base))
     empty = [None, None]
     scheduler.write_index(out, text.CLASSES[0], {
@@ -89,5 +89,5 @@ EXPORT = Export(
     open_source, write_weights, names={
         'diffusers': ('transformer', 'scheduler', 'vae', 'text_encoder', 'tokenizer',
                       'model_index.json'),
-        'safetensors': ('transformer',), 'orbax': ('params',)},
+        'safetensors': ('transformer',)},
     alone=ALONE, write_pipeline=write_pipeline, use=USE)

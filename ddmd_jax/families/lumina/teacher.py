@@ -26,6 +26,7 @@ from jax.sharding import Mesh
 
 from ddmd_jax.data.batch import CondSpec
 from ddmd_jax.diffusion import process
+from ddmd_jax.diffusion.sampling import Predict
 from ddmd_jax.diffusion.time import Shift
 from ddmd_jax.families import published_text
 from ddmd_jax.families.base import (
@@ -85,26 +86,27 @@ def model_config(published: dict[str, Any], dtype: str = 'float32', remat: str =
                            'folder again') from e
 
 
-def make_denoiser(cfg: NextDiTConfig, mesh: Mesh):
-    """`predict_clean(params, x_t, t, cond)`; see `Teacher`."""
-    network = _network(cfg, mesh, '__call__')
+def make_denoiser(cfg: NextDiTConfig, mesh: Mesh | None = None,
+                  time_scale: float = 1.0) -> Predict:
+    """`predict_clean(params, x_t, t, cond)` of a velocity network; see `Teacher`.
+
+    The network is given ``time_scale * t``; the published one takes t as it is.
+    """
+    velocity = make_features(cfg, mesh, time_scale, '__call__')
 
     def predict_clean(params: Any, x_t: Array, t: Array, cond: Cond) -> Array:
         t = jnp.broadcast_to(jnp.asarray(t, jnp.float32), x_t.shape[:1])
-        return process.to_clean(x_t, network(params, x_t, t, cond), t)
+        return process.to_clean(x_t, velocity(params, x_t, t, cond), t)
 
     return predict_clean
 
 
-def make_features(cfg: NextDiTConfig, mesh: Mesh):
-    """`features(params, x_t, t, cond)`; see `Teacher`."""
-    return _network(cfg, mesh, 'features')
-
-
-def _network(cfg: NextDiTConfig, mesh: Mesh, method: str):
-    """A method of the transformer as ``(params, x_t, t [B], cond)``."""
+def make_features(cfg: NextDiTConfig, mesh: Mesh | None = None, time_scale: float = 1.0,
+                  method: str = 'features') -> Predict:
+    """``(params, x_t, t [B], cond)`` by a method of the transformer; `features` of a `Teacher`."""
     apply = functional(lambda: NextDiT(cfg, nnx.Rngs(0), mesh), method)
-    return lambda params, x_t, t, cond: apply(params, x_t, t, cond['embeds'], cond['mask'])
+    return lambda params, x_t, t, cond: apply(
+        params, x_t, time_scale * t, cond['embeds'], cond['mask'])
 
 
 def _scheduler_shift(folder: Path) -> float:
@@ -166,7 +168,7 @@ def load(options: LoadOptions) -> Teacher:
       WeightsError: not Lumina-Image-2.0, or missing, damaged, misshapen or quantised.
       ShardingError: a parameter does not divide over the mesh.
     """
-    mesh = options.mesh or sharding.make_mesh({}, jax.devices()[:1])
+    mesh = options.devices
     transformer, vae, shift = _open(fetch.local_folder(options.path, FILES))
     kind = resolve(options.attention, mesh.devices.flat[0].platform)
     cfg = model_config(transformer.config, options.dtype, options.remat, kind)
@@ -197,7 +199,7 @@ def _vae_config(published: dict[str, Any], dtype: str) -> AutoencoderKLConfig:
 
 def abstract(options: LoadOptions) -> Teacher:
     """The published teacher with shapes in place of weights: to compile for, not to run."""
-    mesh, size = options.mesh, options.size or SIZE
+    mesh, size = options.devices, options.size or SIZE
     kind = resolve(options.attention, mesh.devices.flat[0].platform)
     cfg = NextDiTConfig(dtype=options.dtype, remat=options.remat, attention=kind)
     shape = _latent_shape(size, cfg, FACTOR)
@@ -222,10 +224,10 @@ def _decoder_program(cfg: AutoencoderKLConfig, mesh: Mesh, size: Sequence[int]) 
         sides = [min(side, largest) for side in sides]
     latents = jax.ShapeDtypeStruct((1, *sides, cfg.latent_channels), jnp.float32)
     return Decoder(run, params, sharding.shard_tree(params, VAE_RULES, mesh), latents,
-                   flops.autoencoder_decode(cfg, tuple(sides)))
+                   flops.autoencoder_decode(cfg, (sides[0], sides[1])))
 
 
-def _decoder(vae: diffusers.Checkpoint, mesh: Mesh) -> tuple[int, Callable[[Array], Array]]:
+def _decoder(vae: diffusers.Checkpoint, mesh: Mesh) -> tuple[int, Callable[[Any], Any]]:
     """(pixels a latent, latents -> images; in tiles beyond the area the codec is meant for)."""
     cfg = _vae_config(vae.config, 'float32')
     program = _decoder_program(cfg, mesh, (cfg.sample_size, cfg.sample_size))
@@ -234,7 +236,7 @@ def _decoder(vae: diffusers.Checkpoint, mesh: Mesh) -> tuple[int, Callable[[Arra
     decode = functools.partial(program.run, params)
     largest = (cfg.sample_size // cfg.factor) ** 2
 
-    def one(z: np.ndarray) -> Array:
+    def one(z: np.ndarray) -> Any:
         whole = z.shape[1] * z.shape[2] <= largest
         return decode(z) if whole else autoencoder_kl.decode_tiled(decode, z, cfg)
 
