@@ -1,6 +1,6 @@
 """``python -m ddmd_jax.sample --checkpoint=WORKDIR --prompt='a red heart' --out=DIR``: images.
 
-Draws with the averaged student of a run, or with its teacher (``--teacher``), on all devices.
+Draws with the EMA student of a run, or with its teacher (``--teacher``), on all devices.
 Exit codes: 0 done; 1 it could not go on (one line on stderr says what, where and how to mend it);
 2 a flag is wrong.
 """
