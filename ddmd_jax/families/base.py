@@ -24,7 +24,7 @@ class Decoder:
     `latents` is what it takes at a time, `flops` what that costs, on every device alike.
     """
 
-    run: Callable[[Any, Any], Any]
+    run: jax.stages.Wrapped
     params: Any
     shardings: Any
     latents: Any

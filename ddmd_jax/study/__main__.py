@@ -141,9 +141,9 @@ def write_report(folder: Path, suite: Any, teacher: str, found: dict[str, Any]) 
                                   found)
         return f'{map_page.answer(judged[robustness.COLLAPSE.name].held_out())}\n{path}'
     shown = {name: folder / 'results' / f'{name}-seed{min(by)}.png' for name, by in found.items()}
-    judged = claims_page.write(path, f'The claims of Decoupled DMD on {teacher}', head, how, found,
+    claims = claims_page.write(path, f'The claims of Decoupled DMD on {teacher}', head, how, found,
                           suite.experiments, {k: p for k, p in shown.items() if p.is_file()})
-    return '\n'.join([*(f'{c.number}. {c.title}: {c.verdict}' for c in judged), str(path)])
+    return '\n'.join([*(f'{c.number}. {c.title}: {c.verdict}' for c in claims), str(path)])
 
 
 if __name__ == '__main__':

@@ -16,7 +16,8 @@ def quiet_orbax() -> None:
     for name in ('absl', 'asyncio'):
         logging.getLogger(name).addFilter(_worth_logging)
     if sys.unraisablehook is not _unraisable:
-        _unraisable.before, sys.unraisablehook = sys.unraisablehook, _unraisable
+        before = sys.unraisablehook
+        _unraisable.before, sys.unraisablehook = before, _unraisable  # type: ignore[attr-defined]
 
 
 def _worth_logging(record: logging.LogRecord) -> bool:
@@ -37,4 +38,4 @@ def _unraisable(unraisable: Any) -> None:
         trace = trace.tb_next
     gone = unraisable.exc_type is RuntimeError and str(unraisable.exc_value) == LOOP_GONE
     if ours or not gone:
-        _unraisable.before(unraisable)
+        _unraisable.before(unraisable)  # type: ignore[attr-defined]

@@ -91,7 +91,8 @@ class Checkpoints:
                  pinned: Sequence[int] = (), timeout: float = 1800):
         self.manifest = dict(manifest) | {ckpt.FORMAT_FIELD: ckpt.FORMAT}
         self.directory = workdir / 'checkpoints'
-        self.best, self.interval, self.pinned = best, [], set(pinned)
+        self.best, self.pinned = best, set(pinned)
+        self.interval: list[Any] = []
         self.timeout, self.stalled = timeout, 0.0
         self._judged: dict[str, float] | None = None
         self._failed = ''  # why the last save failed
