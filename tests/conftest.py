@@ -35,11 +35,6 @@ hypothesis.settings.register_profile(
 hypothesis.settings.load_profile('gate')
 
 
-@pytest.fixture(scope='module')
-def quick_compile():
-    """Nothing any more: all tests compile quickly; see above."""
-
-
 @pytest.fixture(scope='session')
 def model():
     return tiny.MODEL

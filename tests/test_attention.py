@@ -21,7 +21,6 @@ from ddmd_jax.families.emoji import teacher as emoji
 from ddmd_jax.models import attention, nextdit
 from ddmd_jax.parallel.sharding import AXES, make_mesh
 
-pytestmark = pytest.mark.usefixtures('quick_compile')
 HEADS = P(('data', 'fsdp'), None, 'tensor')
 ROWS = P(('data', 'fsdp'))
 

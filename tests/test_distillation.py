@@ -15,7 +15,6 @@ from ddmd_jax.parallel import sharding
 from ddmd_jax.train.distillation import Distillation, plan, request_of
 from ddmd_jax.train.startup import Startup
 
-pytestmark = pytest.mark.usefixtures('quick_compile')
 LENGTHS = np.asarray([2, 3, 4, 4, 2, 3, 4, 2, 2])  # tokens of nine prompts
 SHAPES = ((4, 4, 3), (2, 8, 3))
 FIGURES = {'loss': 0.0, 'dm_rel_gap': 0.1, 'dm_cos': 0.99, 'dm_to_ca': 0.1, 'x_std': 0.5}

@@ -138,7 +138,7 @@ def read(port, process):
     """What the test below runs twice: a line per batch, ``[first place, rows]`` per device."""
     distributed.start(f'127.0.0.1:{port}', 2, int(process), {'JAX_PLATFORMS': 'cpu'})
     mesh = sharding.make_mesh({'data': 2, 'fsdp': 2, 'tensor': 2})
-    data = loader.batches(Order(np.arange(40), 16, 0), lambda rows, length: rows, 16)
+    data = loader.batches(Order(np.arange(40), 16, 0), lambda planned: planned.rows, 16)
     for _ in range(5):
         batch = sharding.put_batch(next(data).rows, mesh)
         assert batch.shape == (16,)

@@ -209,8 +209,7 @@ def test_cached_is_online(tmp_path, text, mesh, stored):
                                    np.asarray(y['embeds'] * real, 'f'), rtol=2**-7, atol=1e-4)
 
 
-def test_cached_and_online_give_the_same_step(tmp_path, text, mesh, stored, predict, params,
-                                              quick_compile):
+def test_cached_and_online_give_the_same_step(tmp_path, text, mesh, stored, predict, params):
     embedding.embed(stored, text, mesh, tmp_path / 'e', 3, lambda words: True)
     cached = conditioning.open_embeddings(str(tmp_path / 'e'), text.width)
     online = sources.online('prompts', text, mesh)

@@ -19,8 +19,6 @@ from ddmd_jax.evaluation.suites import Examples, Suite
 from ddmd_jax.families.emoji import teacher as emoji
 from ddmd_jax.parallel.sharding import make_mesh
 
-pytestmark = pytest.mark.usefixtures('quick_compile')
-
 PROMPTS = ['red heart', 'ship', 'red heart', 'pie on a purple background']
 CONFIG = ConfigDict({
     'seed': 5, 'student': {'steps': 2, 'sampler': 'renoise'}, 'method': {'shift': None},

@@ -15,7 +15,6 @@ from ddmd_jax.models.text.gemma2 import Gemma2, Gemma2Config
 from ddmd_jax.models.text.qwen3 import Qwen3, Qwen3Config
 from ddmd_jax.planner import costs
 
-pytestmark = pytest.mark.usefixtures('quick_compile')
 # Rows, for a cost is that of one.
 BATCH = 2
 

@@ -27,7 +27,7 @@ BATCH, STEPS = 4, 6
 def make_task(bad=(), warmup=0):
     """A task whose batches `bad`, by number, are NaN."""
     order = Order(np.arange(32), BATCH, seed=0)
-    data = loader.batches(order, lambda rows, length: rows.astype(np.float32) / 32, BATCH)
+    data = loader.batches(order, lambda planned: planned.rows.astype(np.float32) / 32, BATCH)
 
     def place(batch):
         number = data.get_state()['next_index'] - 1  # the feed reads them one by one

@@ -20,7 +20,7 @@ from ddmd_jax.train.durable import resume
 from ddmd_jax.train.durable.checkpoint import CheckpointError
 from ddmd_jax.train.feed import Feed
 
-pytestmark = [pytest.mark.slow, pytest.mark.usefixtures('quick_compile')]
+pytestmark = pytest.mark.slow
 
 
 @pytest.fixture(scope='module')
@@ -69,7 +69,7 @@ def trained(config, workdir):
 
 
 @pytest.fixture(scope='module')
-def first(files, tmp_path_factory, quick_compile):
+def first(files, tmp_path_factory):
     """A run of one step, and where its student was exported to."""
     workdir = tmp_path_factory.mktemp('first')
     _, state = trained(config_of(files), workdir)

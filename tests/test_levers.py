@@ -14,7 +14,6 @@ from ddmd_jax.families.emoji import teacher as emoji
 from ddmd_jax.parallel import sharding
 from ddmd_jax.train.optim import make_optimizer
 
-pytestmark = pytest.mark.usefixtures('quick_compile')
 MESH = sharding.make_mesh({}, jax.devices()[:1])
 TX = optax.sgd(0.1, momentum=0.9)  # Adam would blow up rounding where a gradient is near 0
 

@@ -15,8 +15,6 @@ from ddmd_jax.train import distill, loop
 from ddmd_jax.train.durable import checkpoint
 from ddmd_jax.train.watch.profiling import Beside
 
-pytestmark = pytest.mark.usefixtures('quick_compile')
-
 # The teacher's text encoder must know every word of the shipped tokenizer.
 TOY = {'denoiser': tiny.MODEL['denoiser'],
        'text': tiny.MODEL['text'] | {'vocab_size': tokenizer.load().get_vocab_size(),
@@ -61,7 +59,7 @@ def lines(workdir):
 
 
 @pytest.fixture(scope='module')
-def finished(weights, tmp_path_factory, quick_compile):
+def finished(weights, tmp_path_factory):
     """A run of two steps through `main`, with everything it writes."""
     workdir = tmp_path_factory.mktemp('run')
     config = toy_config(weights, 2)
@@ -97,7 +95,7 @@ def test_a_run_leaves_a_page_a_profile_and_what_they_are_made_of(finished):
     assert len(list((finished / 'profile').rglob('*.xplane.pb'))) == 1
 
 
-def test_a_report_that_fails_ends_no_run(weights, tmp_path, capfd, quick_compile):
+def test_a_report_that_fails_ends_no_run(weights, tmp_path, capfd):
     def broken(workdir):
         raise RuntimeError('no such template\nand much more')
 

@@ -11,7 +11,6 @@ from ddmd_jax.families.emoji import teacher as emoji
 from ddmd_jax.models import layers, nextdit
 from ddmd_jax.models.nextdit import NextDiTConfig
 
-pytestmark = pytest.mark.usefixtures('quick_compile')
 BATCH, TIME = 2, 0.3
 
 

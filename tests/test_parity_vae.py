@@ -15,7 +15,7 @@ from flax import nnx
 from ddmd_jax.models import autoencoder_kl as vae
 from ddmd_jax.weights import flat
 
-pytestmark = [pytest.mark.parity, pytest.mark.usefixtures('quick_compile')]
+pytestmark = pytest.mark.parity
 
 FLUX = vae.AutoencoderKLConfig(latent_channels=4, block_out_channels=(16, 32, 32),
                                layers_per_block=1, norm_num_groups=8, sample_size=32)

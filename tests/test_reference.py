@@ -6,7 +6,6 @@ import numpy as np
 import pytest
 from reference import CASES, GOLDEN, case_figures
 
-pytestmark = pytest.mark.usefixtures('quick_compile')
 WANTED = json.loads(GOLDEN.read_text())
 FAST = ('coupled_shared, dmd2', 'decoupled_hybrid, shift 3', 'all of them')
 

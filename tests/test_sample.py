@@ -31,8 +31,6 @@ from ddmd_jax.parallel import sharding
 from ddmd_jax.util import arguments
 from ddmd_jax.weights import diffusers
 
-pytestmark = pytest.mark.usefixtures('quick_compile')
-
 TOY = {'denoiser': tiny.MODEL['denoiser'],
        'text': tiny.MODEL['text'] | {'vocab_size': tokenizer.load().get_vocab_size(),
                                      'max_length': 10}}

@@ -16,7 +16,6 @@ from ddmd_jax.parallel import sharding
 from ddmd_jax.train import state as st
 from ddmd_jax.train.update import accumulated_grads, ema_decay
 
-pytestmark = pytest.mark.usefixtures('quick_compile')
 BATCH = 4
 MESH = sharding.make_mesh({}, jax.devices()[:1])
 TX = optax.adam(1e-3)
@@ -98,7 +97,7 @@ class Run:
 
 
 @pytest.fixture(scope='module')
-def hybrid(quick_compile):
+def hybrid():
     return Run()
 
 
@@ -202,7 +201,7 @@ def test_accumulation_keeps_the_scale(batch, hybrid):
 
 
 @pytest.fixture(scope='module')
-def gan_run(quick_compile):
+def gan_run():
     """A run with a GAN and a critic that is merged towards the student."""
     gan = tiny.make_gan(tiny.small_tokens, tiny.small_params()[0], weight=0.5, critic_weight=0.5,
                         r1=0.1)
