@@ -21,7 +21,6 @@
 from __future__ import annotations
 
 import contextlib
-import dataclasses
 import hashlib
 import itertools
 import os
@@ -43,8 +42,9 @@ from orbax.checkpoint._src.handlers.json_checkpoint_handler import JsonCheckpoin
 
 from ddmd_jax import main
 from ddmd_jax.evaluation import evaluate
-from ddmd_jax.train import distill, loop
-from ddmd_jax.train.durable import checksums, saving
+from ddmd_jax.train import train
+from ddmd_jax.train.distillation import Distillation
+from ddmd_jax.train.durable import checksums, resume, saving
 
 
 def digest(tree):
@@ -92,17 +92,24 @@ def patch(owner, name, before=None, after=None):
     setattr(owner, name, wrapped)
 
 
-def poisoned(task, number):
-    """`task` with NaN in one batch; the feed reads them in order, whatever it skips."""
+def poison(kind, number):
+    """NaN in one batch of every task of a kind; the feed reads in order, skipped ones too."""
     spoil = lambda x: x * np.nan if np.asarray(x).dtype == np.float32 else x
-    place = task.place
+    make = kind.feed
 
-    def poison(batch):
-        if task.data.get_state()['next_index'] - 1 == number:
-            batch = dataclasses.replace(batch, rows=jax.tree.map(spoil, batch.rows))
-        return place(batch)
+    def feed(task, skip):
+        made = make(task, skip)
+        place = made._place
 
-    return dataclasses.replace(task, place=poison)
+        def placed(batch):
+            if made._data.get_state()['next_index'] - 1 == number:
+                batch = jax.tree.map(spoil, batch)
+            return place(batch)
+
+        made._place = placed
+        return made
+
+    kind.feed = feed
 
 
 def trap_items(traps, pipe):
@@ -121,14 +128,14 @@ def trap_items(traps, pipe):
 
 
 def each_step(environ):
-    """A function of the training to be called before each of its steps."""
+    """A function of the run's `Checkpoints` to be called before each of its steps."""
     number, clock, filler = itertools.count(1), time.time, Path(environ.get('FILL', ''))
     full, left = environ.get('AT', '3'), int(environ.get('LEFT', '200')) * 1024
 
-    def step(training):
+    def step(checkpoints):
         n = str(next(number))
         if 'FILL' in environ and n in (full, environ.get('FREE')):
-            training.checkpoints.wait()
+            checkpoints.wait()
             if jax.process_index():
                 pass
             elif n == full:
@@ -137,7 +144,7 @@ def each_step(environ):
             else:
                 filler.unlink()
         if n == environ.get('LIMIT'):
-            training.checkpoints.wait()
+            checkpoints.wait()
             resource.setrlimit(resource.RLIMIT_FSIZE, (64 * 1024, resource.RLIM_INFINITY))
         if n == environ.get('CLOCK'):
             time.time = lambda: clock() - 86400
@@ -152,24 +159,24 @@ def hook(environ):
     traps = [Trap(environ.get('KILL', ''), signal.SIGKILL),
              Trap(environ.get('SIGNAL', ''), signal.SIGTERM, signal.SIGINT)]
     at = lambda site: [trap.at(site) for trap in traps]
-    step = each_step(environ)
-    patch(loop._Training, '_advance', lambda training: (at('step'), step(training)))
+    step, kept = each_step(environ), []
+    kind = toy.Toy if 'TOY' in environ else Distillation
+    if 'NAN' in environ:
+        poison(kind, int(environ['NAN']))
+    if 'TOY' in environ:
+        train.prepare = toy.Toy
+    patch(saving.Checkpoints, 'of', after=kept.append)
+    patch(kind, 'step', lambda *args: (at('step'), step(kept[-1])))
     patch(saving.Checkpoints, 'save', lambda *args: at('saving'), lambda _: at('saved'))
     patch(checksums, 'write', lambda folder: at('summing'))
     patch(evaluate, 'evaluate', lambda *args: at('evaluation'))
     trap_items(traps, Trap(environ.get('HANG', '')))
     if 'EVALUATE' not in environ:
-        evaluate.evaluate = lambda *args: None
+        evaluate.Comparison = evaluate.evaluate = lambda *args: None
     if 'DIGEST' in environ:
         tell = lambda what, state: print('digest', what, int(state.step), digest(state), flush=True)
-        patch(loop, '_start', after=lambda state: tell('start', state))
-        patch(loop._Training, 'run', after=lambda state: tell('end', state))
-    if 'TOY' in environ:
-        distill.load_teacher = lambda config, mesh: toy.TEACHER
-        distill.make_task = lambda config, teacher, mesh, startup: toy.make_task(config, mesh)
-    if 'NAN' in environ:
-        make = distill.make_task
-        distill.make_task = lambda *args: poisoned(make(*args), int(environ['NAN']))
+        patch(resume, 'start', after=lambda state: tell('start', state))
+        patch(train, 'fit', after=lambda result: tell('end', result[0]))
 
 
 if __name__ == '__main__':
