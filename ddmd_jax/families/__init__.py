@@ -7,8 +7,8 @@ from pathlib import Path
 
 from jax.sharding import Mesh
 
-from ddmd_jax.families.base import Cond, LoadOptions, Teacher, TextEncoder
-from ddmd_jax.families.family import Family
+from ddmd_jax.families.base import Cond, Latents, LoadOptions, Teacher, TextEncoder
+from ddmd_jax.families.family import DataSet, Export, Family
 from ddmd_jax.weights import diffusers, fetch, flat
 from ddmd_jax.weights.flat import WeightsError
 
@@ -101,5 +101,5 @@ def load_teacher(path_or_name: str, mesh: Mesh | None = None, dtype: str = 'floa
     return family.load_teacher(LoadOptions(path, mesh, dtype, size))
 
 
-__all__ = ['Cond', 'Family', 'LoadOptions', 'NAMES', 'Teacher', 'TextEncoder', 'UnknownFamily',
-           'find', 'get', 'load_teacher']
+__all__ = ['Cond', 'DataSet', 'Export', 'Family', 'Latents', 'LoadOptions', 'NAMES', 'Teacher',
+           'TextEncoder', 'UnknownFamily', 'find', 'get', 'load_teacher']

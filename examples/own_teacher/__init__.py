@@ -13,8 +13,7 @@ does at its 1000. `process` maps the table onto the package's one flow; nothing 
 package asks of a family is `FAMILY`, found by the name that the config gives: ``own_teacher``.
 """
 
-from ddmd_jax.families import Family
-from ddmd_jax.families.family import DataSet
+from ddmd_jax.families import DataSet, Family
 from own_teacher import shapes, teacher
 
 FAMILY = Family(

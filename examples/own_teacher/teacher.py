@@ -10,8 +10,7 @@ import numpy as np
 from flax import nnx
 
 from ddmd_jax.data.batch import CondSpec
-from ddmd_jax.families import LoadOptions, Teacher, TextEncoder
-from ddmd_jax.families.base import Latents
+from ddmd_jax.families import Latents, LoadOptions, Teacher, TextEncoder
 from ddmd_jax.models.layers import functional
 from ddmd_jax.weights import flat
 from own_teacher import process, shapes
