@@ -43,7 +43,7 @@ def read_prompts(given: Sequence[str], name: str, split: str) -> list[str]:
     if name:
         texts: Iterable[str] = (
             prompt_sets.open_set(name, split) if Path(name).expanduser().is_dir()
-            else prompt_files.find(name).read('prompt', lambda size: None))
+            else prompt_files.read(Path(name).expanduser(), 'prompt'))
         more = list(filter(None, map(normalise, texts)))
         if not more:
             raise RequestError(f'{name} holds no prompt')

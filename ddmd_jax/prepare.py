@@ -25,8 +25,8 @@ FAMILIES = f'{", ".join(families.NAMES)}, or the full name of a module of yours'
 
 
 def prompts_flags() -> None:
-    flags.DEFINE_multi_string('input', [], 'Files of prompts: .txt, .jsonl, .csv, .tsv, .parquet '
-                              'or tfds:NAME[/CONFIG][:SPLIT]; separated by commas, or repeated.')
+    flags.DEFINE_multi_string('input', [], 'Files of prompts: .txt, .jsonl, .csv, .tsv, .parquet; '
+                              'separated by commas, or repeated.')
     flags.DEFINE_string('out', '', 'Folder to write; it must not exist yet.')
     flags.DEFINE_string('field', 'prompt', 'Name of the field or column; not of .txt.')
     flags.DEFINE_string('teacher', 'lumina', f'Family they are for: {FAMILIES}.')
@@ -62,7 +62,7 @@ def run_prompts() -> None:
     if not FLAGS.out:
         sys.exit('prepare: no --out given; name a folder to write')
     from ddmd_jax.data import DataFileError
-    from ddmd_jax.data.prompts import build as prompts, card as prompt_card
+    from ddmd_jax.data.prompts import build as prompts
 
     given: dict[str, Any] = {f.name: FLAGS[f.name].value
                              for f in dataclasses.fields(prompts.Settings) if f.name != 'input'}
@@ -73,8 +73,8 @@ def run_prompts() -> None:
     except (DataFileError, families.UnknownFamily) as e:
         sys.exit(f'prepare: {e}')
     except KeyboardInterrupt:
-        sys.exit('prepare: stopped; the same command goes on, finished inputs are kept')
-    for line in prompt_card.warnings(card):
+        sys.exit('prepare: stopped; nothing was written')
+    for line in prompts.warnings(card):
         print(f'prepare: warning: {line}', file=sys.stderr)
     sizes = ', '.join(f'{n} {split}' for split, n in card['splits'].items())
     print(f'{FLAGS.out} {"is done already" if there else "written"}: {sizes}; '

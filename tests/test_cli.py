@@ -35,7 +35,7 @@ PREPARE = [
     (['emojis'], 1, 'got emojis'),
     (['emoji', 'classifier'], 1, "unexpected argument 'classifier'"),
     (['emoji', '--steps=3'], 2, "Unknown command line flag 'steps'"),  # the classifier's
-    (['emoji', '--out=/proc/nowhere'], 1, 'cannot be made'),
+    (['emoji', '--out=/proc/nowhere/set'], 1, '/proc/nowhere'),
     (['emoji', '--out=OUT', '--font=/nowhere.ttf'], 1, 'no font at /nowhere.ttf'),
     (['classifier', '--steps=few'], 2, '--steps=few'),
     (['prompts'], 1, 'no --input given'),
@@ -47,9 +47,8 @@ PREPARE = [
     (['prompts', '--input=FILE', '--out=OUT', '--teacher=emojj'], 1, "no teacher family 'emojj'"),
     (['prompts', '--input=FILE', '--out=OUT', '--max_tokens=9'], 1, 'needs --tokenizer'),
     (['prompts', '--input=FILE,/nowhere.txt', '--out=OUT'], 1, 'no file /nowhere.txt'),
-    (['prompts', '--input=FILE', '--out=/proc/nowhere'], 1, 'cannot be made'),
+    (['prompts', '--input=FILE', '--out=/proc/nowhere/set'], 1, '/proc/nowhere'),
     (['prompts', '--input=FILE', '--out=/'], 1, 'exists and is no set of prompts'),
-    (['prompts', '--input=FILE', '--out=OUT.partial'], 1, 'unfinished sets are called'),
     (['prompts', '--input=FILE', '--out=FILE'], 1, 'exists and is no set of prompts'),
 ]
 

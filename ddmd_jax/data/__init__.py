@@ -1,4 +1,4 @@
-"""Prompts, images and how they reach a device: TFDS builders, composition, Grain loaders."""
+"""Prompts, images and how they reach a device: sets of prompts, embeddings, Grain loaders."""
 
 
 class DataFileError(RuntimeError):

@@ -23,7 +23,7 @@ from ddmd_jax.weights.flat import WeightsError
 if TYPE_CHECKING:
     from ddmd_jax.config.fields import Field
     from ddmd_jax.data.conditioning import Prompts
-    from ddmd_jax.data.prompts.tokens import Counter
+    from ddmd_jax.data.prompts.text import Counter
     from ddmd_jax.evaluation.suites import Suite
     from ddmd_jax.families.pretraining import Pretraining
 

@@ -1,1 +1,1 @@
-"""Sets of prompts: from files to a TFDS data set, and back."""
+"""Sets of prompts: from files to a folder that is read at random."""

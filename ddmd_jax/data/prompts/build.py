@@ -4,40 +4,48 @@
     prompts.prepare(settings, Path('data/captions'))
     train = prompts.open_set('data/captions')
 
-Everything is built in a folder beside the set, ``DIR.partial``, and put in place at the very
-end; a run that was stopped goes on there. The result depends on the prompts alone, not on their
-order or on the files they come from.
+The set is there whole or not at all. It depends on the prompts alone, not on their order or on
+the files they come from. Everything is in memory meanwhile, about 0.5 GB per million prompts.
 """
 
-import contextlib
-import json
-import shutil
-import sys
-from collections.abc import Iterator, Sequence
+import dataclasses
+import hashlib
+import itertools
+from collections import Counter
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-from tqdm import tqdm
+import ddmd_jax
+from ddmd_jax.data import DataFileError, records
+from ddmd_jax.data.prompts import files, near, text
+from ddmd_jax.data.prompts.set import BATCH, CARD, FORMAT, SPLITS, PromptSet, open_set, read_card
+from ddmd_jax.util.files import replacing, write_json
 
-from ddmd_jax.data import DataFileError
-from ddmd_jax.data.prompts import (
-    card as cards,
-    files,
-    near,
-    set as sets,
-    stages,
-    tokens as prompt_tokens,
-)
-from ddmd_jax.data.prompts.set import PromptSet, open_set
-from ddmd_jax.data.prompts.stages import Settings
-from ddmd_jax.util.files import lock, replacing
-
-__all__ = ['PromptSet', 'Settings', 'open_set', 'prepare']
+__all__ = ['PromptSet', 'Settings', 'open_set', 'prepare', 'warnings']
 EXAMPLES = 10  # pairs of near-duplicates that the card shows
+DROPPED = {'empty': 'empty', 'too_short': 'shorter than --min_chars',
+           'too_long': 'longer than --max_chars',
+           'exact_duplicates': 'equal to another after normalisation',
+           'too_many_tokens': 'over --max_tokens', 'near_duplicates': 'near-duplicates of another'}
 
 
-def prepare(settings: Settings, out: Path, counter: prompt_tokens.Counter | None = None,
+@dataclasses.dataclass(frozen=True)
+class Settings:
+    """Inputs and filters of a set of prompts; every field is a flag of the command."""
+
+    input: tuple[str, ...]
+    field: str = 'prompt'
+    min_chars: int = 1
+    max_chars: int = 2000
+    tokenizer: str = ''
+    max_tokens: int | None = None
+    near_threshold: float = 0.85
+    validation: float = 0.01
+    teacher: str = 'lumina'
+
+
+def prepare(settings: Settings, out: Path, counter: text.Counter | None = None,
             ) -> tuple[dict[str, Any], bool]:
     """The card of the set of prompts at `out`, and whether it was there already.
 
@@ -51,99 +59,123 @@ def prepare(settings: Settings, out: Path, counter: prompt_tokens.Counter | None
         cannot be written or holds something else, the disk is full.
     """
     out = out.expanduser().resolve()
-    partial = Path(f'{out}{sets.PARTIAL}')
-    if sets.is_partial(out):
-        raise DataFileError(f'--out {out}: {sets.PARTIAL} is how unfinished sets are called; '
-                            'choose another')
-    sources = [files.find(name) for name in settings.input]
+    paths = [Path(name).expanduser() for name in settings.input]
+    streams = [files.read(path, settings.field) for path in paths]  # all of them are there
     if settings.tokenizer:
-        counter = prompt_tokens.of_folder(Path(settings.tokenizer).expanduser())
+        counter = text.counter_of(Path(settings.tokenizer).expanduser())
     if settings.max_tokens is not None and counter is None:
         raise DataFileError(f'--max_tokens needs --tokenizer: {settings.teacher} has none here')
-    asked = cards.settings_of(settings, counter.identity if counter else '')
+    asked = dataclasses.asdict(settings) | {'tokenizer': counter.identity if counter else None}
+    del asked['input']  # files may be moved; their content counts
     try:
+        inputs = [{'input': str(path), 'sha256': _sha256(path)} for path in paths]
         if out.exists() and (not out.is_dir() or any(out.iterdir())):
-            card = _finished(out, asked, sources)
-            shutil.rmtree(partial, ignore_errors=True)  # of a run stopped after its last step
-            return card, True
-        with _locked(partial):
-            return _build(settings, asked, sources, counter, partial, out), False
+            return _finished(out, asked, inputs), True
+        out.parent.mkdir(parents=True, exist_ok=True)
+        found, counts = _read(settings, paths, streams)
+        examples = _filter(settings, counter, found, counts)
+        with replacing(out, sync=True, own=True) as scratch:
+            scratch.mkdir()
+            identity, splits = _write(found, settings.validation, scratch)
+            # No times or machine names: the same command gives the same card.
+            card = {'format': FORMAT, 'version': ddmd_jax.__version__, 'identity': identity,
+                    'splits': splits, 'settings': asked, 'inputs': inputs, 'counts': counts,
+                    'near_examples': examples}
+            write_json(scratch / CARD, card)
     except OSError as e:
-        if e.errno in sets.DISK_FULL:
-            raise DataFileError(f'disk full: {partial} ({e.strerror}); free some space and run '
-                                'the same command again, finished inputs are kept') from e
-        raise DataFileError(f'{e.filename or out}: {e.strerror or e}') from e
+        raise DataFileError(f'{e.filename or out}: {e.strerror or e}; no set was written, mend it '
+                            'and run the same command again') from e
+    return card, False
 
 
-def _finished(out: Path, asked: dict[str, Any], sources: Sequence[files.Source]) -> dict[str, Any]:
-    """The card of the finished set at `out`, if its settings and inputs are these."""
-    if not (out / sets.CARD).is_file():
+def _sha256(path: Path) -> str:
+    with path.open('rb') as file:
+        return hashlib.file_digest(file, 'sha256').hexdigest()
+
+
+def _finished(out: Path, asked: dict[str, Any], inputs: Sequence[dict[str, Any]]) -> dict[str, Any]:
+    """The card of the set that is at `out`, if its settings and inputs are these."""
+    if not (out / CARD).is_file():
         raise DataFileError(f'--out {out} exists and is no set of prompts; choose another')
-    card, checksums = sets.read_card(out), [s.checksum for s in sources]
-    if card['fingerprint'] != cards.fingerprint(asked, checksums):
-        raise DataFileError(f'--out {out} holds another set of prompts '
-                            f'({cards.differences(card, asked, checksums)}); choose another or '
-                            'delete it')
+    card = read_card(out)
+    other = [f'{name}: {card["settings"].get(name)} -> {value}' for name, value in asked.items()
+             if card['settings'].get(name) != value]
+    if sorted(i['sha256'] for i in card['inputs']) != sorted(i['sha256'] for i in inputs):
+        other.append('other inputs')
+    if other:
+        raise DataFileError(f'--out {out} holds another set of prompts ({", ".join(other)}); '
+                            'choose another or delete it')
     return card
 
 
-@contextlib.contextmanager
-def _locked(partial: Path) -> Iterator[None]:
-    """Makes the folder and locks it; removes it at the end if it holds no finished input."""
-    try:
-        partial.mkdir(parents=True, exist_ok=True)
-        file, holder = lock(partial / 'lock')
-    except OSError as e:
-        raise DataFileError(f'--out {partial} cannot be made ({e.strerror}); choose another') from e
-    if file is None:
-        raise DataFileError(f'{partial} is being written by {holder}')
-    with file:
-        try:
-            yield
-        finally:
-            if partial.is_dir() and not any(partial.glob('*.json')):
-                shutil.rmtree(partial)
+def _read(settings: Settings, paths: Sequence[Path],
+          streams: Sequence[Any]) -> tuple[dict[bytes, str], dict[str, int]]:
+    """Normalised prompts of some length by their digests, and how many were dropped by reason."""
+    found: dict[bytes, str] = {}
+    counts = Counter({'read': 0, **dict.fromkeys(DROPPED, 0)})
+    for path, stream in zip(paths, streams):
+        before = counts['read'] - counts['empty']
+        for prompt in map(text.normalise, stream):
+            counts['read'] += 1
+            if not prompt:
+                counts['empty'] += 1
+            elif len(prompt) < settings.min_chars:
+                counts['too_short'] += 1
+            elif len(prompt) > settings.max_chars:
+                counts['too_long'] += 1
+            elif (digest := text.digest(prompt)) in found:
+                counts['exact_duplicates'] += 1
+            else:
+                found[digest] = prompt
+        if counts['read'] - counts['empty'] == before:
+            raise DataFileError(f'{path} holds no prompts')
+    return found, counts
 
 
-def _bar(what: str, total: int, unit: str) -> tqdm:
-    return tqdm(desc=what, total=total, unit=unit, unit_scale=True, file=sys.stderr,
-                dynamic_ncols=True, mininterval=1.0)
+def _filter(settings: Settings, counter: text.Counter | None, found: dict[bytes, str],
+            counts: dict[str, int]) -> list[dict[str, Any]]:
+    """Takes prompts of too many tokens and near-duplicates out of `found`; pairs of the latter.
+
+    Of near-duplicates stays the one whose digest is lower, whatever order they came in.
+    """
+    keys = sorted(found)
+    if settings.max_tokens is not None and counter is not None:
+        with files.bar('counting tokens', len(keys)) as progress:
+            for start in range(0, len(keys), BATCH):
+                part = keys[start:start + BATCH]
+                tokens = counter.count([found[key] for key in part])
+                for key in itertools.compress(part, (n > settings.max_tokens for n in tokens)):
+                    del found[key]
+                progress.update(len(part))
+        counts['too_many_tokens'] = len(keys) - len(found)
+        keys = sorted(found)
+    if not found:
+        raise DataFileError('no prompt is left: ' + ', '.join(
+            [f'{counts["read"]} read'] + [f'{counts[n]} {w}' for n, w in DROPPED.items()
+                                          if counts[n]]))
+    twins = near.find(prompts := [found[key] for key in keys], settings.near_threshold)
+    for row in twins:
+        del found[keys[row]]
+    counts['near_duplicates'] = len(twins)
+    return [{'similarity': round(alike, 4), 'dropped': prompts[row], 'kept': prompts[kept]}
+            for row, (kept, alike) in itertools.islice(twins.items(), EXAMPLES)]
 
 
-def _build(settings: Settings, asked: dict[str, Any], sources: Sequence[files.Source],
-           counter: prompt_tokens.Counter | None, partial: Path, out: Path) -> dict[str, Any]:
-    with _bar('reading', sum(s.size for s in sources), 'B') as bar:
-        staged = [stages.stage(s, settings, counter, partial, bar) for s in sources]
-    lines = stages.Lines([path for path, _ in staged], settings.validation)
-    inputs = [found for _, found in staged]
-    if not len(lines):
-        shutil.rmtree(partial)
-        raise DataFileError(f'no prompt is left: {_drops(inputs)}')
-    lines.take(np.unique(lines.ids, return_index=True)[1])
-    unique = len(lines)
-    examples, dropped = _drop_near(lines, settings.near_threshold)
-    with replacing(out, sync=True) as whole:
-        with _bar('writing', len(lines), ' prompts') as bar:
-            written = sets.write(lines, whole, bar.update)
-        card = cards.make(asked, inputs, unique, examples, dropped, written)
-        (whole / sets.CARD).write_text(json.dumps(card, indent=2, ensure_ascii=False), 'utf-8')
-    shutil.rmtree(partial)
-    return card
+def _write(found: dict[bytes, str], share: float, folder: Path) -> tuple[str, dict[str, int]]:
+    """Writes the splits, in the order of digests: (the set's identity, prompts of each)."""
+    hasher, splits = hashlib.sha256(), {}
+    for split in SPLITS:
+        keys = sorted(k for k in found if text.in_validation(k, share) == (split == SPLITS[1]))
+        records.write(folder / f'{split}.array_record', (found[key].encode() for key in keys))
+        hasher.update(f'{split} {len(keys)}\n'.encode() + b''.join(keys))
+        splits[split] = len(keys)
+    return hasher.hexdigest()[:16], splits
 
 
-def _drops(inputs: Sequence[dict[str, Any]]) -> str:
-    total = lambda name: sum(i[name] for i in inputs)
-    return ', '.join([f'{total("read")} read'] + [
-        f'{total(name)} {words}' for name, words in stages.DROPPED.items() if total(name)])
-
-
-def _drop_near(lines: stages.Lines, threshold: float) -> tuple[list[dict[str, Any]], int]:
-    """Takes near-duplicates out of `lines`: (pairs to show, how many)."""
-    with _bar('comparing', len(lines), ' prompts') as bar:
-        twins = near.find(lines, threshold, bar.update)
-    shown = [{'similarity': round(alike, 4), 'dropped': lines[row], 'kept': lines[kept]}
-             for row, (kept, alike) in list(twins.items())[:EXAMPLES]]
-    keep = np.ones(len(lines), bool)
-    keep[list(twins)] = False
-    lines.take(np.flatnonzero(keep))
-    return shown, len(twins)
+def warnings(card: dict[str, Any]) -> list[str]:
+    """Warnings about a set, a line each."""
+    counts = card['counts']
+    dropped = [f'{counts[name]} of {counts["read"]} prompts dropped: {words}'
+               for name, words in DROPPED.items() if counts[name]]
+    return dropped + [f'no prompt fell into {s}; {sum(card["splits"].values())} in all'
+                      for s in SPLITS if not card['splits'][s]]

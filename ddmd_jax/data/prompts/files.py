@@ -1,203 +1,115 @@
-"""Files of prompts as streams of raw text, a row at a time; what is wrong, by file and line."""
+"""Files of prompts as streams of raw texts; what is wrong is named by file and line."""
 
-import contextlib
 import csv
-import dataclasses
-import functools
-import hashlib
-import io
 import json
-import re
-from collections.abc import Callable, Iterator, Sequence
+import sys
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
+
+from tqdm import tqdm
 
 from ddmd_jax.data import DataFileError
 from ddmd_jax.util.text import first_line
 
-ROWS = 1024  # rows that are decoded at a time
-TFDS = 'tfds:'
-_SPEC = re.compile(r'tfds:([^:]+(?::[\d.]+)?)(?::(.+))?')  # data set and version, split
-Advance = Callable[[int], object]
+KINDS = ('.txt', '.jsonl', '.csv', '.tsv', '.parquet')
 
 
-@dataclasses.dataclass(frozen=True)
-class Source:
-    """One input: `read(field, advance)` gives its texts in order, null ones as ''.
-
-    `advance` gets the number of bytes read since the last call; `part` names a part of `paths`, a
-    split for example.
-    """
-
-    name: str  # as it was given
-    paths: tuple[Path, ...]
-    read: Callable[[str, Advance], Iterator[str]]
-    part: str = ''
-
-    @property
-    def size(self) -> int:
-        return sum(p.stat().st_size for p in self.paths)
-
-    @functools.cached_property
-    def checksum(self) -> str:
-        """sha256 of the content; of a TFDS split, of its files and of what is read of them."""
-        hasher = hashlib.sha256(self.part.encode())
-        for path in self.paths:
-            with path.open('rb') as file:
-                while block := file.read(2**20):
-                    hasher.update(block)
-        return hasher.hexdigest()
+def bar(what: str, total: int, unit: str = ' prompts') -> tqdm:
+    """A progress bar on stderr; nothing of it is seen where the work takes less than a second."""
+    return tqdm(desc=what, total=total, unit=unit, unit_scale=True, file=sys.stderr,
+                dynamic_ncols=True, mininterval=1.0, delay=1.0)
 
 
-def find(name: str) -> Source:
-    """The input that `name` names: a file of a known kind or ``tfds:NAME[/CONFIG][:SPLIT]``.
+def read(path: Path, field: str) -> Iterator[str]:
+    """The texts of a file, '' where there is none; `field` is not looked at in a .txt.
 
     Raises:
-      DataFileError: it is missing or of an unknown kind.
+      DataFileError: `path` is missing or of an unknown kind, at once; later, on the way, a row
+        is not what it should be.
     """
-    if name.startswith(TFDS):
-        return _find_tfds(name)
-    path = Path(name).expanduser()
     if not path.is_file():
         raise DataFileError(f'no file {path}' + (': it is a folder' if path.is_dir() else ''))
-    read = KINDS.get(path.suffix.lower())
-    if read is None:
-        raise DataFileError(f'{path}: unknown kind {path.suffix!r}; known are {", ".join(KINDS)} '
-                            f'and {TFDS}NAME')
-    return Source(name, (path,), functools.partial(read, path))
+    match path.suffix.lower():
+        case '.txt':
+            return _lines(path)
+        case '.jsonl':
+            return _read_jsonl(path, field)
+        case '.csv':
+            return _read_table(path, field, ',')
+        case '.tsv':
+            return _read_table(path, field, '\t')
+        case '.parquet':
+            return _read_parquet(path, field)
+    raise DataFileError(f'{path}: unknown kind {path.suffix!r}; known are {", ".join(KINDS)}')
 
 
-def _lines(path: Path, advance: Advance) -> Iterator[str]:
-    """Lines with their ends, as bytes are split: only at line feeds."""
-    done = 0
-    with path.open('rb') as file:
+def _lines(path: Path) -> Iterator[str]:
+    """Lines with their ends."""
+    with path.open('rb') as file, bar(path.name, path.stat().st_size, 'B') as progress:
         for number, raw in enumerate(file, 1):
             try:
-                text = raw.decode()
+                yield raw.decode('utf-8-sig' if number == 1 else 'utf-8')
             except UnicodeDecodeError as e:
-                raise DataFileError(f'{path} line {number}: not UTF-8 (byte {done + e.start} of '
-                                    f'the file, 0x{raw[e.start]:02x}); save it as UTF-8') from e
-            done += len(raw)
-            advance(len(raw))
-            yield text.removeprefix('\ufeff') if number == 1 else text
+                raise DataFileError(f'{path} line {number}: not UTF-8 (byte {e.start} of the line, '
+                                    f'0x{e.object[e.start]:02x}); save it as UTF-8') from e
+            progress.update(len(raw))
 
 
-def _read_text(path: Path, field: str, advance: Advance) -> Iterator[str]:
-    """A prompt a line; there is no `field` to choose."""
-    return _lines(path, advance)
+def _text(row: Any, field: str, where: str) -> str:
+    """The text of an object's `field`, '' for null."""
+    if not isinstance(row, dict):
+        raise DataFileError(f'{where}: expected a JSON object')
+    if field not in row:
+        names = ', '.join(map(repr, [*row][:12])) or 'none'
+        raise DataFileError(f'{where}: no field {field!r}; there are {names}; name one with '
+                            '--field')
+    if not isinstance(row[field], str | None):
+        raise DataFileError(f'{where}: {field!r} is {row[field]!r:.40}, not a text')
+    return row[field] or ''
 
 
-def _read_jsonl(path: Path, field: str, advance: Advance) -> Iterator[str]:
-    """An object a line; empty lines are empty prompts."""
-    for number, line in enumerate(_lines(path, advance), 1):
-        if not line.strip():
-            yield ''
-            continue
+def _read_jsonl(path: Path, field: str) -> Iterator[str]:
+    """An object a line; an empty line is an empty prompt."""
+    for number, line in enumerate(_lines(path), 1):
         try:
-            row = json.loads(line)
+            row = json.loads(line) if line.strip() else {field: ''}
         except (ValueError, RecursionError) as e:
             raise DataFileError(f'{path} line {number}: not JSON ({e})') from e
-        if not isinstance(row, dict):
-            raise DataFileError(f'{path} line {number}: expected a JSON object, found '
-                                f'{_kind(row)}')
-        if field not in row:
-            raise _no_field(f'{path} line {number}', field, list(row))
-        if not isinstance(row[field], str | None):
-            raise DataFileError(f'{path} line {number}: {field!r} is {_kind(row[field])}, not a '
-                                'text')
-        yield row[field] or ''
+        yield _text(row, field, f'{path} line {number}')
 
 
-def _kind(value: Any) -> str:
-    names = {dict: 'an object', list: 'a list', str: 'a text', bool: 'a truth value'}
-    return names.get(type(value), 'null' if value is None else 'a number')
-
-
-def _no_field(where: str, field: str, there: Sequence[str]) -> DataFileError:
-    names = ', '.join(repr(name) for name in there[:12]) + (', ...' if there[12:] else '')
-    return DataFileError(f'{where}: no field {field!r}; there are {names or "none"}; name one '
-                         'with --field')
-
-
-def _read_table(path: Path, field: str, advance: Advance, delimiter: str) -> Iterator[str]:
-    """Rows below a header; every row must have all its columns."""
+def _read_table(path: Path, field: str, delimiter: str) -> Iterator[str]:
+    """Rows below a header; each must have all of its columns, or be empty."""
     csv.field_size_limit(2**31 - 1)  # such prompts are dropped by length, and counted
-    reader = csv.reader(_lines(path, advance), delimiter=delimiter, strict=True)
-    line = 1
+    reader = csv.reader(_lines(path), delimiter=delimiter, strict=True)
+    header, line = None, 1
     try:
-        header = next(reader, [])
-        if header and field not in header:
-            raise _no_field(f'{path} line 1', field, header)
-        while line := reader.line_num + 1:
-            if (row := next(reader, None)) is None:
-                return
-            if row and len(row) != len(header):
+        for row in reader:
+            if header is None:
+                header = row
+                _text(dict.fromkeys(header), field, f'{path} line 1')
+            elif row and len(row) != len(header):
                 raise DataFileError(f'{path} line {line}: {len(row)} columns, {len(header)} in '
                                     f'the header; quote prompts that hold a {delimiter!r}')
-            yield row[header.index(field)] if row else ''
+            else:
+                yield row[header.index(field)] if row else ''
+            line = reader.line_num + 1
     except csv.Error as e:
         raise DataFileError(f'{path} line {line}: {e}; are its quotes closed, and doubled '
                             'inside a quoted field?') from e
 
 
-def _read_parquet(path: Path, field: str, advance: Advance) -> Iterator[str]:
+def _read_parquet(path: Path, field: str) -> Iterator[str]:
     import pyarrow as pa
     import pyarrow.parquet as pq
 
     try:
         file = pq.ParquetFile(path)
-        schema, rows = file.schema_arrow, file.metadata.num_rows
-        if field not in schema.names:
-            raise _no_field(str(path), field, schema.names)
-        kind = schema.field(field).type
-        kind = kind.value_type if pa.types.is_dictionary(kind) else kind
-        if not (pa.types.is_string(kind) or pa.types.is_large_string(kind)):
-            raise DataFileError(f'{path}: {field!r} holds {kind}, not texts')
-        size = path.stat().st_size
-        for batch in file.iter_batches(ROWS, columns=[field], use_threads=False):
-            advance(size * len(batch) // rows)
-            yield from (text or '' for text in batch.column(0).to_pylist())
+        _text(dict.fromkeys(file.schema_arrow.names), field, str(path))
+        with bar(path.name, file.metadata.num_rows) as progress:
+            for batch in file.iter_batches(columns=[field]):
+                yield from (_text(row, field, str(path)) for row in batch.to_pylist())
+                progress.update(len(batch))
     except (pa.ArrowException, OSError, UnicodeDecodeError) as e:
         raise DataFileError(f'{path} cannot be read as parquet ({first_line(e)})') from e
-
-
-def _find_tfds(name: str) -> Source:
-    import tensorflow_datasets as tfds
-
-    try:
-        spec, split = _SPEC.fullmatch(name).groups(default='train')
-        folder = Path(spec).expanduser()
-        with contextlib.redirect_stdout(io.StringIO()):  # a banner where TensorFlow is missed
-            builder = (tfds.builder_from_directory(folder) if folder.is_dir()
-                       else tfds.builder(spec, try_gcs=False))
-        rows = builder.as_data_source(split)
-        parts = builder.info.splits[split].file_instructions
-    except Exception as e:  # of many kinds: no such data set, not prepared, no such split
-        raise DataFileError(f'{name} cannot be read ({first_line(e)}); give a data set that is '
-                            'prepared on this machine as array_record, or its folder') from e
-    return Source(name, tuple(Path(p.filename) for p in parts),
-                  functools.partial(_read_tfds, name, rows),
-                  str([(p.skip, p.take) for p in parts]))
-
-
-def _read_tfds(name: str, source: Any, field: str, advance: Advance) -> Iterator[str]:
-    features = source.dataset_info.features
-    if field not in features:
-        raise _no_field(name, field, list(features))
-    size = sum(Path(p.filename).stat().st_size for p in source.dataset_info.splits[
-        source.split].file_instructions)
-    for start in range(0, len(source), ROWS):
-        try:
-            rows = source.__getitems__(list(range(start, min(start + ROWS, len(source)))))
-            texts = [row[field].decode() for row in rows]
-        except AttributeError as e:
-            raise DataFileError(f'{name}: {field!r} holds {features[field]}, not texts') from e
-        except Exception as e:  # array_record raises bare RuntimeError/ValueError by cause
-            raise DataFileError(f'{name} is damaged near row {start} ({first_line(e)})') from e
-        advance(size * len(rows) // len(source))
-        yield from texts
-
-
-KINDS: dict[str, Callable[..., Any]] = {'.txt': _read_text, '.jsonl': _read_jsonl,
-         '.csv': functools.partial(_read_table, delimiter=','),
-         '.tsv': functools.partial(_read_table, delimiter='\t'), '.parquet': _read_parquet}

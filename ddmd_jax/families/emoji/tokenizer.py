@@ -7,7 +7,7 @@ from pathlib import Path
 
 import numpy as np
 
-from ddmd_jax.data.prompts.tokens import Counter
+from ddmd_jax.data.prompts.text import Counter
 from ddmd_jax.families.emoji.data import RESTORE_HINT, TOKENIZER, DataFileError
 
 PAD, UNK, BOS = '[PAD]', '[UNK]', '[BOS]'
