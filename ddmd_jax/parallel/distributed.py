@@ -128,15 +128,17 @@ class Peers:
     def leave(self, word: str) -> None:
         """Writes this process's last word, `DONE` or `FAILED`; nobody is watched any more.
 
-        After `FAILED` the others are given two beats to find the reason by themselves: process 0
-        takes the coordinator with it.
+        Process 0 takes the coordinator with it, and JAX aborts the rest. After `FAILED` it
+        gives the others two beats to find the reason, and one more to end.
         """
         self._leaving.set()
         with self._writing, contextlib.suppress(Exception):  # the coordinator may be the lost one
             self._write(word)
-            end = time.monotonic() + 2 * self.beat
-            while word == self.FAILED and time.monotonic() < end and self._others_stay():
-                time.sleep(0.1)
+            if self.me == 0 and word == self.FAILED:
+                end = time.monotonic() + 2 * self.beat
+                while time.monotonic() < end and self._others_stay():
+                    time.sleep(0.1)
+                time.sleep(self.beat)
 
     def _write(self, word: str) -> None:
         self._client.key_value_set(f'{self.FOLDER}{self.me}', word, allow_overwrite=True)

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import runs
 
-from ddmd_jax.train.durable import checksums, guards
+from ddmd_jax.train.durable import checksums, rollback
 
 pytestmark = [pytest.mark.slow, pytest.mark.faults]
 BATCH = {'data.global_batch': 16, 'log.every': 1}
@@ -119,7 +119,7 @@ def test_a_nan_in_one_process_is_gone_back_on_by_all_of_them(toy):
     out = [runs.ended(p)[0] for p in started]
     assert runs.digests(out[0]) == runs.digests(out[1])
     toy.finish(alone, fields, devices=4, TOY='1', NAN='9')
-    one, two = ([entry | {'time': 0} for entry in guards.read_bad(w)] for w in (alone, together))
+    one, two = ([entry | {'time': 0} for entry in rollback.read(w)] for w in (alone, together))
     assert one == two and len(one) == 1
     assert one[0]['step'] == 5 and one[0]['checkpoint'] == 4 and one[0]['batches'] == [8, 9]
     a, b = (jax.tree.leaves(runs.state_of(w, 8)) for w in (alone, together))

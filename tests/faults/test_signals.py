@@ -93,7 +93,7 @@ def test_a_nan_before_the_first_checkpoint_is_gone_back_on_from_the_start(toy):
     fields = {'train.steps': 6, 'train.on_nan': 'rollback', 'checkpoint.every': 6}
     _, err = toy.finish(workdir, fields, NAN='7', TOY='1')
     assert 'no checkpoint had been written yet' in err and 'back at step 0, leaving out' in err
-    (entry,) = guards.read_bad(workdir)
+    (entry,) = rollback.read(workdir)
     assert entry['checkpoint'] is None and entry['step'] == 4 and entry['batches'] == [6, 7]
     assert [x['step'] for x in runs.lines(workdir)] == [3, 6]
     out, _ = toy.finish(workdir, fields, ['--replay'], NAN='7', TOY='1')
