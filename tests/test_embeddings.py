@@ -137,7 +137,7 @@ def reach_out(folder):
 def forget_a_length(folder):
     import safetensors.numpy
     safetensors.numpy.save_file({'lengths': np.ones(3, np.int32)}, folder / 'index.safetensors')
-    return 'has 10 records and 3 lengths of 10'
+    return '10 records of 3'
 
 
 def delete(folder):
@@ -247,7 +247,7 @@ def test_the_disk_is_asked_about_first(tmp_path, text, mesh, stored, agrees):
 
 
 def test_where_there_is_no_room_nothing_is_written(tmp_path, text, mesh, stored, monkeypatch):
-    monkeypatch.setattr(embeddings.shutil, 'disk_usage', lambda path: type('U', (), {'free': 10}))
+    monkeypatch.setattr(embedding.shutil, 'disk_usage', lambda path: type('U', (), {'free': 10}))
     with pytest.raises(DataFileError, match='10 B free: there is no room; choose another --out'):
         embedding.embed(stored, text, mesh, tmp_path / 'e', 8, pytest.fail)
     assert not any(tmp_path.iterdir())
@@ -255,8 +255,7 @@ def test_where_there_is_no_room_nothing_is_written(tmp_path, text, mesh, stored,
 
 def test_a_full_disk_keeps_what_is_finished(tmp_path, text, mesh, stored, monkeypatch):
     monkeypatch.setattr(embeddings, 'SHARD_BYTES', 600)
-    job, null = embedding.plan(stored, text, tmp_path / 'e')
-    assert len(job.shards()) > 2
+    args = (stored, text, mesh, tmp_path / 'e', 4, lambda words: True)
     written, replace = [], os.replace
 
     def full(scratch, path):
@@ -269,7 +268,8 @@ def test_a_full_disk_keeps_what_is_finished(tmp_path, text, mesh, stored, monkey
     with monkeypatch.context() as m:
         m.setattr(os, 'replace', full)
         with pytest.raises(DataFileError, match='No space left on device.*make room and run'):
-            embedding.write(job, null, stored, text, mesh, 4)
-    assert not (tmp_path / 'e').exists() and (job.partial / written[0]).exists()
-    embedding.write(job, null, stored, text, mesh, 4)
+            embedding.embed(*args)
+    assert not (tmp_path / 'e').exists() and (tmp_path / 'e.partial' / written[0]).exists()
+    job, _ = embedding.embed(*args)
+    assert len(job.shards()) > 2
     assert [embeddings.Embeddings(tmp_path / 'e').prompt(i) for i in range(8)] == TEXTS

@@ -16,7 +16,6 @@ Arrays that have a row a token (`embeds [L, D]`) are cut to the prompt's own tok
 import dataclasses
 import json
 import os
-import shutil
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -24,7 +23,7 @@ from typing import Any
 import ml_dtypes
 import numpy as np
 
-from ddmd_jax.data import DataFileError
+from ddmd_jax.data import DataFileError, records
 from ddmd_jax.util import files
 from ddmd_jax.util.text import first_line
 
@@ -33,9 +32,6 @@ CURE = 'write it again with `python -m ddmd_jax.prepare embed`'
 FLOAT = ml_dtypes.bfloat16
 SHARD_BYTES = 256 * 1024**2  # of a file, and of what a host holds while it writes one
 Arrays = dict[str, np.ndarray]
-
-
-# --- A prompt's arrays ---
 
 
 def trimmed(cond: Arrays) -> list[Arrays]:
@@ -61,12 +57,9 @@ def padded(parts: Sequence[Arrays], length: int) -> Arrays:
     return found
 
 
-# --- Writing ---
-
-
 @dataclasses.dataclass(frozen=True)
 class Job:
-    """A folder to be written: `settings` say what of, `lengths` how many tokens each has."""
+    """A folder to be written: `settings` describe it, `lengths` are the tokens of each prompt."""
 
     out: Path
     settings: Mapping[str, Any]
@@ -108,14 +101,11 @@ class Job:
     def write_shard(self, name: str, texts: Sequence[str], parts: Sequence[Arrays]) -> None:
         """One file, whole or not at all."""
         import safetensors.numpy
-        from array_record.python.array_record_module import ArrayRecordWriter
 
         with files.replacing(self.partial / name, sync=True) as scratch:
-            writer = ArrayRecordWriter(str(scratch), 'group_size:1')
-            for text, part in zip(texts, parts, strict=True):
-                raw = np.frombuffer(text.encode(), np.uint8)
-                writer.write(safetensors.numpy.save({**part, 'prompt': raw}))
-            writer.close()
+            records.write(scratch, (
+                safetensors.numpy.save(part | {'prompt': np.frombuffer(text.encode(), np.uint8)})
+                for text, part in zip(texts, parts, strict=True)))
 
     def finish(self, null: Arrays) -> None:
         """Index, null prompt and card; then the folder gets its name."""
@@ -125,22 +115,11 @@ class Job:
         for name, arrays in parts.items():
             raw = safetensors.numpy.save(arrays)
             files.write(self.partial / f'{name}.safetensors', raw, sync=True)
-        card = {'format': FORMAT, 'count': len(self.lengths), **self.settings,
-                'files': [name for name, _, _ in self.shards()]}
-        (self.partial / 'card.json').write_text(json.dumps(card, indent=1) + '\n')
+        files.write_json(self.partial / 'card.json', {
+            'format': FORMAT, 'count': len(self.lengths), **self.settings,
+            'files': [name for name, _, _ in self.shards()]}, sync=True)
         (self.partial / 'settings.json').unlink()
         os.replace(self.partial, self.out)
-
-
-def room_for(job: Job) -> tuple[int, int]:
-    """(bytes still to be written, bytes free where they go)."""
-    there = sum(f.stat().st_size for f in job.partial.glob('*.array_record')) if (
-        job.partial.is_dir()) else 0
-    folder = next(p for p in (job.out, *job.out.parents) if p.exists())
-    return max(0, job.predicted_bytes - there), shutil.disk_usage(folder).free
-
-
-# --- Reading ---
 
 
 class Embeddings:
@@ -154,19 +133,26 @@ class Embeddings:
     """
 
     def __init__(self, folder: Path):
-        from array_record.python.array_record_data_source import ArrayRecordDataSource
-
-        self.folder, self.card = folder, _card(folder)
+        if folder.name.endswith('.partial'):
+            raise DataFileError(f'{folder} was not finished; run the same `prepare embed` again')
+        if not folder.is_dir():
+            raise DataFileError(f'no folder of embeddings at {folder}; set config.data.path, or '
+                                f'{CURE}')
+        try:
+            self.card = json.loads((folder / 'card.json').read_text())
+            if self.card['format'] != FORMAT or any(Path(f).name != f for f in self.card['files']):
+                raise ValueError(f'its format is {self.card["format"]!r}')
+        except (OSError, ValueError, KeyError, TypeError) as e:
+            raise DataFileError(f'{folder} is no folder of embeddings ({first_line(e)}); '
+                                f'{CURE}') from e
+        damaged = f'embeddings damaged: {folder}'
         try:
             self.lengths = _arrays((folder / 'index.safetensors').read_bytes())['lengths']
             self.null = _arrays((folder / 'null.safetensors').read_bytes())
-            self._records = ArrayRecordDataSource([str(folder / f) for f in self.card['files']])
-            found = len(self._records)
-        except Exception as e:  # array_record raises bare RuntimeError by cause
-            raise DataFileError(f'embeddings damaged: {folder} ({first_line(e)}); {CURE}') from e
-        if not found == len(self.lengths) == self.card['count']:
-            raise DataFileError(f'embeddings damaged: {folder} has {found} records and '
-                                f'{len(self.lengths)} lengths of {self.card["count"]}; {CURE}')
+        except Exception as e:  # safetensors' errors have no common ancestor
+            raise DataFileError(f'{damaged} ({first_line(e)}); {CURE}') from e
+        self._records = records.Records([folder / f for f in self.card['files']],
+                                        len(self.lengths), damaged, CURE)
 
     def __len__(self) -> int:
         return len(self.lengths)
@@ -177,18 +163,11 @@ class Embeddings:
         Raises:
           DataFileError: a record cannot be read.
         """
-        return [{k: x for k, x in r.items() if k != 'prompt'} for r in self._read(rows)]
+        found = [_arrays(record) for record in self._records.read(rows)]
+        return [{k: x for k, x in one.items() if k != 'prompt'} for one in found]
 
     def prompt(self, row: int) -> str:
-        return self._read([row])[0]['prompt'].tobytes().decode()
-
-    def _read(self, rows: Sequence[int]) -> list[Arrays]:
-        try:
-            records = self._records.__getitems__([int(row) for row in rows])
-            return [_arrays(record) for record in records]
-        except Exception as e:
-            raise DataFileError(f'embeddings damaged: {self.folder}, a record among '
-                                f'{min(rows)}..{max(rows)} ({first_line(e)}); {CURE}') from e
+        return _arrays(self._records.read([row])[0])['prompt'].tobytes().decode()
 
 
 def _arrays(raw: bytes) -> Arrays:
@@ -198,19 +177,3 @@ def _arrays(raw: bytes) -> Arrays:
     kinds = {'BF16': FLOAT, 'I32': np.int32, 'U8': np.uint8}
     return {name: np.frombuffer(x['data'], kinds[x['dtype']]).reshape(x['shape'])
             for name, x in safetensors.deserialize(raw)}
-
-
-def _card(folder: Path) -> dict[str, Any]:
-    if folder.name.endswith('.partial'):
-        raise DataFileError(f'{folder} was not finished; run the same `prepare embed` again')
-    if not folder.is_dir():
-        raise DataFileError(f'no folder of embeddings at {folder}; set config.data.path, or '
-                            f'{CURE}')
-    try:
-        card = json.loads((folder / 'card.json').read_text())
-        if card['format'] != FORMAT or any(Path(f).name != f for f in card['files']):
-            raise ValueError(f'its format is {card["format"]!r}')
-        return card
-    except (OSError, ValueError, KeyError, TypeError) as e:
-        raise DataFileError(f'{folder} is no folder of embeddings ({first_line(e)}); {CURE}') from e
-
