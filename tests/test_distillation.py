@@ -1,4 +1,4 @@
-"""A distillation as a task of the loop, around a network of one matrix: batches, probe."""
+"""A distillation as a task of `fit`, around a network of one matrix: its batches, its probe."""
 
 import jax
 import numpy as np

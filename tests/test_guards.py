@@ -12,52 +12,51 @@ import numpy as np
 import optax
 import pytest
 import tiny
-from ddmd_jax.train.step import Steps
+from toy_task import ToyTask
 
-from ddmd_jax.data import loader
 from ddmd_jax.data.order import Order
 from ddmd_jax.parallel import sharding
-from ddmd_jax.train import distill, loop, state as st
-from ddmd_jax.train.durable import guards
+from ddmd_jax.train import state as st, train as trains
+from ddmd_jax.train.durable import guards, rollback
+from ddmd_jax.train.durable.rollback import DivergedError
+from ddmd_jax.train.update import keep_if
 from ddmd_jax.util import jsonl as lines
 
 BATCH, STEPS = 4, 6
+MESH = sharding.make_mesh({}, jax.devices()[:1])
+
+
+@jax.jit
+def generator(state, rows):
+    loss = jnp.mean(rows)
+    new = dataclasses.replace(
+        state, step=state.step + 1, ema=jax.tree.map(lambda x: 0.9 * x + loss, state.ema))
+    finite = jnp.isfinite(loss)
+    return keep_if(finite, new, state), {
+        'loss': loss, 'finite': finite, 'alpha_share': state.alpha_share,
+        'critic_extra': state.critic_extra}
+
+
+@jax.jit
+def critic(state, rows):
+    return dataclasses.replace(state, critic_step=state.critic_step + 1), {
+        'fake_loss': jnp.mean(rows), 'finite': jnp.isfinite(jnp.mean(rows))}
 
 
 def make_task(bad=(), warmup=0):
     """A task whose batches `bad`, by number, are NaN."""
-    order = Order(np.arange(32), BATCH, seed=0)
-    data = loader.batches(order, lambda planned: planned.rows.astype(np.float32) / 32, BATCH)
-
-    def place(batch):
-        number = data.get_state()['next_index'] - 1  # the feed reads them one by one
-        return jnp.asarray(batch.rows) * (np.nan if number in bad else 1)
-
-    @jax.jit
-    def update(state, rows):
-        loss = jnp.mean(rows)
-        new = dataclasses.replace(
-            state, step=state.step + 1, ema=jax.tree.map(lambda x: 0.9 * x + loss, state.ema))
-        finite = jnp.isfinite(loss)
-        return st.keep_if(finite, new, state), {'loss': loss, 'finite': finite}
-
-    def critic(state, rows):
-        return dataclasses.replace(state, critic_step=state.critic_step + 1), {
-            'fake_loss': jnp.mean(rows), 'finite': jnp.isfinite(jnp.mean(rows))}
-
-    steps = Steps(generator=lambda state, frozen, rows: update(state, rows), critic=critic)
-    return loop.Task(
-        name='toy', make_state=lambda: st.fresh(*[{'w': jnp.ones(1)}, optax.sgd(0.1)] * 2),
-        source=(), rules=(), data=data, place=place,
-        advance=distill.make_advance(steps, None, 1, warmup),
-        words=str, probe=lambda state: {}, annotate=lambda history, step, values: values,
-        pictures=lambda state, step, log: None, order=order)
+    spec = st.StateSpec(lambda: st.fresh(*[{'w': jnp.ones(1)}, optax.sgd(0.1)] * 2),
+                        ((r'.', ()),), MESH)
+    return ToyTask(
+        spec, Order(np.arange(32), BATCH, seed=0), BATCH,
+        lambda planned: planned.rows.astype(np.float32) / 32,
+        lambda rows, number: jnp.asarray(rows) * (np.nan if number in bad else 1),
+        generator, critic, warmup=warmup)
 
 
 def train(workdir, bad=(), warmup=0, **changes):
     """The state at the end of a run."""
-    config = config_of(**changes)
-    return loop.run(make_task(bad, warmup), config, workdir, mesh(), 'toy')[0]
+    return trains.fit(make_task(bad, warmup), config_of(**changes), workdir)[0]
 
 
 def config_of(every=2, steps=STEPS, resume=''):
@@ -67,13 +66,9 @@ def config_of(every=2, steps=STEPS, resume=''):
     return config
 
 
-def mesh():
-    return sharding.make_mesh({}, jax.devices()[:1])
-
-
 def told(workdir):
     """Of each entry in `bad_batches.jsonl`: (step, checkpoint gone back to, batches)."""
-    return [(e['step'], e['checkpoint'], e['batches']) for e in guards.read_bad(workdir)]
+    return [(e['step'], e['checkpoint'], e['batches']) for e in rollback.read(workdir)]
 
 
 def left_out(batches, steps=STEPS):
@@ -92,12 +87,13 @@ def test_a_bad_batch_is_left_out_and_the_rest_is_as_if_it_had_not_been_there(tmp
     np.testing.assert_allclose(state.ema['w'][0], left_out({6, 7}), rtol=1e-6)
 
 
-@pytest.mark.parametrize('bad, place', [({6, 7}, '2'), ({1}, 'the start'), ({0, 1}, 'the start')])
+@pytest.mark.parametrize('bad, place', [({6, 7}, 'step 2'), ({1}, 'the start'),
+                                        ({0, 1}, 'the start')])
 def test_a_run_goes_back_to_where_it_can(tmp_path, capfd, bad, place):
     train(tmp_path, bad)
     ((step, checkpoint, _),) = told(tmp_path)
-    assert checkpoint == (2 if place == '2' else None) and step == min(bad) // 2 + 1
-    assert f'back at step {checkpoint or 0}, leaving out batches ' in capfd.readouterr().err
+    assert checkpoint == (2 if place == 'step 2' else None) and step == min(bad) // 2 + 1
+    assert f'back at {place}, leaving out batches ' in capfd.readouterr().err
 
 
 def test_before_the_first_checkpoint_a_run_begins_again(tmp_path):
@@ -125,7 +121,7 @@ def test_a_run_that_goes_on_from_another_goes_back_there(tmp_path):
 
 
 def replay(workdir, bad, **changes):
-    return loop.replay(make_task(bad), config_of(**changes), workdir, mesh(), 'toy')
+    return trains.replay(make_task(bad), config_of(**changes), workdir)
 
 
 @pytest.mark.parametrize('bad, every', [({5}, 100), ({5}, 2), ({4}, 2)])
@@ -143,13 +139,13 @@ def test_a_step_is_replayed_from_where_the_run_went_back_to(tmp_path, bad, every
 @pytest.mark.parametrize('every, place', [(2, 'step 2'), (100, 'the start')])
 def test_after_three_times_to_one_place_a_run_ends(tmp_path, every, place):
     bad = set(range(5, 100))
-    with pytest.raises(loop.DivergedError, match=f'step 3: NaN or Inf in .*; went back to {place} '
+    with pytest.raises(DivergedError, match=f'step 3: NaN or Inf in .*; went back to {place} '
                        '3 times already: it is not the batches'):
         train(tmp_path, bad, every=every)
     assert [x[:2] for x in told(tmp_path)] == [(3, 2 if every == 2 else None)] * 3
     assert [x[2] for x in told(tmp_path)] == [[4, 5], [6, 7], [8, 9]]
     # Nor does it try for ever when it is started again.
-    with pytest.raises(loop.DivergedError, match='3 times already'):
+    with pytest.raises(DivergedError, match='3 times already'):
         train(tmp_path, bad, every=every)
     assert len(told(tmp_path)) == 3
     # Three at another place are three more.
@@ -165,6 +161,36 @@ def test_two_places_are_counted_apart(tmp_path):
         state.ema['w'][0], left_out({n for x in told(tmp_path) for n in x[2]}), rtol=1e-6)
 
 
+def test_what_is_tried_again_is_the_whole_attempt(tmp_path):
+    """Feed, state, log and checkpoints of the failed one are closed before the next is begun."""
+    task, told_of = make_task(bad={3}), []
+    feed, show = task.feed, task.show
+    task.feed = lambda skip: (told_of.append(('feed', sorted(skip))), feed(skip))[1]
+    logs = []
+    task.show = lambda state, step, log: (logs.append(log), told_of.append(('show', step)),
+                                          show(state, step, log))
+    trains.fit(task, config_of(every=100), tmp_path)
+    assert told_of == [('feed', []), ('show', 0), ('feed', [2, 3]), ('show', 0), ('show', STEPS)]
+    assert logs[0] is not logs[1] is logs[2]
+
+
+@pytest.mark.parametrize('bad', [{10}, {11}])
+def test_the_last_step_is_looked_at_too(tmp_path, bad):
+    """A failure is noticed a step late; there is none after the last."""
+    state = train(tmp_path, bad)
+    assert told(tmp_path) == [(STEPS, 4, [10, 11])] and int(state.step) == STEPS
+    np.testing.assert_allclose(state.ema['w'][0], left_out({10, 11}), rtol=1e-6)
+
+
+def test_a_run_that_is_not_to_go_back_ends(tmp_path):
+    config = config_of()
+    config.train.on_nan = 'abort'
+    with pytest.raises(DivergedError, match='step 4: .*last good checkpoint, step 2, is kept'):
+        trains.fit(make_task(bad={7}), config, tmp_path)
+    assert told(tmp_path) == []
+    assert int(train(tmp_path).step) == STEPS  # nothing was lost
+
+
 # --- Health that acts ---
 
 
@@ -176,17 +202,10 @@ def unwell(workdir, how, steps, collapses=99, **changes):
     config = config_of(steps=steps, **changes)
     config.train.on_health, config.log.every = how, 1
     task = make_task()
-    tell = lambda history, step, values: values | {
-        'health': 'over-baked' if step < collapses else 'collapsing', 'health_reason': 'so'}
-    made = task.advance
-
-    def advance(state, next_batch, first):
-        acts = {'alpha_share': state.alpha_share + 0, 'critic_extra': state.critic_extra + 0}
-        state, metrics = made(state, next_batch, first)
-        return state, metrics | acts
-
-    task = dataclasses.replace(task, annotate=tell, advance=advance)
-    state, _ = loop.run(task, config, workdir, mesh(), 'toy')
+    task.measure = lambda state, history, values: (values | {
+        'health': 'over-baked' if values['step'] < collapses else 'collapsing',
+        'health_reason': 'so'}, '')
+    state, _ = trains.fit(task, config, workdir)
     lines = [json.loads(x) for x in (workdir / 'metrics.jsonl').read_text().splitlines()]
     return state, lines
 
@@ -218,13 +237,14 @@ def test_who_judges_a_line_is_told_the_step_of_each(tmp_path):
     """Rates of growth are read off them, and a resumed run's first lines come from a file."""
     seen = []
 
-    def tell(history, step, values):
-        seen.append([*(h['step'] for h in history), step])
-        return values
+    def measure(state, history, values):
+        seen.append([*(h['step'] for h in history), values['step']])
+        return values, ''
 
     for steps in (4, 6):
-        config = config_of(steps=steps)
-        loop.run(dataclasses.replace(make_task(), annotate=tell), config, tmp_path, mesh(), 'toy')
+        task = make_task()
+        task.measure = measure
+        trains.fit(task, config_of(steps=steps), tmp_path)
     assert seen == [[2], [2, 4], [2, 4, 6]]
 
 

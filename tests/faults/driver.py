@@ -43,8 +43,8 @@ from orbax.checkpoint._src.handlers.json_checkpoint_handler import JsonCheckpoin
 from ddmd_jax import main
 from ddmd_jax.evaluation import evaluate
 from ddmd_jax.train import train
-from ddmd_jax.train.distillation import Distillation
 from ddmd_jax.train.durable import checksums, resume, saving
+from ddmd_jax.train.feed import Feed
 
 
 def digest(tree):
@@ -92,24 +92,19 @@ def patch(owner, name, before=None, after=None):
     setattr(owner, name, wrapped)
 
 
-def poison(kind, number):
-    """NaN in one batch of every task of a kind; the feed reads in order, skipped ones too."""
+def poison(number):
+    """Puts NaN into one batch; a feed reads them in order, whatever it skips."""
     spoil = lambda x: x * np.nan if np.asarray(x).dtype == np.float32 else x
-    make = kind.feed
+    original = Feed.__init__
 
-    def feed(task, skip):
-        made = make(task, skip)
-        place = made._place
-
+    def init(feed, data, place, skip=frozenset()):
         def placed(batch):
-            if made._data.get_state()['next_index'] - 1 == number:
-                batch = jax.tree.map(spoil, batch)
-            return place(batch)
+            bad = data.get_state()['next_index'] - 1 == number
+            return place(jax.tree.map(spoil, batch) if bad else batch)
 
-        made._place = placed
-        return made
+        original(feed, data, placed, skip)
 
-    kind.feed = feed
+    Feed.__init__ = init
 
 
 def trap_items(traps, pipe):
@@ -128,14 +123,16 @@ def trap_items(traps, pipe):
 
 
 def each_step(environ):
-    """A function of the run's `Checkpoints` to be called before each of its steps."""
+    """A function to be called before each step."""
     number, clock, filler = itertools.count(1), time.time, Path(environ.get('FILL', ''))
     full, left = environ.get('AT', '3'), int(environ.get('LEFT', '200')) * 1024
+    opened = []  # the run's checkpoints, the newest attempt's last
+    patch(saving.Checkpoints, '__init__', lambda checkpoints, *args: opened.append(checkpoints))
 
-    def step(checkpoints):
+    def step():
         n = str(next(number))
         if 'FILL' in environ and n in (full, environ.get('FREE')):
-            checkpoints.wait()
+            opened[-1].wait()
             if jax.process_index():
                 pass
             elif n == full:
@@ -144,7 +141,7 @@ def each_step(environ):
             else:
                 filler.unlink()
         if n == environ.get('LIMIT'):
-            checkpoints.wait()
+            opened[-1].wait()
             resource.setrlimit(resource.RLIMIT_FSIZE, (64 * 1024, resource.RLIM_INFINITY))
         if n == environ.get('CLOCK'):
             time.time = lambda: clock() - 86400
@@ -159,14 +156,15 @@ def hook(environ):
     traps = [Trap(environ.get('KILL', ''), signal.SIGKILL),
              Trap(environ.get('SIGNAL', ''), signal.SIGTERM, signal.SIGINT)]
     at = lambda site: [trap.at(site) for trap in traps]
-    step, kept = each_step(environ), []
-    kind = toy.Toy if 'TOY' in environ else Distillation
-    if 'NAN' in environ:
-        poison(kind, int(environ['NAN']))
-    if 'TOY' in environ:
-        train.prepare = toy.Toy
-    patch(saving.Checkpoints, 'of', after=kept.append)
-    patch(kind, 'step', lambda *args: (at('step'), step(kept[-1])))
+    step = each_step(environ)
+    prepare = (lambda config: toy.make_task(config)) if 'TOY' in environ else train.prepare
+
+    def prepared(config):
+        task = prepare(config)
+        patch(task, 'step', lambda *args: (at('step'), step()))
+        return task
+
+    train.prepare = prepared
     patch(saving.Checkpoints, 'save', lambda *args: at('saving'), lambda _: at('saved'))
     patch(checksums, 'write', lambda folder: at('summing'))
     patch(evaluate, 'evaluate', lambda *args: at('evaluation'))
@@ -177,6 +175,8 @@ def hook(environ):
         tell = lambda what, state: print('digest', what, int(state.step), digest(state), flush=True)
         patch(resume, 'start', after=lambda state: tell('start', state))
         patch(train, 'fit', after=lambda result: tell('end', result[0]))
+    if 'NAN' in environ:
+        poison(int(environ['NAN']))
 
 
 if __name__ == '__main__':

@@ -7,7 +7,7 @@ import time
 import pytest
 import runs
 
-from ddmd_jax.train.durable import guards
+from ddmd_jax.train.durable import rollback
 
 pytestmark = [pytest.mark.slow, pytest.mark.faults]
 LONG = {'train.steps': 100_000, 'checkpoint.every': 100_000}
@@ -92,7 +92,7 @@ def test_a_nan_before_the_first_checkpoint_is_gone_back_on_from_the_start(toy):
     workdir = toy.root / 'early-nan'
     fields = {'train.steps': 6, 'train.on_nan': 'rollback', 'checkpoint.every': 6}
     _, err = toy.finish(workdir, fields, NAN='7', TOY='1')
-    assert 'no checkpoint had been written yet' in err and 'back at step 0, leaving out' in err
+    assert 'no checkpoint had been written yet' in err and 'back at the start, leaving out' in err
     (entry,) = rollback.read(workdir)
     assert entry['checkpoint'] is None and entry['step'] == 4 and entry['batches'] == [6, 7]
     assert [x['step'] for x in runs.lines(workdir)] == [3, 6]
