@@ -1,46 +1,17 @@
 """A distillation as a task of `fit`, around a network of one matrix: its batches, its probe."""
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
-import tiny
+from small import SHAPES, config_of, task_of
 
-from ddmd_jax.data.batch import Batch, CondSpec
-from ddmd_jax.data.conditioning import Prompts, encoded
-from ddmd_jax.data.order import Order
-from ddmd_jax.diffusion.time import Shift
-from ddmd_jax.families.base import Latents, Teacher
-from ddmd_jax.families.emoji import teacher as emoji
-from ddmd_jax.parallel import sharding
-from ddmd_jax.train.distillation import Distillation, plan, request_of
-from ddmd_jax.train.startup import Startup
+from ddmd_jax.data.batch import Batch
+from ddmd_jax.data.conditioning import Prompts
+from ddmd_jax.train.distillation import request_of
 
-LENGTHS = np.asarray([2, 3, 4, 4, 2, 3, 4, 2, 2])  # tokens of nine prompts
-SHAPES = ((4, 4, 3), (2, 8, 3))
+pytestmark = pytest.mark.usefixtures('quick_compile')
 FIGURES = {'loss': 0.0, 'dm_rel_gap': 0.1, 'dm_cos': 0.99, 'dm_to_ca': 0.1, 'x_std': 0.5}
-
-
-def lookup(rows, length=None):
-    rng = np.random.default_rng(0)
-    embeds = rng.normal(size=(len(LENGTHS), 4, 16)).astype(np.float32)[rows]
-    mask = np.arange(4)[None] < LENGTHS[rows][:, None]
-    return {'embeds': embeds[:, :length], 'mask': mask[:, :length]}
-
-
-def task_of(predict=tiny.small_network, buckets=(), shapes=(), **fields):
-    """The task, and the mesh its batches go to."""
-    config = tiny.load_config('emoji')
-    config.update_from_flattened_dict({
-        'student.steps': 1, 'critic.updates': 1, 'data.global_batch': 2, 'log.probe': 0,
-        'train.steps': 2} | fields)
-    mesh = sharding.make_mesh({}, jax.devices()[:1])
-    teacher = Teacher('small', tiny.small_params()[0], predict, Latents(SHAPES[0]),
-                      CondSpec.text(16), Shift(), 'none', emoji.RULES)
-    null = {'embeds': np.zeros((1, 4, 16), np.float32), 'mask': np.ones((1, 4), bool)}
-    prompts = encoded(np.arange(9), lookup, null=null, caption=str, identity='', lengths=LENGTHS)
-    order = Order(prompts.rows, 2, 0, LENGTHS, buckets, shapes or SHAPES[:1])
-    return Distillation(config, teacher, prompts, order, plan(config, teacher, null, mesh),
-                        Startup())
 
 
 # --- Batches and programs ---
@@ -51,7 +22,7 @@ def test_batches_of_another_signature_go_through_another_program():
 
     A compiled program takes no other shapes than its own, and none is compiled when it is called.
     """
-    task = task_of(buckets=(2, 4), shapes=SHAPES, **{'critic.updates': 0})
+    task = task_of(config_of(**{'critic.updates': 0}), buckets=(2, 4), shapes=SHAPES)
     feed, state, seen = task.feed(frozenset()), task.spec.create(), set()
 
     def taken():
@@ -75,18 +46,39 @@ def test_a_signature_is_of_shapes_and_of_nothing_else():
     assert of(4, 6, latents + 1, (2, 2, 3)) == all_of_them[-1]
 
 
+def test_a_step_takes_as_many_batches_as_it_has_updates():
+    """`critic.updates` of the critic and one of the generator; a warm-up before the first step;
+    what the verdict added, from when the state is looked at anew."""
+    task = task_of(config_of(**{'critic.updates': 2, 'critic.warmup': 3}))
+    feed, state, taken = task.feed(frozenset()), task.spec.create(), []
+
+    def step(state, fresh):
+        before = len(taken)
+        state, _ = task.step(state, lambda: taken.append(next(feed)) or taken[-1], fresh)
+        return state, len(taken) - before
+
+    counts = []
+    for fresh in (True, False, True):  # the third as after a restart: no second warm-up
+        state, count = step(state, fresh)
+        counts.append(count)
+    assert counts == [2 + 3 + 1, 2 + 1, 2 + 1]
+    state.critic_extra = state.critic_extra + 1
+    state, count = step(state, True)
+    assert (count, int(state.step), int(state.critic_step)) == (2 + 1 + 1, 4, 3 + 2 * 4 + 1)
+
+
 # --- The probe ---
 
 
 def brighten(params, x_t, t, cond):
     """A network that multiplies: `gain` says how much."""
-    return params['x_embedder']['bias'][0] * jax.numpy.tanh(
+    return params['x_embedder']['bias'][0] * jnp.tanh(
         x_t + cond['embeds'][:, 0, 0][:, None, None, None])
 
 
 def probe_of(count):
     """The probe's figures of a student whose EMA multiplies by so much times the teacher's."""
-    task = task_of(brighten, **{'log.probe': count})
+    task = task_of(config_of(**{'log.probe': count}), brighten)
     state = task.spec.create()
 
     def probe(gain):

@@ -140,7 +140,7 @@ def read(port, process):
     mesh = sharding.make_mesh({'data': 2, 'fsdp': 2, 'tensor': 2})
     data = loader.batches(Order(np.arange(40), 16, 0), lambda planned: planned.rows, 16)
     for _ in range(5):
-        batch = sharding.put_batch(next(data).rows, mesh)
+        batch = sharding.put_batch(next(data), mesh)
         assert batch.shape == (16,)
         print('read', json.dumps([(shard.index[0].start or 0, np.asarray(shard.data).tolist())
                                   for shard in batch.addressable_shards]))
