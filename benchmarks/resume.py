@@ -53,26 +53,24 @@ def trained(config: Any, workdir: Path) -> dict[str, Any]:
     """Seconds of each step and save of one run, seconds until its first, and memory by step."""
     import jax
 
-    from ddmd_jax.parallel import sharding
-    from ddmd_jax.train import distill, loop
-    from ddmd_jax.train.durable import saving
+    from ddmd_jax.train import train
+    from ddmd_jax.train.durable import resume, saving
 
     begun, ends, memory, stalls = time.monotonic(), [], [], []
-    advance, save = loop._Training._advance, saving.Checkpoints.save
     first, restored = [], []
+    task = train.prepare(config)
+    step, save, start = task.step, saving.Checkpoints.save, resume.start
 
-    def timed_advance(training: Any) -> None:
+    def timed_step(*args: Any) -> Any:
         first.append(time.monotonic())
-        advance(training)
-        jax.block_until_ready(training.state)
+        state, metrics = jax.block_until_ready(step(*args))
         ends.append(time.monotonic() - first[-1])
         memory.append(rss())
+        return state, metrics
 
     def timed_save(self: Any, *args: Any) -> None:
         save(self, *args)
         stalls.append(self.stalled)
-
-    start = loop._start
 
     def timed_start(*args: Any) -> Any:
         at = time.monotonic()
@@ -80,11 +78,8 @@ def trained(config: Any, workdir: Path) -> dict[str, Any]:
         restored.append(time.monotonic() - at)
         return state
 
-    loop._Training._advance, saving.Checkpoints.save = timed_advance, timed_save
-    loop._start = timed_start
-    mesh = sharding.make_mesh(config.mesh)
-    teacher, task = distill.prepare(config, mesh)
-    loop.run(task, config, workdir, mesh, teacher.identity)
+    task.step, saving.Checkpoints.save, resume.start = timed_step, timed_save, timed_start
+    train.fit(task, config, workdir)
     return {'steps': ends[1:], 'saves': stalls, 'restore': restored[0],
             'ready': first[0] - begun if first else None, 'memory': memory}
 

@@ -14,11 +14,9 @@ from ddmd_jax.export import export
 from ddmd_jax.families.lumina import teacher as lumina
 from ddmd_jax.models.layers import abstract_params
 from ddmd_jax.models.nextdit import NextDiT
-from ddmd_jax.parallel import sharding
-from ddmd_jax.train import distill, loop
+from ddmd_jax.train import train
 from ddmd_jax.train.durable import resume
 from ddmd_jax.train.durable.checkpoint import CheckpointError
-from ddmd_jax.train.feed import Feed
 
 pytestmark = pytest.mark.slow
 
@@ -57,22 +55,22 @@ def config_of(files, steps=1, init_from='', offload='none', param_dtype='float32
     return config
 
 
-def prepared(config):
-    mesh = sharding.make_mesh(config.mesh, jax.devices()[:1])
-    return *distill.prepare(config, mesh), mesh
-
-
 def trained(config, workdir):
-    """(teacher's parameters, the state at the end)."""
-    teacher, task, mesh = prepared(config)
-    return teacher.params, loop.run(task, config, workdir, mesh, teacher.identity)[0]
+    """The state at the end."""
+    return train.fit(train.prepare(config), config, workdir)[0]
+
+
+def begun(config):
+    """(the task, the state it begins with, metrics that were not logged)."""
+    task = train.prepare(config)
+    return task, *resume.begin(resume.origin(config), {}, task, task.feed(frozenset()))
 
 
 @pytest.fixture(scope='module')
 def first(files, tmp_path_factory):
     """A run of one step, and where its student was exported to."""
     workdir = tmp_path_factory.mktemp('first')
-    _, state = trained(config_of(files), workdir)
+    state = trained(config_of(files), workdir)
     export(workdir, workdir / 'out')
     return workdir, jax.device_get(state)
 
@@ -93,12 +91,7 @@ def test_a_state_begins_at_what_was_exported(files, first, what, offload, param_
     named = {'exported': workdir / 'out', 'transformer': workdir / 'out' / 'transformer',
              'run': workdir}[what]
     config = config_of(files, 1, named, offload, param_dtype)
-    teacher, task, mesh = prepared(config)
-    source = resume.origin(config)
-    feed = Feed(task.data, task.place)
-    state, interval = resume.begin(
-        source, {}, task.make_state, task.rules, mesh, task.source, task.host, feed,
-        task.read_weights)
+    task, state, interval = begun(config)
     assert interval == [] and int(state.step) == int(state.critic_step) == 0
     same(state.ema, before.ema)  # to the last bit, whatever the teacher is kept in
     if what == 'run':
@@ -106,7 +99,7 @@ def test_a_state_begins_at_what_was_exported(files, first, what, offload, param_
         same(state.critic, before.critic)
     else:
         same(state.student, before.ema)
-        widened = jax.tree.map(lambda x: np.asarray(x, np.float32), teacher.params)
+        widened = jax.tree.map(lambda x: np.asarray(x, np.float32), task.teacher.params)
         same(state.critic, widened)
     assert kinds(state.ema) == {'device' if offload == 'none' else 'pinned_host'}
     assert kinds(state.student) == kinds(state.critic) == {'device'}
@@ -116,7 +109,7 @@ def test_a_state_begins_at_what_was_exported(files, first, what, offload, param_
 def test_a_run_goes_on_from_what_was_exported_with_weights_offloaded(files, first, tmp_path):
     workdir, before = first
     config = config_of(files, 1, workdir / 'out', 'ema+teacher')
-    teacher, state = trained(config, tmp_path)
+    state = trained(config, tmp_path)
     assert int(state.step) == 1 and kinds(state.ema) == {'pinned_host'}
     moved = [not np.array_equal(x, y) for x, y in zip(
         jax.tree.leaves(jax.device_get(state.student)), jax.tree.leaves(before.ema), strict=True)]
@@ -124,8 +117,7 @@ def test_a_run_goes_on_from_what_was_exported_with_weights_offloaded(files, firs
     assert all(np.isfinite(x).all() for x in jax.tree.leaves(jax.device_get(state.student)))
     # And from its own folder when it is started again, whatever became of the other.
     config = config_of(files, 2, tmp_path / 'gone', 'ema+teacher')
-    _, again = trained(config, tmp_path)
-    assert int(again.step) == 2
+    assert int(trained(config, tmp_path).step) == 2
 
 
 def test_weights_of_another_shape_are_refused_in_one_line(files, tmp_path):
@@ -134,8 +126,6 @@ def test_weights_of_another_shape_are_refused_in_one_line(files, tmp_path):
     weights = published_text.random_params(abstract_params(lambda: NextDiT(cfg, nnx.Rngs(0))), 1)
     lumina.export(weights, config, tmp_path / 'other', np.float32)
     config = config_of(files, 1, tmp_path / 'other')
-    teacher, task, mesh = prepared(config)
     with pytest.raises(CheckpointError, match='holds no student of this shape') as e:
-        resume.begin(resume.origin(config), {}, task.make_state, task.rules, mesh, task.source,
-                     task.host, Feed(task.data, task.place), task.read_weights)
+        begun(config)
     assert len(str(e.value).splitlines()) == 1

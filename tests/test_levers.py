@@ -18,13 +18,14 @@ MESH = sharding.make_mesh({}, jax.devices()[:1])
 TX = optax.sgd(0.1, momentum=0.9)  # Adam would blow up rounding where a gradient is near 0
 
 
-def two_rounds(predict, params, **changes):
+def two_rounds(**changes):
     """State after two rounds of both updates, and the last round's metrics."""
-    make, steps, frozen = tiny.build_run(predict, params, TX, MESH, **changes)
-    state, cond = make(), tiny.make_cond(4)
+    spec, program, frozen = tiny.build_run(tiny.small_network, tiny.small_params(), TX, MESH,
+                                           **changes)
+    state, batch = spec.create(), tiny.make_batch(4)
     for _ in range(2):
-        state, _ = steps.critic(state, cond)
-        state, metrics = steps.generator(state, frozen, cond)
+        state, _ = program.critic(frozen, state, batch)
+        state, metrics = program.generator(frozen, state, batch)
     return state, metrics, frozen
 
 
@@ -34,39 +35,40 @@ def close(a, b):
 
 
 @pytest.fixture(scope='module')
-def plain(predict, params):
-    return two_rounds(predict, params)
+def plain(quick_compile):
+    return two_rounds()
 
 
 @pytest.mark.parametrize('schedule', ['decoupled_hybrid', 'coupled_shared'])
-def test_passes_apart_are_passes_together(predict, params, schedule):
+def test_passes_apart_are_passes_together(schedule):
     """Three passes and, where levels are shared, two."""
-    a, b = (two_rounds(predict, params, schedule=schedule, teacher_passes=passes)
+    a, b = (two_rounds(recipe=tiny.make_recipe(schedule), teacher_passes=passes)
             for passes in ('together', 'apart'))
     close(dataclasses.asdict(a[0]), dataclasses.asdict(b[0]))
     close(a[1], b[1])
 
 
-def test_passes_apart_are_one_program_run_thrice(predict, params):
+def test_passes_apart_are_one_program_run_thrice():
     """A loop around one pass, not a batch of three: that is what saves the memory."""
     def rows(passes):
         seen = []
         def spy(params, x_t, t, cond):
             seen.append(x_t.shape[0])
-            return predict(params, x_t, t, cond)
-        make, steps, frozen = tiny.build_run(spy, params, TX, MESH, teacher_passes=passes)
-        steps.generator.lower(jax.eval_shape(make), frozen, tiny.make_cond(4))
+            return tiny.small_network(params, x_t, t, cond)
+        spec, program, frozen = tiny.build_run(spy, tiny.small_params(), TX, MESH,
+                                               teacher_passes=passes)
+        program.generator.lower(frozen, spec.targets, tiny.make_batch(4))
         return max(seen)
     assert (rows('together'), rows('apart')) == (12, 4)
 
 
 @pytest.mark.parametrize('offload', [('ema',), ('teacher',), ('ema', 'teacher')], ids=str)
 def test_what_is_offloaded_stays_in_host_memory_and_computes_the_same(
-        predict, params, plain, offload):
-    state, metrics, frozen = two_rounds(predict, params, offload=offload)
+        plain, offload):
+    state, metrics, frozen = two_rounds(offload=offload)
     kinds = lambda tree: {x.sharding.memory_kind for x in jax.tree.leaves(tree)}
     assert kinds(state.ema) == {'pinned_host' if 'ema' in offload else 'device'}
-    assert kinds(frozen['teacher']) == {'pinned_host' if 'teacher' in offload else 'device'}
+    assert kinds(frozen.teacher) == {'pinned_host' if 'teacher' in offload else 'device'}
     assert kinds((state.student, state.critic, state.student_opt, state.critic_opt)) == {'device'}
     close(dataclasses.asdict(state), dataclasses.asdict(plain[0]))
     close(metrics, plain[1])

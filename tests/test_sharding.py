@@ -289,12 +289,12 @@ class Run:
         # would else blow up rounding where |g| is 0.
         tx = optax.chain(optax.clip_by_global_norm(1.0), optax.adamw(1e-2, b2=0.95, eps=1e-2))
         self.mesh, self.predict = mesh, Counted(emoji.make_denoiser(tiny.MODEL))
-        make, self.steps, self.frozen = tiny.build_run(self.predict, params, tx, mesh)
-        self.cond, self.state = sharding.put_batch(tiny.make_cond(8), mesh), make()
+        spec, self.program, self.frozen = tiny.build_run(self.predict, params, tx, mesh)
+        self.batch, self.state = sharding.put_batch(tiny.make_batch(8), mesh), spec.create()
 
     def lower(self):
-        return (self.steps.critic.lower(self.state, self.cond),
-                self.steps.generator.lower(self.state, self.frozen, self.cond))
+        return [update.lower(self.frozen, self.state, self.batch)
+                for update in (self.program.critic, self.program.generator)]
 
     def two_rounds(self):
         """(what two rounds of critic and generator moved, metrics of the four steps).
@@ -305,26 +305,25 @@ class Run:
         self.check()
         with jax.transfer_guard('disallow'):
             for _ in range(2):
-                self.state, found = self.steps.critic(self.state, self.cond)
-                metrics.append(found)
-                self.state, found = self.steps.generator(self.state, self.frozen, self.cond)
-                metrics.append(found)
+                for update in (self.program.critic, self.program.generator):
+                    self.state, found = update(self.frozen, self.state, self.batch)
+                    metrics.append(found)
         self.check()  # steps must hand back what they were given
         assert self.predict.traces == traced > 0
-        assert self.steps.critic._cache_size() == self.steps.generator._cache_size() == 1
+        assert [update._cache_size() for update in self.program] == [1, 1]
         return moved(self.state, start), jax.device_get(metrics)
 
     def check(self):
         if self.mesh.size > 1:
             check_state(self.state, self.mesh)
-            check_shards(self.frozen['teacher'], 'teacher', self.mesh)
+            check_shards(self.frozen.teacher, 'teacher', self.mesh)
 
     def check_guard(self):
         """The guard above is awake: a batch that is still on the host does not get past it."""
-        host = jax.device_get(self.cond)
+        host = jax.device_get(self.batch)
         with (jax.transfer_guard('disallow'),
               pytest.raises(Exception, match='Disallowed host-to-device transfer')):
-            self.steps.critic(self.state, host)
+            self.program.critic(self.frozen, self.state, host)
 
 
 def main(*meshes):
