@@ -85,14 +85,14 @@ def test_bf16_kernels_of_a_bf16_teacher_predict_the_same_bits(params):
     np.testing.assert_array_equal(predict(params[0], *at), predict(halves, *at))
 
 
-def test_only_the_first_moment_is_kept_in_bf16(params):
+def test_only_the_first_moment_is_kept_in_bf16():
     """And the update it gives is AdamW's to bf16's three digits."""
-    cfg = dict(tiny.load_config('emoji').optim.student)
-    grads = jax.tree.map(lambda x: 0.1 * x, params[1])
+    cfg, params = dict(tiny.load_config('emoji').optim.student), tiny.small_params()[1]
+    grads = jax.tree.map(lambda x: 0.1 * x, params)
     updates = {}
     for dtype in ('float32', 'bfloat16'):
         tx = make_optimizer(cfg | {'mu_dtype': dtype}, 10)
-        updates[dtype], opt = tx.update(grads, tx.init(params[1]), params[1])
+        updates[dtype], opt = tx.update(grads, tx.init(params), params)
         adam = next(s for s in jax.tree.leaves(opt, is_leaf=lambda s: hasattr(s, 'mu'))
                     if hasattr(s, 'mu'))
         assert {x.dtype.name for x in jax.tree.leaves(adam.mu)} == {dtype}
