@@ -43,7 +43,7 @@ def write(student: Student, out: Path, form: str, exported: Exported) -> None:
         library='diffusers' if whole else 'ddmd_jax', base=_hub_name(student), kept=kept,
         use=use.format(folder=out.name, dtype=dtype, steps=student.steps).strip(),
         evaluation=_evaluation(evaluation), why=why, health=_health(student.workdir),
-        settings=_settings(student.manifest), prompts=_prompts(student.field('data.path') or ''))
+        settings=_settings(student.manifest), prompts=_prompts(student))
     (out / README).write_text(text.rstrip('\n') + '\n')
 
 
@@ -108,7 +108,9 @@ def _health(workdir: Path) -> dict[str, Any] | None:
     return last if 'health' in last else None
 
 
-def _prompts(path: str) -> dict[str, Any] | None:
-    """The card of the set of prompts at `path`, if it is where it was."""
-    file = Path(path).expanduser() / prompt_set.CARD if path else None
-    return prompt_set.read_card(file.parent) if file and file.is_file() else None
+def _prompts(student: Student) -> dict[str, Any] | None:
+    """The card of the run's set of prompts, if it is where it was; embeddings have another."""
+    if student.field('data.name') != 'prompts':
+        return None
+    folder = Path(student.field('data.path')).expanduser()
+    return prompt_set.read_card(folder) if (folder / prompt_set.CARD).is_file() else None
