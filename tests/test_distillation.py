@@ -10,7 +10,6 @@ from ddmd_jax.data.batch import Batch
 from ddmd_jax.data.conditioning import Prompts
 from ddmd_jax.train.distillation import request_of
 
-pytestmark = pytest.mark.usefixtures('quick_compile')
 FIGURES = {'loss': 0.0, 'dm_rel_gap': 0.1, 'dm_cos': 0.99, 'dm_to_ca': 0.1, 'x_std': 0.5}
 
 

@@ -35,7 +35,7 @@ def close(a, b):
 
 
 @pytest.fixture(scope='module')
-def plain(quick_compile):
+def plain():
     return two_rounds()
 
 

@@ -37,7 +37,7 @@ def weights(tmp_path_factory):
 
 
 @pytest.fixture(scope='module')
-def finished(weights, tmp_path_factory, quick_compile):
+def finished(weights, tmp_path_factory):
     """A run of two steps of a NextDiT through `main`, with everything it writes."""
     workdir, config = tmp_path_factory.mktemp('run'), tiny.load_config('emoji')
     config.teacher.path, config.train.steps, config.data.global_batch = str(weights), 2, 4
@@ -89,7 +89,7 @@ def trained(workdir, steps=2, **fields):
 
 
 @pytest.fixture(scope='module')
-def half(tmp_path_factory, quick_compile):
+def half(tmp_path_factory):
     """A run's folder after two steps; copied by who goes on from it."""
     trained(tmp_path_factory.getbasetemp() / 'half')
     return tmp_path_factory.getbasetemp() / 'half'

@@ -18,8 +18,6 @@
     CLOCK=N               from step N on the clock shows a day less
 """
 
-from __future__ import annotations
-
 import contextlib
 import hashlib
 import itertools

@@ -1,7 +1,7 @@
 """A run of `ddmd_jax.main` without networks: a matrix that learns, in the same loop and folders.
 
-The programs of a real run cost its time, as every process compiles them anew; this one starts in
-seconds, on any mesh. Its verdict is over-baked in every interval it logs.
+What costs a real one its time are programs, which every process compiles anew; this one starts
+in seconds, on any mesh. It is told to be over-baked in every interval it logs.
 """
 
 import dataclasses
@@ -28,7 +28,9 @@ def make_task(config):
     rows = np.random.default_rng(0).standard_normal((ROWS, IN)).astype(np.float32)
     tx = optax.adam(1e-3)
 
-    name = 'toy'
+    def fresh():
+        w = {'w': jax.random.normal(jax.random.key(config.seed), (IN, OUT))}
+        return st.fresh(w, tx, w, tx)
 
     def generator(state, x):
         value = lambda p: jnp.mean(jnp.square(x @ p['w'] - jnp.sum(x, axis=1, keepdims=True)))
