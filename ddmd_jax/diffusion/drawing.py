@@ -90,8 +90,9 @@ def of_teacher(teacher: Teacher, steps: int, guidance: float = 1.0,
         # The first noise is the same for any number of steps: JAX's keys split independently.
         noise = sampling.step_noise(key, 1, _shape(teacher, cond))[0]
         return sampling.sample_teacher(
-            functools.partial(teacher.predict_clean, params), cond, noise,
-            teacher.time.grid(steps), sampling.Guidance(guidance, null, teacher.rescale), solver)
+            functools.partial(teacher.predict_clean, params), cond,
+            teacher.time.first_input(noise), teacher.time.grid(steps),
+            sampling.Guidance(guidance, null, teacher.rescale), solver)
 
     return Sampler('teacher', steps, sampling.evaluations(steps, guidance, solver), guidance,
                    solver, draw, teacher.latents.decode)
