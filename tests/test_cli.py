@@ -1,11 +1,8 @@
 """Bad input at the command line: one clear line, the right exit code, nothing written."""
 
-import os
-import subprocess
-import sys
+import functools
 
 import pytest
-import tiny
 
 CASES = [
     (['--config=nofile.py'], 2, 'nofile.py cannot be read'),
@@ -20,11 +17,10 @@ CASES = [
 
 
 @pytest.mark.parametrize('args, code, words', CASES)
-def test_bad_input(tmp_path, args, code, words):
+def test_bad_input(commands, tmp_path, args, code, words):
     if not any(a.startswith('--workdir') for a in args):
         args = [*args, f'--workdir={tmp_path / "run"}']
-    done = subprocess.run([sys.executable, '-m', 'ddmd_jax.main', *args], cwd=tiny.ROOT,
-                          capture_output=True, text=True, env=os.environ | {'JAX_PLATFORMS': 'cpu'})
+    done = commands('ddmd_jax.main', *args)
     errors = [x for x in done.stderr.splitlines() if x.startswith(('main:', 'config:', 'method.'))]
     assert done.returncode == code, done.stderr
     assert words in ' '.join(errors) and 'Traceback' not in done.stderr
@@ -53,13 +49,13 @@ PREPARE = [
 ]
 
 
-def prepare(*args):
-    return subprocess.run([sys.executable, '-m', 'ddmd_jax.prepare', *args], cwd=tiny.ROOT,
-                          capture_output=True, text=True, env=os.environ | {'JAX_PLATFORMS': 'cpu'})
+@pytest.fixture(scope='module')
+def prepare(commands):
+    return functools.partial(commands, 'ddmd_jax.prepare')
 
 
 @pytest.mark.parametrize('args, code, words', PREPARE)
-def test_bad_input_of_prepare(tmp_path, args, code, words):
+def test_bad_input_of_prepare(prepare, tmp_path, args, code, words):
     (tmp_path / 'prompts.txt').write_text('a cat\n')
     names = {'FILE': str(tmp_path / 'prompts.txt'), 'OUT': str(tmp_path / 'out')}
     for name, path in names.items():
@@ -71,7 +67,7 @@ def test_bad_input_of_prepare(tmp_path, args, code, words):
     assert not done.stdout and not list(tmp_path.glob('out*/*'))
 
 
-def test_prepare_prompts_says_what_it_made_and_that_it_is_done(tmp_path):
+def test_prepare_prompts_says_what_it_made_and_that_it_is_done(prepare, tmp_path):
     (tmp_path / 'a,b.txt').write_text('a cat\n\na dog\n')
     (tmp_path / 'c.jsonl').write_text('{"caption": "a cat"}\n')
     args = ['prompts', f'--input={tmp_path}/a,b.txt', f'--input={tmp_path}/c.jsonl',
@@ -86,7 +82,7 @@ def test_prepare_prompts_says_what_it_made_and_that_it_is_done(tmp_path):
 
 
 @pytest.mark.parametrize('args', [['--help'], ['prompts', '--help']])
-def test_help_of_prepare(args):
+def test_help_of_prepare(prepare, args):
     done = prepare(*args)
     assert done.returncode == 1  # as absl has it
     assert ('--near_threshold' if 'prompts' in args else 'classifier') in done.stdout
