@@ -4,12 +4,11 @@ Reading goes shard by shard: of each tensor only the part that a device holds is
 and handed over before the next is looked at, so that no host ever has a copy of the model.
 """
 
-import contextlib
 import dataclasses
 import hashlib
 import json
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +24,7 @@ from ddmd_jax.weights.names import Entry
 STEM = 'diffusion_pytorch_model'
 PICKLES = ('.bin', '.pt', '.pth', '.ckpt', '.pkl')
 READABLE = {'F32': np.float32, 'F16': np.float16, 'BF16': jnp.bfloat16}
+REFETCH = 'fetch it again'
 SAMPLE = 1024  # elements of each tensor that go into the identity
 FILE_BYTES = 2 * 1024**3  # largest file that export writes
 
@@ -85,7 +85,10 @@ def headers(folder: Path, stem: str) -> dict[str, Tensor]:
     """
     tensors: dict[str, Tensor] = {}
     for file in _files(folder, stem):
-        tensors |= _header(file)
+        opened = flat.open_file(file, REFETCH)
+        for name in opened.keys():  # noqa: SIM118  (not a dict)
+            part = opened.get_slice(name)
+            tensors[name] = Tensor(file, name, part.get_dtype(), tuple(part.get_shape()))
     return tensors
 
 
@@ -123,28 +126,11 @@ def _files(folder: Path, stem: str) -> list[Path]:
     raise WeightsError(f'{folder} has no {single.name}; fetch the folder again')
 
 
-def _open(file: Path):
-    import safetensors
-
-    try:
-        return safetensors.safe_open(file, framework='numpy')
-    except (safetensors.SafetensorError, OSError) as e:
-        raise WeightsError(f'weights damaged: {file} ({e}); fetch it again') from e
-
-
-@contextlib.contextmanager
-def _opened(checkpoint: Checkpoint) -> Iterator[dict[Path, Any]]:
-    """Every file of a checkpoint, open; the tensors in them are read when asked for."""
-    with contextlib.ExitStack() as stack:
-        files = {tensor.file for tensor in checkpoint.tensors.values()}
-        yield {file: stack.enter_context(_open(file)) for file in files}
-
-
-def _header(file: Path) -> dict[str, Tensor]:
-    with _open(file) as f:
-        parts = {name: f.get_slice(name) for name in f.keys()}  # noqa: SIM118  (not a dict)
-        return {n: Tensor(file, n, s.get_dtype(), tuple(s.get_shape()))
-                for n, s in parts.items()}
+def _slices(checkpoint: Checkpoint) -> dict[str, Any]:
+    """Every tensor by its key in the checkpoint; what is indexed is read."""
+    opened = {file: flat.open_file(file, REFETCH)
+              for file in {t.file for t in checkpoint.tensors.values()}}
+    return {key: opened[t.file].get_slice(t.name) for key, t in checkpoint.tensors.items()}
 
 
 def check(checkpoint: Checkpoint, abstract: Any, entry: EntryOf) -> None:
@@ -177,28 +163,23 @@ def import_tree(checkpoint: Checkpoint, abstract: Any, shardings: Any, entry: En
       WeightsError: see `check`, which runs before any memory is taken.
     """
     check(checkpoint, abstract, entry)
-    layout = flat.flatten(shardings)
-    with _opened(checkpoint) as files:
-        return flat.unflatten({
-            path: _place(leaf, layout[path], _reader(checkpoint, files, entry(path), leaf))
-            for path, leaf in flat.flatten(abstract).items()})
+    layout, slices = flat.flatten(shardings), _slices(checkpoint)
+    return flat.unflatten({
+        path: _place(leaf, layout[path], _reader(slices, entry(path), leaf))
+        for path, leaf in flat.flatten(abstract).items()})
 
 
-def _reader(checkpoint: Checkpoint, files: dict[Path, Any], entry: Entry, leaf: Any) -> Callable:
+def _reader(slices: dict[str, Any], entry: Entry, leaf: Any) -> Callable:
     """``index -> numpy``: the part of our leaf at `index`, read from the published tensors."""
-    def one(name: str, index: tuple[slice, ...]) -> np.ndarray:
-        tensor = checkpoint.tensors[name]
-        return entry.to_ours(files[tensor.file].get_slice(tensor.name)[entry.slices(index)])
+    names = entry.names(leaf.shape)
+    one = lambda name, index: entry.to_ours(slices[name][entry.slices(index)])
 
     def read(index: tuple[slice, ...]) -> np.ndarray:
-        names = entry.names(leaf.shape)
         if not entry.stacked:
             return np.ascontiguousarray(one(names[0], index), leaf.dtype)
-        span = range(*index[0].indices(leaf.shape[0]))
-        shape = [len(range(*s.indices(n))) for s, n in zip(index, leaf.shape)]
-        out = np.empty(shape, leaf.dtype)
-        for row, layer in enumerate(span):
-            out[row] = one(names[layer], index[1:])
+        out = np.empty([len(range(*s.indices(n))) for s, n in zip(index, leaf.shape)], leaf.dtype)
+        for row, name in enumerate(names[index[0]]):
+            out[row] = one(name, index[1:])
         return out
 
     return read
@@ -223,13 +204,12 @@ def identity(checkpoint: Checkpoint) -> str:
 
     sha256 over every tensor's name, type and shape and its first `SAMPLE` elements or so.
     """
-    digest = hashlib.sha256()
-    with _opened(checkpoint) as files:
-        for name, t in sorted(checkpoint.tensors.items()):
-            digest.update(f'{name}{t.dtype}{t.shape}'.encode())
-            if math.prod(t.shape):
-                rows = min(t.shape[0], -(-SAMPLE * t.shape[0] // math.prod(t.shape)))
-                digest.update(files[t.file].get_slice(t.name)[:rows].tobytes())
+    digest, slices = hashlib.sha256(), _slices(checkpoint)
+    for name, t in sorted(checkpoint.tensors.items()):
+        digest.update(f'{name}{t.dtype}{t.shape}'.encode())
+        if size := math.prod(t.shape):
+            rows = min(t.shape[0], -(-SAMPLE * t.shape[0] // size))
+            digest.update(slices[name][:rows].tobytes())
     return digest.hexdigest()[:16]
 
 
@@ -243,52 +223,34 @@ def export_tree(tree: Any, entry: EntryOf, folder: Path, config: dict[str, Any],
     Raises:
       WeightsError: `folder` exists already.
     """
+    import huggingface_hub
     import safetensors.numpy
 
     if folder.exists():
         raise WeightsError(f'{folder} exists already; choose another place or delete it')
+    leaves, parts = flat.flatten(tree), {}
+    for path, leaf in leaves.items():
+        e = entry(path)
+        for layer, name in enumerate(e.names(leaf.shape)):
+            parts[name] = path, layer if e.stacked else ...
+
+    def size(part: tuple[str, Any]) -> int:
+        path, _ = part
+        return math.prod(entry(path).shape(leaves[path].shape)) * np.dtype(dtype).itemsize
+
+    def fetch(path: str, layer: Any) -> np.ndarray:
+        whole = np.asarray(jax.device_get(leaves[path][layer]))
+        return np.ascontiguousarray(entry(path).to_theirs(whole)).astype(dtype)
+
+    plan = huggingface_hub.split_state_dict_into_shards_factory(
+        parts, get_storage_size=size, filename_pattern=f'{stem}{{suffix}}.safetensors',
+        max_shard_size=file_bytes)
     with files.replacing(folder) as scratch:
         scratch.mkdir(parents=True)
         (scratch / 'config.json').write_text(json.dumps(config, indent=2, sort_keys=True) + '\n')
-        leaves = flat.flatten(tree)
-        plan = _plan(leaves, entry, np.dtype(dtype).itemsize, file_bytes)
-        where: dict[str, str] = {}
-        for number, parts in enumerate(plan, 1):
-            file = f'{stem}.safetensors' if len(plan) == 1 else (
-                f'{stem}-{number:05d}-of-{len(plan):05d}.safetensors')
-            tensors = {name: _fetch(leaves[path], layer, entry(path), dtype)
-                       for name, path, layer in parts}
+        for file, names in plan.filename_to_tensors.items():
+            tensors = {name: fetch(*parts[name]) for name in names}
             safetensors.numpy.save_file(tensors, scratch / file, metadata={'format': 'pt'})
-            where |= dict.fromkeys(tensors, file)
-        if len(plan) > 1:
-            total = sum(math.prod(x.shape) for x in leaves.values()) * np.dtype(dtype).itemsize
-            index = {'metadata': {'total_size': total}, 'weight_map': dict(sorted(where.items()))}
+        if plan.is_sharded:
+            index = {'metadata': plan.metadata, 'weight_map': plan.tensor_to_filename}
             (scratch / f'{stem}.safetensors.index.json').write_text(json.dumps(index, indent=2))
-
-
-def _plan(leaves: dict[str, Any], entry: EntryOf, itemsize: int,
-          file_bytes: int) -> list[list[tuple[str, str, int | None]]]:
-    """Tensors of each file: (published name, our path, layer of a stack or None)."""
-    files: list[list[tuple[str, str, int | None]]] = [[]]
-    room = file_bytes
-    for name, path, layer, size in _tensors(leaves, entry):
-        if size * itemsize > room and files[-1]:
-            files.append([])
-            room = file_bytes
-        files[-1].append((name, path, layer))
-        room -= size * itemsize
-    return files
-
-
-def _tensors(leaves: dict[str, Any], entry: EntryOf) -> Iterator[tuple[str, str, int | None, int]]:
-    for path, leaf in leaves.items():
-        e = entry(path)
-        size = math.prod(e.shape(leaf.shape))
-        for layer, name in enumerate(e.names(leaf.shape)):
-            yield name, path, layer if e.stacked else None, size
-
-
-def _fetch(leaf: Any, layer: int | None, entry: Entry, dtype: Any) -> np.ndarray:
-    """One published tensor, gathered to the host."""
-    x = np.asarray(jax.device_get(leaf if layer is None else leaf[layer]))
-    return np.ascontiguousarray(entry.to_theirs(x)).astype(dtype)

@@ -55,20 +55,15 @@ def _from_url(url: str, patterns: Sequence[str]) -> Path:
         found = [f for f in fs.find(root) if any(
             fnmatch.fnmatch(f[len(root) + 1:], p) for p in patterns)]
         for file in found:
-            _copy(fs, file, target / file[len(root) + 1:])
+            place = target / file[len(root) + 1:]
+            if place.exists() and place.stat().st_size == fs.size(file):
+                continue
+            place.parent.mkdir(parents=True, exist_ok=True)
+            with files.replacing(place, own=True) as scratch:  # several processes may start at once
+                fs.get_file(file, str(scratch))
     except Exception as e:
         raise WeightsError(f'{url} cannot be read ({first_line(e)}); check the URL and your '
                            'access (gs:// needs `pip install gcsfs`)') from e
     if not found:
         raise WeightsError(f'{url} holds none of {", ".join(patterns)}; is it a diffusers folder?')
     return target
-
-
-def _copy(fs, source: str, target: Path) -> None:
-    """One file, through a name of this process's own: several may start at once."""
-    if target.exists() and target.stat().st_size == fs.size(source):
-        return
-    target.parent.mkdir(parents=True, exist_ok=True)
-    with files.replacing(target, own=True) as scratch:
-        fs.get_file(source, str(scratch))
-

@@ -44,35 +44,33 @@ def save(path: Path, tree: Tree, metadata: dict[str, str], dtype: Any = None) ->
         safetensors.flax.save_file(cast, scratch, metadata)
 
 
-def load(path: Path, restore_hint: str) -> tuple[Tree, dict[str, str]]:
-    """Reads ``(tree of fp32 numpy arrays, metadata)``.
+def open_file(path: Path, cure: str) -> Any:
+    """A safetensors file whose header was checked; what is in it is read when asked for.
 
     Raises:
       WeightsError: the file is missing or truncated; the message names it and the cure.
     """
     import safetensors
 
-    if not path.is_file():
-        raise WeightsError(f'weights missing: {path}; {restore_hint}')
     try:
-        with safetensors.safe_open(path, framework='flax') as f:
-            flat = {k: np.asarray(f.get_tensor(k).astype(jnp.float32)) for k in f.keys()}  # noqa: SIM118  (not a dict)
-            return unflatten(flat), dict(f.metadata() or {})
-    except safetensors.SafetensorError as e:
-        raise WeightsError(f'weights damaged: {path} ({e}); {restore_hint}') from e
+        return safetensors.safe_open(path, framework='numpy')
+    except FileNotFoundError as e:
+        raise WeightsError(f'weights missing: {path}; {cure}') from e
+    except (safetensors.SafetensorError, OSError) as e:
+        raise WeightsError(f'weights damaged: {path} ({e}); {cure}') from e
 
 
-def metadata(path: Path, restore_hint: str) -> dict[str, str]:
-    """What a file says of itself, from its header alone; raises as `load`."""
-    import safetensors
+def load(path: Path, cure: str) -> tuple[Tree, dict[str, str]]:
+    """Reads ``(tree of fp32 numpy arrays, metadata)``; raises as `open_file`."""
+    file = open_file(path, cure)
+    names = file.keys()
+    return (unflatten({name: np.asarray(file.get_tensor(name), np.float32) for name in names}),
+            file.metadata() or {})
 
-    if not path.is_file():
-        raise WeightsError(f'weights missing: {path}; {restore_hint}')
-    try:
-        with safetensors.safe_open(path, framework='numpy') as f:
-            return dict(f.metadata() or {})
-    except safetensors.SafetensorError as e:
-        raise WeightsError(f'weights damaged: {path} ({e}); {restore_hint}') from e
+
+def metadata(path: Path, cure: str) -> dict[str, str]:
+    """What a file says of itself, from its header alone; raises as `open_file`."""
+    return open_file(path, cure).metadata() or {}
 
 
 def identity(tree: Tree) -> str:

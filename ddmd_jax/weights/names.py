@@ -5,12 +5,12 @@ network. It is the only map: import reads by it, export writes by it.
 """
 
 import dataclasses
+from typing import Any
 
 import numpy as np
 
-# Our axes, in the order in which PyTorch stores them.
-LAYOUTS: dict[str, tuple[int, ...] | None] = {
-    'same': None,
+# Our axes, in the order in which PyTorch stores them; 'same' is ours.
+LAYOUTS: dict[str, tuple[int, ...]] = {
     'linear': (1, 0),  # [in, out] -> [out, in]
     'conv': (3, 2, 0, 1),  # [H, W, in, out] -> [out, in, H, W]
 }
@@ -31,23 +31,21 @@ class Entry:
         """Every published tensor that our leaf of this `shape` is made of."""
         return [self.name.format(i) for i in range(shape[0])] if self.stacked else [self.name]
 
+    def _order(self, ndim: int) -> tuple[int, ...]:
+        return LAYOUTS.get(self.layout, tuple(range(ndim)))
+
     def shape(self, ours: tuple[int, ...]) -> tuple[int, ...]:
         """Shape of each published tensor, given our leaf's."""
-        inner = ours[1:] if self.stacked else ours
-        order = LAYOUTS[self.layout]
-        return tuple(inner) if order is None else tuple(inner[axis] for axis in order)
+        return self.slices(ours[1:] if self.stacked else ours)
+
+    def slices(self, ours: tuple[Any, ...]) -> tuple[Any, ...]:
+        """The part of a published tensor that holds the part `ours` of one layer."""
+        return tuple(ours[axis] for axis in self._order(len(ours)))
 
     def to_theirs(self, x: np.ndarray) -> np.ndarray:
         """One layer of ours in the published layout."""
-        order = LAYOUTS[self.layout]
-        return x if order is None else x.transpose(order)
+        return x.transpose(self._order(x.ndim))
 
     def to_ours(self, x: np.ndarray) -> np.ndarray:
         """Inverse of `to_theirs`."""
-        order = LAYOUTS[self.layout]
-        return x if order is None else x.transpose(np.argsort(order))
-
-    def slices(self, ours: tuple[slice, ...]) -> tuple[slice, ...]:
-        """The part of a published tensor that holds the part `ours` of one layer."""
-        order = LAYOUTS[self.layout]
-        return ours if order is None else tuple(ours[axis] for axis in order)
+        return x.transpose(np.argsort(self._order(x.ndim)))

@@ -69,15 +69,8 @@ def open_folder(folder: Path, published: Published) -> Checkpoint:
     if found not in published.classes:
         raise WeightsError(f'{folder} is {found}, not {published.classes[0]}; give the folder of a '
                            'teacher of this family')
-    tensors = _canonical(folder, diffusers.headers(folder, STEM), published)
-    diffusers.check_types(folder, tensors)
-    return Checkpoint(folder, config, tensors)
-
-
-def _canonical(folder: Path, found: dict[str, Tensor], published: Published) -> dict[str, Tensor]:
-    """Tensors by their name without prefix, those that are unused left out."""
-    kept: dict[str, Tensor] = {}
-    for tensor in found.values():
+    kept: dict[str, Tensor] = {}  # by name without prefix, without those that are unused
+    for tensor in diffusers.headers(folder, STEM).values():
         name = tensor.name.removeprefix(published.prefix)
         if any(re.fullmatch(pattern, name) for pattern in published.unused):
             continue
@@ -85,7 +78,8 @@ def _canonical(folder: Path, found: dict[str, Tensor], published: Published) -> 
             raise WeightsError(f'{folder} holds both {tensor.name} and {kept[name].name}; fetch '
                                'the folder again')
         kept[name] = tensor
-    return kept
+    diffusers.check_types(folder, kept)
+    return Checkpoint(folder, config, kept)
 
 
 def part(checkpoint: Checkpoint, abstract: Any, entry: EntryOf) -> Checkpoint:
