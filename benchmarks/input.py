@@ -2,7 +2,7 @@
 
     python benchmarks/input.py PROMPTS [RUN]    # writes benchmarks/input.json
 
-PROMPTS is a set of prompts (`ddmd_jax.prepare prompts --teacher=emoji`). RUN, the folder of a run
+PROMPTS is a set of prompts (`ddmd_jax.prepare prompts`). RUN, the folder of a run
 that was trained on it, adds the share of its seconds in which no batch was ready.
 """
 

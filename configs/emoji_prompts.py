@@ -1,6 +1,6 @@
 """The embedded default, distilled on prompts of your own rather than on the emoji captions.
 
-    python -m ddmd_jax.prepare prompts --input=FILE.txt --teacher=emoji --out=PROMPTS
+    python -m ddmd_jax.prepare prompts --input=FILE.txt --out=PROMPTS
     python -m ddmd_jax.main --config=emoji_prompts --workdir=DIR --config.data.path=PROMPTS
 
 Everything else is as in `configs/emoji.py`, the evaluation included. Prompts are encoded as

@@ -1,6 +1,6 @@
 """Decoupled DMD on Lumina-Image-2.0 (2.6 B): 50 guided steps into 4 unguided ones, 1024 x 1024.
 
-    python -m ddmd_jax.prepare prompts --input=FILE.txt --teacher=lumina --out=PROMPTS
+    python -m ddmd_jax.prepare prompts --input=FILE.txt --out=PROMPTS
     python -m ddmd_jax.main --config=lumina --workdir=DIR --config.data.path=PROMPTS
     python -m ddmd_jax.main --config=lumina:coupled_shared ...
 

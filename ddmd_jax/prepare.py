@@ -29,11 +29,8 @@ def prompts_flags() -> None:
                               'separated by commas, or repeated.')
     flags.DEFINE_string('out', '', 'Folder to write; it must not exist yet.')
     flags.DEFINE_string('field', 'prompt', 'Name of the field or column; not of .txt.')
-    flags.DEFINE_string('teacher', 'lumina', f'Family they are for: {FAMILIES}.')
     flags.DEFINE_integer('min_chars', 1, 'Shorter prompts are dropped.', 1)
     flags.DEFINE_integer('max_chars', 2000, 'Longer prompts are dropped.', 1)
-    flags.DEFINE_string('tokenizer', '', 'Folder of a transformers tokenizer, to count tokens.')
-    flags.DEFINE_integer('max_tokens', None, 'Prompts of more tokens are dropped.', 1)
     flags.DEFINE_float('near_threshold', 0.85, 'Jaccard similarity (of runs of 5 characters) from '
                        'which prompts are near-duplicates; 1 keeps them all.', 0.3, 1)
     flags.DEFINE_float('validation', 0.01, 'Share of prompts in the validation split.', 0, 1)
@@ -68,9 +65,8 @@ def run_prompts() -> None:
                              for f in dataclasses.fields(prompts.Settings) if f.name != 'input'}
     settings = prompts.Settings(_inputs(FLAGS.input), **given)
     try:
-        count = families.get(FLAGS.teacher).count_tokens
-        card, there = prompts.prepare(settings, Path(FLAGS.out), count() if count else None)
-    except (DataFileError, families.UnknownFamily) as e:
+        card, there = prompts.prepare(settings, Path(FLAGS.out))
+    except DataFileError as e:
         sys.exit(f'prepare: {e}')
     except KeyboardInterrupt:
         sys.exit('prepare: stopped; nothing was written')

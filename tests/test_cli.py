@@ -40,8 +40,6 @@ PREPARE = [
     (['prompts', '--input=FILE', '--out=OUT', '--feild=x'], 2, "Unknown command line flag 'feild'"),
     (['prompts', '--input=FILE', '--out=OUT', '--validation=2'], 2, 'validation'),
     (['prompts', '--input=FILE', '--out=OUT', '--near_threshold=0'], 2, 'near_threshold'),
-    (['prompts', '--input=FILE', '--out=OUT', '--teacher=emojj'], 1, "no teacher family 'emojj'"),
-    (['prompts', '--input=FILE', '--out=OUT', '--max_tokens=9'], 1, 'needs --tokenizer'),
     (['prompts', '--input=FILE,/nowhere.txt', '--out=OUT'], 1, 'no file /nowhere.txt'),
     (['prompts', '--input=FILE', '--out=/proc/nowhere/set'], 1, '/proc/nowhere'),
     (['prompts', '--input=FILE', '--out=/'], 1, 'exists and is no set of prompts'),

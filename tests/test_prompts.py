@@ -28,7 +28,6 @@ from ddmd_jax.data.prompts import (
     set as prompt_set,
 )
 from ddmd_jax.data.prompts.text import digest, in_validation, normalise
-from ddmd_jax.families.emoji import tokenizer
 
 # Every kind of what a keyboard, a web page or a broken file may hold.
 TEXT = st.text(st.characters(exclude_categories=()), max_size=40)
@@ -77,9 +76,7 @@ def put(path, texts):
 
 def make(out, *inputs, **settings):
     settings = {'near_threshold': 1.0, 'validation': 0.2, 'field': 'caption'} | settings
-    counter = tokenizer.counter() if settings.get('teacher') == 'emoji' else None
-    return prompts.prepare(prompts.Settings(tuple(map(str, inputs)), **settings), Path(out),
-                           counter)[0]
+    return prompts.prepare(prompts.Settings(tuple(map(str, inputs)), **settings), Path(out))[0]
 
 
 def both(path):
@@ -353,7 +350,7 @@ def test_every_stage_is_counted(tmp_path):
     card = make(tmp_path / 'out', put(tmp_path / 'p.jsonl', texts), min_chars=3,
                 near_threshold=0.85)
     assert card['counts'] == {
-        'read': 7, 'empty': 1, 'too_short': 1, 'too_long': 1, 'too_many_tokens': 0,
+        'read': 7, 'empty': 1, 'too_short': 1, 'too_long': 1,
         'exact_duplicates': 1, 'near_duplicates': 1}
     (pair,) = card['near_examples']
     assert {pair['dropped'], pair['kept']} == {normalise(t) for t in texts[:2]}
@@ -400,44 +397,6 @@ def test_prompts_that_are_added_move_none_to_another_split(tmp_path):
     make(tmp_path / 'two', put(tmp_path / 'q.txt', texts))
     for few, many in zip(both(tmp_path / 'one'), both(tmp_path / 'two')):
         assert few and set(few) <= set(many)
-
-
-def tokenizer_folder(path):
-    from transformers import PreTrainedTokenizerFast
-
-    from ddmd_jax.families.emoji import tokenizer
-
-    PreTrainedTokenizerFast(tokenizer_object=tokenizer.load(), model_max_length=4,
-                            pad_token='[PAD]').save_pretrained(path)
-    return str(path)
-
-
-@pytest.mark.parametrize('own', [True, False])
-def test_prompts_of_many_tokens_are_dropped(tmp_path, own):
-    from ddmd_jax import families
-    from ddmd_jax.families.emoji import tokenizer
-
-    texts = ['red apple', 'red apple on a teal background', 'watch']
-    folder = '' if own else tokenizer_folder(tmp_path / 'tokenizer')
-    settings = prompts.Settings((str(put(tmp_path / 'p.txt', texts)),), near_threshold=1.0,
-                                validation=0.2, max_tokens=4, tokenizer=folder)
-    card, _ = prompts.prepare(settings, tmp_path / 'out', families.get('emoji').count_tokens())
-    lengths = {t: len(e.ids) for t, e in zip(texts, tokenizer.load().encode_batch(texts))}
-    assert sorted(sum(both(tmp_path / 'out'), [])) == [t for t in texts if lengths[t] <= 4]
-    assert card['counts']['too_many_tokens'] == 1 and len(card['settings']['tokenizer']) == 64
-
-
-def test_tokens_need_a_tokenizer_that_can_be_read(tmp_path):
-    put(tmp_path / 'p.txt', ['a cat'])
-    with pytest.raises(DataFileError, match='--max_tokens needs --tokenizer: lumina has none'):
-        make(tmp_path / 'out', tmp_path / 'p.txt', max_tokens=4)
-    with pytest.raises(DataFileError, match='holds no tokenizer'):
-        make(tmp_path / 'out', tmp_path / 'p.txt', tokenizer=str(tmp_path))
-    folder = Path(tokenizer_folder(tmp_path / 'tokenizer'))
-    (folder / 'tokenizer.json').write_text('{')
-    with pytest.raises(DataFileError, match='--tokenizer .* cannot be read') as e:
-        make(tmp_path / 'out', tmp_path / 'p.txt', tokenizer=str(folder))
-    assert len(str(e.value).splitlines()) == 1
 
 
 # --- The set ---
@@ -618,7 +577,7 @@ def test_jax_is_not_needed(tmp_path):
     path = put(tmp_path / 'a.txt', words(5))
     code = ('import sys; from pathlib import Path\n'
             'from ddmd_jax.data.prompts import build as prompts\n'
-            f'prompts.prepare(prompts.Settings(({str(path)!r},), teacher="emoji"), '
+            f'prompts.prepare(prompts.Settings(({str(path)!r},)), '
             f'Path({str(tmp_path / "out")!r}))\n'
             f'prompts.open_set({str(tmp_path / "out")!r})[0]\n'
             'assert not {"jax", "flax", "tensorflow", "torch"} & set(sys.modules)')

@@ -83,10 +83,10 @@ class Job:
                  min(start + rows, len(self.lengths))) for i, start in enumerate(starts)]
 
     def begin(self) -> list[tuple[str, int, int]]:
-        """The shards still to be written; makes the partial folder, or goes on with one.
+        """The shards still to be written; makes the partial folder, or goes on with this job's.
 
         Raises:
-          DataFileError: `out` exists, or the partial folder was begun with other settings.
+          DataFileError: `out` exists, or the partial folder is another job's.
         """
         if self.out.exists():
             raise DataFileError(f'{self.out} exists already; choose another --out or delete it')

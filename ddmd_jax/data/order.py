@@ -55,12 +55,8 @@ class Order:
         self._buckets, self._shapes, self._seed = np.asarray(buckets, int), tuple(shapes), seed
         self._bucket_of: np.ndarray | None = None
         if len(self._buckets):
-            if lengths is None:
-                raise ValueError('buckets need the lengths of prompts')
-            longest = int(lengths[rows].max())
-            if longest > self._buckets[-1]:
-                raise ValueError(f'a prompt has {longest} tokens, the last bucket '
-                                 f'{self._buckets[-1]}')
+            if lengths is None or lengths[rows].max() > self._buckets[-1]:
+                raise ValueError(f'a prompt is longer than the last bucket, {buckets[-1]}')
             self._bucket_of = np.searchsorted(self._buckets, lengths)
         # The batches of one window are asked for one after another.
         self._sorted = functools.lru_cache(maxsize=4)(self._sort)

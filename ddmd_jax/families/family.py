@@ -23,7 +23,6 @@ from ddmd_jax.weights.flat import WeightsError
 if TYPE_CHECKING:
     from ddmd_jax.config.fields import Field
     from ddmd_jax.data.conditioning import Prompts
-    from ddmd_jax.data.prompts.text import Counter
     from ddmd_jax.evaluation.suites import Suite
     from ddmd_jax.families.pretraining import Pretraining
 
@@ -144,7 +143,6 @@ class Family:
       data_sets: by the names that ``data.name`` has for them.
       suite: the evaluation at the end of a run, and the judge during it.
       export: None: weights by their names here.
-      count_tokens: ``() -> Counter`` without a teacher's folder, for `prepare prompts`.
       architecture: fields of ``teacher.model``, if the task `pretrain` trains such teachers.
       pretraining: ``config -> Pretraining`` of the task `pretrain`; None: it comes trained.
       commands: words of `prepare`.
@@ -164,7 +162,6 @@ class Family:
     data_sets: Mapping[str, DataSet] = dataclasses.field(default_factory=dict)
     suite: Suite | None = None
     export: Export | None = None
-    count_tokens: Callable[[], Counter] | None = None
     architecture: tuple[Field, ...] = ()
     pretraining: Callable[[Any], Pretraining] | None = None
     commands: Mapping[str, Command] = dataclasses.field(default_factory=dict)

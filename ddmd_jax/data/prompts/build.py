@@ -19,7 +19,7 @@ from typing import Any
 import ddmd_jax
 from ddmd_jax.data import DataFileError, records
 from ddmd_jax.data.prompts import files, near, text
-from ddmd_jax.data.prompts.set import BATCH, CARD, FORMAT, SPLITS, PromptSet, open_set, read_card
+from ddmd_jax.data.prompts.set import CARD, FORMAT, SPLITS, PromptSet, open_set, read_card
 from ddmd_jax.util.files import replacing, write_json
 
 __all__ = ['PromptSet', 'Settings', 'open_set', 'prepare', 'warnings']
@@ -27,7 +27,7 @@ EXAMPLES = 10  # pairs of near-duplicates that the card shows
 DROPPED = {'empty': 'empty', 'too_short': 'shorter than --min_chars',
            'too_long': 'longer than --max_chars',
            'exact_duplicates': 'equal to another after normalisation',
-           'too_many_tokens': 'over --max_tokens', 'near_duplicates': 'near-duplicates of another'}
+           'near_duplicates': 'near-duplicates of another'}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -38,34 +38,21 @@ class Settings:
     field: str = 'prompt'
     min_chars: int = 1
     max_chars: int = 2000
-    tokenizer: str = ''
-    max_tokens: int | None = None
     near_threshold: float = 0.85
     validation: float = 0.01
-    teacher: str = 'lumina'
 
 
-def prepare(settings: Settings, out: Path, counter: text.Counter | None = None,
-            ) -> tuple[dict[str, Any], bool]:
+def prepare(settings: Settings, out: Path) -> tuple[dict[str, Any], bool]:
     """The card of the set of prompts at `out`, and whether it was there already.
 
-    Args:
-      settings: of the set.
-      out: its folder.
-      counter: counts the teacher's tokens, unless `settings.tokenizer` names another tokenizer.
-
     Raises:
-      DataFileError: an input or the tokenizer is not as it should be, no prompt is left, `out`
-        cannot be written or holds something else, the disk is full.
+      DataFileError: an input is not as it should be, no prompt is left, `out` cannot be written
+        or holds something else, the disk is full.
     """
     out = out.expanduser().resolve()
     paths = [Path(name).expanduser() for name in settings.input]
     streams = [files.read(path, settings.field) for path in paths]  # all of them are there
-    if settings.tokenizer:
-        counter = text.counter_of(Path(settings.tokenizer).expanduser())
-    if settings.max_tokens is not None and counter is None:
-        raise DataFileError(f'--max_tokens needs --tokenizer: {settings.teacher} has none here')
-    asked = dataclasses.asdict(settings) | {'tokenizer': counter.identity if counter else None}
+    asked = dataclasses.asdict(settings)
     del asked['input']  # files may be moved; their content counts
     try:
         inputs = [{'input': str(path), 'sha256': _sha256(path)} for path in paths]
@@ -73,7 +60,15 @@ def prepare(settings: Settings, out: Path, counter: text.Counter | None = None,
             return _finished(out, asked, inputs), True
         out.parent.mkdir(parents=True, exist_ok=True)
         found, counts = _read(settings, paths, streams)
-        examples = _filter(settings, counter, found, counts)
+        # Of near-duplicates that one stays whose digest is lowest, whatever order they came in.
+        keys = sorted(found)
+        ordered = [found[key] for key in keys]
+        twins = near.find(ordered, settings.near_threshold)
+        examples = [{'similarity': round(alike, 4), 'dropped': ordered[row], 'kept': ordered[kept]}
+                    for row, (kept, alike) in itertools.islice(twins.items(), EXAMPLES)]
+        for row in twins:
+            del found[keys[row]]
+        counts['near_duplicates'] = len(twins)
         with replacing(out, sync=True, own=True) as scratch:
             scratch.mkdir()
             identity, splits = _write(found, settings.validation, scratch)
@@ -129,36 +124,11 @@ def _read(settings: Settings, paths: Sequence[Path],
                 found[digest] = prompt
         if counts['read'] - counts['empty'] == before:
             raise DataFileError(f'{path} holds no prompts')
-    return found, counts
-
-
-def _filter(settings: Settings, counter: text.Counter | None, found: dict[bytes, str],
-            counts: dict[str, int]) -> list[dict[str, Any]]:
-    """Takes prompts of too many tokens and near-duplicates out of `found`; pairs of the latter.
-
-    Of near-duplicates stays the one whose digest is lower, whatever order they came in.
-    """
-    keys = sorted(found)
-    if settings.max_tokens is not None and counter is not None:
-        with files.bar('counting tokens', len(keys)) as progress:
-            for start in range(0, len(keys), BATCH):
-                part = keys[start:start + BATCH]
-                tokens = counter.count([found[key] for key in part])
-                for key in itertools.compress(part, (n > settings.max_tokens for n in tokens)):
-                    del found[key]
-                progress.update(len(part))
-        counts['too_many_tokens'] = len(keys) - len(found)
-        keys = sorted(found)
     if not found:
         raise DataFileError('no prompt is left: ' + ', '.join(
             [f'{counts["read"]} read'] + [f'{counts[n]} {w}' for n, w in DROPPED.items()
                                           if counts[n]]))
-    twins = near.find(prompts := [found[key] for key in keys], settings.near_threshold)
-    for row in twins:
-        del found[keys[row]]
-    counts['near_duplicates'] = len(twins)
-    return [{'similarity': round(alike, 4), 'dropped': prompts[row], 'kept': prompts[kept]}
-            for row, (kept, alike) in itertools.islice(twins.items(), EXAMPLES)]
+    return found, counts
 
 
 def _write(found: dict[bytes, str], share: float, folder: Path) -> tuple[str, dict[str, int]]:

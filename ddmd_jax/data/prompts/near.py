@@ -45,7 +45,8 @@ def shingles(text: str) -> set[str]:
 
 def jaccard(a: set[str], b: set[str]) -> float:
     """Shared part of two sets, 0 to 1."""
-    return len(a & b) / len(a | b)
+    shared = len(a & b)
+    return shared / (len(a) + len(b) - shared)
 
 
 def bands(threshold: float) -> tuple[int, int]:

@@ -2,7 +2,7 @@
 
 from ddmd_jax.config.fields import FIXED, Field, of_class
 from ddmd_jax.config.rules import COUNT
-from ddmd_jax.families.emoji import data, prompts, teacher, tokenizer
+from ddmd_jax.families.emoji import data, prompts, teacher
 from ddmd_jax.families.emoji.export import EXPORT
 from ddmd_jax.families.emoji.prepare import COMMANDS
 from ddmd_jax.families.emoji.pretraining import pretraining
@@ -17,6 +17,6 @@ FAMILY = Family(
     'emoji', load=teacher.load, class_names=(teacher.ARCHITECTURE,), ships=True,
     one_size=(data.SIZE, data.SIZE), knows_moments=True,
     data_sets={'emoji': DataSet(prompts.load, (WHITE_REPEAT,), has_reals=True)},
-    suite=SUITE, export=EXPORT, count_tokens=tokenizer.counter, pretraining=pretraining,
+    suite=SUITE, export=EXPORT, pretraining=pretraining,
     architecture=of_class('denoiser', NextDiTConfig) + of_class('text', CaptionEncoderConfig),
     commands=COMMANDS)

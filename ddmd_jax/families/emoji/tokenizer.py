@@ -1,13 +1,11 @@
 """The small WordPiece tokenizer of the embedded default (library: `tokenizers`)."""
 
 import functools
-import hashlib
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 import numpy as np
 
-from ddmd_jax.data.prompts.text import Counter
 from ddmd_jax.families.emoji.data import RESTORE_HINT, TOKENIZER, DataFileError
 
 PAD, UNK, BOS = '[PAD]', '[UNK]', '[BOS]'
@@ -40,13 +38,6 @@ def load(path: Path = TOKENIZER):
         return tk.Tokenizer.from_file(str(path))
     except Exception as e:  # tokenizers raises bare Exception
         raise DataFileError(f'tokenizer damaged: {path}; {RESTORE_HINT}') from e
-
-
-def counter() -> Counter:
-    """Counts the tokens of prompts for `prepare prompts`; raises `DataFileError`, see `load`."""
-    library = load()
-    return Counter(hashlib.sha256(TOKENIZER.read_bytes()).hexdigest(),
-                   lambda texts: [len(e.ids) for e in library.encode_batch(list(texts))])
 
 
 def encode(texts: Sequence[str], length: int) -> tuple[np.ndarray, np.ndarray]:
