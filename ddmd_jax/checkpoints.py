@@ -7,14 +7,13 @@ Exit codes: 0; 1 if one is damaged or it could not be done (one line on stderr);
 
 import os
 import shutil
-import sys
 import time
 from pathlib import Path
-from typing import Any
 
-from absl import app, flags, logging
+from absl import flags
 
-from ddmd_jax.util import arguments, text
+from ddmd_jax.util import commands, text
+from ddmd_jax.util.errors import UserError
 
 FLAGS = flags.FLAGS
 # Entries of a manifest in the listing: enough to tell runs apart.
@@ -32,37 +31,27 @@ def define_flags() -> None:
 
 def listing(directory: Path, verify: bool) -> tuple[str, list[int]]:
     """(a table of the checkpoints, steps of the damaged ones, which only `verify` finds)."""
-    from ddmd_jax.train.durable import checksums
+    from ddmd_jax.train.durable import checkpoint as ckpt, checksums
 
     rows, damaged = [], []
     for step in checksums.steps(directory):
         folder = directory / str(step)
         size = sum(path.stat().st_size for path in checksums.files(folder).values())
-        age = text.duration(time.time() - folder.stat().st_mtime)
-        row = [str(step), text.in_units(size), age]
-        if verify:
-            fault = checksums.fault(folder)
-            damaged += [step] if fault else []
-            row.append(f'damaged: {fault}' if fault else
-                       'good' if checksums.known(folder) else 'readable')
-        rows.append([*row, _summary(folder)])
+        row = [str(step), text.in_units(size),
+               text.duration(time.time() - folder.stat().st_mtime)]
+        if verify and (fault := checksums.fault(folder)):
+            damaged.append(step)
+            row.append(f'damaged: {fault}')
+        elif verify:
+            row.append('good' if checksums.known(folder) else 'readable')
+        try:
+            saved = ckpt.manifest_of(folder)
+            row.append(' '.join(f'{name.rpartition(".")[2]}={saved[name]}' for name in SHOWN
+                                if name in saved))
+        except ckpt.CheckpointError:
+            row.append('no readable manifest')
+        rows.append(row)
     return text.aligned(rows, numbers=0), damaged
-
-
-def _summary(folder: Path) -> str:
-    from ddmd_jax.train.durable.checkpoint import CheckpointError, manifest_of
-
-    try:
-        manifest: dict[str, Any] = manifest_of(folder)
-    except CheckpointError:
-        return 'no readable manifest'
-    return ' '.join(f'{name.rpartition(".")[2]}={manifest[name]}' for name in SHOWN
-                    if name in manifest)
-
-
-def kept(good: list[int], keep: int, every: int) -> set[int]:
-    """Steps that stay of those that are good."""
-    return set(good[-keep:]) | {step for step in good if every and step % every == 0}
 
 
 def prune(directory: Path, keep: int, every: int) -> list[int]:
@@ -77,7 +66,7 @@ def prune(directory: Path, keep: int, every: int) -> list[int]:
         for scratch in directory.glob('*.deleted'):  # of a command that was killed
             shutil.rmtree(scratch)
         good = [s for s in checksums.steps(directory) if not checksums.fault(directory / str(s))]
-        gone = [step for step in good if step not in kept(good, keep, every)]
+        gone = [step for step in good[:-keep] if not every or step % every]
         for step in gone:
             # Renamed first: one that is half deleted must not look like a checkpoint.
             scratch = (directory / str(step)).rename(directory / f'{step}.deleted')
@@ -85,30 +74,21 @@ def prune(directory: Path, keep: int, every: int) -> list[int]:
         return gone
 
 
-def main(argv: list[str]) -> None:
-    if not FLAGS['verbosity'].present:
-        logging.set_verbosity(logging.WARNING)  # of libraries' chatter; as in `main`
+def main(arguments: list[str]) -> None:
     os.environ['JAX_PLATFORMS'] = 'cpu'  # nothing is computed, and a run may have the devices
-    if len(argv) != 2:
-        sys.exit(f'checkpoints: expected one folder, the --workdir of a run, got {len(argv) - 1}')
-    from ddmd_jax.train.durable.checkpoint import CheckpointError, checkpoints_in
-    from ddmd_jax.train.durable.lock import LockError
+    if len(arguments) != 1:
+        raise UserError(f'expected one folder, the --workdir of a run, got {len(arguments)}')
+    from ddmd_jax.train.durable.checkpoint import checkpoints_in
 
-    try:
-        directory = checkpoints_in(Path(argv[1]).expanduser().absolute())
-        if FLAGS.prune:
-            gone = prune(directory, FLAGS.keep, FLAGS.every)
-            print(f'deleted: {", ".join(map(str, gone)) or "none"}')
-        table, damaged = listing(directory, FLAGS.verify)
-    except (CheckpointError, LockError) as e:
-        sys.exit(f'checkpoints: {e}')
-    except OSError as e:
-        sys.exit(f'checkpoints: {e.filename} cannot be changed ({e.strerror})')
+    directory = checkpoints_in(Path(arguments[0]).expanduser().absolute())
+    if FLAGS.prune:
+        gone = prune(directory, FLAGS.keep, FLAGS.every)
+        print(f'deleted: {", ".join(map(str, gone)) or "none"}')
+    table, damaged = listing(directory, FLAGS.verify)
     print(table)
     if damaged:
-        sys.exit(f'checkpoints: damaged: {", ".join(map(str, damaged))}; resuming moves them aside')
+        raise UserError(f'damaged: {", ".join(map(str, damaged))}; resuming moves them aside')
 
 
 if __name__ == '__main__':
-    define_flags()
-    app.run(main, flags_parser=arguments.parser('checkpoints'))
+    commands.run('checkpoints', main, define_flags)

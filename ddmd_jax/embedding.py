@@ -65,7 +65,7 @@ def embed(stored: PromptSet, text: TextEncoder, mesh: Mesh, out: Path, rows: int
         raise DataFileError(f'{words}: there is no room; choose another --out, or train online '
                             "(config.data.name='prompts')")
     if not agreed(words):
-        raise DataFileError(f'{words}: not agreed to, nothing written; --yes agrees beforehand')
+        raise DataFileError(f'{words}: nothing written without consent; --yes gives it')
 
     ways = sharding.batch_ways(mesh)
     encode = sources.make_encoder(text, mesh)

@@ -1,26 +1,30 @@
 """``python -m ddmd_jax.sample --checkpoint=WORKDIR --prompt='a red heart' --out=DIR``: images.
 
 Draws with the EMA student of a run, or with its teacher (``--teacher``), on all devices.
-Exit codes: 0 done; 1 it could not go on (one line on stderr says what, where and how to mend it);
-2 a flag is wrong.
+Exit codes: 0 done; 1 it could not go on (one line on stderr says why); 2 a flag is wrong.
 """
 
 from __future__ import annotations
 
+import dataclasses
 import importlib.metadata
 import json
 import os
-import sys
-from collections.abc import Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from absl import app, flags, logging
+from absl import flags
 
-from ddmd_jax.util import arguments
+from ddmd_jax.util import commands
+from ddmd_jax.util.errors import UserError
 
-if TYPE_CHECKING:
-    from ddmd_jax.diffusion.drawing import ImageName, Sampler, Times
+if TYPE_CHECKING:  # JAX takes seconds to import: not before the flags are right
+    import numpy as np
+    from jax.sharding import Mesh
+
+    from ddmd_jax.diffusion.drawing import ImageName, Request, Sampler
+    from ddmd_jax.families import Family, Teacher
 
 FLAGS = flags.FLAGS
 TEACHER_STEPS = 50  # of the guided teacher, unless --steps says otherwise
@@ -30,57 +34,253 @@ OTHERS = ('.jpg', '.jpeg', '.gif', '.bmp', '.tif', '.tiff', '.avif')  # no names
 
 def define_flags() -> None:
     flags.DEFINE_string('checkpoint', '', 'Folder of the run (its --workdir).')
-    flags.DEFINE_multi_string('prompt', [], 'What to draw, repeated for more; empty is '
-                              'the null prompt.')
+    flags.DEFINE_multi_string('prompt', [], 'Prompt; may be repeated; empty is the null prompt.')
     flags.DEFINE_string('prompts', '', 'More prompts: a file as `prepare prompts` takes them '
                         '(.txt: one a line), or the folder of a set of prompts.')
-    flags.DEFINE_enum('split', 'train', ('train', 'validation'), 'Which prompts of a set.')
+    flags.DEFINE_enum('split', 'train', ('train', 'validation'), 'Split of a set.')
     flags.DEFINE_integer('count', 1, 'Images of each prompt.', 1)
     flags.DEFINE_integer('steps', None, 'Steps; default: those the student was trained for, or '
                          f'{TEACHER_STEPS} of the teacher.', 1)
     flags.DEFINE_integer('seed', 0, 'Seed.', 0, 2**32 - 1)
-    flags.DEFINE_enum('sampler', 'renoise', ('renoise', 'deterministic'), 'The student\'s.')
+    flags.DEFINE_enum('sampler', 'renoise', ('renoise', 'deterministic'),
+                      'Sampler of the student.')
     flags.DEFINE_boolean('teacher', False, 'Draw with the teacher instead of the student.')
-    flags.DEFINE_float('guidance', None, 'The teacher\'s; 1 is none; default: its family\'s.', 0)
-    flags.DEFINE_enum('solver', 'euler', ('euler', 'heun'), 'The teacher\'s.')
+    flags.DEFINE_float('guidance', None, 'Guidance scale of the teacher; 1 is none; default: its '
+                       "family's.", 0)
+    flags.DEFINE_enum('solver', 'euler', ('euler', 'heun'), 'ODE solver of the teacher.')
     flags.DEFINE_boolean('grid', False, 'Also a sheet of all images with their prompts.')
     flags.DEFINE_boolean('compare_teacher', False, 'On the sheet, the teacher on the same noise.')
-    flags.DEFINE_list('size', None, 'HEIGHT,WIDTH in pixels; default: the teacher\'s own.')
+    flags.DEFINE_list('size', None, "HEIGHT,WIDTH in pixels; default: the teacher's own.")
     flags.DEFINE_integer('batch', 8, 'Images drawn at a time, over all devices.', 1)
-    flags.DEFINE_string('teacher_path', '', 'Where the teacher lies, if no longer where it was; '
-                        'with --teacher and no --checkpoint: which. `emoji` is the shipped one.')
+    flags.DEFINE_string('teacher_path', '', 'Path of the teacher if it moved; without '
+                        "--checkpoint, its family's name or path.")
     flags.DEFINE_string('out', '', 'Folder to write to, or one file: FILE.png or FILE.webp.')
-    flags.DEFINE_enum('format', 'png', ('png', 'webp'), 'Of files in a folder.')
-    flags.DEFINE_boolean('overwrite', False, 'Replace files that are there.')
+    flags.DEFINE_enum('format', 'png', ('png', 'webp'), 'Format of files in a folder.')
+    flags.DEFINE_boolean('overwrite', False, 'Replace existing files.')
     flags.register_validator('size', lambda given: given is None or len(given) == 2 and all(
         side.isdecimal() and int(side) for side in given), 'must be HEIGHT,WIDTH, as 768,1024')
 
 
-def refusal() -> str:
-    """Why the flags do not go together, or ''; nothing is read."""
-    if not FLAGS.checkpoint and not (FLAGS.teacher and FLAGS.teacher_path):
-        return ('no --checkpoint given; name the --workdir of a run, or draw with a teacher: '
-                '--teacher --teacher_path=emoji')
-    if not FLAGS.prompt and not FLAGS.prompts:
-        return 'no --prompt given; repeat it for several, or name a file: --prompts'
-    if not FLAGS.out:
-        return 'no --out given; name a folder, or a file that ends in .png or .webp'
+def check_flags() -> None:
+    """Raises `UserError` if the flags do not go together; reads nothing."""
+    if not (FLAGS.teacher and FLAGS.teacher_path):
+        commands.need(checkpoint='name the --workdir of a run, or draw with a teacher: --teacher '
+                      '--teacher_path=emoji')
+    if not FLAGS.prompts:
+        commands.need(prompt='repeat it for several, or name a file: --prompts')
+    commands.need(out='name a folder, or a file that ends in .png or .webp')
     if Path(FLAGS.out).suffix.lower() in OTHERS:
-        return f'--out {FLAGS.out}: only .png and .webp are written'
+        raise UserError(f'--out {FLAGS.out}: only .png and .webp are written')
     if FLAGS.teacher and (FLAGS.compare_teacher or FLAGS['sampler'].present):
-        return "--compare_teacher and --sampler are the student's; leave out --teacher"
+        raise UserError("--compare_teacher and --sampler are the student's; leave out --teacher")
     for name in ('guidance', 'solver'):
         if FLAGS[name].present and not (FLAGS.teacher or FLAGS.compare_teacher):
-            return (f"--{name} is the teacher's, a student takes none; give --teacher or "
-                    '--compare_teacher with it')
-    if FLAGS.grid and FLAGS.count > SHEET:
-        return f'--count={FLAGS.count}: a sheet has {SHEET} columns; leave out --grid'
-    return ''
+            raise UserError(f"--{name} is the teacher's, a student takes none; give --teacher or "
+                            '--compare_teacher with it')
 
 
-def samplers(model: Any, teacher: Any) -> list[Sampler]:
+def main(arguments: list[str]) -> None:
+    commands.only_flags(arguments)
+    check_flags()
+    import jax
+
+    from ddmd_jax.diffusion import drawing
+    from ddmd_jax.parallel import distributed, sharding
+
+    distributed.start(None, None, None, os.environ)
+    prompts = read_prompts(FLAGS.prompt, FLAGS.prompts, FLAGS.split)
+    named = drawing.names(prompts, FLAGS.count, FLAGS.seed)
+    model = find_model(FLAGS.checkpoint, FLAGS.teacher_path,
+                       tuple(map(int, FLAGS.size)) if FLAGS.size else None)
+    files, sheet = places(Path(FLAGS.out).expanduser().absolute(), named, len(prompts))
+    mesh = sharding.make_mesh({'fsdp': -1})
+    request = encoded(named, model, mesh)
+    whose = ['teacher'] if FLAGS.teacher else ['student'] + ['teacher'] * FLAGS.compare_teacher
+    teacher, params = load(model, whose, mesh)
+    columns, batch = samplers(model, teacher), drawing.filled(min(FLAGS.batch, len(named)), mesh)
+    about, writes = describe(model, columns[-1], teacher), not jax.process_index()
+    drawn, times = [], []
+    for sampler in columns:
+        times.append(drawing.Times())
+        batches = drawing.generate(sampler, params[sampler.model], request, batch, mesh, times[-1])
+        last = writes and sampler is columns[-1]
+        drawn.append(write(batches, named, files if last else [], about, keep=sheet is not None))
+    if not writes:
+        return
+    if sheet:
+        write_sheet(sheet, prompts, columns, drawn, about)
+    print(f'{FLAGS.out}: {len(named)} image{"s" * (len(named) != 1)}, in batches of {batch}')
+    for s, t in zip(columns, times):
+        print(f'{s.model}, {s.steps} steps: {s.evaluations} network evaluations and '
+              f'{t.drawing / t.images:.4f} s an image, {t.decoding / t.images:.4f} s more to '
+              f'decode it; compiled before in {t.compiling:.1f} s')
+
+
+# --- What is asked for ---
+
+
+def read_prompts(given: Sequence[str], name: str, split: str) -> list[str]:
+    """`given`, then those of the file or set `name` ('' is none), normalised.
+
+    Empty ones of `given` are the null prompt; those of a file are left out.
+
+    Raises:
+      UserError: no such file or set, it cannot be read, or it holds no prompt.
+    """
+    from ddmd_jax.data.prompts import build, files
+    from ddmd_jax.data.prompts.text import normalise
+
+    found = [normalise(text) for text in given]
+    if name:
+        texts = (build.open_set(name, split) if Path(name).expanduser().is_dir() else
+                 files.read(Path(name).expanduser(), 'prompt'))
+        more = list(filter(None, map(normalise, texts)))
+        if not more:
+            raise UserError(f'{name} holds no prompt')
+        found += more
+    return found
+
+
+@dataclasses.dataclass(frozen=True)
+class Model:
+    """Where the weights are: the teacher's, and those of a run's student if `workdir` is one.
+
+    `steps` and `shift` are what the student was trained for, `identity` the teacher's then.
+    """
+
+    family: Family
+    path: str
+    dtype: str
+    size: tuple[int, ...] | None
+    workdir: Path | None = None
+    step: int = 0
+    steps: int = 1
+    shift: float | None = None
+    identity: str | None = None
+
+
+def find_model(checkpoint: str | Path, path: str, size: tuple[int, ...] | None) -> Model:
+    """The teacher and student of a run's newest checkpoint; reads no weights.
+
+    `path` is the teacher's if it has moved, or if there is no `checkpoint`; `size` that of the
+    images, None the run's own.
+
+    Raises:
+      UserError: there is no readable checkpoint of a student, the family is unknown, or has no
+        such size.
+    """
+    from ddmd_jax import families
+    from ddmd_jax.export.student import open_run
+
+    if checkpoint:
+        workdir = Path(checkpoint).expanduser().absolute()
+        step, saved, family = open_run(workdir)
+        first = tuple(saved[name] for name in ('data.sizes.0.0', 'data.sizes.0.1')
+                      if name in saved)
+        model = Model(
+            family, '' if path == family.name else path or saved.get('teacher.path', ''),
+            saved.get('teacher.dtype', family.dtype), size or first or None, workdir, step,
+            saved.get('student.steps', 1), saved.get('method.shift'),
+            saved.get('teacher_identity'))
+    else:
+        family, path = families.find(path)
+        if family.load is None:
+            raise UserError(f'--teacher_path {path}: only the text encoder of {family.name} is '
+                            'supported')
+        model = Model(family, path, family.dtype, size)
+    if size and (one := model.family.one_size):
+        raise UserError(f'--size: {model.family.name} has one size, {one[0]},{one[1]}')
+    return model
+
+
+def places(out: Path, named: Sequence[ImageName], prompts: int) -> tuple[list[Path], Path | None]:
+    """(a file for each image, the sheet's or None); their folder is made.
+
+    If `out` is a file, the sheet is that file, and images are not written one by one.
+
+    Raises:
+      UserError: one of them is there already, the folder cannot be made, or the sheet is too large.
+    """
+    from ddmd_jax.diffusion import drawing
+    from ddmd_jax.evaluation import pictures
+
+    sheet = FLAGS.grid or FLAGS.compare_teacher
+    rows, columns = (len(named), 3) if FLAGS.compare_teacher else (prompts, FLAGS.count)
+    if sheet and max(rows, columns) > SHEET:
+        raise UserError(f'a sheet has at most {SHEET} rows and {SHEET} columns, not {rows} and '
+                        f'{columns}; leave out --grid')
+    files: list[Path] = []
+    grid = None
+    if out.suffix.lower() not in pictures.SUFFIXES:
+        folder, suffix = out, f'.{FLAGS.format}'
+        files = [out / name for name in drawing.file_names(named, suffix)]
+        grid = out / f'grid{suffix}' if sheet else None
+    elif sheet:
+        folder, grid = out.parent, out
+    elif len(named) == 1:
+        folder, files = out.parent, [out]
+    else:
+        raise UserError(f'--out {out} is one file for {len(named)} images; name a folder, or '
+                        'give --grid for a sheet of them')
+    there = [file for file in (*files, grid) if file and file.exists()]
+    if there and not FLAGS.overwrite:
+        more = f' and {len(there) - 1} more' if there[1:] else ''
+        raise UserError(f'{there[0]} exists already{more}; choose another --out, or replace '
+                        'with --overwrite')
+    commands.folder('--out', folder)
+    return files, grid
+
+
+# --- With whose weights ---
+
+
+def encoded(named: Sequence[ImageName], model: Model, mesh: Mesh) -> Request:
+    """The images asked for with their prompts encoded; the text encoder is let go."""
+    from ddmd_jax.diffusion import drawing
+    from ddmd_jax.families import LoadOptions
+    from ddmd_jax.train import prompts
+
+    text = model.family.load_text(LoadOptions(model.path, mesh, model.dtype))
+    return drawing.Request.encoded(named, lambda texts: prompts.encode_texts(texts, text, mesh))
+
+
+def load(model: Model, whose: Sequence[str], mesh: Mesh) -> tuple[Teacher, dict[str, Any]]:
+    """(the teacher without its weights, parameters of those of `whose` on `mesh`).
+
+    `whose` holds 'student', 'teacher' or both.
+
+    Raises:
+      UserError: one of them cannot be read, or the teacher's folder has no decoder.
+    """
+    import jax
+    import jax.numpy as jnp
+
+    from ddmd_jax.families import LoadOptions
+    from ddmd_jax.parallel import sharding
+    from ddmd_jax.train.durable import checkpoint as ckpt
+
+    # Kernels in the type of the products: predictions are the same, and half is read.
+    teacher = model.family.load_teacher(LoadOptions(
+        model.path, mesh, model.dtype, model.size, param_dtype=model.dtype))
+    if teacher.latents.decode is None:
+        raise UserError(f'{model.path} has no autoencoder beside its transformer; give the '
+                        "pipeline's folder with --teacher_path")
+    if model.identity not in (None, teacher.identity) and 'student' in whose:
+        ckpt.warn(f'{model.workdir} distils another teacher than the one at {model.path}')
+    abstract = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, jnp.float32), teacher.params)
+    layout = sharding.shard_tree(abstract, teacher.rules, mesh)
+    params = {}
+    if 'teacher' in whose:
+        params['teacher'] = jax.device_put(teacher.params, layout)
+    teacher = dataclasses.replace(teacher, params=None)  # no longer held on to
+    if model.workdir and 'student' in whose:
+        params['student'] = ckpt.restore_ema(model.workdir, model.step, abstract, layout)
+    return teacher, params
+
+
+def samplers(model: Model, teacher: Teacher) -> list[Sampler]:
     """The columns of a sheet that the flags ask for; images of the last are written one by one."""
-    from ddmd_jax.diffusion import drawing, time as time_maps
+    from ddmd_jax.diffusion import drawing, time
     from ddmd_jax.train.durable import checkpoint as ckpt
 
     steps = FLAGS.steps or model.steps
@@ -90,15 +290,18 @@ def samplers(model: Any, teacher: Any) -> list[Sampler]:
     if steps != model.steps:
         ckpt.warn(f'the student was trained for {model.steps} steps, not for {steps}')
     student = drawing.of_student(
-        teacher, steps, time_maps.chosen(teacher.time, model.shift), FLAGS.sampler)
+        teacher, steps, time.chosen(teacher.time, model.shift), FLAGS.sampler)
     if not FLAGS.compare_teacher:
         return [student]
     return [drawing.of_teacher(teacher, TEACHER_STEPS, guidance, FLAGS.solver),
             drawing.of_teacher(teacher, steps), student]
 
 
-def describe(model: Any, sampler: Sampler, teacher: Any) -> dict[str, str]:
-    """What all files of one sampler say of themselves."""
+# --- Writing ---
+
+
+def describe(model: Model, sampler: Sampler, teacher: Teacher) -> dict[str, str]:
+    """Metadata that all files of one sampler share."""
     of_run = {'checkpoint': str(model.workdir), 'step': str(model.step)}
     return {
         'model': sampler.model, 'seed': str(FLAGS.seed), 'steps': str(sampler.steps),
@@ -108,101 +311,41 @@ def describe(model: Any, sampler: Sampler, teacher: Any) -> dict[str, str]:
         'Software': f'ddmd_jax {importlib.metadata.version("ddmd_jax")}'}
 
 
-def run(out: Path) -> None:
-    """Everything from prompts to files; raises the errors that `main` puts in one line."""
-    import jax
+def write(batches: Iterable[np.ndarray], named: Sequence[ImageName], files: Sequence[Path],
+          about: Mapping[str, str], keep: bool) -> np.ndarray | None:
+    """Writes images to `files`, if there are any, as they come; returns them all if `keep`.
 
-    from ddmd_jax import imaging
-    from ddmd_jax.diffusion import drawing
-    from ddmd_jax.parallel import sharding
+    `batches` are ``[<= B, H, W, 3]`` in [-1, 1], in the order of `named` and `files`.
+    """
+    import numpy as np
+    from PIL import Image
 
-    prompts = imaging.read_prompts(FLAGS.prompt, FLAGS.prompts, FLAGS.split)
-    size = tuple(map(int, FLAGS.size)) if FLAGS.size else None
-    workdir = Path(FLAGS.checkpoint).expanduser().absolute() if FLAGS.checkpoint else None
-    model = imaging.find_model(workdir, FLAGS.teacher_path, size)
-    named = drawing.names(prompts, FLAGS.count, FLAGS.seed)
-    files, sheet = imaging.places(out, named, FLAGS.grid or FLAGS.compare_teacher,
-                                  f'.{FLAGS.format}', FLAGS.overwrite)
-    mesh = sharding.make_mesh({'fsdp': -1})
-    request = imaging.request(named, model, mesh)
-    whose = ['teacher'] if FLAGS.teacher else ['student'] + ['teacher'] * FLAGS.compare_teacher
-    teacher, params = imaging.load(model, whose, mesh)
-    todo, batch = samplers(model, teacher), drawing.filled(
-        min(FLAGS.batch, len(named)), mesh)
-    draw = lambda sampler, some, times: drawing.generate(
-        sampler, params[sampler.model], some, batch, mesh, times)
-    about = describe(model, todo[-1], teacher)
-    # The sheet shows SHEET rows at most. Samplers that are on the sheet alone draw no more.
-    kept = min(len(named), SHEET * (1 if todo[1:] else FLAGS.count)) if sheet else 0
-    times = [drawing.Times() for _ in todo]
-    shown = [imaging.write(draw(sampler, request.first(kept), clock), named, [], {}, kept)
-             for sampler, clock in zip(todo[:-1], times)]
-    writes, some = jax.process_index() == 0, request if files else request.first(kept)
-    shown.append(imaging.write(draw(todo[-1], some, times[-1]), some.names,
-                               files if writes else [], about, kept))
-    if not writes:
-        return
-    if sheet:
-        draw_sheet(sheet, named, todo, shown, about)
-    n = times[-1].images
-    print(f'{out}: {n} image{"s" * (n != 1)}, in batches of {batch}')
-    print('\n'.join(map(summary, todo, times)))
-
-
-def draw_sheet(file: Path, named: Sequence[ImageName], todo: Sequence[Sampler],
-               shown: Sequence[Any], about: dict[str, str]) -> None:
-    """A row a prompt, a column an image of it; or a row an image, a column a way to draw it."""
     from ddmd_jax.evaluation import pictures
 
-    prompts, titles = [n.prompt for n in named[:len(shown[0])]], [s.title for s in todo]
-    if len(prompts) < len(named):
-        print(f'warning: the sheet shows the first {len(prompts)} of {len(named)} images',
-              file=sys.stderr)
-    if not todo[1:] and FLAGS.count > 1:
-        prompts = prompts[::FLAGS.count]
-        titles = [f'{todo[0].model}\nimage {i + 1}' for i in range(FLAGS.count)]
-        shown = [shown[0][i::FLAGS.count] for i in range(FLAGS.count)]
-    captions = [prompt or '(empty)' for prompt in prompts]
-    pictures.captioned_sheet(captions, titles, shown, file,
+    kept, start = [], 0
+    for images in batches:
+        for image, name, file in zip(images, named[start:], files[start:]):
+            pictures.save(Image.fromarray(pictures.to_uint8(image)), file, {
+                'prompt': name.prompt, 'image': str(name.number), **about})
+        kept += [images] * keep
+        start += len(images)
+    return np.concatenate(kept) if keep else None
+
+
+def write_sheet(file: Path, prompts: Sequence[str], columns: Sequence[Sampler],
+                drawn: Sequence[Any], about: Mapping[str, str]) -> None:
+    """A row a prompt, a column an image of it; or a row an image, a column a sampler."""
+    from ddmd_jax.evaluation import pictures
+
+    titles, n = [sampler.title for sampler in columns], FLAGS.count
+    if columns[1:]:
+        prompts = [prompt for prompt in prompts for _ in range(n)]
+    elif n > 1:
+        titles = [f'{columns[0].model}\nimage {i + 1}' for i in range(n)]
+        drawn = [drawn[0][i::n] for i in range(n)]
+    pictures.captioned_sheet([prompt or '(empty)' for prompt in prompts], titles, drawn, file,
                              {'prompt': json.dumps(prompts, ensure_ascii=False), **about})
 
 
-def summary(sampler: Sampler, times: Times) -> str:
-    """What one way of drawing took."""
-    n = times.images
-    return (f'{sampler.model}, {sampler.steps} steps: {sampler.evaluations} network '
-            f'evaluations and {times.drawing / n:.4f} s an image, {times.decoding / n:.4f} s more '
-            f'to decode it; compiled before in {times.compiling:.1f} s')
-
-
-def main(argv: list[str]) -> None:
-    if not FLAGS['verbosity'].present:
-        logging.set_verbosity(logging.WARNING)  # of libraries' chatter; as in `main`
-    if len(argv) > 1:
-        sys.exit(f'sample: unexpected argument {argv[1]!r}; flags look like --prompt=WORDS')
-    if why := refusal():
-        sys.exit(f'sample: {why}')
-    from ddmd_jax.data import DataFileError
-    from ddmd_jax.families import UnknownFamily
-    from ddmd_jax.imaging import RequestError
-    from ddmd_jax.parallel import distributed
-    from ddmd_jax.parallel.sharding import ShardingError
-    from ddmd_jax.train.durable.checkpoint import CheckpointError
-    from ddmd_jax.weights.flat import WeightsError
-
-    out = Path(FLAGS.out).expanduser().absolute()
-    try:
-        distributed.start(None, None, None, os.environ)
-        run(out)
-    except (CheckpointError, DataFileError, RequestError, ShardingError, UnknownFamily,
-            WeightsError, distributed.DistributedError) as e:
-        sys.exit(f'sample: {e}')
-    except OSError as e:
-        sys.exit(f'sample: {e.filename or out}: {e.strerror or e}')
-    except KeyboardInterrupt:
-        sys.exit(f'sample: stopped; images that were finished are in {out}')
-
-
 if __name__ == '__main__':
-    define_flags()
-    app.run(main, flags_parser=arguments.parser('sample'))
+    commands.run('sample', main, define_flags)

@@ -27,13 +27,12 @@ def test_bad_input(commands, tmp_path, args, code, words):
 
 
 PREPARE = [
-    ([], 1, 'expected `prompts`, `embed`, `emoji` or `classifier`'),
+    ([], 1, 'expected `prompts` or `embed`, got nothing'),
     (['emojis'], 1, 'got emojis'),
-    (['emoji', 'classifier'], 1, "unexpected argument 'classifier'"),
-    (['emoji', '--steps=3'], 2, "Unknown command line flag 'steps'"),  # the classifier's
-    (['emoji', '--out=/proc/nowhere/set'], 1, '/proc/nowhere'),
-    (['emoji', '--out=OUT', '--font=/nowhere.ttf'], 1, 'no font at /nowhere.ttf'),
-    (['classifier', '--steps=few'], 2, '--steps=few'),
+    (['prompts', '--batch=3'], 2, "Unknown command line flag 'batch'"),  # of `embed`
+    (['embed'], 1, 'no --prompts given'),
+    (['embed', '--prompts=OUT'], 1, 'no --out given'),
+    (['embed', '--batch=few'], 2, '--batch=few'),
     (['prompts'], 1, 'no --input given'),
     (['prompts', '--input=FILE'], 1, 'no --out given'),
     (['prompts', '--input=FILE', '--out=OUT', 'more.txt'], 1, "unexpected argument 'more.txt'"),
@@ -83,4 +82,4 @@ def test_prepare_prompts_says_what_it_made_and_that_it_is_done(prepare, tmp_path
 def test_help_of_prepare(prepare, args):
     done = prepare(*args)
     assert done.returncode == 1  # as absl has it
-    assert ('--near_threshold' if 'prompts' in args else 'classifier') in done.stdout
+    assert ('--near_threshold' if 'prompts' in args else 'makes a set of prompts') in done.stdout

@@ -79,13 +79,13 @@ def test_moments_of_real_data_are_what_mean_variance_pulls_to(pairs):
 
 
 def test_missing_and_truncated_data_are_named_with_the_cure(tmp_path):
-    with pytest.raises(emoji.DataFileError, match='missing.*prepare emoji'):
+    with pytest.raises(emoji.DataFileError, match='missing.*reinstall'):
         emoji.load_pairs(tmp_path / 'nothing')
     copy = tmp_path / 'glyphs'
     shutil.copytree(emoji.GLYPHS, copy)
     record = next(copy.glob('*.array_record*'))
     record.write_bytes(record.read_bytes()[:10_000])
-    with pytest.raises(emoji.DataFileError, match='damaged.*prepare emoji') as e:
+    with pytest.raises(emoji.DataFileError, match='damaged.*reinstall') as e:
         emoji.load_pairs(copy)
     assert len(str(e.value).splitlines()) == 1
 

@@ -240,7 +240,7 @@ def test_the_disk_is_asked_about_first(tmp_path, text, mesh, stored, agrees):
         tokens = job.lengths.sum() * text.width * 2
         assert job.predicted_bytes == tokens <= size < tokens + 400 * len(TEXTS) + 2**17
     else:
-        with pytest.raises(DataFileError, match='not agreed to, nothing written'):
+        with pytest.raises(DataFileError, match='nothing written without consent'):
             embedding.embed(*args)
         assert not any(tmp_path.iterdir())
     assert len(asked) == 1 and asked[0].startswith('8 prompts of ') and ' free' in asked[0]

@@ -19,7 +19,7 @@ from flax import nnx
 from saved import save
 
 from ddmd_jax import families as teachers
-from ddmd_jax.export import Wanted, export
+from ddmd_jax.export.write import Wanted, export
 from ddmd_jax.families import LoadOptions
 from ddmd_jax.families.lumina import teacher as lumina
 from ddmd_jax.models.layers import abstract_params
@@ -193,8 +193,7 @@ def test_the_card_has_that_of_the_prompts(ema, teacher, tmp_path):
     card = (tmp_path / 'out/README.md').read_text()
     assert '2 of them, made from' in card and 'p.txt' in card
     assert 'the run was not evaluated' in card
-    config = json.loads((tmp_path / 'out/training_config.json').read_text())
-    assert config['data']['path'] == config['teacher']['path'] == ''  # no places of a machine
+    assert str(tmp_path) not in card.replace(f'{tmp_path}/p.txt', '')  # no places of a machine
 
 
 def as_run(folder, name, params, step=40, **fields):
@@ -226,7 +225,7 @@ def test_the_run_says_how_it_draws_and_figures_are_of_what_is_exported(
     assert (tmp_path / 'out/samples.png').exists() == ('None: ' not in card)
 
 
-@pytest.mark.parametrize('name', ['samples.png', 'training_metrics.jsonl', 'README.md'])
+@pytest.mark.parametrize('name', ['samples.png', 'README.md'])
 def test_nothing_beside_the_model_is_overwritten_either(emoji_run, tmp_path, name):
     (tmp_path / name).write_text('mine')
     with pytest.raises(WeightsError, match=f'{name} exists already'):
@@ -360,7 +359,7 @@ def unknown_teacher(run, small, tmp_path):
 
 def no_student(run, small, tmp_path):
     folder = save(tmp_path / 'run', {'task': 'pretrain', 'teacher.name': 'emoji'}, SMALL)
-    return folder, 'trains a teacher, there is no student in it'
+    return folder, 'trains a teacher; its result is .*/run/teacher.safetensors'
 
 
 def damaged_file(run, small, tmp_path):
@@ -429,7 +428,7 @@ def command(*args, environ=()):
 
 
 @pytest.mark.parametrize('args, words', [
-    (['--out=o'], 'export: no --checkpoint given'),
+    (['--out=o'], 'export: no --checkpoint given; name the --workdir of a run'),
     (['--checkpoint=c', '--out='], 'export: no --out given'),
     (['--checkpoint=c', 'o'], "export: unexpected argument 'o'"),
     (['--checkpoint=c', '--out=o', '--push=name'], 'export: --push=name is not OWNER/NAME'),

@@ -10,7 +10,7 @@ from flax import nnx
 
 from ddmd_jax.config import check
 from ddmd_jax.data import embeddings
-from ddmd_jax.export import export
+from ddmd_jax.export.write import export
 from ddmd_jax.families.lumina import teacher as lumina
 from ddmd_jax.models.layers import abstract_params
 from ddmd_jax.models.nextdit import NextDiT

@@ -10,10 +10,11 @@ import published_text
 import pytest
 from saved import save
 
-from ddmd_jax import export, families as teachers
+from ddmd_jax import families as teachers
 from ddmd_jax.diffusion import drawing, sampling
 from ddmd_jax.diffusion.time import Shift, chosen
 from ddmd_jax.evaluation import pictures
+from ddmd_jax.export import write as export
 from ddmd_jax.families.lumina import teacher as lumina
 
 pytestmark = pytest.mark.parity

@@ -16,7 +16,7 @@ from PIL import Image
 from test_distributed import together
 from test_export import save
 
-from ddmd_jax import families as teachers, imaging, sample
+from ddmd_jax import families as teachers, sample
 from ddmd_jax.data.prompts import build as prompts
 from ddmd_jax.diffusion import drawing, sampling
 from ddmd_jax.diffusion.time import Shift
@@ -28,7 +28,8 @@ from ddmd_jax.models import autoencoder_kl
 from ddmd_jax.models.layers import abstract_params
 from ddmd_jax.models.nextdit import NextDiT
 from ddmd_jax.parallel import sharding
-from ddmd_jax.util import arguments
+from ddmd_jax.util import commands
+from ddmd_jax.util.errors import UserError
 from ddmd_jax.weights import diffusers
 
 TOY = {'denoiser': tiny.MODEL['denoiser'],
@@ -68,7 +69,8 @@ def command():
         for flag in mine.values():
             flag.unparse()
         flags.FLAGS.unparse_flags()
-        sample.main(arguments.parser('sample')(['sample', *map(str, args)]))
+        commands.call('sample', sample.main,
+                      commands.parser('sample')(['sample', *map(str, args)]))
 
     yield call
     flags.FLAGS.unparse_flags()  # tests after these find no command line, as at start
@@ -163,9 +165,9 @@ def test_the_prompt_matters_and_the_student_is_not_its_teacher(run, command, wei
                                                                tmp_path):
     teacher = teachers.load_teacher(str(weights))
     mesh = sharding.make_mesh({}, jax.devices()[:1])
-    model = imaging.find_model(run, '', None)
+    model = sample.find_model(run, '', None)
     assert (model.steps, model.step, model.shift, model.dtype) == (2, 7, None, 'float32')
-    asked = imaging.request(drawing.names(PROMPTS[:2], 1, 0), model, mesh)
+    asked = sample.encoded(drawing.names(PROMPTS[:2], 1, 0), model, mesh)
     assert asked.cond['embeds'].shape == (2, 10, 16) and asked.null['mask'].sum() == 1
     swapped = jax.tree.map(lambda x: x[::-1], asked.cond)
 
@@ -174,7 +176,7 @@ def test_the_prompt_matters_and_the_student_is_not_its_teacher(run, command, wei
         images = next(drawing.generate(drawing.of_student(teacher, 2), params, request, 2, mesh))
         return pictures.to_uint8(images).astype(int)
 
-    _, params = imaging.load(model, ['student', 'teacher'], mesh)
+    _, params = sample.load(model, ['student', 'teacher'], mesh)
     got = draw(params['student'], asked.cond)
     want = pixels(three / '0000-a-red-heart.png')
     assert np.abs(got[0] - want).max() <= 1
@@ -226,8 +228,8 @@ def test_the_sheet_compares_on_the_same_noise(run, command, tmp_path, monkeypatc
     columns = []
     monkeypatch.setattr(pictures, 'captioned_sheet', lambda captions, titles, images, *rest:
                         columns.append((captions, titles, images, *rest)))
-    load = imaging.load
-    monkeypatch.setattr(imaging, 'load', lambda model, whose, mesh: (
+    load = sample.load
+    monkeypatch.setattr(sample, 'load', lambda model, whose, mesh: (
         lambda found: (found[0], found[1] | {'student': found[1]['teacher']}))(
             load(model, whose, mesh)))
     command(f'--checkpoint={run}', *asking(*PROMPTS[1:]), '--compare_teacher', '--guidance=2',
@@ -286,7 +288,7 @@ def test_names_of_files_are_safe(prompt, slug):
 def test_prompts_come_from_flags_and_files(tmp_path):
     (tmp_path / 'p.txt').write_text('a  cat\n\n a dog \n')
     (tmp_path / 'p.jsonl').write_text('{"prompt": "a bird"}\n')
-    read = lambda *given, name='': imaging.read_prompts(
+    read = lambda *given, name='': sample.read_prompts(
         given, name and str(tmp_path / name), 'train')
     assert read('', ' a\tb ') == ['', 'a b']
     assert read('one', name='p.txt') == ['one', 'a cat', 'a dog']
@@ -358,13 +360,14 @@ REFUSED = [
     (['--checkpoint=RUN', '--prompt=a', '--out=x.jpg'], 'only .png and .webp are written'),
     (['--checkpoint=RUN', '--prompt=a', '--guidance=3'], "--guidance is the teacher's"),
     (['--checkpoint=RUN', '--prompt=a', '--teacher', '--compare_teacher'], 'leave out --teacher'),
-    (['--checkpoint=RUN', '--prompt=a', '--grid', '--count=61'], 'a sheet has 60 columns'),
+    (['--checkpoint=RUN', '--prompt=a', '--grid', '--count=61'],
+     'a sheet has at most 60 rows and 60 columns, not 1 and 61'),
     (['--checkpoint=DIR/nowhere', '--prompt=a'], 'nowhere holds no checkpoints'),
     (['--checkpoint=RUN', '--prompts=DIR/none.txt'], 'no file DIR/none.txt'),
     (['--checkpoint=RUN', '--prompts=DIR'], 'DIR is not a set of prompts'),
     (['--checkpoint=RUN', '--prompts=DIR/empty.txt'], 'holds no prompt'),
     (['--checkpoint=RUN', '--prompts=DIR/bytes.txt'], 'bytes.txt line 1: not UTF-8'),
-    (['--checkpoint=RUN', '--prompt=a', '--size=32,32'], 'emoji has but one, 24,24'),
+    (['--checkpoint=RUN', '--prompt=a', '--size=32,32'], 'emoji has one size, 24,24'),
     (['--checkpoint=RUN', '--prompt=a', '--prompt=b', '--out=DIR/x.png'], 'is one file for 2'),
     (['--checkpoint=RUN', '--prompt=a', '--prompt=a cat', '--out=DIR/out'],
      'out/0001-a-cat.png exists already; choose another --out, or replace with --overwrite'),
@@ -402,13 +405,16 @@ def test_wrong_flags(command, capfd, args, words):
     assert len(said.splitlines()) == 1
 
 
+TREE = {'bias': np.ones(3, np.float32)}
+
+
 @pytest.mark.parametrize('changes, words', [
-    ({'task': 'pretrain'}, 'trains a teacher, there is no student in it'),
+    ({'task': 'pretrain'}, 'trains a teacher; its result is'),
     ({'teacher.name': 'flux'}, "unknown here: no teacher family 'flux'; known: emoji"),
 ])
 def test_runs_that_have_no_student_to_draw_with(tmp_path, changes, words):
-    with pytest.raises(imaging.RequestError, match=words):
-        imaging._of_run(tmp_path, 1, {'teacher.name': 'emoji'} | changes, '', None)
+    with pytest.raises(UserError, match=words):
+        sample.find_model(save(tmp_path, {'teacher.name': 'emoji'} | changes, TREE), '', None)
 
 
 def test_files_are_replaced_only_when_told_and_other_steps_warn(run, command, tmp_path, capfd):

@@ -110,8 +110,8 @@ def test_a_tracker_that_fails_is_told_once_and_ends_nothing(tmp_path, monkeypatc
         log.image(step, 'x', PICTURE)
     log.close()
     err = capfd.readouterr().err
-    assert err.count("warning: log.tracker 'wandb' has failed (no route to host) and is asked no "
-                     'more') == 1
+    assert err.count("warning: log.tracker 'wandb' has failed (no route to host) and is left "
+                     'out') == 1
     assert len((tmp_path / 'metrics.jsonl').read_text().splitlines()) == 3
 
 

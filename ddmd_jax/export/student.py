@@ -8,20 +8,26 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-import orbax.checkpoint as ocp
 from jax.sharding import Mesh
 
 from ddmd_jax import config as config_lib, families
 from ddmd_jax.diffusion import time as time_maps
-from ddmd_jax.export.plain import export_of
+from ddmd_jax.families import Family, LoadOptions
 from ddmd_jax.families.family import Export, Exported, Source
 from ddmd_jax.parallel import sharding
 from ddmd_jax.train.durable import checkpoint as ckpt
+from ddmd_jax.weights import flat
+
+FILE = 'student.safetensors'
+ALONE = f"""from ddmd_jax.weights import flat
+
+params, about = flat.load('{{folder}}/{FILE}', 'export it again')
+"""
 
 
 @dataclasses.dataclass(frozen=True)
 class Student:
-    """A checkpoint that has been looked at, not read: `manifest` is flat, names with dots."""
+    """A student whose weights are still to be read; `manifest` is flat, names with dots."""
 
     workdir: Path
     step: int
@@ -38,7 +44,7 @@ class Student:
 
     @property
     def sampler(self) -> str:
-        """What the run draws with; a manifest does not say, as it may change."""
+        """The run's; a manifest does not say, as it may change."""
         return self.field('student.sampler') or 'renoise'
 
     @property
@@ -53,8 +59,7 @@ class Student:
           CheckpointError: damaged, or of another shape than the teacher.
         """
         saved = self.workdir / 'checkpoints' / str(self.step)
-        fault = ckpt.damage(saved)
-        if fault:
+        if fault := ckpt.damage(saved):
             raise ckpt.CheckpointError(
                 f'checkpoint {saved} is damaged ({fault}); start the run again, which goes back to '
                 'the newest good one, or move that folder away')
@@ -73,27 +78,50 @@ class Student:
         return config_lib.field(self.file('config.json'), name)
 
 
-def write_orbax(student: Exported, out: Path) -> None:
-    """``OUT/params``: the parameters by their names here, as an Orbax checkpoint."""
-    with ocp.Checkpointer(ocp.StandardCheckpointHandler()) as writer:
-        writer.save(out / 'params', args=ocp.args.StandardSave(
-            jax.tree.map(lambda x: x.astype(student.dtype), student.params)))
+def open_run(workdir: Path) -> tuple[int, dict[str, Any], Family]:
+    """(step, manifest, teacher's family) of a distillation's newest checkpoint.
+
+    Raises:
+      CheckpointError: there is none, it is of another task, or of an unknown family.
+    """
+    step, manifest = ckpt.read_manifest(workdir)
+    if manifest.get('task', 'distill') != 'distill':
+        raise ckpt.CheckpointError(f'{workdir} trains a teacher; its result is '
+                                   f'{workdir / "teacher.safetensors"}')
+    try:
+        return step, manifest, families.get(str(manifest.get('teacher.name')))
+    except families.UnknownFamily as e:
+        raise ckpt.CheckpointError(f'{workdir} distils a teacher that is unknown here: {e}') from e
 
 
 def open_student(workdir: Path, teacher: str, ema: bool) -> Student:
-    """Raises `CheckpointError` and `WeightsError`; reads no weights of the student."""
-    step, manifest = ckpt.read_manifest(workdir)
-    if manifest.get('task', 'distill') != 'distill':
-        raise ckpt.CheckpointError(f'{workdir} trains a teacher, there is no student in it; it is '
-                                   'in teacher.safetensors there, once the run is through')
-    try:
-        family = families.get(str(manifest.get('teacher.name')))
-    except families.UnknownFamily as e:
-        raise ckpt.CheckpointError(f'{workdir} distils a teacher that is unknown here: {e}') from e
-    export = export_of(family)
+    """The student of a run's newest checkpoint; reads none of its weights.
+
+    `teacher` is the teacher's path if it has moved.
+
+    Raises:
+      CheckpointError: see `open_run`.
+      WeightsError: the teacher cannot be read.
+    """
+    step, manifest, family = open_run(workdir)
+    export = family.export or plain_export(family)
     source = export.open_source(teacher or manifest.get('teacher.path', ''))
     if source.identity not in (None, manifest.get('teacher_identity', source.identity)):
         ckpt.warn(f'{workdir} distils another teacher than the one at {teacher or "its path"}: '
-                  'what is written beside the student may not belong to it')
+                  'tokenizer and decoder may not match the student')
     return Student(workdir, step, manifest, family.name, export, source, ema,
                    sharding.make_mesh({'fsdp': -1}))
+
+
+def plain_export(family: Family) -> Export:
+    """Of a family that brings none of its own: safetensors and Orbax, by the names it has here."""
+    def open_source(path: str) -> Source:
+        teacher = family.load_teacher(LoadOptions(path))
+        shapes = jax.eval_shape(lambda: teacher.params)
+        return Source(teacher.identity, shapes, teacher.rules, teacher.time)
+
+    def write_weights(student: Exported, out: Path) -> None:
+        flat.save(out / FILE, student.params, {'family': family.name, 'step': str(student.step)},
+                  dtype=student.dtype)
+
+    return Export(open_source, write_weights, {'safetensors': (FILE,)}, ALONE)

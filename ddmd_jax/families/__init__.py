@@ -9,13 +9,14 @@ from jax.sharding import Mesh
 
 from ddmd_jax.families.base import Cond, Latents, LoadOptions, Teacher, TextEncoder
 from ddmd_jax.families.family import DataSet, Export, Family
+from ddmd_jax.util.errors import UserError
 from ddmd_jax.weights import diffusers, fetch, flat
 from ddmd_jax.weights.flat import WeightsError
 
 NAMES = ('emoji', 'lumina', 'sdxl', 'zimage')  # folders of this package
 
 
-class UnknownFamily(ValueError):
+class UnknownFamily(UserError, ValueError):
     """No family goes by that name; one line says why."""
 
 

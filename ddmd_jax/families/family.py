@@ -29,61 +29,36 @@ if TYPE_CHECKING:
 
 @dataclasses.dataclass(frozen=True)
 class DataSet:
-    """Examples that come with a family, chosen by ``data.name``.
+    """Examples that come with a family, by ``data.name``; `load` takes (config, teacher, mesh)."""
 
-    Attributes:
-      load: ``(config, teacher, mesh) -> Prompts``; raises `DataFileError`.
-      fields: of the config's section `data`, its own.
-      has_reals: its batches can hold real latents of their prompts, which a GAN needs.
-    """
-
-    load: Callable[[Any, Teacher, Mesh], Prompts]
-    fields: Sequence[Field] = ()
-    has_reals: bool = False
+    load: Callable[[Any, Teacher, Mesh], Prompts]  # raises `DataFileError`
+    fields: Sequence[Field] = ()  # of the config's section `data`, its own
+    has_reals: bool = False  # batches can hold real latents of their prompts, which a GAN needs
 
 
 @dataclasses.dataclass(frozen=True)
 class Source:
-    """A teacher as far as its student's export needs it.
+    """A teacher as far as its student's export needs it."""
 
-    Attributes:
-      identity: names the weights; None where they are not there, as a student has its own.
-      abstract: ShapeDtypeStructs of the parameters.
-      rules: lay them out over a mesh.
-      time: its time map.
-      config: of the network, as it is published.
-      own: what the family wants to find again.
-    """
-
-    identity: str | None
-    abstract: Any
-    rules: Rules
+    identity: str | None  # of the weights; None where they are not there, as a student has its own
+    abstract: Any  # ShapeDtypeStructs of the parameters
+    rules: Rules  # lay them out over a mesh
     time: TimeMap
-    config: dict[str, Any] = dataclasses.field(default_factory=dict)
-    own: Any = None
+    config: dict[str, Any] = dataclasses.field(default_factory=dict)  # of the network, as published
+    own: Any = None  # the family's own, for its writers
 
 
 @dataclasses.dataclass(frozen=True)
 class Exported:
-    """A student about to be written.
+    """A student about to be written."""
 
-    Attributes:
-      params: fp32, over the mesh.
-      source: its teacher.
-      step: the update that it is of.
-      steps: its network evaluations.
-      time: its time map.
-      dtype: of the tensors that are written.
-      sampler: of its pipeline, one of `sampling.STUDENT_MODES`.
-    """
-
-    params: Any
-    source: Source
-    step: int
-    steps: int
+    params: Any  # fp32, over the mesh
+    source: Source  # its teacher
+    step: int  # student updates
+    steps: int  # network evaluations of an image
     time: TimeMap
-    dtype: str
-    sampler: str
+    dtype: str  # of the tensors that are written
+    sampler: str  # of its pipeline, one of `sampling.STUDENT_MODES`
 
     @property
     def shift(self) -> float:
@@ -98,78 +73,46 @@ class Exported:
 class Export:
     """How a family's students are written for others to load.
 
-    Attributes:
-      open_source: ``teacher's path -> Source``; raises `WeightsError`.
-      write_weights: writes the network alone into a folder.
-      write_pipeline: writes a diffusers pipeline; None where there is none to write.
-      names: of what these two write, by format, 'safetensors' and 'diffusers'; the model's first.
-      use, alone: a program that draws with the pipeline, and one that loads the network alone;
-        ``{folder}``, ``{dtype}`` and ``{steps}`` are filled in.
+    `names` are files and folders written, by format ('safetensors', 'diffusers'), the model's
+    first. `alone` and `use` are programs that load the network alone, and draw with the pipeline;
+    ``{folder}``, ``{dtype}`` and ``{steps}`` are filled in.
     """
 
-    open_source: Callable[[str], Source]
-    write_weights: Callable[[Exported, Path], None]
+    open_source: Callable[[str], Source]  # of the teacher's path; raises `WeightsError`
+    write_weights: Callable[[Exported, Path], None]  # the network alone, into a folder
     names: Mapping[str, tuple[str, ...]]
     alone: str
-    write_pipeline: Callable[[Exported, Path], None] | None = None
+    write_pipeline: Callable[[Exported, Path], None] | None = None  # diffusers', if there is one
     use: str = ''
 
 
 @dataclasses.dataclass(frozen=True)
-class Command:
-    """A word of `python -m ddmd_jax.prepare`: defines its absl flags, and runs."""
-
-    flags: Callable[[], None]
-    run: Callable[[], None]
-
-
-@dataclasses.dataclass(frozen=True)
 class Family:
-    """A teacher family.
+    """A teacher family."""
 
-    Attributes:
-      name: by which it is found: a built-in one's folder, or a module's full name (``__name__``).
-      load: ``LoadOptions -> Teacher``; None of a family whose text side alone is here.
-      text: ``LoadOptions -> TextEncoder`` where it is loaded apart; None: the teacher's own.
-      abstract: as `load`, with shapes for weights and its text side too: to compile for, not to
-        run. None: the planner loads the teacher.
-      class_names: of its pipelines and networks, as a folder's or a file's metadata has them.
-      ships: `path` may be empty, the weights come with the package.
-      one_size: (height, width) in pixels if there is no other.
-      attention: kinds of attention that its network takes, of `attention.KINDS`.
-      dtype: of activations where no run says it.
-      guidance: of its own sampler, where nobody says another.
-      knows_moments: its teachers know mean and variance of real latents.
-      data_sets: by the names that ``data.name`` has for them.
-      suite: the evaluation at the end of a run, and the judge during it.
-      export: None: weights by their names here.
-      architecture: fields of ``teacher.model``, if the task `pretrain` trains such teachers.
-      pretraining: ``config -> Pretraining`` of the task `pretrain`; None: it comes trained.
-      commands: words of `prepare`.
-    """
-
-    name: str
-    load: Callable[[LoadOptions], Teacher] | None = None
-    text: Callable[[LoadOptions], TextEncoder] | None = None
+    name: str  # a built-in one's folder, or a module's full name (``__name__``)
+    load: Callable[[LoadOptions], Teacher] | None = None  # None: the text encoder alone
+    text: Callable[[LoadOptions], TextEncoder] | None = None  # None: it comes with the teacher
+    # As `load`, with shapes for weights, and with its text side: to compile for, not to run.
+    # None: the planner loads the teacher.
     abstract: Callable[[LoadOptions], Teacher] | None = None
-    class_names: tuple[str, ...] = ()
-    ships: bool = False
-    one_size: tuple[int, int] | None = None
-    attention: tuple[str, ...] = ('auto', 'xla')
-    dtype: str = 'float32'
-    guidance: float = 4.0
-    knows_moments: bool = False
-    data_sets: Mapping[str, DataSet] = dataclasses.field(default_factory=dict)
-    suite: Suite | None = None
-    export: Export | None = None
-    architecture: tuple[Field, ...] = ()
-    pretraining: Callable[[Any], Pretraining] | None = None
-    commands: Mapping[str, Command] = dataclasses.field(default_factory=dict)
+    class_names: tuple[str, ...] = ()  # of pipelines and networks, in a folder's or file's metadata
+    ships: bool = False  # weights come with the package: `path` may be empty
+    one_size: tuple[int, int] | None = None  # (height, width) in pixels if there is no other
+    attention: tuple[str, ...] = ('auto', 'xla')  # of `attention.KINDS`
+    dtype: str = 'float32'  # of activations where no run says it
+    guidance: float = 4.0  # default of its own sampler
+    knows_moments: bool = False  # teachers know mean and variance of real latents
+    data_sets: Mapping[str, DataSet] = dataclasses.field(default_factory=dict)  # by ``data.name``
+    suite: Suite | None = None  # the evaluation after training, and the probe's judge
+    export: Export | None = None  # None: weights by their names here
+    architecture: tuple[Field, ...] = ()  # fields of ``teacher.model``, if `pretrain` trains it
+    pretraining: Callable[[Any], Pretraining] | None = None  # of a config; None: it comes trained
 
     def load_teacher(self, options: LoadOptions) -> Teacher:
         """The teacher; raises `WeightsError`."""
         if self.load is None:
-            raise WeightsError(f'of {self.name} the text side alone can be read, not its teacher')
+            raise WeightsError(f'only the text encoder of {self.name} is supported')
         return self.load(options)
 
     def load_text(self, options: LoadOptions) -> TextEncoder:

@@ -67,22 +67,6 @@ class Pipeline:
     cuts: bool = True
 
 
-@dataclasses.dataclass(frozen=True)
-class _Opened:
-    """A component whose folder was checked; nothing of it is in memory yet."""
-
-    component: Component
-    checkpoint: diffusers.Checkpoint
-    config: Any
-    abstract: Any
-    layout: Any
-
-    def read(self) -> Any:
-        names = self.component.entry
-        kept = folders.part(self.checkpoint, self.abstract, names)
-        return diffusers.import_tree(kept, self.abstract, self.layout, names)
-
-
 # --- Configs ---
 
 
@@ -125,19 +109,32 @@ def load(pipeline: Pipeline, options: LoadOptions) -> TextEncoder:
       WeightsError: another pipeline, or missing, damaged, misshapen or quantised.
       ShardingError: a parameter does not divide over the mesh.
     """
-    mesh = options.devices
-    folder = fetch.local_folder(options.path, _files(pipeline))
-    _check_pipeline(folder, pipeline)
-    tokenizers = _tokenizers(folder, pipeline)
+    mesh, parts = options.devices, pipeline.components
+    # No variants (``model.fp16.safetensors``).
+    files = ('*.json', f'{folders.STEM}.safetensors', f'{folders.STEM}-*.safetensors')
+    folder = fetch.local_folder(options.path, [
+        'model_index.json', *(f'{c.tokenizer}/*' for c in parts),
+        *(f'{c.folder}/{name}' for c in parts for name in files)])
+    found = diffusers.read_json(folder / 'model_index.json').get('_class_name')
+    if found not in pipeline.class_names:
+        raise WeightsError(f'{folder} is a {found}, not {pipeline.class_names[0]}; give the folder '
+                           'of a pipeline of this family')
+    tokenizers = [_tokenizer(folder / c.tokenizer, pipeline) for c in parts]
     # Everything is checked before the first byte of weights goes to a device.
-    opened = [_open(folder / c.folder, c, pipeline.rules, mesh, options.dtype)
-              for c in pipeline.components]
+    opened = [_open(folder / c.folder, c, options.dtype) for c in parts]
+    shapes = [_abstract(c, cfg, options.dtype) for c, (_, cfg) in zip(parts, opened)]
+    layouts = [sharding.shard_tree(tree, pipeline.rules, mesh) for tree in shapes]
+    params = {}
+    for c, (checkpoint, _), tree, layout in zip(parts, opened, shapes, layouts):
+        kept = folders.part(checkpoint, tree, c.entry)
+        params[c.folder] = diffusers.import_tree(kept, tree, layout, c.entry)
+    configs = [cfg for _, cfg in opened]
+    identities = [diffusers.identity(checkpoint) for checkpoint, _ in opened]
+    joined = hashlib.sha256(''.join(identities).encode()).hexdigest()[:16]
     return TextEncoder(
-        pipeline.family, {o.component.folder: o.read() for o in opened},
-        functools.partial(_tokenize, pipeline, tokenizers), _apply(
-            [(o.component, o.config) for o in opened], mesh), pipeline.length,
-        sum(o.config.hidden_size for o in opened), pipeline.rules,
-        _joined([diffusers.identity(o.checkpoint) for o in opened]), pipeline.cuts)
+        pipeline.family, params, functools.partial(_tokenize, pipeline, tokenizers),
+        _apply(parts, configs, mesh), pipeline.length, sum(cfg.hidden_size for cfg in configs),
+        pipeline.rules, joined if identities[1:] else identities[0], pipeline.cuts)
 
 
 def abstract(pipeline: Pipeline, config: Any, options: LoadOptions) -> TextEncoder:
@@ -145,38 +142,20 @@ def abstract(pipeline: Pipeline, config: Any, options: LoadOptions) -> TextEncod
 
     `config` is its architecture.
     """
+    def no_tokens(prompts: Sequence[str]) -> dict[str, np.ndarray]:
+        raise ValueError('shapes alone tokenise nothing')
+
     (component,) = pipeline.components
     cfg = dataclasses.replace(config, dtype=options.dtype)
-    shapes = _abstract(component, cfg, options.dtype)
     return TextEncoder(
-        pipeline.family, {component.folder: shapes}, _no_tokenizer,
-        _apply([(component, cfg)], options.devices), pipeline.length,
-        cfg.hidden_size, pipeline.rules, 'abstract', pipeline.cuts,
+        pipeline.family, {component.folder: _abstract(component, cfg, options.dtype)}, no_tokens,
+        _apply([component], [cfg], options.devices), pipeline.length, cfg.hidden_size,
+        pipeline.rules, 'abstract', pipeline.cuts,
         flops=functools.partial(flops.causal_forward, cfg))
 
 
-def _no_tokenizer(prompts: Sequence[str]) -> dict[str, np.ndarray]:
-    raise ValueError('shapes alone tokenise nothing')
-
-
-def _files(pipeline: Pipeline) -> list[str]:
-    """Patterns of the files that are read; no variants (``model.fp16.safetensors``)."""
-    files = ['model_index.json', *(f'{c.tokenizer}/*' for c in pipeline.components)]
-    for c in pipeline.components:
-        files += [f'{c.folder}/{name}' for name in (
-            '*.json', f'{folders.STEM}.safetensors', f'{folders.STEM}-*.safetensors')]
-    return files
-
-
-def _check_pipeline(folder: Path, pipeline: Pipeline) -> None:
-    found = diffusers.read_json(folder / 'model_index.json').get('_class_name')
-    if found not in pipeline.class_names:
-        raise WeightsError(f'{folder} is a {found}, not {pipeline.class_names[0]}; give the folder '
-                           'of a pipeline of this family')
-
-
-def _open(folder: Path, component: Component, rules: sharding.Rules, mesh: Mesh,
-          dtype: str) -> _Opened:
+def _open(folder: Path, component: Component, dtype: str) -> tuple[diffusers.Checkpoint, Any]:
+    """(the checked folder of an encoder, our config of it); reads no weights."""
     checkpoint = folders.open_folder(folder, component.published)
     try:
         cfg = component.config(checkpoint.config, dtype)
@@ -186,9 +165,7 @@ def _open(folder: Path, component: Component, rules: sharding.Rules, mesh: Mesh,
     # The last layer may not be run, but a folder without it is not complete.
     whole = _abstract(component, dataclasses.replace(cfg, penultimate=False), dtype)
     diffusers.check(checkpoint, whole, component.entry)
-    abstract = _abstract(component, cfg, dtype)
-    return _Opened(component, checkpoint, cfg, abstract,
-                   sharding.shard_tree(abstract, rules, mesh))
+    return checkpoint, cfg
 
 
 def _abstract(component: Component, cfg: Any, dtype: str) -> Any:
@@ -201,17 +178,15 @@ def _abstract(component: Component, cfg: Any, dtype: str) -> Any:
     return jax.tree_util.tree_map_with_path(stored, params)
 
 
-def _apply(parts: Sequence[tuple[Component, Any]],
+def _apply(parts: Sequence[Component], configs: Sequence[Any],
            mesh: Mesh) -> Callable[[Any, dict[str, Any]], Cond]:
-    """`TextEncoder.apply` of one encoder with its config, or of two side by side."""
-    names = [component.folder for component, _ in parts]
-
+    """`TextEncoder.apply` of one encoder, or of two side by side."""
     def network(component: Component, config: Any) -> Callable:
         return functional(lambda: component.module(config, nnx.Rngs(0), mesh))
 
-    networks = [network(*part) for part in parts]
+    names, networks = [c.folder for c in parts], list(map(network, parts, configs))
 
-    def states(params: Any, tokens: dict[str, Any]) -> Cond:
+    def one(params: Any, tokens: dict[str, Any]) -> Cond:
         found = networks[0](params[names[0]], tokens['ids'], tokens['mask'])
         return {'embeds': found, 'mask': tokens['mask']}
 
@@ -221,24 +196,14 @@ def _apply(parts: Sequence[tuple[Component, Any]],
         return {'embeds': jnp.concatenate(found, axis=-1), 'mask': tokens['mask'],
                 'pooled': pooled[-1]}
 
-    return both if len(parts) > 1 else states
-
-
-def _joined(identities: Sequence[str]) -> str:
-    if len(identities) == 1:
-        return identities[0]
-    return hashlib.sha256(''.join(identities).encode()).hexdigest()[:16]
+    return both if parts[1:] else one
 
 
 # --- Tokens ---
 
 
-def _tokenizers(folder: Path, pipeline: Pipeline) -> list[Any]:
-    return [_tokenizer(folder / c.tokenizer, pipeline) for c in pipeline.components]
-
-
 def _tokenizer(folder: Path, pipeline: Pipeline) -> Any:
-    """The tokenizer of transformers that lies in `folder`; no code of the folder's own is run."""
+    """The tokenizer of transformers in `folder`; no code of the folder's own is run."""
     from transformers import AutoTokenizer
 
     if not (folder / 'tokenizer_config.json').is_file():
@@ -247,9 +212,7 @@ def _tokenizer(folder: Path, pipeline: Pipeline) -> Any:
         found = AutoTokenizer.from_pretrained(
             folder, use_fast=True, trust_remote_code=False, local_files_only=True)
         found.padding_side = 'right'
-        # What is asked of it later must not fail only then: a pad token, a chat template.
-        found([pipeline.text(found, '')], padding='max_length', max_length=pipeline.length,
-              truncation=True)
+        _tokenize(pipeline, [found], [''])  # a missing pad token or chat template fails here
     except Exception as e:  # no common ancestor: of JSON, of files, of templates, of Rust
         raise WeightsError(f'no tokenizer can be made of {folder} ({first_line(e)}); {CURE}') from e
     return found

@@ -22,6 +22,7 @@ from typing import Any
 
 import jax
 
+from ddmd_jax.util.errors import UserError
 from ddmd_jax.util.text import first_line
 
 # In the messages of libraries when another process does not answer any more.
@@ -31,7 +32,7 @@ JOINING = 300  # seconds that a run waits for all of its processes
 RESTART = 'start all processes again, they go on from the last checkpoint'
 
 
-class DistributedError(RuntimeError):
+class DistributedError(UserError):
     """The processes of a run cannot find one another."""
 
 

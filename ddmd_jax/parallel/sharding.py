@@ -15,12 +15,14 @@ import jax
 import numpy as np
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec as P
 
+from ddmd_jax.util.errors import UserError
+
 AXES = ('data', 'fsdp', 'tensor')
 BATCH = P(('data', 'fsdp'))
 Rules = Sequence[tuple[str, tuple[str | None, ...]]]
 
 
-class ShardingError(ValueError):
+class ShardingError(UserError, ValueError):
     """A mesh that does not fit the devices, or a rule that does not fit a parameter."""
 
 

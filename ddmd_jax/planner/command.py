@@ -14,10 +14,11 @@ from typing import Any
 # Shapes and constants live on the CPU; libtpu is only asked to compile.
 os.environ['JAX_PLATFORMS'] = 'cpu'
 
-from absl import app, flags, logging  # noqa: E402
+from absl import flags  # noqa: E402
 
 from ddmd_jax import config as config_lib  # noqa: E402
-from ddmd_jax.util import arguments  # noqa: E402
+from ddmd_jax.util import commands  # noqa: E402
+from ddmd_jax.util.errors import UserError  # noqa: E402
 
 FLAGS = flags.FLAGS
 
@@ -29,8 +30,8 @@ def define_flags() -> None:
     flags.DEFINE_boolean('search', True, 'Look for the largest batch that fits, and for levers '
                          'where something does not; --nosearch saves minutes.')
     flags.DEFINE_list('only', [], 'Programs to compile, of generator_step, critic_step, sample, '
-                      'decode and encode; default: all that the run has.')
-    flags.DEFINE_boolean('layout', False, 'Print where every parameter lies; compile nothing.')
+                      'decode and encode; default: all.')
+    flags.DEFINE_boolean('layout', False, 'Print the layout of every parameter; compile nothing.')
 
 
 def parts_for(config: Any, mesh: Any) -> tuple[Any, Any, int, Any]:
@@ -56,20 +57,16 @@ def _largest(config: Any) -> Any:
     return max(config.data.get('sizes', ()), key=lambda size: size[0] * size[1], default=None)
 
 
-def main(argv: list[str]) -> None:
-    logging.set_verbosity(logging.WARNING)
-    if len(argv) > 1:
-        sys.exit(f'plan: unexpected argument {argv[1]!r}; flags look like --topology=v5e:4x4')
-    if FLAGS.config is None:
-        sys.exit('plan: no --config given; try --config=lumina')
+def main(arguments: list[str]) -> None:
+    commands.only_flags(arguments)
+    commands.need(config='try --config=lumina')
     from ddmd_jax.parallel import sharding
     from ddmd_jax.planner import layout, plan, programs
-    from ddmd_jax.weights.flat import WeightsError
 
     try:
         config_lib.check(FLAGS.config)
         if FLAGS.config.task != 'distill':
-            sys.exit('plan: only distillations are planned; give a config of that task')
+            raise UserError('only distillations are planned; give a config of that task')
         mesh = sharding.make_mesh(FLAGS.config.mesh, programs.topology(FLAGS.topology))
         c = FLAGS.config
         sharding.check_batch(c.data.global_batch, mesh, c.student.steps * c.train.accumulate)
@@ -80,11 +77,8 @@ def main(argv: list[str]) -> None:
     except config_lib.ConfigError as e:
         print(e, file=sys.stderr)
         sys.exit(2)
-    except (programs.PlanError, sharding.ShardingError, WeightsError) as e:
-        sys.exit(f'plan: {e}')
     print(json.dumps(planned, indent=1) if FLAGS.json else plan.table(planned))
 
 
 def run() -> None:
-    define_flags()
-    app.run(main, flags_parser=arguments.parser('plan'))
+    commands.run('plan', main, define_flags)

@@ -18,9 +18,10 @@ from ddmd_jax.parallel import sharding
 from ddmd_jax.planner import chips
 from ddmd_jax.train import distillation, prompts
 from ddmd_jax.util import text
+from ddmd_jax.util.errors import UserError
 
 
-class PlanError(RuntimeError):
+class PlanError(UserError):
     """A topology that cannot be compiled for."""
 
 

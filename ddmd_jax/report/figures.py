@@ -5,21 +5,21 @@ import math
 from collections.abc import Sequence
 from typing import Any
 
-from ddmd_jax.method import health as diagnostics
+from ddmd_jax.method import health
 from ddmd_jax.method.health import SHIPPED
-from ddmd_jax.report.read import RunFiles
+from ddmd_jax.report.read import RunFiles, thinned
 
-MOST, BLOCKS = 2000, 400  # points of a curve, verdicts: of more, every n-th is drawn
+MOST, BLOCKS = 2000, 400  # points of a curve, and verdicts, at most
 COLOURS = ('#3b7dd8', '#d9713c', '#4a9e5c', '#a05fb5', '#b8912f', '#5aa7a7', '#c75b7a', '#7a7a7a')
-VERDICTS = {diagnostics.HEALTHY: '#4a9e5c', diagnostics.CRITIC_LAGS: '#d9a53c',
-            diagnostics.WASHED_OUT: '#8ca3b8', diagnostics.COLOUR_CAST: '#c06fb5',
-            diagnostics.OVER_BAKED: '#c9473f', diagnostics.COLLAPSING: '#f0308f',
-            diagnostics.BROKEN: '#8f4bd8'}
+VERDICTS = {health.HEALTHY: '#4a9e5c', health.CRITIC_LAGS: '#d9a53c',
+            health.WASHED_OUT: '#8ca3b8', health.COLOUR_CAST: '#c06fb5',
+            health.OVER_BAKED: '#c9473f', health.COLLAPSING: '#f0308f',
+            health.BROKEN: '#8f4bd8'}
 
 
 @dataclasses.dataclass(frozen=True)
 class Curve:
-    """A column of ``metrics.jsonl``: its title, and between which values a run is well."""
+    """A column of ``metrics.jsonl``: its title, and the bounds of a healthy run."""
 
     key: str
     title: str
@@ -34,9 +34,9 @@ CURVES = (
     Curve('dm_rel_gap', 'dm_rel_gap: critic to teacher', high=SHIPPED.gap_large),
     Curve('dm_cos', 'dm_cos'),
     Curve('dm_to_ca', 'dm_to_ca'),
-    Curve('x_std', 'x_std: contrast, live student'),
-    Curve('ema_std', 'ema_std: contrast, average', SHIPPED.ema_std_down, SHIPPED.ema_std_up),
-    Curve('ema_cast', 'ema_cast: colours moved, average', high=SHIPPED.cast),
+    Curve('x_std', 'x_std: contrast, raw student'),
+    Curve('ema_std', 'ema_std: contrast, EMA student', SHIPPED.ema_std_down, SHIPPED.ema_std_up),
+    Curve('ema_cast', 'ema_cast: colours moved, EMA student', high=SHIPPED.cast),
     Curve('saturation', 'saturation: share beyond the range'),
     Curve('grad_norm', 'grad_norm', log=True),
     Curve('critic_grad_norm', 'critic_grad_norm', log=True),
@@ -69,41 +69,30 @@ def curves(runs: Sequence[RunFiles]) -> Any:
     figure = make_subplots(rows=rows, cols=2, shared_xaxes='all', vertical_spacing=0.28 / rows,
                            horizontal_spacing=0.09, subplot_titles=[c.title for c in shown])
     for i, curve in enumerate(shown):
-        place = {'row': i // 2 + 1, 'col': i % 2 + 1}
+        place, drawn = {'row': i // 2 + 1, 'col': i % 2 + 1}, []
         for number, run in enumerate(runs):
-            figure.add_scatter(**_series(run, curve.key), name=run.name, legendgroup=run.name,
+            x, y = series(run, curve.key)
+            drawn += [value for value in y if value is not None]
+            figure.add_scatter(x=x, y=y, name=run.name, legendgroup=run.name,
                                showlegend=not i and len(runs) > 1, mode='lines',
                                line={'color': COLOURS[number % len(COLOURS)], 'width': 1.6},
                                **place)
-        _band(figure, runs, curve, place)
+        if curve.low is not None or curve.high is not None:  # an open band ends with the curve
+            low = min([*drawn, curve.high]) if curve.low is None else curve.low
+            high = max([*drawn, curve.low]) if curve.high is None else curve.high
+            figure.add_hrect(y0=low, y1=high, fillcolor='#4a9e5c', opacity=0.12, line_width=0,
+                             layer='below', **place)
         figure.update_yaxes(type='log' if curve.log else 'linear', **place)
     figure.update_xaxes(showticklabels=True)
     _style(figure, 170 * rows + 60)
     return figure
 
 
-def _series(run: RunFiles, key: str) -> dict[str, list[Any]]:
-    found = [(line['step'], line[key]) for line in run.lines if key in line]
-    found = found[::-1][::math.ceil(len(found) / MOST) or 1][::-1]  # the last is always there
-    return {'x': [step for step, _ in found], 'y': [_short(value) for _, value in found]}
-
-
-def _short(value: Any) -> Any:
-    """Five digits are enough to draw; what is not finite is a gap."""
-    if not isinstance(value, float):
-        return value
-    return float(f'{value:.5g}') if math.isfinite(value) else None
-
-
-def _band(figure: Any, runs: Sequence[RunFiles], curve: Curve, place: dict[str, int]) -> None:
-    """A green band between the bounds; where one is open it ends with what is drawn."""
-    if curve.low is None and curve.high is None:
-        return
-    values = [v for run in runs for v in _series(run, curve.key)['y'] if v is not None]
-    low = min([*values, curve.high]) if curve.low is None else curve.low
-    high = max([*values, curve.low]) if curve.high is None else curve.high
-    figure.add_hrect(y0=low, y1=high, fillcolor='#4a9e5c', opacity=0.12, line_width=0,
-                     layer='below', **place)
+def series(run: RunFiles, key: str) -> tuple[list[int], list[Any]]:
+    """(steps, values) of a curve: five digits are enough; a value that is not finite is a gap."""
+    lines = thinned([line for line in run.lines if key in line], MOST)
+    return [line['step'] for line in lines], [
+        float(f'{line[key]:.5g}') if math.isfinite(line[key]) else None for line in lines]
 
 
 def verdicts(runs: Sequence[RunFiles]) -> Any | None:
@@ -112,14 +101,12 @@ def verdicts(runs: Sequence[RunFiles]) -> Any | None:
 
     figure = go.Figure()
     for run in runs:
-        lines = _thinned(run.lines)
+        lines = changes(run.lines)
         for word, colour in VERDICTS.items():
-            at = [line['step'] for line in lines if line.get('health') == word]
-            if at:
-                reasons = [line.get('health_reason', '') for line in lines
-                           if line.get('health') == word]
+            if found := [line for line in lines if line.get('health') == word]:
                 figure.add_scatter(
-                    x=at, y=[run.name] * len(at), name=word, mode='markers', text=reasons,
+                    x=[line['step'] for line in found], y=[run.name] * len(found), name=word,
+                    mode='markers', text=[line.get('health_reason', '') for line in found],
                     legendgroup=word, showlegend=word not in {t.name for t in figure.data},
                     marker={'symbol': 'square', 'size': 11, 'color': colour})
     if not figure.data:
@@ -129,14 +116,11 @@ def verdicts(runs: Sequence[RunFiles]) -> Any | None:
     return figure
 
 
-def _thinned(lines: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
-    """Of a long run some lines and every change of the verdict, last ones first if too many."""
-    if len(lines) <= BLOCKS:
-        return list(lines)
-    every = math.ceil(len(lines) / BLOCKS)
-    kept = [line for i, line in enumerate(lines) if not i % every or i == len(lines) - 1
-            or line.get('health') != lines[i - 1].get('health')]
-    return kept[-2 * BLOCKS:]
+def changes(lines: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Of a long run some lines and every change of the verdict; the last ones if too many."""
+    spread = {line['step'] for line in thinned(lines, BLOCKS)}
+    return [line for line, before in zip(lines, [*lines[:1], *lines]) if line['step'] in spread
+            or line.get('health') != before.get('health')][-2 * BLOCKS:]
 
 
 def _style(figure: Any, height: int) -> None:
@@ -146,5 +130,5 @@ def _style(figure: Any, height: int) -> None:
                          font={'size': 11}, legend={'orientation': 'h', 'y': 1.06},
                          hovermode='x unified', template='none')
     figure.update_annotations(font_size=12)
-    figure.update_xaxes(gridcolor='rgba(128,128,128,.25)', zeroline=False)
-    figure.update_yaxes(gridcolor='rgba(128,128,128,.25)', zeroline=False)
+    for update in (figure.update_xaxes, figure.update_yaxes):
+        update(gridcolor='rgba(128,128,128,.25)', zeroline=False)

@@ -7,13 +7,11 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from ddmd_jax.method import health as diagnostics
+from ddmd_jax.method import health
+from ddmd_jax.util import jsonl
+from ddmd_jax.util.errors import UserError
 
 PICTURE = re.compile(r'(.+)-(\d+)\.png')
-
-
-class ReportError(RuntimeError):
-    """There is nothing to report of."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -24,6 +22,7 @@ class RunFiles:
       lines: of ``metrics.jsonl``, oldest first.
       about: ``run.json``: command, versions, devices, fields that differ from the config's file.
       times: ``times.jsonl``: when each line was written, seconds since 1970.
+      evaluation: ``eval.json``.
       pictures: files by name and step, in order of steps.
     """
 
@@ -38,7 +37,7 @@ class RunFiles:
 
     @property
     def step(self) -> int:
-        """The last that was logged; 0 before the first."""
+        """The last logged step; 0 before the first."""
         return self.lines[-1]['step'] if self.lines else 0
 
     @property
@@ -49,21 +48,14 @@ class RunFiles:
     def health(self) -> tuple[str, str]:
         """The last verdict and its reason, with any collapse before it."""
         last = self.lines[-1] if self.lines else {}
-        reasons = (last.get('health_reason', ''), diagnostics.before(self.lines))
+        reasons = (last.get('health_reason', ''), health.before(self.lines))
         return last.get('health', 'no verdict'), '; '.join(filter(None, reasons))
 
     @property
     def seconds(self) -> float | None:
-        """From the first line to the last, without what lay between two goes of the run.
-
-        A pause is a gap more than ten times as long as the median one.
-        """
-        at = [entry['time'] for entry in self.times]
-        gaps = sorted(b - a for a, b in zip(at, at[1:]))
-        if not gaps:
-            return None
-        longest = 10 * gaps[len(gaps) // 2]
-        return sum(gap for gap in gaps if gap <= longest)
+        """From the first line to the last, without pauses: gaps over ten times the median one."""
+        gaps = sorted(b['time'] - a['time'] for a, b in zip(self.times, self.times[1:]))
+        return sum(gap for gap in gaps if gap <= 10 * gaps[len(gaps) // 2]) if gaps else None
 
     @property
     def seconds_per_step(self) -> float | None:
@@ -71,6 +63,13 @@ class RunFiles:
         pace = sorted((b['time'] - a['time']) / (b['step'] - a['step'])
                       for a, b in zip(self.times, self.times[1:]) if b['step'] > a['step'])
         return pace[len(pace) // 2] if pace else None
+
+
+def thinned(items: Sequence[Any], most: int) -> list[Any]:
+    """At most `most` of them, evenly spread, first and last among them."""
+    if len(items) <= most:
+        return list(items)
+    return [items[round(i * (len(items) - 1) / (most - 1))] for i in range(most)]
 
 
 def read_all(folders: Sequence[Path]) -> list[RunFiles]:
@@ -87,33 +86,24 @@ def read(folder: Path) -> RunFiles:
     """The run in `folder`, finished or not.
 
     Raises:
-      ReportError: it holds no run, or one of its files is damaged.
+      UserError: it holds no run, or one of its files is damaged.
     """
     if not (folder / 'config.json').is_file():
-        raise ReportError(f'{folder} holds no run: there is no config.json; give a --workdir')
+        raise UserError(f'{folder} holds no run: there is no config.json; give a --workdir')
     pictures: dict[str, list[tuple[int, Path]]] = {}
     for file in sorted((folder / 'pictures').glob('*.png')):
         if found := PICTURE.fullmatch(file.name):
             pictures.setdefault(found[1], []).append((int(found[2]), file))
-    load = lambda name: _json(folder / name)
-    return RunFiles(folder.name, folder, _lines(folder / 'metrics.jsonl'), load('config.json'),
-               load('run.json') or {}, _lines(folder / 'times.jsonl'), load('eval.json'),
-                    pictures)
 
+    def load(name: str) -> Any:
+        path = folder / name
+        try:
+            if path.suffix == '.jsonl':
+                return jsonl.read(path)
+            return json.loads(path.read_text()) if path.is_file() else None
+        except ValueError as e:
+            own = path.suffix == '.jsonl'  # whose error says it all
+            raise UserError(str(e) if own else f'{path} is damaged ({e}); delete it') from e
 
-def _json(path: Path) -> Any:
-    try:
-        return json.loads(path.read_text()) if path.is_file() else None
-    except ValueError as e:
-        raise ReportError(f'{path} is damaged ({e}); delete it') from e
-
-
-def _lines(path: Path) -> list[dict[str, Any]]:
-    """Whole lines only: a run that goes on may be writing one."""
-    if not path.is_file():
-        return []
-    try:
-        return [json.loads(line) for line in path.read_text().splitlines(True)
-                if line.endswith('\n')]
-    except ValueError as e:
-        raise ReportError(f'{path} is damaged ({e}); start the run again, which mends it') from e
+    return RunFiles(folder.name, folder, load('metrics.jsonl'), load('config.json'),
+                    load('run.json') or {}, load('times.jsonl'), load('eval.json'), pictures)

@@ -17,10 +17,10 @@ from typing import Any
 from absl import app, flags
 from tqdm import tqdm
 
-from ddmd_jax.util import arguments
+from ddmd_jax.util import commands
 
 _SUITE = flags.DEFINE_string('suite', 'paper', 'Which suite of experiments.')
-_CONFIG = flags.DEFINE_string('config', None, 'The config they are variations of.')
+_CONFIG = flags.DEFINE_string('config', None, 'Base config.')
 _WORKDIR = flags.DEFINE_string('workdir', None, 'Folder of the study; resumed if it holds one.')
 _SEEDS = flags.DEFINE_integer('seeds', None, 'How many; default the suite\'s, with --quick 1.',
                               lower_bound=1)
@@ -147,4 +147,4 @@ def write_report(folder: Path, suite: Any, teacher: str, found: dict[str, Any]) 
 
 
 if __name__ == '__main__':
-    app.run(main, flags_parser=arguments.parser('study'))
+    app.run(main, flags_parser=commands.parser('study'))

@@ -13,7 +13,7 @@ from typing import Any
 from absl import app
 
 from ddmd_jax.evaluation import tables
-from ddmd_jax.util import arguments, text
+from ddmd_jax.util import commands, text
 
 
 def load(workdir: str) -> list[dict[str, Any]]:
@@ -61,4 +61,4 @@ def main(argv: list[str]) -> None:
 
 
 if __name__ == '__main__':
-    app.run(main, flags_parser=arguments.parser('summarise'))
+    app.run(main, flags_parser=commands.parser('summarise'))

@@ -9,11 +9,12 @@ import jax.numpy as jnp
 import numpy as np
 
 from ddmd_jax.util import files
+from ddmd_jax.util.errors import UserError
 
 Tree = Any
 
 
-class WeightsError(RuntimeError):
+class WeightsError(UserError):
     """A weights file is absent, damaged, or of another architecture."""
 
 

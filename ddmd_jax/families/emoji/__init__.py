@@ -4,7 +4,6 @@ from ddmd_jax.config.fields import FIXED, Field, of_class
 from ddmd_jax.config.rules import COUNT
 from ddmd_jax.families.emoji import data, prompts, teacher
 from ddmd_jax.families.emoji.export import EXPORT
-from ddmd_jax.families.emoji.prepare import COMMANDS
 from ddmd_jax.families.emoji.pretraining import pretraining
 from ddmd_jax.families.emoji.suite import SUITE
 from ddmd_jax.families.family import DataSet, Family
@@ -18,5 +17,4 @@ FAMILY = Family(
     one_size=(data.SIZE, data.SIZE), knows_moments=True,
     data_sets={'emoji': DataSet(prompts.load, (WHITE_REPEAT,), has_reals=True)},
     suite=SUITE, export=EXPORT, pretraining=pretraining,
-    architecture=of_class('denoiser', NextDiTConfig) + of_class('text', CaptionEncoderConfig),
-    commands=COMMANDS)
+    architecture=of_class('denoiser', NextDiTConfig) + of_class('text', CaptionEncoderConfig))

@@ -20,7 +20,7 @@ SIZE = 24
 FILES = Path(__file__).parent / 'files'
 GLYPHS = FILES / 'glyphs'
 TOKENIZER = FILES / 'tokenizer.json'
-RESTORE_HINT = 'reinstall the package, or rebuild it with `python -m ddmd_jax.prepare emoji`'
+RESTORE_HINT = 'reinstall the package'
 
 # Mid tones on purpose: a background that drifts towards a fuller colour is seen, where pure
 # red or black would clip and hide it.

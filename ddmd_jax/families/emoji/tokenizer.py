@@ -1,7 +1,7 @@
 """The small WordPiece tokenizer of the embedded default (library: `tokenizers`)."""
 
 import functools
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
@@ -9,22 +9,6 @@ import numpy as np
 from ddmd_jax.families.emoji.data import RESTORE_HINT, TOKENIZER, DataFileError
 
 PAD, UNK, BOS = '[PAD]', '[UNK]', '[BOS]'
-
-
-def train(captions: Iterable[str], vocab_size: int, path: Path) -> None:
-    """Learns a lower-cased WordPiece vocabulary; every text starts with ``[BOS]``."""
-    import tokenizers as tk
-
-    tokenizer = tk.Tokenizer(tk.models.WordPiece(unk_token=UNK))
-    tokenizer.normalizer = tk.normalizers.BertNormalizer(lowercase=True)
-    tokenizer.pre_tokenizer = tk.pre_tokenizers.BertPreTokenizer()
-    trainer = tk.trainers.WordPieceTrainer(
-        vocab_size=vocab_size, special_tokens=[PAD, UNK, BOS], show_progress=False)
-    tokenizer.train_from_iterator(captions, trainer)
-    bos = tokenizer.token_to_id(BOS)
-    tokenizer.post_processor = tk.processors.TemplateProcessing(
-        single=f'{BOS} $A', special_tokens=[(BOS, bos)])
-    tokenizer.save(str(path))
 
 
 @functools.cache

@@ -16,6 +16,7 @@ from tqdm import tqdm
 from ddmd_jax.config import fields_of
 from ddmd_jax.train.durable import checksums
 from ddmd_jax.train.feed import Feed
+from ddmd_jax.util.errors import UserError
 from ddmd_jax.util.text import first_line
 from ddmd_jax.weights import flat
 
@@ -25,7 +26,7 @@ INTERVAL = 'interval'  # beside the data's state: metrics that had not been logg
 VERSION = 'version.'  # in front of a package's name in a manifest; these only warn
 
 
-class CheckpointError(RuntimeError):
+class CheckpointError(UserError):
     """A checkpoint that does not belong to this run, or cannot be read."""
 
 

@@ -8,11 +8,12 @@ import jax
 
 from ddmd_jax.train.durable.checkpoint import anywhere
 from ddmd_jax.util import files
+from ddmd_jax.util.errors import UserError
 
 NAME = 'lock'
 
 
-class LockError(RuntimeError):
+class LockError(UserError):
     """Another run has the folder."""
 
 

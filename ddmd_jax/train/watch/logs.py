@@ -59,7 +59,7 @@ class RunLog:
         self._pictures = workdir / 'pictures'
         self._board = Board(workdir / 'tensorboard', start, self.say)
         tracker = config.log.get('tracker', '') if config else ''
-        self._tracker = trackers.Told(tracker, config, workdir, self.say)
+        self._tracker = trackers.Tracker(tracker, config, workdir, self.say)
         self.bar = tqdm(total=total, initial=start, desc=description, file=sys.stderr,
                         dynamic_ncols=True, mininterval=1.0, smoothing=0.05)
 

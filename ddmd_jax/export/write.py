@@ -1,0 +1,88 @@
+"""Exports the newest student of a run, and pushes what was exported to a hub."""
+
+import dataclasses
+from pathlib import Path
+
+import jax
+import orbax.checkpoint as ocp
+
+from ddmd_jax.export import card
+from ddmd_jax.export.student import open_student
+from ddmd_jax.families.family import Exported
+from ddmd_jax.util.errors import UserError
+from ddmd_jax.util.text import first_line
+from ddmd_jax.weights.flat import WeightsError
+
+
+@dataclasses.dataclass(frozen=True)
+class Wanted:
+    """How a student is exported.
+
+    Attributes:
+      format: 'diffusers', 'safetensors' or 'orbax'.
+      dtype: of the tensors: 'float32', 'bfloat16' or 'float16'.
+      ema: the EMA student, or the raw one.
+      sampler: of the pipeline's scheduler, of `sampling.STUDENT_MODES`; '' is the run's.
+      teacher: path of the teacher if it moved.
+    """
+
+    format: str = 'diffusers'
+    dtype: str = 'float32'
+    ema: bool = True
+    sampler: str = ''
+    teacher: str = ''
+
+
+def export(workdir: Path, out: Path, wanted: Wanted = Wanted()) -> list[Path]:
+    """Writes the newest student of a run into `out`; returns the model's files, then the card.
+
+    One process does it, with all of its devices.
+
+    Raises:
+      CheckpointError: there is no checkpoint, it is damaged, or it has no student.
+      WeightsError: the teacher cannot be read, `out` holds a file of the same name, or the
+        family has no such format.
+    """
+    student = open_student(workdir, wanted.teacher, wanted.ema)
+    family, form = student.export, wanted.format
+    write = {'diffusers': family.write_pipeline, 'safetensors': family.write_weights,
+             'orbax': _write_orbax}[form]
+    names = {**family.names, 'orbax': ('params',)}
+    if write is None or form not in names:
+        raise WeightsError(f'students of {student.family} are not written as {form}; give --format='
+                           f'{" or ".join(names)}')
+    for name in (*names[form], *card.NAMES):  # before anything large is read
+        if (out / name).exists():
+            raise WeightsError(f'{out / name} exists already; choose another place or delete it')
+    exported = Exported(student.read(), student.source, student.step, student.steps, student.time,
+                        wanted.dtype, wanted.sampler or student.sampler)
+    out.mkdir(parents=True, exist_ok=True)
+    write(exported, out)
+    card.write(student, out, form, exported)
+    return [out / name for name in (*names[form], card.README) if (out / name).exists()]
+
+
+def _write_orbax(student: Exported, out: Path) -> None:
+    """``OUT/params``: the parameters by their names here."""
+    with ocp.Checkpointer(ocp.StandardCheckpointHandler()) as writer:
+        writer.save(out / 'params', args=ocp.args.StandardSave(
+            jax.tree.map(lambda x: x.astype(student.dtype), student.params)))
+
+
+def push(folder: Path, name: str, private: bool) -> str:
+    """Uploads `folder` as the model ``owner/name``, made if need be; its address.
+
+    Raises:
+      UserError: no network, no login, no such owner; the folder is as it was.
+    """
+    import huggingface_hub
+
+    api = huggingface_hub.HfApi()
+    try:
+        api.create_repo(name, private=private, exist_ok=True)
+        api.upload_folder(repo_id=name, folder_path=folder, commit_message='ddmd_jax.export')
+    except Exception as e:  # network, login and naming errors have no common ancestor
+        raise UserError(f'{name} cannot be pushed ({first_line(e)}); {folder} is complete: check '
+                        f'the name, the network and your login (hf auth login), then '
+                        f'`hf upload {name} {folder}`') from e
+    return f'{api.endpoint}/{name}'

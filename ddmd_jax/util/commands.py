@@ -1,0 +1,71 @@
+"""The frame of every command but `main`: flags, and what goes wrong as one line and a code."""
+
+import functools
+import os
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+from absl import app, flags, logging
+
+from ddmd_jax.util.errors import UserError
+
+FLAGS = flags.FLAGS
+
+
+def run(name: str, main: Callable[[list[str]], None], define_flags: Callable[[], None]) -> None:
+    """Defines and parses flags, then runs ``main(arguments that are no flags)``; see `call`."""
+    define_flags()
+    app.run(functools.partial(call, name, main), flags_parser=parser(name))
+
+
+def parser(name: str) -> Callable[[list[str]], list[str]]:
+    """absl's parser; an error is one line that begins with the command's name, and exit code 2."""
+    def parse(argv: list[str]) -> list[str]:
+        try:
+            return FLAGS(argv)
+        except flags.Error as e:
+            print(f'{name}: {" ".join(str(e).split())}', file=sys.stderr)
+            sys.exit(2)
+
+    return parse
+
+
+def call(name: str, main: Callable[[list[str]], None], argv: list[str]) -> None:
+    """Runs `main`; an error of the user's or of a file is one line on stderr and exit code 1."""
+    if not FLAGS['verbosity'].present:
+        logging.set_verbosity(logging.WARNING)  # libraries' chatter hides what is said here
+    try:
+        main(argv[1:])
+    except UserError as e:
+        sys.exit(f'{name}: {e}')
+    except OSError as e:
+        where = f'{e.filename} cannot be read or written' if e.filename else 'no file'
+        sys.exit(f'{name}: {where} ({e.strerror or e})')
+    except KeyboardInterrupt:
+        sys.exit(f'{name}: stopped; finished files are kept')
+
+
+def only_flags(arguments: list[str]) -> None:
+    """Raises `UserError` if there is an argument that is no flag."""
+    if arguments:
+        raise UserError(f'unexpected argument {arguments[0]!r}; flags look like --name=value')
+
+
+def need(**hints: str) -> None:
+    """Raises `UserError`, with its hint, for the first flag that is named here and not given."""
+    for name, hint in hints.items():
+        if not FLAGS[name].value:
+            raise UserError(f'no --{name} given; {hint}')
+
+
+def folder(flag: str, path: str | Path) -> Path:
+    """The folder that a flag names, made if need be; `UserError` if it cannot be written."""
+    path = Path(path).expanduser().absolute()
+    try:
+        path.mkdir(parents=True, exist_ok=True)
+    except OSError as e:
+        raise UserError(f'{flag} {path} cannot be made ({e.strerror}); choose another') from e
+    if not os.access(path, os.W_OK):
+        raise UserError(f'{flag} {path} cannot be written; choose another')
+    return path
