@@ -138,8 +138,8 @@ def check_manifest(folder: Path, manifest: Mapping[str, Any]) -> None:
     current.pop(FORMAT_FIELD, None)
     if form != FORMAT:
         raise CheckpointError(
-            f'checkpoint {folder} has format {form} of another ddmd_jax, this one resumes format '
-            f'{FORMAT}; start a new run from its weights: another --workdir and '
+            f'checkpoint {folder} was written by an incompatible version (format {form}, this one '
+            f'{FORMAT}); start a new run from its weights: another --workdir and '
             f'--config.init_from={folder}')
     found = differences(saved, current)
     if found:
