@@ -162,7 +162,8 @@ def test_a_checkpoint_of_the_format_before_is_refused_and_its_weights_are_read(t
     manifest.write_text(json.dumps(MANIFEST))
     (old / checksums.NAME).unlink()
     for workdir, named in ((tmp_path / 'old', ''), (tmp_path / 'new', old)):
-        with pytest.raises(ckpt.CheckpointError, match=r'\(format 1, this one 2\).*--config.init_from=') as e:
+        words = r'\(format 1, this one 2\).*--config.init_from='
+        with pytest.raises(ckpt.CheckpointError, match=words) as e:
             begin(workdir, resume_from=named)
         assert len(str(e.value).splitlines()) == 1
     kind, state, *_ = begin(tmp_path / 'new', init_from=old)
