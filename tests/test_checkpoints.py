@@ -49,8 +49,8 @@ def state_at(step):
     return dataclasses.replace(st.fresh(tree, TX, tree, TX), step=jnp.asarray(step, jnp.int32))
 
 
-def opened(workdir, manifest=MANIFEST, keep=10, **options):
-    return saving.Checkpoints(workdir, keep=keep, manifest=manifest, **options)
+def opened(workdir, manifest=MANIFEST, keep=10, timeout=1800, **options):
+    return saving.Checkpoints(workdir, manifest, saving.Retention(keep, **options), timeout)
 
 
 def saved(workdir, steps=(1, 2, 3), judged=None, manifest=MANIFEST, **options):
@@ -184,10 +184,10 @@ def test_other_versions_warn(tmp_path, capsys):
 
 @pytest.mark.parametrize('options, stay', [
     ({'keep': 2}, [5, 6]),
-    ({'keep': 1, 'keep_every': 3}, [3, 6]),
+    ({'keep': 1, 'every': 3}, [3, 6]),
     ({'keep': 1, 'best': 'fake_loss'}, [2, 6]),
-    ({'keep': 1, 'best': 'fake_loss', 'best_mode': 'max'}, [4, 6]),
-    ({'keep': 1, 'pinned': [1]}, [1, 6]),
+    ({'keep': 1, 'best': 'fake_loss', 'mode': 'max'}, [4, 6]),
+    ({'keep': 1, 'pinned': frozenset({1})}, [1, 6]),
 ])
 def test_retention(tmp_path, options, stay):
     losses = {1: 3.0, 2: 1.0, 3: 2.0, 4: 9.0, 5: 4.0, 6: 5.0}
@@ -198,7 +198,7 @@ def test_retention(tmp_path, options, stay):
     reopened.save(7, state_at(7), feed())
     reopened.wait()
     assert reopened.latest == 7 and set(reopened.manager.all_steps()) == {*stay, 7} - (
-        {5} if options == {'keep': 2} else {6} if options.get('keep_every') != 3 else set())
+        {5} if options == {'keep': 2} else {6} if options.get('every') != 3 else set())
     reopened.close()
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import shutil
 import sys
 import time
@@ -23,29 +24,29 @@ from ddmd_jax.train.feed import Feed
 from ddmd_jax.util.text import first_line
 
 
-class Pinned(policies.PreservationPolicy):
-    """Keeps the checkpoints of a set that grows, which Orbax's own `CustomSteps` copies."""
-
-    def __init__(self, steps: set[int]):
-        self._steps = steps
-
-    def should_preserve(self, checkpoints: Sequence[Any], *, context: Any) -> list[bool]:
-        return [c.step in self._steps for c in checkpoints]
-
-
-def retention(keep: int, every: int = 0, best: str = '', mode: str = 'min',
-              pinned: set[int] = frozenset()) -> policies.PreservationPolicy:
-    """Which checkpoints stay: the newest `keep`, multiples of `every`, the best, `pinned`.
+@dataclasses.dataclass(frozen=True)
+class Retention:
+    """Which checkpoints stay: the newest `keep`, multiples of `every`, the best, and `pinned`.
 
     The best is the one with the least or greatest (`mode`) metric `best`; '' is none.
     """
-    kept = [policies.LatestN(keep), Pinned(pinned)]
-    if every:
-        kept.append(policies.EveryNSteps(every))
-    if best:
-        kept.append(policies.BestN(get_metric_fn=lambda m: m[best], reverse=mode == 'min', n=1,
-                                   keep_checkpoints_without_metrics=False))
-    return policies.AnyPreservationPolicy(kept)
+
+    keep: int = 1
+    every: int = 0
+    best: str = ''
+    mode: str = 'min'
+    pinned: frozenset[int] = frozenset()
+
+    def policy(self) -> policies.PreservationPolicy:
+        """As Orbax has it."""
+        kept: list[Any] = [policies.LatestN(self.keep), policies.CustomSteps(self.pinned)]
+        if self.every:
+            kept.append(policies.EveryNSteps(self.every))
+        if self.best:
+            kept.append(policies.BestN(
+                get_metric_fn=lambda m: m[self.best], reverse=self.mode == 'min', n=1,
+                keep_checkpoints_without_metrics=False))
+        return policies.AnyPreservationPolicy(kept)
 
 
 class HungError(CheckpointError):
@@ -73,8 +74,8 @@ class Checkpoints:
 
     Args:
       workdir: the run's folder.
-      keep, keep_every, best, best_mode, pinned: see `retention`.
-      manifest: what a checkpoint must say of itself to be this run's, and versions.
+      manifest: whose the checkpoints are, and versions.
+      retention: which of them stay.
       timeout: seconds within which a save has to be on disk.
 
     Raises:
@@ -82,16 +83,14 @@ class Checkpoints:
 
     Attributes:
       stalled: seconds that the last save has held up its caller.
-      pinned: steps that stay whatever else holds; more may be added.
       interval: metrics of steps that had not been logged when the state restored was saved.
     """
 
-    def __init__(self, workdir: Path, *, keep: int, manifest: Mapping[str, Any],
-                 keep_every: int = 0, best: str = '', best_mode: str = 'min',
-                 pinned: Sequence[int] = (), timeout: float = 1800):
+    def __init__(self, workdir: Path, manifest: Mapping[str, Any],
+                 retention: Retention = Retention(), timeout: float = 1800):
         self.manifest = dict(manifest) | {ckpt.FORMAT_FIELD: ckpt.FORMAT}
         self.directory = workdir / 'checkpoints'
-        self.best, self.pinned = best, set(pinned)
+        self.best = best = retention.best
         self.interval: list[Any] = []
         self.timeout, self.stalled = timeout, 0.0
         self._judged: dict[str, float] | None = None
@@ -108,17 +107,17 @@ class Checkpoints:
             # Never before ours: what it gives up on goes on hanging.
             async_options=ocp.AsyncOptions(timeout_secs=2 * int(timeout) + 60),
             # Only that there is such a function makes Orbax write metrics beside a checkpoint.
-            best_fn=(lambda m: m[best]) if best else None, best_mode=best_mode,
-            preservation_policy=retention(keep, keep_every, best, best_mode, self.pinned)))
+            best_fn=(lambda m: m[best]) if best else None, best_mode=retention.mode,
+            preservation_policy=retention.policy()))
 
     @classmethod
     def of(cls, config: Any, workdir: Path, manifest: Mapping[str, Any],
            bad: Sequence[Mapping[str, Any]] = ()) -> Checkpoints:
         """A run's, as its config keeps them; those gone back to from `bad` steps stay."""
         c = config.checkpoint
-        return cls(workdir, keep=c.keep, keep_every=c.keep_every, best=c.best,
-                   best_mode=c.best_mode, timeout=c.timeout, manifest=manifest,
-                   pinned=[entry['checkpoint'] for entry in bad])
+        pinned = frozenset(entry['checkpoint'] for entry in bad)
+        return cls(workdir, manifest, Retention(c.keep, c.keep_every, c.best, c.best_mode, pinned),
+                   c.timeout)
 
     @property
     def latest(self) -> int | None:
