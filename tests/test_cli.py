@@ -1,8 +1,15 @@
 """Bad input at the command line: one clear line, the right exit code, nothing written."""
 
 import functools
+import subprocess
+import sys
 
 import pytest
+import tiny
+from absl import flags
+
+from ddmd_jax.util import commands as frame
+from ddmd_jax.util.errors import UserError
 
 CASES = [
     (['--config=nofile.py'], 2, 'nofile.py cannot be read'),
@@ -83,3 +90,30 @@ def test_help_of_prepare(prepare, args):
     done = prepare(*args)
     assert done.returncode == 1  # as absl has it
     assert ('--near_threshold' if 'prompts' in args else 'makes a set of prompts') in done.stdout
+
+
+@pytest.mark.parametrize('args', [['prepare', 'prompts'], ['prepare', 'embed'], ['sample'],
+                                  ['export'], ['report'], ['checkpoints']])
+def test_flags_are_parsed_before_jax_is_imported(args):
+    """JAX takes seconds, which a wrong flag need not wait for."""
+    code = (f'import runpy, sys; sys.argv = {["x", *args[1:], "--help"]}\n'
+            f'try: runpy.run_module("ddmd_jax.{args[0]}", run_name="__main__", alter_sys=True)\n'
+            'except SystemExit: assert "jax" not in sys.modules')
+    done = subprocess.run([sys.executable, '-c', code], cwd=tiny.ROOT, capture_output=True,
+                          text=True, check=False)
+    assert done.returncode == 0 and 'flags:' in done.stdout, done.stderr
+
+
+@pytest.mark.parametrize('error, said', [
+    (UserError('no cat; get one'), 'x: no cat; get one'),
+    (FileNotFoundError(2, 'No such file', '/a/b'), 'x: /a/b cannot be read or written (No such'),
+    (OSError(28, 'No space left on device'), 'x: the system refuses (No space left on device)'),
+    (KeyboardInterrupt(), 'x: stopped; finished files are kept')])
+def test_an_error_of_a_command_is_one_line(monkeypatch, error, said):
+    def fail(arguments):
+        raise error
+
+    monkeypatch.setattr(frame, 'FLAGS', {'verbosity': flags.FLAGS['verbosity']})
+    with pytest.raises(SystemExit) as e:
+        frame.call('x', fail, ['x'])
+    assert e.value.code.startswith(said) and '\n' not in e.value.code

@@ -40,7 +40,7 @@ def call(name: str, main: Callable[[list[str]], None], argv: list[str]) -> None:
     except UserError as e:
         sys.exit(f'{name}: {e}')
     except OSError as e:
-        where = f'{e.filename} cannot be read or written' if e.filename else 'no file'
+        where = f'{e.filename} cannot be read or written' if e.filename else 'the system refuses'
         sys.exit(f'{name}: {where} ({e.strerror or e})')
     except KeyboardInterrupt:
         sys.exit(f'{name}: stopped; finished files are kept')
