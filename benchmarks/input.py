@@ -47,15 +47,12 @@ def rate(prompts: conditioning.Prompts, buckets: tuple[int, ...] = ()) -> float:
 
 def of_luminas_size(folder: Path) -> conditioning.Prompts:
     """Random embeddings as large as Lumina's, at full length."""
-    lengths = np.full(LUMINA['rows'], LUMINA['tokens'], np.int32)
-    job = embeddings.Job(folder, {'width': LUMINA['width'], 'length': LUMINA['tokens'],
-                                  'identity': 'random'}, lengths, 2 * LUMINA['width'])
     rng = np.random.default_rng(0)
     make = lambda: {'embeds': rng.standard_normal((LUMINA['tokens'], LUMINA['width']), 'f').astype(
         embeddings.FLOAT)}
-    for name, first, last in job.begin():
-        job.write_shard(name, ['random'] * (last - first), [make() for _ in range(first, last)])
-    job.finish(make())
+    embeddings.write(folder, {'width': LUMINA['width'], 'length': LUMINA['tokens'],
+                              'identity': 'random'}, make(),
+                     (('random', make()) for _ in range(LUMINA['rows'])))
     return conditioning.open_embeddings(str(folder), LUMINA['width'])
 
 
@@ -71,8 +68,7 @@ def main(argv: list[str]) -> None:
         found['online_rows_per_second'] = rate(online)
         found['online_bucketed_rows_per_second'] = rate(online, (8, text.length))
         start = time.monotonic()
-        embedding.embed(sets.open_set(argv[0]), text, mesh, Path(scratch) / 'e', 256,
-                        lambda words: True)
+        embedding.embed(sets.open_set(argv[0]), text, mesh, Path(scratch) / 'e', 256)
         found['embed_seconds'] = time.monotonic() - start
         found['cached_rows_per_second'] = rate(
             conditioning.open_embeddings(f'{scratch}/e', text.width))

@@ -26,19 +26,18 @@ from ddmd_jax.parallel import sharding
 from ddmd_jax.train import prompts as sources
 from ddmd_jax.util.text import in_units
 
+CHUNK = 1024  # prompts that are sorted by length and held by the host together
 STEP = 32  # batches are cut to multiples of so many tokens: few programs, little padding
 
 
-def embed(stored: PromptSet, text: TextEncoder, mesh: Mesh, out: Path, rows: int,
-          agreed: Callable[[str], bool]) -> tuple[embeddings.Job, bool]:
-    """Encodes a set of prompts into the folder `out`, `rows` at a time; goes on after a stop.
+def embed(stored: PromptSet, text: TextEncoder, mesh: Mesh, out: Path,
+          rows: int) -> tuple[str, bool]:
+    """Encodes a set of prompts into the folder `out`, `rows` at a time.
 
-    `agreed(words)` is asked once, with the bytes to be written and the bytes that are free.
-    Returns the job, and whether its folder was there already.
+    Returns the identity of what is written, and whether it was there already.
 
     Raises:
-      DataFileError: no room, a full disk, `out` or its partial folder is something else, or the
-        answer is no.
+      DataFileError: no room, a full disk, or `out` is something else.
     """
     lengths = sources.token_counts(text, stored)
     (null,) = embeddings.trimmed(jax.device_get(
@@ -49,44 +48,39 @@ def embed(stored: PromptSet, text: TextEncoder, mesh: Mesh, out: Path, rows: int
         'length': int(max(lengths.max(), len(null['embeds']))),
         'dtype': embeddings.FLOAT.__name__}
     settings['identity'] = hashlib.sha256(json.dumps(settings).encode()).hexdigest()[:16]
-    job = embeddings.Job(out, settings, lengths,
-                         text.width * np.dtype(embeddings.FLOAT).itemsize)
     if out.exists():
         if embeddings.Embeddings(out).card['identity'] != settings['identity']:
             raise DataFileError(f'{out} holds other embeddings; choose another --out or delete it')
-        return job, True
+        return settings['identity'], True
 
-    there = sum(f.stat().st_size for f in job.partial.glob('*.array_record'))
-    need = max(0, job.predicted_bytes - there)
+    need = int(lengths.sum()) * text.width * np.dtype(embeddings.FLOAT).itemsize
     free = shutil.disk_usage(next(p for p in out.absolute().parents if p.exists())).free
     words = (f'{len(lengths)} prompts of {lengths.mean():.0f} tokens on average: '
              f'{in_units(need)} to write to {out}, {in_units(free)} free')
     if need > free:
         raise DataFileError(f'{words}: there is no room; choose another --out, or train online '
                             "(config.data.name='prompts')")
-    if not agreed(words):
-        raise DataFileError(f'{words}: nothing written without consent; --yes gives it')
+    print(words, file=sys.stderr)
 
     ways = sharding.batch_ways(mesh)
     encode = sources.make_encoder(text, mesh)
+
+    def encoded() -> Iterator[tuple[str, Any]]:
+        for start in range(0, len(stored), CHUNK):
+            texts = stored.__getitems__(range(start, min(start + CHUNK, len(stored))))
+            found: dict[int, Any] = {}
+            for at, cond in _encoded(texts, lengths[start:], text, encode, -(-rows // ways) * ways):
+                found.update(zip(at, embeddings.trimmed(jax.device_get(cond))))
+                bar.update(len(at))
+            yield from ((one, found[i]) for i, one in enumerate(texts))
+
     try:
-        missing = job.begin()
-        done = len(lengths) - sum(last - first for _, first, last in missing)
-        with tqdm(total=len(lengths), initial=done, desc='embed', unit='prompt',
-                  file=sys.stderr) as bar:
-            for name, first, last in missing:
-                texts = stored.__getitems__(range(first, last))
-                found: dict[int, Any] = {}
-                for at, cond in _encoded(texts, lengths[first:last], text, encode,
-                                         -(-rows // ways) * ways):
-                    found.update(zip(at, embeddings.trimmed(jax.device_get(cond))))
-                    bar.update(len(at))
-                job.write_shard(name, texts, [found[i] for i in range(len(texts))])
-        job.finish(null)
+        with tqdm(total=len(stored), desc='embed', unit='prompt', file=sys.stderr) as bar:
+            embeddings.write(out, settings, null, encoded())
     except OSError as e:
-        raise DataFileError(f'{job.partial} cannot be written ({e.strerror or e}); make room and '
-                            'run the same command again: what is finished is kept') from e
-    return job, False
+        raise DataFileError(f'{out} cannot be written ({e.strerror or e}); make room and run the '
+                            'same command again') from e
+    return settings['identity'], False
 
 
 def _encoded(texts: list[str], lengths: np.ndarray, text: TextEncoder,
@@ -95,7 +89,7 @@ def _encoded(texts: list[str], lengths: np.ndarray, text: TextEncoder,
 
     One batch late: the device works on the next while the caller fetches one.
     """
-    order, last = np.argsort(lengths, kind='stable'), None
+    order, last = np.argsort(lengths[:len(texts)], kind='stable'), None
     for start in range(0, len(order), rows):
         at = order[start:start + rows]
         tokens = text.tokenize([texts[i] for i in np.resize(at, rows)])  # always of one shape

@@ -15,7 +15,6 @@ from typing import Any
 from absl import flags
 
 from ddmd_jax.util import commands
-from ddmd_jax.util.errors import UserError
 
 FLAGS = flags.FLAGS
 
@@ -41,7 +40,6 @@ def embed_flags() -> None:
     flags.DEFINE_string('out', '', 'Folder to write; it must not exist yet.')
     flags.DEFINE_integer('batch', 64, 'Prompts encoded at a time, over all devices.', 1)
     flags.DEFINE_enum('dtype', 'bfloat16', ('bfloat16', 'float32'), "Of the encoder's products.")
-    flags.DEFINE_boolean('yes', False, 'Do not ask before writing to the disk.')
 
 
 def prompts() -> None:
@@ -71,22 +69,10 @@ def embed() -> None:
     mesh = sharding.make_mesh({'fsdp': -1})
     text = families.get(FLAGS.teacher).load_text(
         families.LoadOptions(FLAGS.path, mesh, FLAGS.dtype))
-    try:
-        job, there = embedding.embed(open_set(FLAGS.prompts, FLAGS.split), text, mesh,
-                                     Path(FLAGS.out).absolute(), FLAGS.batch, _agreed)
-    except KeyboardInterrupt as e:
-        raise UserError('stopped; the same command resumes') from e
-    print(f'{FLAGS.out} {"is done already" if there else "written"}: {len(job.lengths)} prompts; '
-          f'identity {job.settings["identity"]}')
-
-
-def _agreed(words: str) -> bool:
-    """The user's answer to `words`, or --yes; no without a terminal."""
-    if FLAGS.yes:
-        print(f'prepare: {words}', file=sys.stderr)
-    elif not sys.stdin.isatty():
-        return False
-    return FLAGS.yes or input(f'{words}. Write? [y/N] ').strip().lower() in ('y', 'yes')
+    stored = open_set(FLAGS.prompts, FLAGS.split)
+    identity, there = embedding.embed(stored, text, mesh, Path(FLAGS.out).absolute(), FLAGS.batch)
+    print(f'{FLAGS.out} {"is done already" if there else "written"}: {len(stored)} prompts; '
+          f'identity {identity}')
 
 
 # Each word has its own flags; they are defined only when it is the one that is asked for.

@@ -2,7 +2,6 @@
 
 import dataclasses
 import json
-import os
 
 import jax
 import ml_dtypes
@@ -17,6 +16,7 @@ from ddmd_jax.data.batch import Batch
 from ddmd_jax.families.emoji import teacher as emoji, tokenizer
 from ddmd_jax.parallel import sharding
 from ddmd_jax.train import prompts as sources
+from ddmd_jax.util.text import in_units
 
 WIDTH = 8
 TEXTS = [f'a {w} heart on a {c} background' for w in ('red', 'green', 'small dotted')
@@ -32,20 +32,10 @@ def parts(count, seed=0, pooled=False):
     return [one() for _ in range(count)]
 
 
-def job(out, rows, identity='a'):
-    lengths = np.asarray([len(row['embeds']) for row in rows])
-    settings = {'width': WIDTH, 'length': 8, 'identity': identity}
-    return embeddings.Job(out, settings, lengths, 2 * WIDTH)
-
-
-def write(out, rows, shard_rows=3, monkeypatch=None):
-    monkeypatch.setattr(embeddings, 'SHARD_BYTES', int(shard_rows * 2 * WIDTH * np.mean(
-        [len(row['embeds']) for row in rows])))
-    work = job(out, rows)
-    for name, first, last in work.begin():
-        work.write_shard(name, [f'prompt {i}' for i in range(first, last)], rows[first:last])
-    work.finish(rows[0])
-    return work
+def write(out, rows):
+    embeddings.write(out, {'width': WIDTH, 'length': 8, 'identity': 'a'}, rows[0],
+                     [(f'prompt {i}', row) for i, row in enumerate(rows)])
+    return np.asarray([len(row['embeds']) for row in rows])
 
 
 def test_trimming_and_padding_undo_each_other():
@@ -63,21 +53,21 @@ def test_padding_on_the_left_is_taken_away_too():
 
 
 @pytest.mark.parametrize('pooled', [False, True])
-def test_what_is_written_is_read_at_random(tmp_path, monkeypatch, pooled):
+def test_what_is_written_is_read_at_random(tmp_path, pooled):
     rows = parts(10, pooled=pooled)
-    work = write(tmp_path / 'e', rows, monkeypatch=monkeypatch)
-    assert len(work.shards()) > 2 and not work.partial.exists()
+    lengths = write(tmp_path / 'e', rows)
+    assert [p.name for p in tmp_path.iterdir()] == ['e']
     stored = embeddings.Embeddings(tmp_path / 'e')
     assert len(stored) == 10 and stored.prompt(7) == 'prompt 7'
-    np.testing.assert_array_equal(stored.lengths, work.lengths)
+    np.testing.assert_array_equal(stored.lengths, lengths)
     for i, found in zip((9, 0, 4, 4), stored.__getitems__([9, 0, 4, 4])):
         assert found.keys() == rows[i].keys()
         jax.tree.map(np.testing.assert_array_equal, found, rows[i])
 
 
-def test_a_run_reads_them_padded_or_cut(tmp_path, monkeypatch):
+def test_a_run_reads_them_padded_or_cut(tmp_path):
     rows = parts(10)
-    write(tmp_path / 'e', rows, monkeypatch=monkeypatch)
+    write(tmp_path / 'e', rows)
     prompts = conditioning.open_embeddings(str(tmp_path / 'e'), WIDTH)
     assert prompts.identity == 'a' and prompts.caption(3) == 'prompt 3'
     short = np.flatnonzero(prompts.lengths <= 4)[:3]
@@ -93,23 +83,6 @@ def test_a_run_reads_them_padded_or_cut(tmp_path, monkeypatch):
 
 
 # --- Whole or not at all ---
-
-
-def test_what_was_written_is_kept_when_a_job_goes_on(tmp_path, monkeypatch):
-    rows = parts(10)
-    monkeypatch.setattr(embeddings, 'SHARD_BYTES', 100)
-    work = job(tmp_path / 'e', rows)
-    name, first, last = work.begin()[0]
-    work.write_shard(name, ['x'] * (last - first), rows[first:last])
-    (work.partial / (work.shards()[1][0] + '.tmp')).write_bytes(b'half')  # killed while writing
-    assert [s[0] for s in job(tmp_path / 'e', rows).begin()] == [s[0] for s in work.shards()[1:]]
-    with pytest.raises(DataFileError, match='begun with other prompts or another encoder; delete'):
-        job(tmp_path / 'e', rows, identity='b').begin()
-
-
-def leave_partial(folder):
-    folder.rename(folder.with_name('e.partial'))
-    return 'was not finished; run the same `prepare embed` again'
 
 
 def lose_a_file(folder):
@@ -146,10 +119,10 @@ def delete(folder):
     return 'no folder of embeddings at'
 
 
-@pytest.mark.parametrize('damage', [leave_partial, lose_a_file, lose_the_card, truncate_a_file,
+@pytest.mark.parametrize('damage', [lose_a_file, lose_the_card, truncate_a_file,
                                     reach_out, forget_a_length, delete])
-def test_what_is_not_whole_is_refused_in_one_line(tmp_path, monkeypatch, damage):
-    write(tmp_path / 'e', parts(10), monkeypatch=monkeypatch)
+def test_what_is_not_whole_is_refused_in_one_line(tmp_path, damage):
+    write(tmp_path / 'e', parts(10))
     words = damage(tmp_path / 'e')
     (folder,) = [*tmp_path.iterdir()] or [tmp_path / 'e']
     with pytest.raises(DataFileError, match=words) as e:
@@ -191,7 +164,7 @@ def stored(monkeypatch):
 
 def test_cached_is_online(tmp_path, text, mesh, stored):
     """The same conditioning to bf16's rounding, in any batch, at any cut."""
-    embedding.embed(stored, text, mesh, tmp_path / 'e', 3, lambda words: True)
+    embedding.embed(stored, text, mesh, tmp_path / 'e', 3)
     cached = conditioning.open_embeddings(str(tmp_path / 'e'), text.width)
     online = sources.online('prompts', text, mesh, measure=True)
     np.testing.assert_array_equal(cached.lengths, online.lengths)
@@ -210,7 +183,7 @@ def test_cached_is_online(tmp_path, text, mesh, stored):
 
 
 def test_cached_and_online_give_the_same_step(tmp_path, text, mesh, stored, predict, params):
-    embedding.embed(stored, text, mesh, tmp_path / 'e', 3, lambda words: True)
+    embedding.embed(stored, text, mesh, tmp_path / 'e', 3)
     cached = conditioning.open_embeddings(str(tmp_path / 'e'), text.width)
     online = sources.online('prompts', text, mesh)
     spec, program, frozen = tiny.build_run(predict, params, optax.sgd(1.0), mesh)
@@ -226,50 +199,37 @@ def test_cached_and_online_give_the_same_step(tmp_path, text, mesh, stored, pred
     assert optax.global_norm(apart) <= 2**-7 * optax.global_norm(moved[0]) > 0
 
 
-@pytest.mark.parametrize('agrees', [True, False])
-def test_the_disk_is_asked_about_first(tmp_path, text, mesh, stored, agrees):
-    asked = []
-    def agreed(words):
-        asked.append(words)
-        return agrees
-    args = (stored, text, mesh, tmp_path / 'e', 8, agreed)
-    if agrees:
-        job, there = embedding.embed(*args)
-        assert not there and embedding.embed(*args)[1]  # and is not asked again
-        size = sum(f.stat().st_size for f in (tmp_path / 'e').glob('*.array_record'))
-        tokens = job.lengths.sum() * text.width * 2
-        assert job.predicted_bytes == tokens <= size < tokens + 400 * len(TEXTS) + 2**17
-    else:
-        with pytest.raises(DataFileError, match='nothing written without consent'):
-            embedding.embed(*args)
-        assert not any(tmp_path.iterdir())
-    assert len(asked) == 1 and asked[0].startswith('8 prompts of ') and ' free' in asked[0]
+def test_the_size_is_said_first_and_a_finished_folder_is_done(tmp_path, text, mesh, stored, capsys):
+    args = (stored, text, mesh, tmp_path / 'e', 8)
+    _, there = embedding.embed(*args)
+    said = capsys.readouterr().err
+    assert not there and embedding.embed(*args)[1]
+    assert said.startswith('8 prompts of ') and ' free' in said.splitlines()[0]
+    size = sum(f.stat().st_size for f in (tmp_path / 'e').glob('*.array_record'))
+    tokens = embeddings.Embeddings(tmp_path / 'e').lengths.sum() * text.width * 2
+    assert in_units(int(tokens)) in said and tokens <= size < tokens + 400 * len(TEXTS) + 2**17
 
 
 def test_where_there_is_no_room_nothing_is_written(tmp_path, text, mesh, stored, monkeypatch):
     monkeypatch.setattr(embedding.shutil, 'disk_usage', lambda path: type('U', (), {'free': 10}))
     with pytest.raises(DataFileError, match='10 B free: there is no room; choose another --out'):
-        embedding.embed(stored, text, mesh, tmp_path / 'e', 8, pytest.fail)
+        embedding.embed(stored, text, mesh, tmp_path / 'e', 8)
     assert not any(tmp_path.iterdir())
 
 
-def test_a_full_disk_keeps_what_is_finished(tmp_path, text, mesh, stored, monkeypatch):
-    monkeypatch.setattr(embeddings, 'SHARD_BYTES', 600)
-    args = (stored, text, mesh, tmp_path / 'e', 4, lambda words: True)
-    written, replace = [], os.replace
+@pytest.mark.parametrize('chunk', [3, 1024])
+def test_a_full_disk_leaves_nothing_and_chunks_change_nothing(tmp_path, text, mesh, stored,
+                                                              monkeypatch, chunk):
+    def full(path, rows):
+        next(iter(rows))
+        raise OSError(28, 'No space left on device')
 
-    def full(scratch, path):
-        if path.suffix == '.array_record':
-            if written:
-                raise OSError(28, 'No space left on device')
-            written.append(path.name)
-        replace(scratch, path)
-
+    monkeypatch.setattr(embedding, 'CHUNK', chunk)
+    args = (stored, text, mesh, tmp_path / 'e', 4)
     with monkeypatch.context() as m:
-        m.setattr(os, 'replace', full)
+        m.setattr(embeddings.records, 'write', full)
         with pytest.raises(DataFileError, match='No space left on device.*make room and run'):
             embedding.embed(*args)
-    assert not (tmp_path / 'e').exists() and (tmp_path / 'e.partial' / written[0]).exists()
-    job, _ = embedding.embed(*args)
-    assert len(job.shards()) > 2
+    assert not any(tmp_path.iterdir())
+    embedding.embed(*args)
     assert [embeddings.Embeddings(tmp_path / 'e').prompt(i) for i in range(8)] == TEXTS

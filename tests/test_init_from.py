@@ -32,11 +32,8 @@ def files(tmp_path_factory):
     rng, width = np.random.default_rng(0), published.TRANSFORMER['cap_feat_dim']
     rows = [{'embeds': rng.standard_normal((n, width)).astype(embeddings.FLOAT)}
             for n in (5, 6) * 4]
-    job = embeddings.Job(folder / 'embeddings', {'width': width, 'length': 6, 'identity': 'a'},
-                         np.asarray([5, 6] * 4), 2 * width)
-    for name, first, last in job.begin():
-        job.write_shard(name, ['x'] * (last - first), rows[first:last])
-    job.finish(rows[0])
+    embeddings.write(folder / 'embeddings', {'width': width, 'length': 6, 'identity': 'a'}, rows[0],
+                     [('x', row) for row in rows])
     return folder
 
 

@@ -45,12 +45,6 @@ class Prompts:
         return Batch(self.lookup(planned.rows, planned.length), real, planned.shape or ())
 
 
-def encoded(rows: np.ndarray, lookup: Callable[[np.ndarray, int | None], Cond],
-            **fields: Any) -> Prompts:
-    """`Prompts` whose `lookup` gives a `Cond` as it is."""
-    return Prompts(rows, lookup, lambda rows: lookup(rows, None), **fields)
-
-
 def check_buckets(buckets: Sequence[int], prompts: Prompts) -> None:
     """Raises `DataFileError` unless every prompt, and the null prompt, fits its bucket."""
     if not buckets:
@@ -77,6 +71,5 @@ def open_embeddings(path: str, width: int) -> Prompts:
     full = stored.card['length']
     lookup = lambda rows, length=None: embeddings.padded(
         stored.__getitems__(rows), length or full)
-    return encoded(np.arange(len(stored)), lookup, null=embeddings.padded([stored.null], full),
-                   caption=stored.prompt, identity=stored.card['identity'],
-                   lengths=stored.lengths)
+    return Prompts(np.arange(len(stored)), lookup, lookup, embeddings.padded([stored.null], full),
+                   stored.prompt, stored.card['identity'], stored.lengths)

@@ -5,18 +5,15 @@ A folder holds
     card.json                 what it is: format, counts, encoder, prompts, files; read first
     index.safetensors         lengths [N] int32, tokens of each prompt
     null.safetensors          the null prompt's arrays, once
-    embeddings-*.array_record a record a prompt: safetensors of its arrays at their true length
+    embeddings.array_record   a record a prompt: safetensors of its arrays at their true length
                               and its text as bytes
 
 Arrays that have a row a token (`embeds [L, D]`) are cut to the prompt's own tokens, others
-(`pooled [D]`) are as they are; floats are bfloat16. A folder that is being written is called
-``NAME.partial`` and gets its own name when all of it is there.
+(`pooled [D]`) are as they are; floats are bfloat16.
 """
 
-import dataclasses
 import json
-import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -30,7 +27,7 @@ from ddmd_jax.util.text import first_line
 FORMAT = 'ddmd_jax embeddings 1'
 CURE = 'write it again with `python -m ddmd_jax.prepare embed`'
 FLOAT = ml_dtypes.bfloat16
-SHARD_BYTES = 256 * 1024**2  # of a file, and of what a host holds while it writes one
+RECORDS = 'embeddings.array_record'
 Arrays = dict[str, np.ndarray]
 
 
@@ -57,69 +54,31 @@ def padded(parts: Sequence[Arrays], length: int) -> Arrays:
     return found
 
 
-@dataclasses.dataclass(frozen=True)
-class Job:
-    """A folder to be written: `settings` describe it, `lengths` are the tokens of each prompt."""
+def write(out: Path, settings: Mapping[str, Any], null: Arrays,
+          rows: Iterable[tuple[str, Arrays]]) -> None:
+    """Writes the folder `out` of (prompt, its arrays), whole or not at all.
 
-    out: Path
-    settings: Mapping[str, Any]
-    lengths: np.ndarray
-    row_bytes: int  # of one token
+    `settings` hold at least 'width', 'length' and 'identity'. Raises OSError, a full disk
+    included.
+    """
+    import safetensors.numpy
 
-    @property
-    def partial(self) -> Path:
-        return self.out.with_name(self.out.name + '.partial')
+    lengths: list[int] = []
 
-    @property
-    def predicted_bytes(self) -> int:
-        """Size of the files, without headers and texts."""
-        return int(self.lengths.sum()) * self.row_bytes
+    def encoded() -> Iterator[bytes]:
+        for text, part in rows:
+            lengths.append(len(part['embeds']))
+            raw = np.frombuffer(text.encode(), np.uint8)
+            yield safetensors.numpy.save(part | {'prompt': raw})
 
-    def shards(self) -> list[tuple[str, int, int]]:
-        """(file, first prompt, one past the last) of each."""
-        rows = max(1, SHARD_BYTES * len(self.lengths) // max(1, self.predicted_bytes))
-        starts = range(0, len(self.lengths), rows)
-        return [(f'embeddings-{i:05d}-of-{len(starts):05d}.array_record', start,
-                 min(start + rows, len(self.lengths))) for i, start in enumerate(starts)]
-
-    def begin(self) -> list[tuple[str, int, int]]:
-        """The shards still to be written; makes the partial folder, or goes on with this job's.
-
-        Raises:
-          DataFileError: `out` exists, or the partial folder is another job's.
-        """
-        if self.out.exists():
-            raise DataFileError(f'{self.out} exists already; choose another --out or delete it')
-        begun, mine = self.partial / 'settings.json', json.dumps(dict(self.settings), indent=1)
-        if begun.exists() and begun.read_text() != mine:
-            raise DataFileError(f'{self.partial} was begun with other prompts or another encoder; '
-                                'delete it, or choose another --out')
-        self.partial.mkdir(parents=True, exist_ok=True)
-        files.write(begun, mine, sync=True)
-        return [s for s in self.shards() if not (self.partial / s[0]).exists()]
-
-    def write_shard(self, name: str, texts: Sequence[str], parts: Sequence[Arrays]) -> None:
-        """One file, whole or not at all."""
-        import safetensors.numpy
-
-        with files.replacing(self.partial / name, sync=True) as scratch:
-            records.write(scratch, (
-                safetensors.numpy.save(part | {'prompt': np.frombuffer(text.encode(), np.uint8)})
-                for text, part in zip(texts, parts, strict=True)))
-
-    def finish(self, null: Arrays) -> None:
-        """Index, null prompt and card; then the folder gets its name."""
-        import safetensors.numpy
-
-        parts = {'index': {'lengths': self.lengths.astype(np.int32)}, 'null': null}
-        for name, arrays in parts.items():
-            raw = safetensors.numpy.save(arrays)
-            files.write(self.partial / f'{name}.safetensors', raw, sync=True)
-        files.write_json(self.partial / 'card.json', {
-            'format': FORMAT, 'count': len(self.lengths), **self.settings,
-            'files': [name for name, _, _ in self.shards()]}, sync=True)
-        (self.partial / 'settings.json').unlink()
-        os.replace(self.partial, self.out)
+    with files.replacing(out, sync=True) as scratch:
+        scratch.mkdir(parents=True)
+        records.write(scratch / RECORDS, encoded())
+        safetensors.numpy.save_file({'lengths': np.asarray(lengths, np.int32)},
+                                    scratch / 'index.safetensors')
+        safetensors.numpy.save_file(null, scratch / 'null.safetensors')
+        files.write_json(scratch / 'card.json', {
+            'format': FORMAT, 'count': len(lengths), **settings, 'files': [RECORDS]})
 
 
 class Embeddings:
@@ -133,8 +92,6 @@ class Embeddings:
     """
 
     def __init__(self, folder: Path):
-        if folder.name.endswith('.partial'):
-            raise DataFileError(f'{folder} was not finished; run the same `prepare embed` again')
         if not folder.is_dir():
             raise DataFileError(f'no folder of embeddings at {folder}; set config.data.path, or '
                                 f'{CURE}')

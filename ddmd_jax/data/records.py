@@ -10,7 +10,7 @@ from ddmd_jax.util.text import first_line
 
 
 def write(path: Path, records: Iterable[bytes]) -> None:
-    """Raises OSError, a full disk included."""
+    """Raises OSError, a full disk included; what making the `records` raises goes on."""
     from array_record.python.array_record_module import ArrayRecordWriter
 
     try:
@@ -18,8 +18,10 @@ def write(path: Path, records: Iterable[bytes]) -> None:
         for record in records:
             writer.write(record)
         writer.close()
-    except RuntimeError as e:  # the library's, which has no errno
-        raise OSError(first_line(e)) from e
+    except RuntimeError as e:
+        if type(e) is not RuntimeError:
+            raise
+        raise OSError(first_line(e)) from e  # the library's, which has no errno
 
 
 class Records:
