@@ -55,11 +55,7 @@ def listing(directory: Path, verify: bool) -> tuple[str, list[int]]:
 
 
 def prune(directory: Path, keep: int, every: int) -> list[int]:
-    """Deletes good checkpoints that need not stay; returns their steps. Damaged ones are left.
-
-    Raises:
-      LockError: a run has the folder.
-    """
+    """Deletes good checkpoints that need not stay; returns their steps. Damaged ones are left."""
     from ddmd_jax.train.durable import checksums, lock
 
     with lock.held(directory.parent):

@@ -2,6 +2,8 @@
 
 Draws with the EMA student of a run, or with its teacher (``--teacher``), on all devices.
 Exit codes: 0 done; 1 it could not go on (one line on stderr says why); 2 a flag is wrong.
+
+All functions raise `UserError` where prompts, weights or places are not as they must be.
 """
 
 from __future__ import annotations
@@ -62,7 +64,7 @@ def define_flags() -> None:
 
 
 def check_flags() -> None:
-    """Raises `UserError` if the flags do not go together; reads nothing."""
+    """Refuses flags that do not go together; reads nothing."""
     if not (FLAGS.teacher and FLAGS.teacher_path):
         commands.need(checkpoint='name the --workdir of a run, or draw with a teacher: --teacher '
                       '--teacher_path=emoji')
@@ -123,9 +125,6 @@ def read_prompts(given: Sequence[str], name: str, split: str) -> list[str]:
     """`given`, then those of the file or set `name` ('' is none), normalised.
 
     Empty ones of `given` are the null prompt; those of a file are left out.
-
-    Raises:
-      UserError: no such file or set, it cannot be read, or it holds no prompt.
     """
     from ddmd_jax.data.prompts import build, files
     from ddmd_jax.data.prompts.text import normalise
@@ -164,10 +163,6 @@ def find_model(checkpoint: str | Path, path: str, size: tuple[int, ...] | None) 
 
     `path` is the teacher's if it has moved, or if there is no `checkpoint`; `size` that of the
     images, None the run's own.
-
-    Raises:
-      UserError: there is no readable checkpoint of a student, the family is unknown, or has no
-        such size.
     """
     from ddmd_jax import families
     from ddmd_jax.export.student import open_run
@@ -197,9 +192,6 @@ def places(out: Path, named: Sequence[ImageName], prompts: int) -> tuple[list[Pa
     """(a file for each image, the sheet's or None); their folder is made.
 
     If `out` is a file, the sheet is that file, and images are not written one by one.
-
-    Raises:
-      UserError: one of them is there already, the folder cannot be made, or the sheet is too large.
     """
     from ddmd_jax.diffusion import drawing
     from ddmd_jax.evaluation import pictures
@@ -209,8 +201,7 @@ def places(out: Path, named: Sequence[ImageName], prompts: int) -> tuple[list[Pa
     if sheet and max(rows, columns) > SHEET:
         raise UserError(f'a sheet has at most {SHEET} rows and {SHEET} columns, not {rows} and '
                         f'{columns}; leave out --grid')
-    files: list[Path] = []
-    grid = None
+    files, grid = [], None
     if out.suffix.lower() not in pictures.SUFFIXES:
         folder, suffix = out, f'.{FLAGS.format}'
         files = [out / name for name in drawing.file_names(named, suffix)]
@@ -245,13 +236,7 @@ def encoded(named: Sequence[ImageName], model: Model, mesh: Mesh) -> Request:
 
 
 def load(model: Model, whose: Sequence[str], mesh: Mesh) -> tuple[Teacher, dict[str, Any]]:
-    """(the teacher without its weights, parameters of those of `whose` on `mesh`).
-
-    `whose` holds 'student', 'teacher' or both.
-
-    Raises:
-      UserError: one of them cannot be read, or the teacher's folder has no decoder.
-    """
+    """(the teacher without its weights, parameters on `mesh` by 'student' and 'teacher')."""
     import jax
     import jax.numpy as jnp
 

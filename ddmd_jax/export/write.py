@@ -16,21 +16,13 @@ from ddmd_jax.weights.flat import WeightsError
 
 @dataclasses.dataclass(frozen=True)
 class Wanted:
-    """How a student is exported.
+    """How a student is exported."""
 
-    Attributes:
-      format: 'diffusers', 'safetensors' or 'orbax'.
-      dtype: of the tensors: 'float32', 'bfloat16' or 'float16'.
-      ema: the EMA student, or the raw one.
-      sampler: of the pipeline's scheduler, of `sampling.STUDENT_MODES`; '' is the run's.
-      teacher: path of the teacher if it moved.
-    """
-
-    format: str = 'diffusers'
-    dtype: str = 'float32'
-    ema: bool = True
-    sampler: str = ''
-    teacher: str = ''
+    format: str = 'diffusers'  # or 'safetensors', 'orbax'
+    dtype: str = 'float32'  # of the tensors, or 'bfloat16', 'float16'
+    ema: bool = True  # the EMA student, or the raw one
+    sampler: str = ''  # of the pipeline's scheduler, of `sampling.STUDENT_MODES`; '' is the run's
+    teacher: str = ''  # path of the teacher if it moved
 
 
 def export(workdir: Path, out: Path, wanted: Wanted = Wanted()) -> list[Path]:

@@ -46,25 +46,15 @@ class Component:
 
 @dataclasses.dataclass(frozen=True)
 class Pipeline:
-    """How a family's pipeline makes conditioning of prompts.
-
-    Attributes:
-      family: its name.
-      class_names: of pipelines whose folders are read.
-      components: its text encoders, one or two.
-      length: tokens of a prompt, at most.
-      rules: lay the encoders out over a mesh.
-      text: ``(tokenizer, prompt) -> the text that is tokenised``.
-      cuts: a batch may be cut to its longest prompt; see `TextEncoder`.
-    """
+    """How a family's pipeline makes conditioning of prompts."""
 
     family: str
-    class_names: tuple[str, ...]
-    components: tuple[Component, ...]
-    length: int
-    rules: sharding.Rules
-    text: Callable[[Any, str], str] = lambda tokenizer, prompt: prompt
-    cuts: bool = True
+    class_names: tuple[str, ...]  # of pipelines whose folders are read
+    components: tuple[Component, ...]  # its text encoders, one or two
+    length: int  # tokens of a prompt, at most
+    rules: sharding.Rules  # lay the encoders out over a mesh
+    text: Callable[[Any, str], str] = lambda tokenizer, prompt: prompt  # the text to tokenise
+    cuts: bool = True  # a batch may be cut to its longest prompt; see `TextEncoder`
 
 
 # --- Configs ---

@@ -22,12 +22,7 @@ _TEMPLATES = jinja2.Environment(autoescape=True, trim_blocks=True, lstrip_blocks
 
 
 def write(folder: Path) -> Path:
-    """Writes the report of the run in `folder` beside its other files; returns it.
-
-    Raises:
-      UserError: see `read`.
-      OSError: it cannot be written.
-    """
+    """Writes the report of the run in `folder` beside its other files; returns it."""
     save(folder / NAME, [read(folder)])
     return folder / NAME
 

@@ -16,24 +16,16 @@ PICTURE = re.compile(r'(.+)-(\d+)\.png')
 
 @dataclasses.dataclass(frozen=True)
 class RunFiles:
-    """A run's folder.
-
-    Attributes:
-      lines: of ``metrics.jsonl``, oldest first.
-      about: ``run.json``: command, versions, devices, fields that differ from the config's file.
-      times: ``times.jsonl``: when each line was written, seconds since 1970.
-      evaluation: ``eval.json``.
-      pictures: files by name and step, in order of steps.
-    """
+    """A run's folder."""
 
     name: str
     folder: Path
-    lines: list[dict[str, Any]]
+    lines: list[dict[str, Any]]  # of ``metrics.jsonl``, oldest first
     config: dict[str, Any]
-    about: dict[str, Any]
-    times: list[dict[str, Any]]
-    evaluation: dict[str, Any] | None
-    pictures: dict[str, list[tuple[int, Path]]]
+    about: dict[str, Any]  # ``run.json``: command, versions, devices, fields that flags changed
+    times: list[dict[str, Any]]  # ``times.jsonl``: when each line was written, seconds since 1970
+    evaluation: dict[str, Any] | None  # ``eval.json``
+    pictures: dict[str, list[tuple[int, Path]]]  # by name: (step, file), in order of steps
 
     @property
     def step(self) -> int:
@@ -83,11 +75,7 @@ def read_all(folders: Sequence[Path]) -> list[RunFiles]:
 
 
 def read(folder: Path) -> RunFiles:
-    """The run in `folder`, finished or not.
-
-    Raises:
-      UserError: it holds no run, or one of its files is damaged.
-    """
+    """The run in `folder`, finished or not; `UserError` if there is none, or a file is damaged."""
     if not (folder / 'config.json').is_file():
         raise UserError(f'{folder} holds no run: there is no config.json; give a --workdir')
     pictures: dict[str, list[tuple[int, Path]]] = {}
