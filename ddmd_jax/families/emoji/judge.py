@@ -2,7 +2,7 @@
 
 It names the glyph and the background of a picture; its features are the space of the Fréchet
 distance. It never saw a generated image, nor any held-out (glyph, colour) pair:
-`tools/emoji_files.py` of the repository trains it, with random backgrounds, shifts, noise, blur
+`families/emoji/make.py` trains it, with random backgrounds, shifts, noise, blur
 and contrast, so that it judges what is drawn and not the last bit of how.
 """
 

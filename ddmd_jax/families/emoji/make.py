@@ -1,7 +1,7 @@
 """Makes the data files that ship with the package: glyphs, tokenizer, and the metrics' classifier.
 
-    python tools/emoji_files.py glyphs [--font=NotoColorEmoji.ttf] [--out=DIR]
-    python tools/emoji_files.py classifier [--steps=2500] [--seed=0] [--out=DIR]
+    python -m ddmd_jax.families.emoji.make glyphs [--font=NotoColorEmoji.ttf] [--out=DIR]
+    python -m ddmd_jax.families.emoji.make classifier [--steps=2500] [--seed=0] [--out=DIR]
 
 The font is SIL OFL 1.1 (Debian: fonts-noto-color-emoji). Training only reads what this wrote.
 """
@@ -24,8 +24,6 @@ import tokenizers as tk
 from flax import nnx
 from PIL import Image, ImageDraw, ImageFont
 from tqdm import tqdm
-
-sys.path[:0] = [str(Path(__file__).resolve().parents[1])]
 
 from ddmd_jax.families.emoji import data, judge, tokenizer
 from ddmd_jax.families.emoji.data import SIZE
