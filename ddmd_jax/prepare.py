@@ -53,8 +53,7 @@ def prompts() -> None:
                              for f in dataclasses.fields(build.Settings) if f.name != 'input'}
     settings = build.Settings(files, **given)
     card, there = build.prepare(settings, Path(FLAGS.out))
-    for line in build.warnings(card):
-        print(f'prepare: warning: {line}', file=sys.stderr)
+    print(f'prepare: {build.summary(card["counts"])}', file=sys.stderr)
     sizes = ', '.join(f'{n} {split}' for split, n in card['splits'].items())
     print(f'{FLAGS.out} {"is done already" if there else "written"}: {sizes}; '
           f'identity {card["identity"]}')

@@ -474,7 +474,7 @@ def without_a_field(folder):
 
 def drop_file(folder):
     min((folder / 'text_encoder').glob('*.safetensors')).unlink()
-    return 'lacks model-00001'
+    return 'names model-00001.*, not in that folder'
 
 
 def truncate(folder):

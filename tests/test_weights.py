@@ -136,7 +136,7 @@ def test_a_url_is_read_like_a_folder(exported, tmp_path, monkeypatch):
 
 def drop_file(folder):
     min(folder.glob('*.safetensors')).unlink()
-    return 'lacks diffusion_pytorch_model-00001'
+    return 'names diffusion_pytorch_model-00001.*, not in that folder'
 
 
 def reach_outside(folder):
@@ -145,7 +145,7 @@ def reach_outside(folder):
         file.rename(folder.parent / file.name)
         name = f'../{file.name}'
     (folder / f'{STEM}.safetensors.index.json').write_text(json.dumps({'weight_map': {'a': name}}))
-    return r"index.json names '\.\./.*safetensors', which is no file of that folder"
+    return r"index.json names \.\./.*safetensors, not in that folder"
 
 
 def truncate(folder):

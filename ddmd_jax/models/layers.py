@@ -130,6 +130,17 @@ def _gather_bwd(dtype: jnp.dtype, whole: NamedSharding, split: NamedSharding, li
 _gather.defvjp(_gather_fwd, _gather_bwd)
 
 
+def rows_stay(x: Array, mesh: Mesh | None, spec: P | None = None) -> Array:
+    """Keeps the batch of ``x [B, ...]`` split over the mesh, if it divides; or `x` as in `spec`.
+
+    Batch and kernels are both split over `fsdp`. Left to itself the compiler for TPUs may keep
+    the kernels where they are and reduce activations of the whole batch instead.
+    """
+    if mesh is None or x.shape[0] % sharding.batch_ways(mesh):
+        return x
+    return jax.lax.with_sharding_constraint(x, NamedSharding(mesh, spec or P(*sharding.BATCH)))
+
+
 def gather_kernels(params: Any, rules: sharding.Rules, mesh: Mesh | None, dtype: jnp.dtype) -> Any:
     """A layer's parameters with its kernels whole over `fsdp`, in `dtype`; other axes stay.
 

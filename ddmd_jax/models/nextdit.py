@@ -15,7 +15,7 @@ import dataclasses
 import jax
 import jax.numpy as jnp
 from flax import nnx
-from jax.sharding import Mesh, NamedSharding, PartitionSpec as P
+from jax.sharding import Mesh
 
 from ddmd_jax.models.attention import attend
 from ddmd_jax.models.layers import (
@@ -24,11 +24,11 @@ from ddmd_jax.models.layers import (
     apply_rotary,
     gather_kernels,
     rotary_angles,
+    rows_stay,
     scan_layers,
     sinusoidal_embedding,
     stack_layers,
 )
-from ddmd_jax.parallel.sharding import BATCH, batch_ways
 
 Array = jax.Array
 
@@ -203,25 +203,15 @@ class NextDiT(nnx.Module):
 
         temb = self.time_2(jax.nn.silu(self.time_1(sinusoidal_embedding(t, 256).astype(dtype))))
         cap = self.caption_proj(self.caption_norm(caption.astype(dtype)))
-        cap = run(self.context_refiner, self._rows_stay(cap), mask, cap_angles)
-        img = self._rows_stay(self.x_embedder(patchify(x_t.astype(dtype), cfg.patch_size)))
-        img = run(self.noise_refiner, img, None, img_angles, temb)
+        cap = run(self.context_refiner, rows_stay(cap, self.mesh), mask, cap_angles)
+        img = self.x_embedder(patchify(x_t.astype(dtype), cfg.patch_size))
+        img = run(self.noise_refiner, rows_stay(img, self.mesh), None, img_angles, temb)
 
         joint_mask = jnp.concatenate([mask, jnp.ones((batch, img.shape[1]), bool)], axis=1)
-        joint = self._rows_stay(jnp.concatenate([cap, img], axis=1))
+        joint = rows_stay(jnp.concatenate([cap, img], axis=1), self.mesh)
         angles = jnp.concatenate([cap_angles, img_angles], axis=1)
         joint = run(self.layers, joint, joint_mask, angles, temb)
         return joint[:, cap.shape[1]:], temb, grid
-
-    def _rows_stay(self, x: Array) -> Array:
-        """Keeps the batch of ``[B, S, D]`` split over the mesh.
-
-        Batch and kernels are both split over `fsdp`. Left to itself the compiler for TPUs may
-        keep the kernels where they are and reduce activations of the whole batch instead.
-        """
-        if self.mesh is None or x.shape[0] % batch_ways(self.mesh):
-            return x
-        return jax.lax.with_sharding_constraint(x, NamedSharding(self.mesh, P(*BATCH)))
 
     def _head(self, x: Array, temb: Array) -> Array:
         """LayerNorm without parameters (eps 1e-6), scaled by time, projected; fp32 out."""

@@ -107,14 +107,11 @@ def _files(folder: Path, stem: str) -> list[Path]:
     single = folder / f'{stem}.safetensors'
     if index.exists():
         names = sorted({str(n) for n in dict(read_json(index).get('weight_map', {})).values()})
-        outside = [n for n in names if Path(n).name != n]
-        if outside:
-            raise WeightsError(f'{index} names {outside[0]!r}, which is no file of that folder; '
+        # A name with a folder in it could reach for any file.
+        bad = [n for n in names if Path(n).name != n or not (folder / n).is_file()]
+        if bad or not names:
+            raise WeightsError(f'{index} names {", ".join(bad) or "nothing"}, not in that folder; '
                                'fetch the folder again')
-        missing = [n for n in names if not (folder / n).is_file()]
-        if missing or not names:
-            raise WeightsError(f'{folder} lacks {", ".join(missing) or "every file"} of those that '
-                               f'{index.name} names; fetch the folder again')
         return [folder / n for n in names]
     if single.is_file():
         return [single]

@@ -22,7 +22,7 @@ from ddmd_jax.data.prompts import files, near, text
 from ddmd_jax.data.prompts.set import CARD, FORMAT, SPLITS, PromptSet, open_set, read_card
 from ddmd_jax.util.files import replacing, write_json
 
-__all__ = ['PromptSet', 'Settings', 'open_set', 'prepare', 'warnings']
+__all__ = ['PromptSet', 'Settings', 'open_set', 'prepare', 'summary']
 EXAMPLES = 10  # pairs of near-duplicates that the card shows
 DROPPED = {'empty': 'empty', 'too_short': 'shorter than --min_chars',
            'too_long': 'longer than --max_chars',
@@ -125,9 +125,7 @@ def _read(settings: Settings, paths: Sequence[Path],
         if counts['read'] - counts['empty'] == before:
             raise DataFileError(f'{path} holds no prompts')
     if not found:
-        raise DataFileError('no prompt is left: ' + ', '.join(
-            [f'{counts["read"]} read'] + [f'{counts[n]} {w}' for n, w in DROPPED.items()
-                                          if counts[n]]))
+        raise DataFileError(f'no prompt is left: {summary(counts)}')
     return found, counts
 
 
@@ -142,10 +140,7 @@ def _write(found: dict[bytes, str], share: float, folder: Path) -> tuple[str, di
     return hasher.hexdigest()[:16], splits
 
 
-def warnings(card: dict[str, Any]) -> list[str]:
-    """Warnings about a set, a line each."""
-    counts = card['counts']
-    dropped = [f'{counts[name]} of {counts["read"]} prompts dropped: {words}'
-               for name, words in DROPPED.items() if counts[name]]
-    return dropped + [f'no prompt fell into {s}; {sum(card["splits"].values())} in all'
-                      for s in SPLITS if not card['splits'][s]]
+def summary(counts: dict[str, int]) -> str:
+    """How many prompts were read, and dropped by reason."""
+    return ', '.join([f'{counts["read"]} read'] + [
+        f'{counts[name]} {words}' for name, words in DROPPED.items() if counts[name]])

@@ -12,7 +12,7 @@ import sys
 import unicodedata
 import zlib
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 
 import numpy as np
 
@@ -91,20 +91,13 @@ def find(texts: Sequence[str], threshold: float) -> dict[int, tuple[int, float]]
     with bar('comparing', len(crowded)) as progress:
         for row in crowded:
             lists = [members.setdefault(b, []) for b in table[row].tolist() if b]
-            if twin := _twin(row, lists, sets, threshold):
-                twins[row] = twin
+            for other, _ in Counter(itertools.chain(*lists)).most_common(COMPARED):
+                if (alike := jaccard(sets(row), sets(other))) >= threshold:
+                    twins[row] = other, alike
+                    break
             else:
                 for of in lists:
                     if len(of) < BUCKET:
                         of.append(row)
             progress.update()
     return twins
-
-
-def _twin(row: int, lists: Sequence[Sequence[int]], sets: Callable[[int], set[str]],
-          threshold: float) -> tuple[int, float] | None:
-    """The first kept text that is near enough, and how near."""
-    for other, _ in Counter(itertools.chain.from_iterable(lists)).most_common(COMPARED):
-        if (alike := jaccard(sets(row), sets(other))) >= threshold:
-            return other, alike
-    return None

@@ -14,10 +14,16 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from flax import nnx
-from jax.sharding import Mesh, NamedSharding, PartitionSpec as P
+from jax.sharding import Mesh, PartitionSpec as P
 
-from ddmd_jax.models.layers import Linear, RMSNorm, gather_kernels, rotary_angles, scan_layers
-from ddmd_jax.parallel.sharding import BATCH, batch_ways
+from ddmd_jax.models.layers import (
+    Linear,
+    RMSNorm,
+    gather_kernels,
+    rotary_angles,
+    rows_stay,
+    scan_layers,
+)
 
 Array = jax.Array
 
@@ -187,18 +193,4 @@ def look_up(table: nnx.Embed, ids: Array, mesh: Mesh | None) -> Array:
     part of each vector for all rows of its `data` group, then they trade parts. Left to itself
     the compiler does so for all rows of the batch.
     """
-    x = table(ids)
-    if mesh is not None and _splits(ids, mesh):
-        x = jax.lax.with_sharding_constraint(x, NamedSharding(mesh, P('data', None, 'fsdp')))
-    return rows_stay(x, mesh)
-
-
-def rows_stay(x: Array, mesh: Mesh | None) -> Array:
-    """Keeps the batch of ``[B, ...]`` split over the mesh, if it divides; see `NextDiT`."""
-    if mesh is None or not _splits(x, mesh):
-        return x
-    return jax.lax.with_sharding_constraint(x, NamedSharding(mesh, P(*BATCH)))
-
-
-def _splits(x: Array, mesh: Mesh) -> bool:
-    return x.shape[0] % batch_ways(mesh) == 0
+    return rows_stay(rows_stay(table(ids), mesh, P('data', None, 'fsdp')), mesh)
