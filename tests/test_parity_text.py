@@ -207,8 +207,7 @@ def read(component, model, penultimate=False):
         abstract = abstract_params(lambda: component.module(cfg, nnx.Rngs(0)))
         layout = jax.tree.map(
             lambda _: jax.sharding.SingleDeviceSharding(jax.devices()[0]), abstract)
-        kept = folders.part(opened, abstract, component.entry)
-        return folder_reader.import_tree(kept, abstract, layout, component.entry)
+        return folder_reader.import_tree(opened, abstract, layout, component.entry)
 
 
 @pytest.mark.parametrize('dtype', ['float32', 'bfloat16'])

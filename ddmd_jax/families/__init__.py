@@ -71,7 +71,8 @@ def _is_place(text: str) -> bool:
 def _class_name(path: str) -> str | None:
     """What the weights at `path` say that they are."""
     if path.endswith('.safetensors'):
-        return flat.metadata(Path(path).expanduser(), 'give another file').get('architecture')
+        file = flat.open_file(Path(path).expanduser(), 'give another file')
+        return (file.metadata() or {}).get('architecture')
     folder = fetch.local_folder(path, ('model_index.json', 'config.json'))
     index = folder / 'model_index.json'
     return diffusers.read_json(index if index.exists() else folder / 'config.json').get(

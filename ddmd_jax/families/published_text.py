@@ -116,8 +116,7 @@ def load(pipeline: Pipeline, options: LoadOptions) -> TextEncoder:
     layouts = [sharding.shard_tree(tree, pipeline.rules, mesh) for tree in shapes]
     params = {}
     for c, (checkpoint, _), tree, layout in zip(parts, opened, shapes, layouts):
-        kept = folders.part(checkpoint, tree, c.entry)
-        params[c.folder] = diffusers.import_tree(kept, tree, layout, c.entry)
+        params[c.folder] = diffusers.import_tree(checkpoint, tree, layout, c.entry)
     configs = [cfg for _, cfg in opened]
     identities = [diffusers.identity(checkpoint) for checkpoint, _ in opened]
     joined = hashlib.sha256(''.join(identities).encode()).hexdigest()[:16]

@@ -154,12 +154,9 @@ def check(checkpoint: Checkpoint, abstract: Any, entry: EntryOf) -> None:
 def import_tree(checkpoint: Checkpoint, abstract: Any, shardings: Any, entry: EntryOf) -> Any:
     """The parameters on the mesh, nested as `abstract`, in its dtypes and in `shardings`.
 
-    Peak host memory, beyond what devices hold: one shard of one leaf and one layer of it.
-
-    Raises:
-      WeightsError: see `check`, which runs before any memory is taken.
+    `check` the checkpoint first; `abstract` may be a part of what it holds. Peak host memory,
+    beyond what devices hold: one shard of one leaf and one layer of it.
     """
-    check(checkpoint, abstract, entry)
     layout, slices = flat.flatten(shardings), _slices(checkpoint)
     return flat.unflatten({
         path: _place(leaf, layout[path], _reader(slices, entry(path), leaf))

@@ -69,11 +69,6 @@ def load(path: Path, cure: str) -> tuple[Tree, dict[str, str]]:
             file.metadata() or {})
 
 
-def metadata(path: Path, cure: str) -> dict[str, str]:
-    """What a file says of itself, from its header alone; raises as `open_file`."""
-    return open_file(path, cure).metadata() or {}
-
-
 def identity(tree: Tree) -> str:
     """Sixteen hex digits that name these weights: sha256 over names, shapes and bytes."""
     digest = hashlib.sha256()

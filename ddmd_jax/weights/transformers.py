@@ -4,17 +4,16 @@
 name may carry the prefix of the base model, which depends on the class it was saved from (and,
 for CLIP, on the version). Our name maps have no prefix: it is taken off as the headers are read.
 Checkpoints are read as ever: `diffusers.check` against the *whole* published architecture, then
-`diffusers.import_tree` of the part of it that is run, see `part`.
+`diffusers.import_tree` of the part of it that is run.
 """
 
 import dataclasses
 import re
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
 
-from ddmd_jax.weights import diffusers, flat
-from ddmd_jax.weights.diffusers import Checkpoint, EntryOf, Tensor
+from ddmd_jax.weights import diffusers
+from ddmd_jax.weights.diffusers import Checkpoint, Tensor
 from ddmd_jax.weights.flat import WeightsError
 from ddmd_jax.weights.names import Entry
 
@@ -80,14 +79,3 @@ def open_folder(folder: Path, published: Published) -> Checkpoint:
         kept[name] = tensor
     diffusers.check_types(folder, kept)
     return Checkpoint(folder, config, kept)
-
-
-def part(checkpoint: Checkpoint, abstract: Any, entry: EntryOf) -> Checkpoint:
-    """The checkpoint without what `abstract` is not made of, such as a layer that is not run.
-
-    Check the checkpoint against the whole architecture first: nothing is an error here.
-    """
-    names = {name for path, leaf in flat.flatten(abstract).items()
-             for name in entry(path).names(leaf.shape)}
-    kept = {name: t for name, t in checkpoint.tensors.items() if name in names}
-    return dataclasses.replace(checkpoint, tensors=kept)
