@@ -5,7 +5,7 @@ import numpy as np
 import tiny
 
 from ddmd_jax.data.batch import CondSpec
-from ddmd_jax.data.conditioning import encoded
+from ddmd_jax.data.conditioning import Prompts
 from ddmd_jax.data.order import Order
 from ddmd_jax.diffusion.time import Shift
 from ddmd_jax.families.base import Latents, Teacher
@@ -42,8 +42,8 @@ def task_of(config, predict=tiny.small_network, buckets=(), shapes=SHAPES[:1]):
     teacher = Teacher('small', tiny.small_params()[0], predict, Latents(shapes[0]),
                       CondSpec.text(16), Shift(), 'small', emoji.RULES)
     null = {'embeds': np.zeros((1, 4, 16), np.float32), 'mask': np.ones((1, 4), bool)}
-    prompts = encoded(np.arange(9), lookup, null=null, caption=str, identity='small',
-                      lengths=LENGTHS)
+    prompts = Prompts(np.arange(9), lookup, lambda rows: lookup(rows, None), null, str, 'small',
+                      LENGTHS)
     order = Order(prompts.rows, config.data.global_batch, config.seed, LENGTHS, buckets, shapes)
     return Distillation(config, teacher, prompts, order, plan(config, teacher, null, mesh),
                         Startup())
