@@ -7,7 +7,7 @@ import pytest
 from reference import CASES, GOLDEN, case_figures
 
 WANTED = json.loads(GOLDEN.read_text())
-FAST = ('coupled_shared, dmd2', 'decoupled_hybrid, shift 3', 'all of them')
+FAST = ('coupled_shared, dmd2', 'decoupled_hybrid, shift 3')
 
 
 @pytest.mark.parametrize('name', [
