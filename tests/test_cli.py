@@ -71,6 +71,19 @@ def test_bad_input_of_prepare(prepare, tmp_path, args, code, words):
     assert not done.stdout and not list(tmp_path.glob('out*/*'))
 
 
+@pytest.mark.parametrize('args, code, words', [
+    ([], 1, 'expected `glyphs` or `classifier`, got nothing'),
+    (['glyphs', 'classifier'], 1, 'got glyphs classifier'), (['glyphs', '--step=3'], 2, "'step'"),
+    (['glyphs', '--out=/proc/nowhere'], 1, 'cannot be made'),
+    (['glyphs', '--out=OUT', '--font=/nowhere.ttf'], 1, 'no font at /nowhere.ttf'),
+    (['classifier', '--steps=few'], 2, '--steps=few')])
+def test_bad_input_of_the_makers_of_the_embedded_files(commands, tmp_path, args, code, words):
+    done = commands('ddmd_jax.families.emoji.make',
+                    *(a.replace('OUT', str(tmp_path / 'out')) for a in args))
+    (error,) = filter(None, done.stderr.splitlines())
+    assert done.returncode == code and error.startswith('make: ') and words in error
+
+
 def test_prepare_prompts_says_what_it_made_and_that_it_is_done(prepare, tmp_path):
     (tmp_path / 'a,b.txt').write_text('a cat\n\na dog\n')
     (tmp_path / 'c.jsonl').write_text('{"caption": "a cat"}\n')

@@ -6,7 +6,6 @@
 The font is SIL OFL 1.1 (Debian: fonts-noto-color-emoji). Training only reads what this wrote.
 """
 
-import argparse
 import shutil
 import sys
 import tempfile
@@ -21,14 +20,18 @@ import numpy as np
 import optax
 import tensorflow_datasets as tfds
 import tokenizers as tk
+from absl import flags
 from flax import nnx
 from PIL import Image, ImageDraw, ImageFont
 from tqdm import tqdm
 
 from ddmd_jax.families.emoji import data, judge, tokenizer
 from ddmd_jax.families.emoji.data import SIZE
+from ddmd_jax.util import commands
+from ddmd_jax.util.errors import UserError
 from ddmd_jax.weights import flat
 
+FLAGS = flags.FLAGS
 BATCH = 128  # of the classifier's training
 MARGIN = 2  # pixels of plain background on every side of the glyph
 STRIKE = 109  # the one bitmap size the font carries
@@ -211,7 +214,7 @@ def training_batch(rng: np.random.Generator, pairs: data.Pairs) -> dict[str, np.
 
 
 def train_classifier(steps: int, seed: int, out: Path) -> dict[str, float]:
-    """Trains and writes the judge; returns its accuracies on clean real renders."""
+    """Trains and writes the judge; returns its accuracies on real images, seen and held out."""
     pairs = data.load_pairs()
     counts = (len(pairs.names), len(data.COLOURS))
     apply = judge.build(*counts)
@@ -234,36 +237,32 @@ def train_classifier(steps: int, seed: int, out: Path) -> dict[str, float]:
     for _ in tqdm(range(steps), 'classifier', unit=' updates', file=sys.stderr, dynamic_ncols=True):
         params, opt, _ = step(params, opt, training_batch(rng, pairs))
     flat.save(out, params, {'glyphs': str(counts[0]), 'steps': str(steps)}, dtype=jnp.bfloat16)
-    return accuracies(judge.load(out), pairs)
-
-
-def accuracies(classify: Any, pairs: data.Pairs) -> dict[str, float]:
-    """Share of clean real renders judged right, on pairs seen in training and held out."""
-    glyph, colour, _ = judge.judge_all(classify, pairs.images(np.arange(len(pairs.glyph))))
+    glyph, colour, _ = judge.judge_all(judge.load(out), pairs.images(np.arange(len(pairs.glyph))))
     right, held = glyph == pairs.glyph, pairs.held_out
     return {'glyph': float(right[~held].mean()), 'glyph_held_out': float(right[held].mean()),
             'colour': float((colour == pairs.colour).mean())}
 
 
-def main() -> None:
-    """The command."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument('what', choices=('glyphs', 'classifier'))
-    parser.add_argument('--out', type=Path, default=data.FILES)
-    parser.add_argument('--font', type=Path,
-                        default='/usr/share/fonts/truetype/noto/NotoColorEmoji.ttf')
-    parser.add_argument('--vocab', type=int, default=1600)
-    parser.add_argument('--steps', type=int, default=2500)
-    parser.add_argument('--seed', type=int, default=0)
-    args = parser.parse_args()
-    args.out.mkdir(parents=True, exist_ok=True)
-    if args.what == 'glyphs':
-        if not args.font.is_file():
-            sys.exit(f'no font at {args.font}; install fonts-noto-color-emoji or pass --font')
-        print(f'{make_glyphs(args.font, args.out, args.vocab)} glyphs written to {args.out}')
+def define_flags() -> None:
+    flags.DEFINE_string('out', str(data.FILES), 'Folder to write.')
+    flags.DEFINE_string('font', '/usr/share/fonts/truetype/noto/NotoColorEmoji.ttf', 'The font.')
+    flags.DEFINE_integer('vocab', 1600, 'Entries of the WordPiece vocabulary.')
+    flags.DEFINE_integer('steps', 2500, 'Training steps of the classifier.')
+    flags.DEFINE_integer('seed', 0, 'Seed of the classifier.')
+
+
+def main(arguments: list[str]) -> None:
+    if arguments not in (['glyphs'], ['classifier']):
+        raise UserError('expected `glyphs` or `classifier`, got '
+                        f'{" ".join(arguments) or "nothing"}')
+    out, font = commands.folder('--out', FLAGS.out), Path(FLAGS.font)
+    if arguments == ['classifier']:
+        print(train_classifier(FLAGS.steps, FLAGS.seed, out / judge.WEIGHTS.name))
+    elif font.is_file():
+        print(f'{make_glyphs(font, out, FLAGS.vocab)} glyphs written to {out}')
     else:
-        print(train_classifier(args.steps, args.seed, args.out / judge.WEIGHTS.name))
+        raise UserError(f'no font at {font}; install fonts-noto-color-emoji or pass --font')
 
 
 if __name__ == '__main__':
-    main()
+    commands.run('make', main, define_flags)
