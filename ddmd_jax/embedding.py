@@ -1,7 +1,7 @@
 """A set of prompts through a teacher's text encoder, into a folder to train from.
 
-The folder's format is `data/embeddings.py`'s; written is what the online mode gives the step, bit
-for bit up to how XLA fuses a batch of another size.
+The folder's format is `data/embeddings.py`'s. The online mode gives the step the same bits, up to
+how XLA fuses a batch of another size.
 """
 
 from __future__ import annotations

@@ -88,7 +88,7 @@ class Embeddings:
     length).
 
     Raises:
-      DataFileError: missing, half written, damaged, or something else.
+      DataFileError: missing, damaged, or something else.
     """
 
     def __init__(self, folder: Path):

@@ -5,7 +5,7 @@
     train = prompts.open_set('data/captions')
 
 The set is there whole or not at all. It depends on the prompts alone, not on their order or on
-the files they come from. Everything is in memory meanwhile, about 0.5 GB per million prompts.
+the files they come from. Everything is in memory meanwhile, 0.7 GB per million prompts.
 """
 
 import dataclasses

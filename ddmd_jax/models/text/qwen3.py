@@ -50,12 +50,7 @@ class Qwen3Layer(nnx.Module):
 
 
 class Qwen3(nnx.Module):
-    """``(ids [B, L] int32, mask [B, L] bool) -> states [B, L, D]`` in the config's dtype.
-
-    The states are transformers' ``hidden_states[-2]``, or, if not `penultimate`, its
-    ``last_hidden_state``. Those of padding are finite and mean nothing. `mesh` is what batch
-    and gathered kernels are laid out over; None is for one device.
-    """
+    """``(ids [B, L] int32, mask [B, L] bool) -> states [B, L, D]``, as `Gemma2`'s."""
 
     def __init__(self, cfg: Qwen3Config, rngs: nnx.Rngs, mesh: Mesh | None = None):
         self.cfg, self.mesh = cfg, mesh
