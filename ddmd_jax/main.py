@@ -19,6 +19,8 @@ from absl import app, flags, logging
 from ml_collections import config_flags
 
 from ddmd_jax import config as config_lib
+from ddmd_jax.util import commands
+from ddmd_jax.util.errors import UserError
 
 _CONFIG = config_lib.define_flag()
 _COORDINATOR = flags.DEFINE_string(
@@ -52,23 +54,11 @@ def profiled(text: str | None) -> tuple[int, int] | None:
     sys.exit(2)
 
 
-def _writable(flag: str, folder: str) -> Path:
-    """A folder that `flag` names, made if need be; exits with one line if it cannot be written."""
-    path = Path(folder).expanduser().absolute()
-    try:
-        path.mkdir(parents=True, exist_ok=True)
-    except OSError as e:
-        sys.exit(f'main: {flag} {path} cannot be made ({e.strerror}); choose another')
-    if not os.access(path, os.W_OK):
-        sys.exit(f'main: {flag} {path} cannot be written; choose another')
-    return path
-
-
 def use_compile_cache(flag: str | None, workdir: Path, environ: Mapping[str, str]) -> None:
     """Keeps compiled programs where `flag`, the environment or else `workdir` says.
 
     `flag` is a folder, a URL such as ``gs://...`` that JAX can write, '' for no cache, or None
-    if it was not given. Exits with one line if a folder cannot be written.
+    if it was not given. Raises `UserError` if a folder cannot be written.
     """
     import jax
 
@@ -79,7 +69,7 @@ def use_compile_cache(flag: str | None, workdir: Path, environ: Mapping[str, str
         return  # JAX has read it
     folder = str(workdir / 'compile_cache') if flag is None else flag
     if folder and '://' not in folder:
-        folder = str(_writable('--compile_cache', folder))
+        folder = str(commands.folder('--compile_cache', folder))
     jax.config.update('jax_compilation_cache_dir', folder or None)
 
 
@@ -169,24 +159,18 @@ def main(argv: list[str]) -> None:
     window = profiled(_PROFILE.value)
     if not _WORKDIR.value:
         sys.exit('main: no --workdir given; name a folder for checkpoints and results')
-    workdir = _writable('--workdir', _WORKDIR.value)
-    use_compile_cache(_COMPILE_CACHE.value, workdir, os.environ)
-
     from ddmd_jax.parallel import distributed
 
     try:
+        workdir = commands.folder('--workdir', _WORKDIR.value)
+        use_compile_cache(_COMPILE_CACHE.value, workdir, os.environ)
         distributed.start(_COORDINATOR.value, _NUM_PROCESSES.value, _PROCESS_ID.value, os.environ,
                           _PEER_TIMEOUT.value)
-    except distributed.DistributedError as e:
+    except UserError as e:
         sys.exit(f'main: {e}')
 
-    from ddmd_jax.data import DataFileError
-    from ddmd_jax.parallel.sharding import ShardingError
     from ddmd_jax.train.durable import lock, signals
-    from ddmd_jax.train.durable.checkpoint import CheckpointError
-    from ddmd_jax.train.durable.rollback import DivergedError, GuardError
     from ddmd_jax.train.durable.saving import HungError
-    from ddmd_jax.weights.flat import WeightsError
 
     try:
         with signals.watched(), lock.held(workdir):
@@ -198,8 +182,7 @@ def main(argv: list[str]) -> None:
         print(f'main: {e}', file=sys.stderr)
     except HungError as e:
         distributed.fail(str(e), at_once=True)
-    except (CheckpointError, DataFileError, DivergedError, GuardError, ShardingError, WeightsError,
-            lock.LockError) as e:
+    except UserError as e:
         distributed.fail(str(e))
     except Exception as e:
         if isinstance(e, OSError) and e.errno in (errno.ENOSPC, errno.EDQUOT):

@@ -119,7 +119,7 @@ def test_flags_are_parsed_before_jax_is_imported(args):
     (UserError('no cat; get one'), 'x: no cat; get one'),
     (FileNotFoundError(2, 'No such file', '/a/b'), 'x: /a/b cannot be read or written (No such'),
     (OSError(28, 'No space left on device'), 'x: the system refuses (No space left on device)'),
-    (KeyboardInterrupt(), 'x: stopped; finished files are kept')])
+    (KeyboardInterrupt(), 'x: stopped')])
 def test_an_error_of_a_command_is_one_line(monkeypatch, error, said):
     def fail(arguments):
         raise error

@@ -43,7 +43,7 @@ def call(name: str, main: Callable[[list[str]], None], argv: list[str]) -> None:
         where = f'{e.filename} cannot be read or written' if e.filename else 'the system refuses'
         sys.exit(f'{name}: {where} ({e.strerror or e})')
     except KeyboardInterrupt:
-        sys.exit(f'{name}: stopped; finished files are kept')
+        sys.exit(f'{name}: stopped')
 
 
 def only_flags(arguments: list[str]) -> None:

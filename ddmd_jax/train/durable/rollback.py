@@ -10,13 +10,14 @@ from jax.experimental import multihost_utils
 
 from ddmd_jax.data.order import Order
 from ddmd_jax.util import jsonl
+from ddmd_jax.util.errors import UserError
 
 NAME = 'bad_batches.jsonl'
 ON_NAN = ('abort', 'rollback')
 MOST = 3  # rollbacks to one checkpoint: then it is not the batches
 
 
-class GuardError(RuntimeError):
+class GuardError(UserError):
     """There is no bad batch to replay, or no checkpoint to replay it from, or no reading them."""
 
 
@@ -28,7 +29,7 @@ class Taken(NamedTuple):
     data: tuple[Any, Any]
 
 
-class DivergedError(RuntimeError):
+class DivergedError(UserError):
     """NaN or Inf in a loss or gradient; the update was not written.
 
     `taken` is the step that went wrong, `bad` the metrics that were not finite, `checkpoint` the
