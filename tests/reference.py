@@ -1,8 +1,8 @@
 """Figures of one generator and one critic update at fixed keys, for every objective and schedule.
 
 ``tests/golden/objectives.json`` holds those of commit a515424, before the objectives were written
-anew, under the XLA flags of `conftest.py`; `test_reference.py` holds later code to them. Do not write
-them again to make a test pass.
+anew, under the XLA flags of `conftest.py`; `test_reference.py` holds later code to them. Do not
+write them again to make a test pass.
 """
 
 from __future__ import annotations

@@ -18,7 +18,7 @@ def test_the_null_prompt_stands_without_the_system_prompt():
     ((2, 8), 'begin below the null prompt, of 3 tokens')])
 def test_buckets_hold_every_prompt_and_the_null_one(buckets, words):
     mask = np.arange(8)[None] < 3
-    prompts = conditioning.encoded(np.arange(2), None, null={'mask': mask}, caption=str,
+    prompts = conditioning.Prompts(np.arange(2), None, None, null={'mask': mask}, caption=str,
                                    identity='', lengths=np.asarray([1, 8]))
     with pytest.raises(DataFileError, match=words):
         conditioning.check_buckets(buckets, prompts)

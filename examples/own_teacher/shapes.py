@@ -7,7 +7,7 @@ from typing import Any
 import jax
 import numpy as np
 
-from ddmd_jax.data import conditioning
+from ddmd_jax.data.conditioning import Prompts
 from ddmd_jax.evaluation.suites import Examples, Suite
 from ddmd_jax.families import Teacher
 
@@ -26,12 +26,12 @@ def draw(caption: str) -> np.ndarray:
     return image
 
 
-def load(config: Any, teacher: Teacher, mesh: Any) -> conditioning.Prompts:
+def load(config: Any, teacher: Teacher, mesh: Any) -> Prompts:
     """The data set `shapes` of a run: all captions, encoded at the start."""
     cond = teacher.encode(CAPTIONS)
-    lookup = lambda rows, length: jax.tree.map(lambda x: x[rows], cond)
-    return conditioning.encoded(np.arange(len(CAPTIONS)), lookup, null=teacher.encode(['']),
-                                caption=CAPTIONS.__getitem__, identity='shapes')
+    of = lambda rows: jax.tree.map(lambda x: x[rows], cond)
+    return Prompts(np.arange(len(CAPTIONS)), lambda rows, length: of(rows), of,
+                   null=teacher.encode(['']), caption=CAPTIONS.__getitem__, identity='shapes')
 
 
 def examples(seen: int, held_out: int, seed: int) -> Examples:

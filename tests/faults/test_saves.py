@@ -89,7 +89,7 @@ def test_a_save_that_hangs_ends_the_run(toy, undisturbed):
     (line,) = runs.said(err)
     assert line == (
         f'main: checkpoint {workdir}/checkpoints/4 was not on disk after 5 s (checkpoint.timeout): '
-        'what writes it hangs and cannot be stopped; step 2 is the newest checkpoint in '
+        'the write hangs and cannot be stopped; step 2 is the newest checkpoint in '
         f'{workdir}/checkpoints; see to the disk, then run the same command to go on from there')
     no_library_speaks(err)
     toy.finish(workdir, {'train.steps': 5})
