@@ -74,7 +74,7 @@ def use_compile_cache(flag: str | None, workdir: Path, environ: Mapping[str, str
 
 
 def about(config) -> dict[str, Any]:
-    """What a report says of a run beside its config: how it was called, where, with what."""
+    """Facts of a run beside its config: how it was called, where, with which versions."""
     import jax
 
     from ddmd_jax.train.durable import checkpoint as ckpt

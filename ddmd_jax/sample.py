@@ -44,8 +44,8 @@ def define_flags() -> None:
     flags.DEFINE_integer('steps', None, 'Steps; default: those the student was trained for, or '
                          f'{TEACHER_STEPS} of the teacher.', 1)
     flags.DEFINE_integer('seed', 0, 'Seed.', 0, 2**32 - 1)
-    flags.DEFINE_enum('sampler', 'renoise', ('renoise', 'deterministic'),
-                      'Sampler of the student.')
+    flags.DEFINE_enum('sampler', None, ('renoise', 'deterministic'),
+                      "Sampler of the student; default: the run's.")
     flags.DEFINE_boolean('teacher', False, 'Draw with the teacher instead of the student.')
     flags.DEFINE_float('guidance', None, 'Guidance scale of the teacher; 1 is none; default: its '
                        "family's.", 0)
@@ -144,7 +144,7 @@ def read_prompts(given: Sequence[str], name: str, split: str) -> list[str]:
 class Model:
     """Where the weights are: the teacher's, and those of a run's student if `workdir` is one.
 
-    `steps` and `shift` are what the student was trained for, `identity` the teacher's then.
+    `steps`, `sampler` and `shift` are the run's, `identity` the teacher's then.
     """
 
     family: Family
@@ -154,6 +154,7 @@ class Model:
     workdir: Path | None = None
     step: int = 0
     steps: int = 1
+    sampler: str = 'renoise'
     shift: float | None = None
     identity: str | None = None
 
@@ -165,7 +166,7 @@ def find_model(checkpoint: str | Path, path: str, size: tuple[int, ...] | None) 
     images, None the run's own.
     """
     from ddmd_jax import families
-    from ddmd_jax.export.student import open_run
+    from ddmd_jax.export.student import field_of, open_run
 
     if checkpoint:
         workdir = Path(checkpoint).expanduser().absolute()
@@ -175,7 +176,8 @@ def find_model(checkpoint: str | Path, path: str, size: tuple[int, ...] | None) 
         model = Model(
             family, '' if path == family.name else path or saved.get('teacher.path', ''),
             saved.get('teacher.dtype', family.dtype), size or first or None, workdir, step,
-            saved.get('student.steps', 1), saved.get('method.shift'),
+            saved.get('student.steps', 1), field_of(workdir, 'student.sampler') or 'renoise',
+            saved.get('method.shift'),
             saved.get('teacher_identity'))
     else:
         family, path = families.find(path)
@@ -275,7 +277,8 @@ def samplers(model: Model, teacher: Teacher) -> list[Sampler]:
     if steps != model.steps:
         ckpt.warn(f'the student was trained for {model.steps} steps, not for {steps}')
     student = drawing.of_student(
-        teacher, steps, time.chosen(teacher.time, model.shift), FLAGS.sampler)
+        teacher, steps, time.chosen(teacher.time, model.shift),
+        FLAGS.sampler or model.sampler)
     if not FLAGS.compare_teacher:
         return [student]
     return [drawing.of_teacher(teacher, TEACHER_STEPS, guidance, FLAGS.solver),

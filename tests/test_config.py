@@ -148,6 +148,7 @@ DISTILL = [
     ('eval.held_out', 0, 'at least 1'),
     ('eval.batch', True, 'at least 1'),
     ('eval.teacher_steps', 0, 'at least 1'),
+    ('seed', 2**32, 'at most 4294967295'),
     ('eval.guidance', 0.0, 'at least 1: 1 is no guidance'),
     ('eval.solver', 'hein', "did you mean 'heun'?"),
     ('method', 3, 'a section with schedule, alpha'),

@@ -8,7 +8,9 @@ from small import SHAPES, config_of, task_of
 
 from ddmd_jax.data.batch import Batch
 from ddmd_jax.data.conditioning import Prompts
+from ddmd_jax.train import train
 from ddmd_jax.train.distillation import request_of
+from ddmd_jax.weights.flat import WeightsError
 
 FIGURES = {'loss': 0.0, 'dm_rel_gap': 0.1, 'dm_cos': 0.99, 'dm_to_ca': 0.1, 'x_std': 0.5}
 
@@ -33,6 +35,18 @@ def test_batches_of_another_signature_go_through_another_program():
         state, metrics = task.step(state, taken, step == 0)
         assert bool(metrics['finite'])
     assert len(seen) == 4 and int(state.step) == 8
+
+
+def test_an_offloaded_teacher_leaves_nothing_on_a_device():
+    task = task_of(config_of(**{'train.offload': 'teacher'}))
+    for tree in (task.frozen.teacher, task.teacher.params):
+        assert {x.sharding.memory_kind for x in jax.tree.leaves(tree)} == {'pinned_host'}
+
+
+def test_a_suite_is_refused_before_training_where_there_is_no_autoencoder():
+    config = config_of()
+    with pytest.raises(WeightsError, match='has no autoencoder, and eval.suite measures images'):
+        train.prepare(config, task_of(config).teacher)
 
 
 def test_a_signature_is_of_shapes_and_of_nothing_else():

@@ -236,7 +236,7 @@ def test_a_gap_that_grew_from_nothing_but_is_small_is_no_lag():
 def test_the_average_is_judged_at_once_and_first(last, word, before):
     got, reason = verdict(lines([START] * before + [START | last]))
     assert got == word
-    assert word == HEALTHY or "the average's contrast" in reason
+    assert word == HEALTHY or "the EMA student's contrast" in reason
 
 
 def contrasts(*stds):

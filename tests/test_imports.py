@@ -82,3 +82,31 @@ def test_there_is_no_circle():
     while gone := {name for name, others in left.items() if not others & set(left)}:
         left = {name: others for name, others in left.items() if name not in gone}
     assert not left, {name: sorted(others & set(left)) for name, others in left.items()}
+
+
+# Functions of more than six parameters, and why.
+MANY = {
+    'data.order.Order.__init__': 'a constructor: rows, sizes and buckets of a run',
+    'models.attention.attend': 'three tensors, mask and scale, as in every published attention',
+    'weights.diffusers.export_tree': 'a folder, its files, and a tree with its names and types',
+    'planner.costs._pairs': 'the seven numbers of one axis of a convolution, as HLO has them',
+    'study.claims.apart': 'a row of the study: a table of claims, not a call among others',
+    'study.claims.alone': 'likewise', 'study.claims.alike': 'likewise',
+    'study.claims_page.write': 'likewise: the page of all of them',
+}
+
+
+def test_functions_take_six_parameters_at_most():
+    found = set()
+    for name, path in modules().items():
+        tree = ast.parse(path.read_text())
+        owners = {id(f): c.name for c in ast.walk(tree) if isinstance(c, ast.ClassDef)
+                  for f in c.body}
+        for f in ast.walk(tree):
+            if isinstance(f, ast.FunctionDef):
+                a = f.args
+                names = [x.arg for x in a.posonlyargs + a.args + a.kwonlyargs]
+                if len(set(names) - {'self', 'cls'}) > 6:
+                    found.add('.'.join(filter(None, [
+                        name.removeprefix('ddmd_jax.'), owners.get(id(f)), f.name])))
+    assert found == set(MANY)

@@ -10,6 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import tiny
+from flax import nnx
 
 from ddmd_jax import families
 from ddmd_jax.diffusion import process as flow
@@ -55,6 +56,20 @@ def test_the_first_input_is_what_the_network_takes_for_noise(own):
         own.process.network_input(time.first_input(noise), last), noise, rtol=1e-6)
 
 
+def test_it_is_loaded_by_its_name_and_path_with_a_text_side_or_without(own, tmp_path):
+    denoiser = nnx.to_pure_dict(nnx.state(own.teacher.Denoiser(nnx.Rngs(0)), nnx.Param))
+    table = np.zeros((len(own.teacher.WORDS) + 1, own.teacher.WIDTH), np.float32)
+    whole, bare = tmp_path / 'whole.safetensors', tmp_path / 'bare.safetensors'
+    flat.save(whole, {'denoiser': denoiser, 'text': {'table': table}}, {})
+    flat.save(bare, denoiser, {})
+    loaded = [families.load_teacher(f'own_teacher:{path}') for path in (whole, bare)]
+    assert loaded[0].text and not loaded[1].text
+    for teacher in loaded:
+        jax.tree.map(np.testing.assert_array_equal, teacher.params, denoiser)
+    with pytest.raises(families.UnknownFamily, match='as own_teacher:PATH'):
+        families.load_teacher('own_teacher')
+
+
 def run(*argv):
     done = subprocess.run([sys.executable, '-m', *map(str, argv)], text=True, capture_output=True,
                           env=os.environ | {'PYTHONPATH': f'{tiny.ROOT}:{EXAMPLES}'}, check=False)
@@ -77,6 +92,10 @@ def test_it_is_trained_distilled_drawn_with_and_exported(tmp_path, own):
         f'--out={tmp_path}/student')
     params, about = flat.load(tmp_path / 'student' / 'student.safetensors', '')
     assert about['family'] == 'own_teacher'
+    run('ddmd_jax.main', f'--config={EXAMPLES}/own_teacher/config.py',
+        f'--workdir={tmp_path}/second', f'--config.teacher.path={weights}',
+        f'--config.init_from={tmp_path}/student/student.safetensors', '--config.train.steps=2',
+        '--config.eval.prompts=16')
     error = {row['name']: row['error'] for row in
              json.loads((workdir / 'eval.json').read_text())['rows']}
     # Two steps of the teacher itself are blurred; its student's are nearer to the captions.

@@ -1,12 +1,15 @@
 """What would fit: the search over batches, and the levers, with made-up peaks."""
 
+import dataclasses
 import math
 
+import jax
 import pytest
 import tiny
 from hypothesis import given, strategies as some
 
-from ddmd_jax.planner import search
+from ddmd_jax.parallel import sharding
+from ddmd_jax.planner import command, programs, search
 
 LUMINA = tiny.load_config('lumina')
 
@@ -79,3 +82,21 @@ def test_where_none_is_enough_alone_the_first_that_are_enough_together():
 
 def test_where_all_together_are_not_enough_there_is_no_advice():
     assert search.advice(LUMINA, peak, 10.5) == []
+
+
+# --- Programs ---
+
+
+def test_programs_of_a_gan_and_of_a_family_that_counts_no_flops():
+    """Traced, not compiled: a GAN's batches have real latents, and counts may be missing."""
+    config = tiny.load_config('emoji')
+    config.update_from_flattened_dict({'method.gan.weight': 0.1, 'data.global_batch': 4})
+    mesh = sharding.make_mesh({}, jax.devices()[:1])
+    teacher, _, tokens, _ = command.parts_for(config, mesh)
+    for counted in (teacher, dataclasses.replace(teacher, flops=None)):
+        found, _ = programs.programs(config, counted, mesh, tokens)
+        counts = {name: program.analytic_flops for name, program in found.items()}
+        assert set(counts) == {'generator_step', 'critic_step', 'sample'}
+        assert all(count is None if counted.flops is None else count > 0
+                   for count in counts.values())
+    assert found['critic_step'].lower().as_text()

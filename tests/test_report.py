@@ -54,6 +54,14 @@ def run(tmp_path):
     return make_run(tmp_path / 'a')
 
 
+def test_a_users_own_figure_has_a_curve(run):
+    lines = [json.loads(line) for line in (run / 'metrics.jsonl').read_text().splitlines()]
+    (run / 'metrics.jsonl').write_text(''.join(
+        json.dumps(line | {'drift': 0.5}) + '\n' for line in lines))
+    shown = [curve.key for curve in figures.present([read.read(run)])]
+    assert shown[-1] == 'drift' and not {'step', 'finite', 'health'} & set(shown)
+
+
 def test_a_page_has_everything_and_needs_nothing(run):
     path = page.write(run)
     text = path.read_text()

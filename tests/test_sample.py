@@ -417,6 +417,13 @@ def test_runs_that_have_no_student_to_draw_with(tmp_path, changes, words):
         sample.find_model(save(tmp_path, {'teacher.name': 'emoji'} | changes, TREE), '', None)
 
 
+def test_a_student_is_drawn_with_its_runs_sampler(tmp_path):
+    run = save(tmp_path, {'teacher.name': 'emoji'}, TREE)
+    assert sample.find_model(run, '', None).sampler == 'renoise'
+    (run / 'config.json').write_text('{"student": {"sampler": "deterministic"}}')
+    assert sample.find_model(run, '', None).sampler == 'deterministic'
+
+
 def test_files_are_replaced_only_when_told_and_other_steps_warn(run, command, tmp_path, capfd):
     mine = tmp_path / 'mine.png'
     mine.write_text('mine')

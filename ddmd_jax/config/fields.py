@@ -70,7 +70,7 @@ OPTIMISER = (
 
 COMMON = (
     Field('task', r.choice('distill', 'pretrain'), REQUIRED, FIXED, 'what the run does'),
-    Field('seed', r.NATURAL, 0, FIXED, 'root of all randomness'),
+    Field('seed', r.SEED, 0, FIXED, 'root of all randomness'),
     Field('resume', r.TEXT, '', FREE, 'another run, or one of its checkpoints, to go on from'),
     Field('init_from', r.TEXT, '', FREE, 'a run, checkpoint or weights to start the networks from'),
     Field('teacher.name', r.TEXT, REQUIRED, FIXED, 'family of the teacher; dotted: your own module'),

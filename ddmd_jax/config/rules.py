@@ -105,6 +105,7 @@ def _is_name(value: Any) -> bool:
 ANY = Rule('anything', lambda value: True)
 COUNT = whole(at_least=1)
 NATURAL = whole(at_least=0)
+SEED = whole(at_least=0, at_most=2**32 - 1)  # an image's name holds it as uint32
 UPDATES = whole('0 is off', at_least=0)
 WEIGHT = number('0 is off', at_least=0)
 POSITIVE = number(above=0)

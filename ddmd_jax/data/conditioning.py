@@ -1,4 +1,4 @@
-"""What a distillation run asks of its prompts, and prompts that were encoded beforehand."""
+"""The prompts of a distillation run, and prompts that were encoded beforehand."""
 
 import dataclasses
 from collections.abc import Callable, Sequence

@@ -75,7 +75,13 @@ class Student:
 
     def field(self, name: str) -> Any:
         """A field of the run's config as it was last; None if it is not there."""
-        return config_lib.field(self.file('config.json'), name)
+        return field_of(self.workdir, name)
+
+
+def field_of(workdir: Path, name: str) -> Any:
+    """A field of a run's config as it was last; None if it is not there."""
+    path = workdir / 'config.json'
+    return config_lib.field(json.loads(path.read_text()) if path.is_file() else None, name)
 
 
 def open_run(workdir: Path) -> tuple[int, dict[str, Any], Family]:

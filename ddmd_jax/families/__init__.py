@@ -45,16 +45,20 @@ def get(name: str) -> Family:
 
 
 def find(path_or_name: str) -> tuple[Family, str]:
-    """(family, path) of a family's name, or of the weights at a path, URL or hub id.
+    """(family, path) of a family's name, of NAME:PATH, or of weights at a path, URL or hub id.
 
     Raises:
       UnknownFamily: a name, and not of a family that ships its weights.
       WeightsError: no such weights, or of no family here.
     """
+    name, colon, path = path_or_name.partition(':')
+    if colon and not path.startswith('//') and name.replace('.', '').isidentifier():
+        return get(name), path
     if path_or_name in NAMES or not _is_place(path_or_name):
         family = get(path_or_name)
         if not family.ships:
-            raise UnknownFamily(f'{path_or_name} does not ship; give the path of its weights')
+            raise UnknownFamily(f'{path_or_name} does not ship; give the path of its weights, as '
+                                f'{path_or_name}:PATH')
         return family, ''
     kind = _class_name(path_or_name)
     for family in map(get, NAMES):
@@ -69,7 +73,7 @@ def _is_place(text: str) -> bool:
 
 
 def _class_name(path: str) -> str | None:
-    """What the weights at `path` say that they are."""
+    """The class that the weights at `path` name."""
     if path.endswith('.safetensors'):
         file = flat.open_file(Path(path).expanduser(), 'give another file')
         return (file.metadata() or {}).get('architecture')
@@ -85,7 +89,8 @@ def load_teacher(path_or_name: str, mesh: Mesh | None = None, dtype: str = 'floa
 
     Args:
       path_or_name: a family that ships its weights ('emoji'), or a path: a diffusers folder of a
-        pipeline or of its denoiser alone, a ``gs://`` URL, a hub id, a ``.safetensors`` file.
+        pipeline or of its denoiser alone, a ``gs://`` URL, a hub id, a ``.safetensors`` file;
+        or NAME:PATH, for a family of your own.
       mesh: where the weights go, in the family's layout; None is one device.
       dtype: of activations and matrix products.
       size: pixels, height first; None takes the family's own.

@@ -1,4 +1,4 @@
-"""What every teacher family boils down to."""
+"""A teacher, and its text side, in the one convention of the package."""
 
 import dataclasses
 import functools
@@ -19,7 +19,7 @@ Array = jax.Array
 
 @dataclasses.dataclass(frozen=True)
 class Decoder:
-    """The jitted program behind `Teacher.decode`, as shapes: ``run(params, latents) -> images``.
+    """The jitted program behind `Latents.decode`, as shapes: ``run(params, latents) -> images``.
 
     `latents` is what it takes at a time, `flops` what that costs, on every device alike.
     """

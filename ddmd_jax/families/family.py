@@ -1,4 +1,4 @@
-"""What the package asks of a teacher family, as one value: `FAMILY` in the family's folder.
+"""A teacher family as one value: `FAMILY` in the family's folder.
 
 A family of a user's own is a module with a `FAMILY`, named in full: ``teacher.name =
 'my_package.my_family'``. `name` and `load` are enough to distil it; every other field says

@@ -1,4 +1,4 @@
-"""What a family brings to have a teacher of its own trained (task `pretrain`)."""
+"""The part of a family that trains a teacher of its own (task `pretrain`)."""
 
 import dataclasses
 from collections.abc import Callable

@@ -37,7 +37,7 @@ class Thresholds:
       gap_large: dm_rel_gap below this is small, however much it grew: it starts at 0.
       cos_down: growth of 1 - dm_cos that counts as down.
       std_up: x_std above that of real data (or of the start) that counts as up.
-      ema_std_up, ema_std_down, cast: of the averaged student, against the undistilled weights.
+      ema_std_up, ema_std_down, cast: of the EMA student, against the undistilled weights.
       fake_up: growth of fake_loss, in units of the samples' variance, that counts as up.
       lost, ahead: growing on as it does, ema_std is beyond `lost` in `ahead` updates.
     """
@@ -100,12 +100,12 @@ def measure(x_hat: Array, p: Predictions, delta: Directions,
 
 
 def probe(x: Array, start: Array, limit: float = 1.0) -> dict[str, Array]:
-    """What became of the averaged student: its samples against those it began with.
+    """Figures of the EMA student: its samples against those it began with.
 
-    The averaged weights are what ships, and they can fail where the live ones look well.
+    The EMA student is what ships; it can fail where the raw student looks well.
 
     Args:
-      x: ``[B, H, W, C]`` samples of the averaged student.
+      x: ``[B, H, W, C]`` samples of the EMA student.
       start: those of the undistilled weights, same prompts, same noise, same sampler.
       limit: as in `measure`.
 
@@ -126,9 +126,9 @@ def verdict(history: Sequence[dict[str, Any]], data_std: float | None = None,
     """A word and its reason, from logged intervals, oldest first.
 
     Each has `step` and the figures of `WATCHED`, the last three of those where they are measured.
-    Compares the last interval with the mean of the first `REFERENCE`, and the averaged student
+    Compares the last interval with the mean of the first `REFERENCE`, and the EMA student
     with the weights it began as. Over-baked: contrast above that of real data, `data_std`, or
-    if that is not known of the start. Washed out, colour cast: the averaged samples have lost
+    if that is not known of the start. Washed out, colour cast: the EMA samples have lost
     contrast, or moved as a whole. Collapsing: their contrast grows so fast, or so far, that
     captions are about to be lost. The critic lags: its error on the student's samples grows,
     or the gap to the teacher does while the predictions turn apart.
@@ -166,13 +166,13 @@ def before(history: Sequence[dict[str, Any]]) -> str:
 
 
 def _collapses(history: Sequence[dict[str, Any]], limits: Thresholds) -> tuple[str, str] | None:
-    """Verdict on where the averaged student is going, where a run probes it."""
+    """Verdict on where the EMA student is going, where a run probes it."""
     std, rate = history[-1].get('ema_std', 1.0), _rate(history)
     if std + limits.ahead * rate <= limits.lost:
         return None
     going = f', {rate:+.3f} an update' if std <= limits.lost else ''
-    return COLLAPSING, (f"the average's contrast x{std:.2f} that of the start{going}: captions are "
-                        'about to be lost; stop, and take an earlier checkpoint')
+    return COLLAPSING, (f"the EMA student's contrast x{std:.2f} that of the start{going}: "
+                        'captions are about to be lost; stop, and take an earlier checkpoint')
 
 
 def _rate(history: Sequence[dict[str, Any]]) -> float:
@@ -190,9 +190,10 @@ def _rate(history: Sequence[dict[str, Any]]) -> float:
 
 
 def _average_fails(now: dict[str, Any], limits: Thresholds) -> tuple[str, str] | None:
-    """Verdict on the averaged student by itself, where a run probes it."""
+    """Verdict on the EMA student by itself, where a run probes it."""
     std, cast = now.get('ema_std', 1.0), now.get('ema_cast', 0.0)
-    seen = f"the average's contrast x{std:.2f} that of the start, its colours moved by {cast:.3f}"
+    seen = (f"the EMA student's contrast x{std:.2f} that of the start, its colours moved by "
+            f'{cast:.3f}')
     if std > limits.ema_std_up:
         return OVER_BAKED, f'{seen}: {BAKED}'
     if std < limits.ema_std_down or cast > limits.cast:
@@ -214,7 +215,7 @@ def _fake(values: dict[str, Any]) -> float:
 
 
 def _critic_lags(now: dict[str, Any], start: dict[str, float], limits: Thresholds) -> str:
-    """What shows that the critic does not keep up, or ''."""
+    """A sign that the critic does not keep up, or ''."""
     gap = now['dm_rel_gap'] / max(start['dm_rel_gap'], 1e-8)
     apart = (1 - now['dm_cos']) / max(1 - start['dm_cos'], 1e-8)
     fake = _fake(now) / max(start['fake'], 1e-8)

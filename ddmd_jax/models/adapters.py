@@ -15,7 +15,7 @@ Params = Any  # a nested dict of arrays
 
 
 class Binding(Protocol):
-    """What is trained of a network, given the frozen weights that it starts from."""
+    """The trained part of a network, given the frozen weights that it starts from."""
 
     def init(self, base: Params) -> Params:
         """The tree to train, as it is at step 0."""

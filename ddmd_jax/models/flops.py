@@ -1,4 +1,4 @@
-"""What a forward pass costs by its architecture: an account that no compiled program enters.
+"""FLOPs of a forward pass by its architecture, without any compiled program.
 
 FLOPs are two for each multiply-add of matrix products and convolutions; nothing else counts
 (norms, softmax, activations, rotations). One row, or one latent, of the sizes given: padding of

@@ -1,4 +1,4 @@
-"""What the transformer families truly share: norms, rotary positions, layer stacks."""
+"""Shared by the transformer families: norms, rotary positions, layer stacks."""
 
 from __future__ import annotations
 
@@ -144,7 +144,7 @@ def rows_stay(x: Array, mesh: Mesh | None, spec: P | None = None) -> Array:
 def gather_kernels(params: Any, rules: sharding.Rules, mesh: Mesh | None, dtype: jnp.dtype) -> Any:
     """A layer's parameters with its kernels whole over `fsdp`, in `dtype`; other axes stay.
 
-    What `fsdp` means, said rather than left to the compiler: the kernels of one layer are
+    `fsdp` is spelled out, not left to the compiler: the kernels of one layer are
     gathered when it runs, in the type of its products (half the bytes of fp32), and their
     gradients are scattered as they are summed. The TPU's compiler, left to itself, split the
     products into steps that pass kernels around, and summed whole gradients on every chip.

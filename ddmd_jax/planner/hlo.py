@@ -1,4 +1,4 @@
-"""What the optimised HLO text of a compiled program says, of the TPU or CPU backend.
+"""Reads the optimised HLO text of a compiled program, of the TPU or CPU backend.
 
     text --parse--> Module --count_repeats--> Repeats --costs--> flops, collectives, ... Summary
 

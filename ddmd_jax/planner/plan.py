@@ -172,7 +172,8 @@ def _program_line(name: str, p: dict[str, Any]) -> str:
         f'(temporaries {in_units(p["temp_bytes"])}, headroom {in_units(p["headroom_bytes"])}); '
         f'{p["flops"] / 1e12:.2f} TFLOP'
         + (f' without {silent} kernels' if silent else '')
-        + f', {p["flops"] / p["analytic_flops"]:.2f} x analytic; {in_units(p["hbm_bytes"])} '
-        f'through memory, {in_units(sum(p["collective_bytes"].values()))} sent; at least '
+        + (f', {p["flops"] / p["analytic_flops"]:.2f} x analytic' if p['analytic_flops'] else '')
+        + f'; {in_units(p["hbm_bytes"])} through memory, '
+        f'{in_units(sum(p["collective_bytes"].values()))} sent; at least '
         f'{p["roofline_seconds"]:.2f} s, bound by {p["bound_by"]}; compiled in '
         f'{p["compile_seconds"]:.0f} s')

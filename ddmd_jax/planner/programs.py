@@ -51,7 +51,7 @@ def topology(name: str) -> Any:
 
 
 def bytes_per_device(tree: Any, shardings: Any) -> int:
-    """What one device holds of a tree of shapes."""
+    """Bytes of one device for a tree of shapes."""
     part = lambda x, s: math.prod(s.shard_shape(x.shape)) * x.dtype.itemsize
     return sum(jax.tree.leaves(jax.tree.map(part, tree, shardings)))
 
@@ -63,13 +63,14 @@ class Program:
     Attributes:
       lower: traces it for the topology.
       beside: bytes a chip holds while it runs, other than its outputs and temporaries.
-      analytic_flops: per chip, by the architecture: forward passes, and a backward pass as two.
+      analytic_flops: per chip, by the architecture: forward passes, and a backward pass as two;
+        None where a family does not say.
       rows: pictures of one run, over all chips.
     """
 
     lower: Callable[[], Any]
     beside: int
-    analytic_flops: int
+    analytic_flops: int | None
     rows: int
 
 
@@ -98,8 +99,8 @@ def programs(config: Any, teacher: teachers.Teacher, mesh: Mesh, tokens: int,
 
     These are the generator's step, the critic's, the sampling of pictures during the run; where
     the teacher has a decoder, the decoding of one; and where prompts are encoded on the mesh,
-    the encoding of a batch. What stays are student, critic, EMA, both optimisers' moments,
-    teacher, decoder and text encoder, but for what `train.offload` keeps in host memory.
+    the encoding of a batch. Student, critic, EMA, both optimisers' moments, teacher, decoder and
+    text encoder stay, but for those that `train.offload` keeps in host memory.
 
     Args:
       config: of a distillation.
@@ -119,27 +120,29 @@ def programs(config: Any, teacher: teachers.Teacher, mesh: Mesh, tokens: int,
         encode, text_layout = prompts.encoder_program(text, mesh)
         resident += in_device_memory(text.params, text_layout)
     rows, drawn = config.data.global_batch, drawing.filled(distillation.GRID, mesh)
-    batch = Batch(cond(rows), shape=teacher.latents.shape)
+    real = jax.ShapeDtypeStruct((rows, *teacher.latents.shape), jnp.float32)
+    batch = Batch(cond(rows), real if any(
+        r.needs_real for r in p.recipe.regularisers.values()) else None, teacher.latents.shape)
     split = jax.tree.map(lambda _: sharding.batch_sharding(mesh), cond(1))
     whole = jax.tree.map(lambda _: sharding.replicated(mesh), cond(1))
     words = jax.ShapeDtypeStruct((drawn, 3), jnp.uint32, sharding=sharding.batch_sharding(mesh))
     with_batch = resident + bytes_per_device(cond(rows), split)
-    share = lambda rows, cost: int(rows * cost) // mesh.size
-    once, count = teacher.flops(tokens), passes(config)
+    share = lambda rows, cost: None if cost is None else int(rows * cost) // mesh.size
+    once, count = teacher.flops(tokens) if teacher.flops else None, passes(config)
     sampler = drawing.program(drawing.of_student(
         teacher, config.student.steps, p.recipe.steps.time, config.student.sampler), mesh,
         distillation.GRID)
     found = {
         'generator_step': Program(
             lambda: p.program.generator.lower(frozen, state, batch), with_batch,
-            share(rows, once * count['generator_step']), rows),
+            share(rows * count['generator_step'], once), rows),
         'critic_step': Program(lambda: p.program.critic.lower(frozen, state, batch), with_batch,
-                               share(rows, once * count['critic_step']), rows),
+                               share(rows * count['critic_step'], once), rows),
         'sample': Program(
             lambda: sampler.lower(placed(state.ema, p.spec.shardings.ema),
                                   placed(cond(drawn), split), placed(cond(1), whole), words),
             resident + bytes_per_device(cond(drawn), split),
-            share(drawn, once * config.student.steps), drawn)}
+            share(drawn * config.student.steps, once), drawn)}
     if decoder:
         latents = placed(decoder.latents, sharding.replicated(mesh))
         found['decode'] = Program(
@@ -151,7 +154,7 @@ def programs(config: Any, teacher: teachers.Teacher, mesh: Mesh, tokens: int,
                      sharding.batch_sharding(mesh))
         found['encode'] = Program(
             lambda: encode.lower(placed(text.params, text_layout), ids), with_batch,
-            share(rows, text.flops(tokens)), rows)
+            share(rows, text.flops(tokens) if text.flops else None), rows)
     return found, resident
 
 

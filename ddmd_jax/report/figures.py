@@ -55,9 +55,11 @@ CURVES = (
 
 
 def present(runs: Sequence[RunFiles]) -> list[Curve]:
-    """Those that a line of one of the runs has."""
-    keys = {key for run in runs for line in (run.lines[:1] + run.lines[-1:]) for key in line}
-    return [curve for curve in CURVES if curve.key in keys]
+    """Those that a line of one of the runs has; a user's own, by their names, come last."""
+    keys = {key for run in runs for line in (run.lines[:1] + run.lines[-1:])
+            for key, value in line.items() if isinstance(value, float)} - {'finite'}
+    own = sorted(keys - {curve.key for curve in CURVES})
+    return [curve for curve in CURVES if curve.key in keys] + [Curve(key, key) for key in own]
 
 
 def curves(runs: Sequence[RunFiles]) -> Any:

@@ -77,7 +77,9 @@ def plan(config: Any, teacher: Teacher, null: Any, mesh: Mesh) -> Plan:
         return fresh(mechanics.student.init(params), student_tx, mechanics.critic.init(params),
                      critic_tx, {name: x for name, x in extra.items() if x is not None})
 
-    own = [rule for r in recipe.regularisers.values() for rule in r.rules]
+    # A regulariser's rules are for its own parameters, and for nothing else in the state.
+    own = [(rf'^extra(_opt/.*)?/{name}/.*(?:{pattern})', axes)
+           for name, r in recipe.regularisers.items() for pattern, axes in r.rules]
     host = OFFLOAD[c.train.offload]
     spec = StateSpec(make, (*own, *teacher.rules), mesh, (teacher.params,),
                      tuple(name for name in host if name != 'teacher'))
@@ -125,6 +127,8 @@ class Distillation:
         if not any(r.needs_real for r in self.recipe.regularisers.values()):
             self.prompts = dataclasses.replace(prompts, real=None)
         self.frozen = jax.device_put(planned.frozen, planned.frozen_shardings)
+        # The one copy there is: `train.offload` frees the devices of the teacher's.
+        self.teacher = dataclasses.replace(teacher, params=self.frozen.teacher)
         self.spec = dataclasses.replace(planned.spec, source=(self.frozen.teacher,))
         self.identities = {'teacher_identity': teacher.identity, 'data_identity': prompts.identity}
         self.extra_updates = 0  # of the critic, in every step, as the health verdict has it

@@ -1,4 +1,4 @@
-"""What stands before a run's first step: programs compiled in a thread, and seconds counted."""
+"""The time before a run's first step: programs compiled in a thread, and seconds counted."""
 
 from __future__ import annotations
 

@@ -27,10 +27,11 @@ from ddmd_jax.train.startup import Startup
 from ddmd_jax.train.state import StateSpec, TrainState
 from ddmd_jax.train.watch.logs import RunLog, means, record
 from ddmd_jax.train.watch.profiling import Window
+from ddmd_jax.weights.flat import WeightsError
 
 
 class Task(Protocol):
-    """What a kind of run brings to `fit`.
+    """The part of `fit` that differs with the kind of run.
 
     Attributes:
       name: text of the progress bar.
@@ -68,7 +69,7 @@ class Task(Protocol):
 
 
 class Options(NamedTuple):
-    """What a command adds to a config.
+    """A command's additions to a config.
 
     Attributes:
       profile: first and last step to profile.
@@ -138,6 +139,9 @@ def prepare(config: Any, teacher: Teacher | None = None) -> Distillation:
     startup = Startup()
     with startup.stage('weights'):
         teacher = teacher or load_teacher(config, mesh)
+    if suite_of(config) and not teacher.latents.decode:
+        raise WeightsError(f'{config.teacher.path} has no autoencoder, and eval.suite measures '
+                           "images: give the pipeline's folder, or a config without a suite")
 
     # ----------------------------------------------------------------------------------- prompts
     # One global order of batches, a function of the seed and of a batch's number alone.

@@ -62,16 +62,17 @@ def embed(params, tokens):
 
 
 def load(options: LoadOptions) -> Teacher:
-    """The teacher of a file that `train` wrote.
+    """The teacher of a file that `train` wrote; an exported student has no text side.
 
     Raises:
       WeightsError: missing or damaged.
     """
     params, _ = flat.load(Path(options.path), 'train it with `python -m own_teacher.train FILE`')
-    identity = flat.identity(params)
-    text = TextEncoder('own_teacher', params['text'], tokenize, embed, TOKENS, WIDTH, RULES,
-                       identity)
+    identity, text = flat.identity(params), None
+    if 'text' in params:
+        text = TextEncoder('own_teacher', params['text'], tokenize, embed, TOKENS, WIDTH, RULES,
+                           identity)
     latents = Latents(SHAPE, decode=lambda x: x,
                       std=float(np.mean([shapes.draw(c).std() for c in shapes.CAPTIONS])))
-    return Teacher('own_teacher', params['denoiser'], predict_clean, latents, CondSpec.text(WIDTH),
-                   process.Table(), identity, RULES, text)
+    return Teacher('own_teacher', params.get('denoiser', params), predict_clean, latents,
+                   CondSpec.text(WIDTH), process.Table(), identity, RULES, text)

@@ -1,4 +1,4 @@
-"""What causal text encoders share: masks, half-rotated positions, attention, a gated network.
+"""Shared by causal text encoders: masks, half-rotated positions, attention, a gated network.
 
 Gemma-2 and Qwen3 (transformers: `modeling_gemma2.py`, `modeling_qwen3.py`) are decoders, read at
 a hidden state rather than at their logits; CLIP's tower uses the mask and the attention. Texts

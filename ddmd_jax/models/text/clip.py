@@ -1,7 +1,7 @@
 """CLIP's text tower (transformers: `CLIPTextModel`, `CLIPTextModelWithProjection`), as SDXL has it.
 
 Both of SDXL's encoders are one architecture: CLIP-L (quick GELU, no projection) and OpenCLIP's
-bigG (GELU, projected). Neither is told what is padding: places behind the end token are read by
+bigG (GELU, projected). Neither has a mask of padding: places behind the end token are read by
 the U-Net like any other, and the mask is causal alone.
 """
 

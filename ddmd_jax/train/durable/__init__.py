@@ -1,1 +1,1 @@
-"""What keeps a run from being lost: checkpoints, locks, signals, guards."""
+"""Keeps a run from being lost: checkpoints, locks, signals, guards."""

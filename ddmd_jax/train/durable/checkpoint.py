@@ -229,7 +229,7 @@ def checkpoints_in(workdir: Path) -> Path:
 
 
 def restore_ema(workdir: Path, step: int, abstract: Any, shardings: Any) -> Any:
-    """The averaged student alone, straight into `shardings`; see `restore_part`."""
+    """The EMA student alone, straight into `shardings`; see `restore_part`."""
     return restore_part(workdir / 'checkpoints' / str(step), 'ema', abstract, shardings)
 
 

@@ -141,7 +141,7 @@ class Checkpoints:
              interval: Sequence[Mapping[str, Any]] = ()) -> None:
         """Starts saving; returns once the arrays are copied to the host.
 
-        Should the one before not be finished, it is waited for. What goes wrong is told by
+        Should the one before not be finished, it is waited for. A failure is reported by
         `wait`: it does not end the run, and the checkpoints that stand are left alone.
 
         Raises:

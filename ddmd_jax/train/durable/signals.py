@@ -14,7 +14,7 @@ import jax
 from jax.experimental import multihost_utils
 
 WATCHED = (signal.SIGTERM, signal.SIGINT)
-SAVED = '{}: stopped between steps and saved; run the same command to go on'
+SAVED = '{}: stopped; every step that was taken is saved; run the same command to go on'
 
 
 class Stopped(RuntimeError):

@@ -1,1 +1,1 @@
-"""What shows how a run goes: logs, trackers, profiles."""
+"""Shows how a run goes: logs, trackers, profiles."""

@@ -132,9 +132,9 @@ class RunLog:
 class Board:
     """A file of TensorBoard's events, written by whoever calls.
 
-    No run ends for it: what cannot be written is told once, to `say`, and nothing is written
+    No run ends for it: a write that fails is reported once, by `say`, and nothing is written
     after it, since a reader stops at half a record. tensorboardX's own `SummaryWriter` has a
-    thread, which a full disk ends: nobody is told, and once its queue is full the run hangs.
+    thread, which a full disk ends: nobody hears of it, and once its queue is full the run hangs.
     """
 
     def __init__(self, folder: Path, start: int, say: Callable[[str], None]):
@@ -160,7 +160,7 @@ class Board:
                       'metrics.jsonl, pictures are lost until the run is started again')
 
     def add(self, step: int, value: summary.Summary) -> None:
-        """What `value` shows, at `step`."""
+        """Writes `value` at `step`."""
         with self._told():
             if self._writer is None:
                 return

@@ -40,7 +40,7 @@ class Window:
                 self._say(f'profile in {self._folder}: tensorboard --logdir={self._folder.parent}')
 
     def _try(self, act: Callable[[], None]) -> bool:
-        """Whether `act` went well; if not it is told, and there will be no profile."""
+        """Whether `act` went well; if not, it is logged, and there is no profile."""
         try:
             act()
         except Exception as e:  # of the profiler, or a disk

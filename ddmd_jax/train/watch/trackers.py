@@ -13,6 +13,7 @@ from typing import Any
 
 import numpy as np
 
+from ddmd_jax.util import files
 from ddmd_jax.util.text import first_line
 
 PROJECT = 'ddmd_jax'  # WANDB_PROJECT names another
@@ -128,5 +129,5 @@ def _identity(workdir: Path, name: str) -> str:
     known = json.loads(path.read_text()) if path.is_file() else {}
     if name not in known:
         known[name] = secrets.token_hex(4)
-        path.write_text(json.dumps(known) + '\n')
+        files.write(path, json.dumps(known) + '\n')
     return known[name]
