@@ -34,7 +34,7 @@ def prompts_flags() -> None:
 def embed_flags() -> None:
     flags.DEFINE_string('prompts', '', 'Folder of a set of prompts (`prepare prompts`).')
     flags.DEFINE_enum('split', 'train', ('train', 'validation'), 'Split of the set.')
-    flags.DEFINE_string('teacher', 'lumina', 'Family of the text encoder, such as lumina, or '
+    flags.DEFINE_string('teacher', '', 'Family of the text encoder, such as lumina, or '
                         'the full name of a module of yours.')
     flags.DEFINE_string('path', '', 'Its diffusers folder, URL or hub id; as config.teacher.path.')
     flags.DEFINE_string('out', '', 'Folder to write; it must not exist yet.')
@@ -60,7 +60,8 @@ def prompts() -> None:
 
 
 def embed() -> None:
-    commands.need(prompts='name a folder', out='name a folder')
+    commands.need(prompts='name a folder', out='name a folder',
+                  teacher='name a family, such as lumina')
     from ddmd_jax import embedding, families
     from ddmd_jax.data.prompts.set import open_set
     from ddmd_jax.parallel import sharding

@@ -39,6 +39,7 @@ PREPARE = [
     (['prompts', '--batch=3'], 2, "Unknown command line flag 'batch'"),  # of `embed`
     (['embed'], 1, 'no --prompts given'),
     (['embed', '--prompts=OUT'], 1, 'no --out given'),
+    (['embed', '--prompts=OUT', '--out=NEW'], 1, 'no --teacher given; name a family'),
     (['embed', '--batch=few'], 2, '--batch=few'),
     (['prompts'], 1, 'no --input given'),
     (['prompts', '--input=FILE'], 1, 'no --out given'),
