@@ -4,8 +4,8 @@
     python -m ddmd_jax.main --config=emoji:coupled_shared --workdir=DIR
 
 The argument after the colon is one of the paper's four schedules (its Table 1), which is the
-paper's as are Algorithm 1 and, by its authors' answers, per-term normalisation. What differs here
-from the defaults (docs/config.md) was chosen at this size, with the reasons beside.
+paper's as are Algorithm 1 and, by its authors' answers, per-term normalisation. Fields that
+differ from the defaults (docs/config.md) were chosen at this size, with the reasons beside.
 """
 
 from ddmd_jax.config import defaults

@@ -3,8 +3,8 @@
 Validation, defaults, what a checkpoint must agree with, and docs/config.md follow from this table.
 A field whose default is `REQUIRED` has to be given; a config may leave out every other. Fields of a
 regulariser stand with it (its `fields`, in section ``method.NAME``), and those of a family's own
-data set with the family; both are made of the same `Field`. What only several fields together can
-get wrong is a named function in `together`.
+data set with the family; both are made of the same `Field`. A condition on several fields is a named
+function in `together`.
 """
 
 # ruff: noqa: E501 (a field is a line)

@@ -1,7 +1,7 @@
 """Cost of a program on one device: products, bytes sent, bytes through memory.
 
-Each instruction counts as often as its computation runs (`repeats.py`). What an estimate leaves
-out is said at each function.
+Each instruction counts as often as its computation runs (`repeats.py`). Each
+function says what its estimate leaves out.
 """
 
 import dataclasses

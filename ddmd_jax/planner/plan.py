@@ -27,7 +27,7 @@ def plan(config: Any, parts_of: Any, mesh: Mesh, name: str, look: bool = True,
       mesh: over the topology's devices.
       name: of the topology, for the chip's figures.
       look: whether to search for the largest batch, and for levers where something does not fit.
-      only: programs to compile; none: all. What is said of a whole run needs all of them, the
+      only: programs to compile; none: all. Figures of a whole run need all of them, the
         search both steps.
 
     Raises:

@@ -13,10 +13,10 @@ from ddmd_jax.study.suites import Experiment
 
 COLUMNS = {'glyph_match': 3, 'glyph_match_held_out': 3, 'background_match': 3, 'frechet': 2,
            'colour_error': 2, 'variance': 3}
-AXES = {'x_std': 'contrast of the live student (x_std)', 'ema_match': 'captions right (ema_match)',
-        'dm_rel_gap': 'dm_rel_gap', 'ema_variance': 'variance of the average (ema_variance)'}
-PANELS = ('From above: at the start; the averaged student; the live student; the teacher\'s '
-          'prediction of the live student\'s samples from tau = .5; the critic\'s; their '
+AXES = {'x_std': 'contrast of the raw student (x_std)', 'ema_match': 'captions right (ema_match)',
+        'dm_rel_gap': 'dm_rel_gap', 'ema_variance': 'variance of the EMA student (ema_variance)'}
+PANELS = ('From above: at the start; the EMA student; the raw student; the teacher\'s '
+          'prediction of the raw student\'s samples from tau = .5; the critic\'s; their '
           'difference, Delta_DM. Same prompts, same noise.')
 
 def badge(verdict: str) -> Markup:

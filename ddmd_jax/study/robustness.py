@@ -1,7 +1,7 @@
 """Where a recipe stays healthy, and whether the verdict warns before quality falls.
 
 A run's outcome is read off the judge's figures, its warning off the health figures of the same
-lines, which know nothing of the judge. What counts as a warning is a `Signal`: its thresholds are
+lines, which know nothing of the judge. A `Signal` is a rule for a warning: its thresholds are
 tuned on half of the runs and reported on the other, which has other learning rates.
 """
 

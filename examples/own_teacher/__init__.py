@@ -9,8 +9,8 @@
 
 The teacher predicts epsilon at the 100 discrete steps of a variance-preserving table, as SDXL
 does at its 1000. `process` maps the table onto the package's one flow; nothing else knows of it.
-`shapes` has the examples, `teacher` the network and its text side, `train` trains both. What the
-package asks of a family is `FAMILY`, found by the name that the config gives: ``own_teacher``.
+`shapes` has the examples, `teacher` the network and its text side, `train` trains both. The
+package finds `FAMILY` by the name that the config gives: ``own_teacher``.
 """
 
 from ddmd_jax.families import DataSet, Family

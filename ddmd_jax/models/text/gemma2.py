@@ -1,6 +1,6 @@
 """Gemma-2 (transformers: `Gemma2Model`), the text encoder of Lumina-Image-2.0.
 
-What it has of its own: norms that multiply by one plus their weight, before *and* behind
+Of its own are norms that multiply by one plus their weight, before *and* behind
 attention and network; scores that are capped; every second layer sees a window of tokens only;
 token vectors multiplied by the square root of their width.
 """
