@@ -45,6 +45,12 @@ def commands():
 
 
 @pytest.fixture(scope='session')
+def weights(tmp_path_factory):
+    """File of an emoji teacher."""
+    return tiny.save_toy(tmp_path_factory.mktemp('teacher'))
+
+
+@pytest.fixture(scope='session')
 def model():
     return tiny.MODEL
 

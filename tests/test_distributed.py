@@ -18,12 +18,7 @@ import tiny
 from ddmd_jax.data import loader
 from ddmd_jax.data.order import Order
 from ddmd_jax.data.prompts import build as prompts
-from ddmd_jax.families.emoji import teacher as emoji, tokenizer
 from ddmd_jax.parallel import distributed, sharding
-
-MODEL = {'denoiser': tiny.MODEL['denoiser'],
-         'text': tiny.MODEL['text'] | {'vocab_size': tokenizer.load().get_vocab_size(),
-                                       'max_length': 10}}
 
 
 def free_port():
@@ -70,7 +65,7 @@ def run(workdir, weights, processes, steps=5):
 @pytest.fixture(scope='module')
 def workdirs(tmp_path_factory):
     root = tmp_path_factory.mktemp('runs')
-    emoji.save(root / 'toy.safetensors', MODEL, tiny.random_params(MODEL, 0), steps=0)
+    tiny.save_toy(root)
     (root / 'p.txt').write_text(''.join(f'{word} heart{" on a blue background" * long}\n'
                                         for word in ('red', 'green', 'blue', 'old', 'two', 'big')
                                         for long in (0, 1)))

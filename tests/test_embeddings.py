@@ -13,7 +13,7 @@ import tiny
 from ddmd_jax import embedding
 from ddmd_jax.data import DataFileError, conditioning, embeddings
 from ddmd_jax.data.batch import Batch
-from ddmd_jax.families.emoji import teacher as emoji, tokenizer
+from ddmd_jax.families.emoji import teacher as emoji
 from ddmd_jax.parallel import sharding
 from ddmd_jax.train import prompts as sources
 from ddmd_jax.util.text import in_units
@@ -144,10 +144,7 @@ class Texts(list):
 
 @pytest.fixture(scope='module')
 def text():
-    model = {'denoiser': tiny.MODEL['denoiser'],
-             'text': tiny.MODEL['text'] | {'vocab_size': tokenizer.load().get_vocab_size(),
-                                           'max_length': 10}}
-    return emoji.text_encoder(model, tiny.random_params(model, 0)['text'], 'tiny')
+    return emoji.text_encoder(tiny.TOY, tiny.random_params(tiny.TOY, 0)['text'], 'tiny')
 
 
 @pytest.fixture

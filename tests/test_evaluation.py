@@ -9,14 +9,13 @@ import tiny
 from ml_collections import ConfigDict
 from PIL import Image
 from test_export import save
-from test_sample import TOY, command  # noqa: F401 - a fixture
+from test_sample import command  # noqa: F401 - a fixture
 
 from ddmd_jax import families as teachers
 from ddmd_jax.data import DataFileError
 from ddmd_jax.diffusion import drawing, sampling
 from ddmd_jax.evaluation import evaluate, pictures, suites
 from ddmd_jax.evaluation.suites import Examples, Suite
-from ddmd_jax.families.emoji import teacher as emoji
 from ddmd_jax.parallel.sharding import make_mesh
 
 PROMPTS = ['red heart', 'ship', 'red heart', 'pie on a purple background']
@@ -81,14 +80,13 @@ def test_conditioning_is_rounded_as_it_is_stored():
 
 
 @pytest.fixture(scope='module')
-def run(tmp_path_factory):
+def run(weights, tmp_path_factory):
     """(folder of a run of two steps, its student beside its teacher)."""
-    path = tmp_path_factory.mktemp('teacher') / 'toy.safetensors'
-    emoji.save(path, TOY, tiny.random_params(TOY, 0), steps=0)
-    teacher, other = teachers.load_teacher(str(path)), tiny.random_params(TOY, 1)['denoiser']
+    teacher = teachers.load_teacher(str(weights))
+    other = tiny.random_params(tiny.TOY, 1)['denoiser']
     student = jax.tree.map(lambda a, b: np.asarray(a + 0.1 * (b - a)), teacher.params, other)
     folder = save(tmp_path_factory.mktemp('run'), {
-        'task': 'distill', 'teacher.name': 'emoji', 'teacher.path': str(path),
+        'task': 'distill', 'teacher.name': 'emoji', 'teacher.path': str(weights),
         'teacher.dtype': 'float32', 'student.steps': 2,
         'teacher_identity': teacher.identity}, student, step=7)
     return folder, evaluate.Comparison(CONFIG, teacher, student,

@@ -12,13 +12,9 @@ import jax.numpy as jnp
 import pytest
 import tiny
 
-from ddmd_jax.families.emoji import teacher as emoji, tokenizer
 from ddmd_jax.parallel import sharding
 from ddmd_jax.planner import chips, programs
 
-MODEL = {'denoiser': tiny.MODEL['denoiser'],
-         'text': tiny.MODEL['text'] | {'vocab_size': tokenizer.load().get_vocab_size(),
-                                       'max_length': 10}}
 needs_libtpu = pytest.mark.skipif(
     importlib.util.find_spec('libtpu') is None, reason='libtpu is not installed (jax[tpu])')
 
@@ -27,13 +23,6 @@ def plan(*flags):
     return subprocess.run(
         [sys.executable, '-m', 'ddmd_jax.plan', *flags], cwd=tiny.ROOT, capture_output=True,
         text=True, check=False, env=os.environ | {'ALLOW_MULTIPLE_LIBTPU_LOAD': '1'})
-
-
-@pytest.fixture(scope='module')
-def weights(tmp_path_factory):
-    path = tmp_path_factory.mktemp('teacher') / 'toy.safetensors'
-    emoji.save(path, MODEL, tiny.random_params(MODEL, 0), steps=0)
-    return path
 
 
 @pytest.mark.tpu_compiler
@@ -48,7 +37,7 @@ def test_both_steps_are_compiled_for_a_topology(weights):
     assert (found['chips'], found['global_batch']) == (4, 8)
     assert found['hbm_bytes_per_chip'] == 16 * 2**30
     # Seven trees of the student's size and a teacher, most of them a quarter on each chip.
-    whole = 8 * sum(x.nbytes for x in jax.tree.leaves(tiny.random_params(MODEL, 0)['denoiser']))
+    whole = 8 * sum(x.nbytes for x in jax.tree.leaves(tiny.random_params(tiny.TOY, 0)['denoiser']))
     assert whole / 4 < found['resident_bytes'] < whole
     generator, critic = found['programs']['generator_step'], found['programs']['critic_step']
     # Pixels are their own latents here: there is nothing to decode.
@@ -78,7 +67,7 @@ def test_the_text_encoder_counts_where_prompts_are_encoded_on_the_mesh(weights):
     assert not found['programs'] and 'run' not in found and 'largest_batch' not in found
     assert encode['fits'] and encode['rows'] == 64
     assert 0.8 < encode['flops'] / encode['analytic_flops'] < 1.25
-    params = tiny.random_params(MODEL, 0)
+    params = tiny.random_params(tiny.TOY, 0)
     held = lambda name: sum(x.nbytes for x in jax.tree.leaves(params[name]))
     # Batch is split four ways, nothing else is.
     assert found['resident_bytes'] > 8 * held('denoiser') + held('text')

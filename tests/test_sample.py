@@ -22,7 +22,6 @@ from ddmd_jax.diffusion import drawing, sampling
 from ddmd_jax.diffusion.time import Shift
 from ddmd_jax.evaluation import pictures
 from ddmd_jax.families import LoadOptions
-from ddmd_jax.families.emoji import teacher as emoji, tokenizer
 from ddmd_jax.families.lumina import names, teacher as lumina
 from ddmd_jax.models import autoencoder_kl
 from ddmd_jax.models.layers import abstract_params
@@ -32,18 +31,7 @@ from ddmd_jax.util import commands
 from ddmd_jax.util.errors import UserError
 from ddmd_jax.weights import diffusers
 
-TOY = {'denoiser': tiny.MODEL['denoiser'],
-       'text': tiny.MODEL['text'] | {'vocab_size': tokenizer.load().get_vocab_size(),
-                                     'max_length': 10}}
 PROMPTS = ['a red heart', 'a dog on a blue background', '']
-
-
-@pytest.fixture(scope='module')
-def weights(tmp_path_factory):
-    """File of an emoji teacher."""
-    path = tmp_path_factory.mktemp('teacher') / 'toy.safetensors'
-    emoji.save(path, TOY, tiny.random_params(TOY, 0), steps=0)
-    return path
 
 
 @pytest.fixture(scope='module')
@@ -53,7 +41,7 @@ def run(weights, tmp_path_factory):
     manifest = {'task': 'distill', 'teacher.name': 'emoji', 'teacher.path': str(weights),
                 'teacher.dtype': 'float32', 'student.steps': 2,
                 'teacher_identity': teacher.identity}
-    other = tiny.random_params(TOY, 1)['denoiser']
+    other = tiny.random_params(tiny.TOY, 1)['denoiser']
     ema = jax.tree.map(lambda a, b: np.asarray(a + 0.1 * (b - a)), teacher.params, other)
     return save(tmp_path_factory.mktemp('run'), manifest, ema, step=7)
 

@@ -6,7 +6,6 @@ import signal
 import subprocess
 import sys
 import time
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -227,30 +226,22 @@ def test_results_of_other_fields_are_left_out_and_told(tmp_path):
     assert ', 1 runs.' in (tmp_path / 'report.html').read_text()
 
 
-@pytest.fixture(scope='module')
-def toy(tmp_path_factory):
-    sys.path.append(str(Path(__file__).with_name('faults')))
-    import runs as toy_runs
-
-    return toy_runs.make_weights(tmp_path_factory.mktemp('toy'))
-
-
 SMALLEST = ('train.steps=2', 'data.global_batch=4', 'student.steps=2', 'critic.updates=1',
             'mesh.data=1', 'mesh.fsdp=2', 'log.every=1', 'log.judge=3', 'log.report=false',
             'log.probe=0', 'eval.prompts=3', 'eval.held_out=3', 'eval.batch=6')
 
 
-def command(folder, toy, *flags):
+def command(folder, weights, *flags):
     return [sys.executable, '-m', 'ddmd_jax.study', '--config=configs/emoji.py',
             f'--workdir={folder}', '--only=hybrid,ca_gan', '--seeds=1', *flags,
-            *(x for field in (f'teacher.path={toy}', *SMALLEST) for x in ('--set', field))]
+            *(x for field in (f'teacher.path={weights}', *SMALLEST) for x in ('--set', field))]
 
 
 @pytest.mark.slow
-def test_the_smallest_study_is_stopped_goes_on_and_is_reported(tmp_path, toy, monkeypatch):
+def test_the_smallest_study_is_stopped_goes_on_and_is_reported(tmp_path, weights, monkeypatch):
     """Two steps a run, a toy teacher on two devices: through `main`, as for any other."""
     monkeypatch.setenv('XLA_FLAGS', tiny.xla_flags(2))
-    first = subprocess.Popen(command(tmp_path, toy), cwd=tiny.ROOT, text=True,
+    first = subprocess.Popen(command(tmp_path, weights), cwd=tiny.ROOT, text=True,
                              stderr=subprocess.PIPE, stdout=subprocess.PIPE)
     while not (tmp_path / 'runs' / 'hybrid-seed0' / 'lock').exists():
         assert first.poll() is None, first.communicate()
@@ -258,7 +249,7 @@ def test_the_smallest_study_is_stopped_goes_on_and_is_reported(tmp_path, toy, mo
     first.send_signal(signal.SIGTERM)
     _, err = first.communicate(timeout=120)
     assert first.returncode == 1 and 'run the same command to go on' in err
-    done = subprocess.run(command(tmp_path, toy), cwd=tiny.ROOT, text=True, capture_output=True,
+    done = subprocess.run(command(tmp_path, weights), cwd=tiny.ROOT, text=True, capture_output=True,
                           check=False)
     assert done.returncode == 0, done.stderr
     assert '2 of 2 runs to do' in done.stderr
@@ -272,8 +263,8 @@ def test_the_smallest_study_is_stopped_goes_on_and_is_reported(tmp_path, toy, mo
     page = (tmp_path / 'report.html').read_text()
     assert 'alt="ca_gan"' in page and 'not decided at this scale' in page
     assert not (tmp_path / 'runs' / 'hybrid-seed0').exists()  # only results are kept
-    again = subprocess.run(command(tmp_path, toy), cwd=tiny.ROOT, text=True, capture_output=True,
-                           check=False)
+    again = subprocess.run(command(tmp_path, weights), cwd=tiny.ROOT, text=True,
+                           capture_output=True, check=False)
     assert again.returncode == 0 and '0 of 2 runs to do' in again.stderr
 
 

@@ -12,28 +12,16 @@ import tiny
 from ddmd_jax import families, main
 from ddmd_jax.config import check
 from ddmd_jax.families.base import LoadOptions
-from ddmd_jax.families.emoji import teacher as emoji, tokenizer
 from ddmd_jax.method import schedules
 from ddmd_jax.train import train
 from ddmd_jax.train.durable.checkpoint import CheckpointError
 from ddmd_jax.train.durable.rollback import DivergedError
 
-# The teacher's text encoder must know every word of the shipped tokenizer.
-TOY = {'denoiser': tiny.MODEL['denoiser'],
-       'text': tiny.MODEL['text'] | {'vocab_size': tokenizer.load().get_vocab_size(),
-                                     'max_length': 10}}
 ROW = ['name', 'steps', 'evaluations', 'guidance', 'glyph_match', 'glyph_match_held_out',
        'background_match', 'frechet', 'colour_error', 'variance']
 HEALTH = {'dm_rel_gap', 'dm_cos', 'dm_to_ca', 'x_std', 'saturation', 'floor_hit_ca',
           'floor_hit_dm', 'fake_loss', 'grad_norm', 'critic_grad_norm', 'health',
           'ema_std', 'ema_cast', 'ema_saturation'}
-
-
-@pytest.fixture(scope='module')
-def weights(tmp_path_factory):
-    path = tmp_path_factory.mktemp('teacher') / 'toy.safetensors'
-    emoji.save(path, TOY, tiny.random_params(TOY, 0), steps=0)
-    return path
 
 
 @pytest.fixture(scope='module')
@@ -179,8 +167,8 @@ def test_critic_warm_up_happens_once(tmp_path):
 
 def test_pretraining_writes_a_teacher_that_loads(tmp_path):
     config = tiny.load_config('emoji_teacher')
-    config.teacher.model.denoiser.update(TOY['denoiser'])
-    config.teacher.model.text.update(TOY['text'])
+    config.teacher.model.denoiser.update(tiny.TOY['denoiser'])
+    config.teacher.model.text.update(tiny.TOY['text'])
     config.train.steps, config.data.global_batch = 2, 4
     check(config)
     main.run(config, tmp_path)

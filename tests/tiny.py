@@ -21,7 +21,7 @@ from ddmd_jax import config as config_lib
 from ddmd_jax.data.batch import Batch, CondSpec
 from ddmd_jax.diffusion.time import FewSteps, Shift
 from ddmd_jax.families.base import Latents, Teacher
-from ddmd_jax.families.emoji import teacher as emoji
+from ddmd_jax.families.emoji import teacher as emoji, tokenizer
 from ddmd_jax.method import schedules
 from ddmd_jax.method.losses import Normaliser
 from ddmd_jax.method.recipe import Recipe
@@ -44,6 +44,10 @@ MODEL = {
     'text': {'vocab_size': 32, 'max_length': 6, 'dim': 16, 'num_layers': 1, 'num_heads': 2},
 }
 
+# A teacher for `main`: its text encoder knows every word of the shipped tokenizer.
+TOY = {'denoiser': MODEL['denoiser'], 'text': MODEL['text'] | {
+    'vocab_size': tokenizer.load().get_vocab_size(), 'max_length': 10}}
+
 
 def random_params(model: dict[str, Any], seed: int) -> dict[str, Any]:
     """Parameters of denoiser and text encoder, none of them zero or one.
@@ -62,6 +66,13 @@ def random_params(model: dict[str, Any], seed: int) -> dict[str, Any]:
 
     shapes = jax.eval_shape(lambda: emoji.init_params(model, jax.random.key(0)))
     return jax.tree_util.tree_map_with_path(fill, shapes)
+
+
+def save_toy(folder: Path) -> Path:
+    """The file of a teacher of `TOY`."""
+    path = folder / 'toy.safetensors'
+    emoji.save(path, TOY, random_params(TOY, 0), steps=0)
+    return path
 
 
 def make_params() -> list[Any]:

@@ -15,12 +15,7 @@ import orbax.checkpoint as ocp
 import pytest
 import tiny
 
-from ddmd_jax.families.emoji import teacher as emoji, tokenizer
-
 DRIVER = Path(__file__).with_name('driver.py')
-MODEL = {'denoiser': tiny.MODEL['denoiser'],
-         'text': tiny.MODEL['text'] | {'vocab_size': tokenizer.load().get_vocab_size(),
-                                       'max_length': 10}}
 # Lines and checkpoints do not coincide: an interval has to survive what comes between.
 FIELDS = {
     'train.steps': 6, 'data.global_batch': 4, 'student.steps': 2, 'critic.updates': 1,
@@ -28,13 +23,6 @@ FIELDS = {
     'log.report': False, 'optim.student.lr': 1e-3, 'optim.critic.lr': 1e-3,
     'optim.student.decay': 0.0, 'optim.critic.decay': 0.0, 'eval.prompts': 3, 'eval.held_out': 3,
     'eval.batch': 4, 'eval.teacher_steps': 2}
-
-
-def make_weights(folder):
-    """The toy teacher's file."""
-    path = folder / 'toy.safetensors'
-    emoji.save(path, MODEL, tiny.random_params(MODEL, 0), steps=0)
-    return path
 
 
 def free_port():
@@ -47,7 +35,7 @@ class Runs:
     """Starts runs that share one teacher."""
 
     def __init__(self, root):
-        self.root, self.weights = root, make_weights(root)
+        self.root, self.weights = root, tiny.save_toy(root)
 
     def command(self, workdir, fields=None, flags=()):
         named = FIELDS | {'teacher.path': self.weights} | (fields or {})
