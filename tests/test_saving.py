@@ -4,6 +4,7 @@ import json
 import logging
 import struct
 import threading
+import time
 import types
 
 import pytest
@@ -177,6 +178,14 @@ def events(folder):
             found.append(Event.FromString(data[at + 12:at + 12 + length]))
             at += length + 16
     return found
+
+
+def test_the_time_left_is_reckoned_from_steps_and_not_from_compiling(tmp_path):
+    started, log = time.monotonic(), logs.RunLog(tmp_path, 0, 9, 'toy')
+    time.sleep(0.3)
+    log.tick(1)
+    assert log.bar.format_dict['elapsed'] <= time.monotonic() - started - 0.3
+    log.close()
 
 
 def test_a_log_goes_on_where_its_run_does(tmp_path):

@@ -67,8 +67,11 @@ class RunLog:
         del self.history[KEPT:-KEPT]
 
     def tick(self, step: int) -> None:
-        if self.active:
-            self.bar.update(step - self.bar.n)
+        if not self.active:
+            return
+        if self.bar.n == self.bar.initial:  # programs were waited for until here: no step's rate
+            self.bar.unpause()
+        self.bar.update(step - self.bar.n)
 
     def scalars(self, step: int, values: dict[str, Any], text: str = '') -> None:
         """One line of JSON (`step` first), its figures in TensorBoard and tracker, `text` beside
