@@ -62,6 +62,14 @@ def test_a_users_own_figure_has_a_curve(run):
     assert shown[-1] == 'drift' and not {'step', 'finite', 'health'} & set(shown)
 
 
+@pytest.mark.parametrize('figures_, cells', [
+    ([3.9e-12, 1.695], ['0.000', '1.695']), ([0.2234, 0.2466], ['0.2234', '0.2466']),
+    ([1.0, 4.0], ['1', '4']), ([123.4, math.nan], ['123.4', 'nan']), ([None, 4], ['', '4']),
+    ([0.0, 1.35e-6], ['0.000000000', '0.000001350'])])
+def test_figures_of_a_column_have_equal_decimals(figures_, cells):
+    assert page.table([{'name': 'a', 'x': x} for x in figures_])['x'] == cells
+
+
 def test_a_page_has_everything_and_needs_nothing(run):
     path = page.write(run)
     text = path.read_text()

@@ -3,6 +3,7 @@
 import base64
 import io
 import json
+import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -45,12 +46,27 @@ def render(runs: Sequence[RunFiles]) -> str:
         strips=[strips(run) for run in runs], changed=differences(runs),
         facts=[facts(run) for run in runs],
         lines=thinned(runs[0].lines, ROWS) if len(runs) == 1 else [],
-        columns=[c.key for c in figures.present(runs)], show=show)
+        columns=[c.key for c in figures.present(runs)], show=show, table=table)
 
 
 def show(value: Any) -> str:
     """A cell."""
     return '' if value is None else f'{value:.4g}' if isinstance(value, float) else str(value)
+
+
+def table(rows: Sequence[Mapping[str, Any]]) -> dict[str, list[str]]:
+    """``{column: a cell for each row}``; a column's largest figure has four digits, all its others
+    as many decimals."""
+    found = {}
+    for head in rows[0]:
+        values = [row[head] for row in rows]
+        figure = [v for v in values if isinstance(v, float) and math.isfinite(v)]
+        cell = show
+        if not all(v.is_integer() for v in figure):
+            places = max(0, 3 - math.floor(math.log10(max(map(abs, figure)))))
+            cell = lambda v, n=places: f'{v:.{n}f}' if isinstance(v, float) else show(v)
+        found[head] = [cell(v) for v in values]
+    return found
 
 
 def strips(run: RunFiles) -> dict[str, list[tuple[int, str]]]:
