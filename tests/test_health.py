@@ -215,6 +215,33 @@ def test_contrast_is_held_against_real_data_where_it_is_known():
     assert verdict(steady, data_std=0.6)[0] == HEALTHY
 
 
+APART = {'dm_rel_gap': 0.8, 'dm_cos': 0.9}
+
+
+@pytest.mark.parametrize('name, start, below, above, beside, word', [
+    ('dm_rel_gap', 0.4, 0.51, 0.53, APART, CRITIC_LAGS),  # x1.3 is up
+    ('dm_rel_gap', 0.1, 0.24, 0.26, APART, CRITIC_LAGS),  # 0.25 is large
+    ('dm_cos', 0.99, 0.9875, 0.9865, APART, CRITIC_LAGS),  # 1 - cos x1.3 is apart
+    ('fake_loss', 0.2, 0.255, 0.265, {}, CRITIC_LAGS),  # x1.3
+    ('x_std', 0.5, 0.545, 0.555, {}, OVER_BAKED),  # x1.1
+    ('ema_std', 1.0, 1.075, 1.085, {}, OVER_BAKED),
+    ('ema_std', 1.0, 0.975, 0.965, {}, WASHED_OUT),
+    ('ema_cast', 0.0, 0.019, 0.021, {}, COLOUR_CAST),
+])
+def test_the_shipped_thresholds_are_those_of_the_docs(name, start, below, above, beside, word):
+    begun = START | {name: start}
+    for value, wanted in ((below, HEALTHY), (above, word)):
+        seen = lines([begun] * REFERENCE + [begun | beside | {name: value}])
+        assert verdict(seen)[0] == wanted
+
+
+@pytest.mark.parametrize('stds, word', [
+    ((2.05,), OVER_BAKED), ((2.15,), COLLAPSING),  # 2.1 is lost
+    ((1.0, 1.155, 1.31), OVER_BAKED), ((1.0, 1.16, 1.32), COLLAPSING)])  # 2.085, 2.12 in 25
+def test_contrast_is_lost_and_looked_ahead_for_as_the_docs_say(stds, word):
+    assert verdict(lines(contrasts(*stds)))[0] == word
+
+
 def test_a_gap_that_grew_from_nothing_but_is_small_is_no_lag():
     """Critic and teacher start equal: the first gaps are near 0 and every healthy run's grow."""
     start = [{'dm_rel_gap': 0.02, 'dm_cos': 0.9999, 'x_std': 0.5}] * REFERENCE
