@@ -10,7 +10,7 @@ from ddmd_jax.data.prompts import set as prompt_set
 from ddmd_jax.export.student import Student
 from ddmd_jax.families.family import Exported
 from ddmd_jax.method import health
-from ddmd_jax.util import jsonl, text
+from ddmd_jax.util import files, jsonl, text
 
 NAMES = README, PICTURE = 'README.md', 'samples.png'
 # Fields of the config that say how a student was trained; no places on its machine.
@@ -49,7 +49,7 @@ def write(student: Student, out: Path, form: str, exported: Exported) -> None:
         health=history[-1] if 'health' in history[-1] else None,
         settings=[item for item in sorted(student.manifest.items()) if item[0].startswith(SHOWN)],
         prompts=prompts)
-    (out / README).write_text(card.rstrip('\n') + '\n')
+    files.write(out / README, card.rstrip('\n') + '\n')
 
 
 def _figures(student: Student, sampler: str) -> tuple[str, str]:

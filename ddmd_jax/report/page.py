@@ -49,9 +49,9 @@ def render(runs: Sequence[RunFiles]) -> str:
         columns=[c.key for c in figures.present(runs)], show=show, table=table)
 
 
-def show(value: Any) -> str:
-    """A cell."""
-    return '' if value is None else f'{value:.4g}' if isinstance(value, float) else str(value)
+def show(value: Any, spec: str = '.4g') -> str:
+    """A cell; `spec` is how figures are formatted."""
+    return '' if value is None else format(value, spec) if isinstance(value, float) else str(value)
 
 
 def table(rows: Sequence[Mapping[str, Any]]) -> dict[str, list[str]]:
@@ -61,11 +61,10 @@ def table(rows: Sequence[Mapping[str, Any]]) -> dict[str, list[str]]:
     for head in rows[0]:
         values = [row[head] for row in rows]
         figure = [v for v in values if isinstance(v, float) and math.isfinite(v)]
-        cell = show
+        spec = '.4g'
         if not all(v.is_integer() for v in figure):
-            places = max(0, 3 - math.floor(math.log10(max(map(abs, figure)))))
-            cell = lambda v, n=places: f'{v:.{n}f}' if isinstance(v, float) else show(v)
-        found[head] = [cell(v) for v in values]
+            spec = f'.{max(0, 3 - math.floor(math.log10(max(map(abs, figure)))))}f'
+        found[head] = [show(v, spec) for v in values]
     return found
 
 

@@ -10,6 +10,7 @@ from markupsafe import Markup
 
 from ddmd_jax.study import claims, page, statistics as rule
 from ddmd_jax.study.suites import Experiment
+from ddmd_jax.util import files
 
 COLUMNS = {'glyph_match': 3, 'glyph_match_held_out': 3, 'background_match': 3, 'frechet': 2,
            'colour_error': 2, 'variance': 3}
@@ -82,7 +83,7 @@ def write(path: Path, title: str, head: str, how: str, results: claims.Results,
     """
     found = claims.judge(results)
     figures = {c.number: curve_figure(results, c.shows, c.curve) for c in found}
-    path.write_text(page.render(
+    files.write(path, page.render(
         'claims', title=title, head=head, how=how, claims=found, rule=rule.RULE, badge=badge,
         by_seed=by_seed, spread=spread, panels=PANELS, broken=page.broken(results),
         columns=COLUMNS, figures={k: page.data_url(v) for k, v in figures.items() if v},

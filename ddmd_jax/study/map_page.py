@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 
 from ddmd_jax.study import page, robustness as rb
+from ddmd_jax.util import files
 
 ROWS, COLUMNS = 'optim.student.lr', 'optim.critic.lr'  # of a panel
 PANELS = ('method.alpha', 'critic.updates')  # rows and columns of panels
@@ -152,7 +153,7 @@ def write(path: Path, title: str, head: str, how: str,
               'half': named.get(id(run), 'other')} for run in sorted(runs, key=lambda r: r.name)]
     badge = lambda reached: page.badge(*(('holds', 'reached') if reached else
                                          ('fails', 'not reached')))
-    path.write_text(page.render(
+    files.write(path, page.render(
         'robustness', title=title, head=head, how=how, map=page.data_url(map_figure(runs)),
         frontier=page.data_url(frontier_figure(judged)), of=of, sensitivity=sensitivity(results),
         answer=answer(found[rb.COLLAPSE.name].held_out()),

@@ -11,6 +11,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from ddmd_jax.util import files
+
 CLASS = 'FlowMatchEulerDiscreteScheduler'
 STATED = '0.36.0'  # the oldest diffusers that what is written has been loaded with is as old
 
@@ -22,10 +24,10 @@ def write(folder: Path, shift: float, sampler: str, base: Mapping[str, Any] | No
               'stochastic_sampling': sampler == 'renoise'}
     config.setdefault('_diffusers_version', STATED)
     folder.mkdir()
-    (folder / 'scheduler_config.json').write_text(json.dumps(config, indent=2) + '\n')
+    files.write(folder / 'scheduler_config.json', json.dumps(config, indent=2) + '\n')
 
 
 def write_index(folder: Path, name: Any, components: Mapping[str, Any], **more: Any) -> None:
     """``model_index.json``, which makes the folder a pipeline: what has to be written last."""
     index = {'_class_name': name, '_diffusers_version': STATED, **components, **more}
-    (folder / 'model_index.json').write_text(json.dumps(index, indent=2) + '\n')
+    files.write(folder / 'model_index.json', json.dumps(index, indent=2) + '\n')

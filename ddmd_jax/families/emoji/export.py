@@ -12,6 +12,7 @@ from ddmd_jax.diffusion.time import Shift
 from ddmd_jax.families.emoji import teacher as emoji, tokenizer
 from ddmd_jax.families.family import Export, Exported, Source
 from ddmd_jax.families.lumina import teacher as lumina
+from ddmd_jax.util import files
 from ddmd_jax.weights import diffusers, flat, scheduler
 from ddmd_jax.weights.names import Entry
 
@@ -73,7 +74,7 @@ def write_pipeline(student: Exported, out: Path) -> None:
 def _write_tokenizer(folder: Path, length: int) -> None:
     folder.mkdir()
     tokenizer.load().save(str(folder / 'tokenizer.json'))
-    (folder / 'tokenizer_config.json').write_text(json.dumps({
+    files.write(folder / 'tokenizer_config.json', json.dumps({
         'tokenizer_class': 'PreTrainedTokenizerFast', 'model_max_length': length,
         'padding_side': 'right', 'truncation_side': 'right', 'pad_token': tokenizer.PAD,
         'unk_token': tokenizer.UNK, 'bos_token': tokenizer.BOS}, indent=2) + '\n')
