@@ -50,9 +50,9 @@ class Models:
 class GeneratorKeys(NamedTuple):
     """Keys of one generator objective.
 
-    Draws are those of every run so far, which fixes how keys are derived. JAX's `fold_in(key, i)`
-    is `split(key)[i]`: so alpha's is the parent of the levels', and a regulariser, whose key would
-    be a noise's, has two children of that one.
+    Keys are derived as in every run so far, so that its draws come again. JAX's `fold_in(key, i)`
+    equals `split(key)[i]`: alpha's key is the parent of the levels' two. A regulariser's folded
+    key would equal a noise's, so it gets that key's two children.
     """
 
     simulation: Array

@@ -120,7 +120,7 @@ def facts(run: RunFiles) -> list[tuple[str, str]]:
              ('seconds a step', show(pace)), ('time', duration(seconds) if seconds else '')]
     if devices := about.get('devices'):
         found.append(('devices', f'{devices["count"]} x {devices["kind"]}, '
-                      f'{devices["processes"]} processes'))
+                      f'{devices["processes"]} process{"es" * (devices["processes"] != 1)}'))
         found.append(('chip-hours', show(seconds and seconds * devices['count'] / 3600)))
     if run.evaluation and 'seconds' in run.evaluation:
         found.append(('waited for input', f'{show(run.evaluation["seconds"]["input_wait"])} s'))
