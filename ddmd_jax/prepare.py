@@ -1,7 +1,8 @@
-"""Makes data files: sets of prompts, and embeddings of them.
+"""Makes data files: sets of prompts, embeddings of them, the embedded world's drawings.
 
     python -m ddmd_jax.prepare prompts    makes a set of prompts from files of them
     python -m ddmd_jax.prepare embed      encodes a set of prompts with a teacher's text encoder
+    python -m ddmd_jax.prepare emoji      draws the objects of the embedded world
 
 ``python -m ddmd_jax.prepare WORD --help`` lists the flags of a word. Exit codes: 0 done; 1 it
 could not go on (one line on stderr says why); 2 a flag is wrong.
@@ -42,6 +43,11 @@ def embed_flags() -> None:
     flags.DEFINE_enum('dtype', 'bfloat16', ('bfloat16', 'float32'), "Of the encoder's products.")
 
 
+def emoji_flags() -> None:
+    flags.DEFINE_string('packages', '', 'Folder of the emoji sets\' npm packages (.tgz).')
+    flags.DEFINE_string('out', '', 'Folder to write; what is there is replaced.')
+
+
 def prompts() -> None:
     commands.need(input='name files of prompts', out='name a folder to write')
     from ddmd_jax.data.prompts import build
@@ -75,8 +81,17 @@ def embed() -> None:
           f'identity {identity}')
 
 
+def emoji() -> None:
+    commands.need(packages='name a folder', out='name a folder')
+    from ddmd_jax.families.emoji import make_drawings
+
+    count = make_drawings.make(Path(FLAGS.packages), Path(FLAGS.out))
+    print(f'{FLAGS.out} written: {count} drawings')
+
+
 # Each word has its own flags; they are defined only when it is the one that is asked for.
-COMMANDS = {'prompts': (prompts_flags, prompts), 'embed': (embed_flags, embed)}
+COMMANDS = {'prompts': (prompts_flags, prompts), 'embed': (embed_flags, embed),
+            'emoji': (emoji_flags, emoji)}
 
 
 def main() -> None:
@@ -85,7 +100,7 @@ def main() -> None:
         print(__doc__)
         sys.exit(1)  # as absl has it
     if word not in COMMANDS:
-        sys.exit(f'prepare: expected `prompts` or `embed`, got {word}')
+        sys.exit(f'prepare: expected `prompts`, `embed` or `emoji`, got {word}')
     define_flags, run = COMMANDS[word]
 
     def act(arguments: list[str]) -> None:

@@ -19,10 +19,11 @@ from typing import Any
 import tensorflow_datasets as tfds
 from PIL import Image
 
-from ddmd_jax.families.emoji.drawings import EDGE, OBJECTS, SETS, VERSION, IconSet
+from ddmd_jax.families.emoji.drawings import DRAWINGS, EDGE, OBJECTS, SETS, VERSION, IconSet
 from ddmd_jax.util.errors import UserError
 from ddmd_jax.util.text import first_line
 
+NOTICE = 'LICENSES.md'  # written by hand, it goes with the drawings
 RENDERED = 256  # pixels; cropped to what is drawn, then reduced to `EDGE`
 
 
@@ -68,6 +69,7 @@ def make(packages: Path, out: Path) -> int:
         tfds.disable_progress_bar()
         # Insertion order is the order of a fixed hash of the keys: the same on every machine.
         builder.download_and_prepare()
+        shutil.copyfile(DRAWINGS / NOTICE, Path(builder.data_dir) / NOTICE)
         shutil.rmtree(out, ignore_errors=True)
         shutil.copytree(builder.data_dir, out)
     return len(rows)

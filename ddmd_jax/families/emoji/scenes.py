@@ -93,11 +93,6 @@ class World:
             text += f' {scene.relation} {_with_article(self.names[scene.second])}'
         return f'{text} on {_with_article(COLOUR_NAMES[scene.colour])} background'
 
-    def words(self) -> list[str]:
-        """All words that captions are made of, sorted."""
-        texts = [*self.names, *RELATIONS, *COLOUR_NAMES, 'small', 'large', 'a an on background']
-        return sorted({word for text in texts for word in text.split()})
-
     def held_out(self, scene: Scene) -> bool:
         """Whether its objects, or one of them and the background, never meet in training."""
         names = [self.names[i] for i in scene.places]
@@ -181,6 +176,12 @@ class World:
 def load(path: Path = drawings.DRAWINGS) -> World:
     """The shipped world; raises `DataFileError` if its drawings cannot be read."""
     return World(*drawings.load(path))
+
+
+def words() -> list[str]:
+    """All words that captions are made of, sorted."""
+    texts = [*drawings.OBJECTS, *RELATIONS, *COLOUR_NAMES, 'small large a an on background']
+    return sorted({word for text in texts for word in text.split()})
 
 
 def _with_article(words: str) -> str:
