@@ -114,12 +114,15 @@ def test_an_evaluation_writes_its_figures_and_a_sheet(evaluated):
     found = json.loads((workdir / 'eval.json').read_text())
     assert list(found) == ['rows', 'seconds', 'seed', 'config']
     assert [list(row.values())[:4] for row in found['rows']] == [
-        ['teacher_guided', 2, 4, 2.0], ['teacher_few_step', 2, 2, 1.0], ['student', 2, 2, 1.0]]
+        ['teacher_guided', 2, 4, 2.0], ['teacher_few_step', 2, 2, 1.0],
+        ['teacher_in_student_sampler', 2, 2, 1.0], ['student', 2, 2, 1.0]]
     assert [row['mean'] for row in found['rows']] == [float(x.mean()) for x in seen]
     assert found['seconds'] == {'total': 2.5} and found['seed'] == 5 and asked == [(3, 1, 5)]
     assert found['config'] == CONFIG.to_dict()
     assert Image.open(workdir / 'samples.png').size[1] > 4 * 96
-    assert np.abs(seen[2][0] - seen[2][2]).max() > 0.1  # one prompt, two images
+    student = seen[-1]
+    assert np.abs(student[0] - student[2]).max() > 0.1  # one prompt, two images
+    assert np.abs(student - seen[2]).max() > 0.1  # by one sampler, with other weights
 
 
 def near(a, b):
@@ -136,14 +139,23 @@ def test_table_sheet_and_sample_show_the_same_image(run, evaluated, command, mon
     evaluate.sheet(compared, request, tmp_path)
     (captions, titles, images, _), = columns
     assert captions == PROMPTS[1:]
-    assert titles == ['teacher\n2 steps, w=2', 'teacher\n2 steps', 'student\n2 steps']
+    assert titles == ['teacher\n2 steps, w=2', 'teacher\n2 steps', 'teacher as student\n2 steps',
+                      'student\n2 steps']
     for row, caption in enumerate(captions):
         for name, table in zip(images, measured, strict=True):
             near(name[row], pictures.to_uint8(table[PROMPTS.index(caption)]))
     command(f'--checkpoint={folder}', '--seed=5', *(f'--prompt={p}' for p in PROMPTS),
             f'--out={tmp_path}')
     for i, file in enumerate(sorted(tmp_path.glob('0*.png'))):
-        near(measured[2][i], np.asarray(Image.open(file)))
+        near(measured[-1][i], np.asarray(Image.open(file)))
+
+
+def test_a_sheet_shows_several_images_of_a_caption_where_there_are():
+    held = np.asarray([False] * 9 + [True] * 5)
+    blocks = evaluate._shown([*'aaaabbbbcdddde'], held)
+    np.testing.assert_array_equal(blocks, [[0, 1, 2, 3], [4, 5, 6, 7], [9, 10, 11, 12]])
+    np.testing.assert_array_equal(evaluate._shown([*'abcdefghiaabcd'], held)[:, 0],
+                                  [0, 1, 2, 3, 4, 5, 6, 9, 10, 11])
 
 
 def test_drawing_shows_how_far_it_is(capfd):

@@ -64,6 +64,38 @@ def test_variance_scales_and_ignores_brightness(gain, lift):
     assert measures.image_variance(gain * x + lift) == pytest.approx(want, rel=1e-6)
 
 
+def test_per_sample_std_is_that_of_each_image():
+    x = np.concatenate([np.full((1, 4, 4, 3), 0.7), np.tile([[[[1.0], [-1.0]]]], (1, 4, 2, 3))])
+    assert measures.per_sample_std(x) == pytest.approx(0.5)
+
+
+def test_a_background_is_found_beside_what_touches_the_edge():
+    x = np.full((2, 64, 64, 3), 0.25)
+    x[:, :40, :30] = [1.0, -1.0, 0.0]
+    x[1, 20:] = 0.2  # mottled, not another colour
+    got = measures.background(x)
+    np.testing.assert_allclose(got[0], 0.625, atol=1e-6)
+    assert got[1].min() > 0.6 and got[1].max() < 0.625
+
+
+def test_the_colour_error_is_of_averages():
+    """Published pairs of CIELAB colours (Sharma, Wu, Dalal 2005, rows 1, 7, 17); spread is free."""
+    lab = lambda *rows: {i: np.asarray(row) for i, row in enumerate(rows)}
+    a = lab((50, 2.6772, -79.7751), (50, 0, 0), (50, 2.5, 0))
+    b = lab((50, 0, -82.7485), (50, -1, 2), (73, 25, -18))
+    assert measures.average_colour_error(a, b) == pytest.approx(
+        (2.0425 + 2.3669 + 27.1492) / 3, abs=1e-4)
+    shades = np.asarray([[0.4, 0.5, 0.6], [0.5, 0.6, 0.7], [0.45, 0.55, 0.65]])
+    spread, mean = (measures.average_colours(x, ['sky'] * len(x)) for x in (shades[:2], shades[2:]))
+    assert measures.average_colour_error(spread, mean) < 0.2
+
+
+def test_pairwise_distance_is_within_groups():
+    x = np.asarray([[0.0, 0], [3, 4], [9, 9], [0, 1], [0, 2], [0, 4]])
+    assert measures.pairwise_distance(x, 'aabccc') == pytest.approx((5 + (1 + 3 + 2) / 3) / 2)
+    assert measures.pairwise_distance(x, range(6)) is None
+
+
 def test_evaluation_pairs_are_seen_and_held_out_as_asked(real):
     pairs, _ = real
     rows = suite.evaluation_pairs(pairs, 40, 20, seed=3)
@@ -113,6 +145,19 @@ def test_a_sheet(tmp_path):
 ])
 def test_a_tile_keeps_the_shape_of_its_image(shape, width, height):
     assert pictures._tile_size(shape) == (width, height)
+
+
+@pytest.mark.parametrize('side, tile', [(64, 128), (1024, 128)])
+def test_a_sheet_shows_blocks_of_images(side, tile, tmp_path):
+    """Four of each caption, the last one bright: it stands at the lower right of its block."""
+    images = -np.ones((2, 4, side, side, 3))
+    images[:, 3] = 1.0
+    pictures.captioned_sheet(['a', 'b'], ['x', 'y'], [images] * 2, tmp_path / 's.png')
+    sheet = np.asarray(pictures.Image.open(tmp_path / 's.png'))
+    block, left, top, gap = 2 * tile + pictures.RIM, 400, 56, 10
+    assert sheet.shape[:2] == (top + 2 * (block + gap) + gap, left + 2 * (block + gap) + gap)
+    last = sheet[top + block + gap:, left + block + gap:][:block, :block]
+    assert last[-tile:, -tile:].min() == 255 and last[:tile, :tile].max() == 0
 
 
 def test_a_sheet_of_large_images_shows_each_whole(tmp_path):

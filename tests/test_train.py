@@ -44,9 +44,9 @@ def lines(workdir):
 def test_a_run_writes_what_the_contract_says(finished):
     result = json.loads((finished / 'eval.json').read_text())
     assert [r['name'] for r in result['rows']] == [
-        'real', 'teacher_guided', 'teacher_few_step', 'student']
+        'real', 'teacher_guided', 'teacher_few_step', 'teacher_in_student_sampler', 'student']
     assert all(list(r) == ROW for r in result['rows'])
-    assert [r['evaluations'] for r in result['rows'][1:]] == [4, 2, 2]
+    assert [r['evaluations'] for r in result['rows'][1:]] == [4, 2, 2, 2]
     assert set(result['seconds']) == {'train', 'input_wait', 'total'}
     assert result['seed'] == 0 and result['config']['method']['schedule'] == 'decoupled_hybrid'
     logged = lines(finished)

@@ -67,7 +67,9 @@ class Sampler:
     def title(self) -> str:
         """For the head of a column: the model in one line, steps and guidance in the next."""
         guided = f', w={self.guidance:g}' if self.guidance != 1 else ''
-        return f'{self.model}\n{self.steps} step{"s" * (self.steps != 1)}{guided}'
+        lent = self.model == 'teacher' and self.method in sampling.STUDENT_MODES
+        steps = f'{self.steps} step{"s" * (self.steps != 1)}'
+        return f'{self.model}{" as student" * lent}\n{steps}{guided}'
 
 
 def of_student(teacher: Teacher, steps: int, time: TimeMap | None = None,

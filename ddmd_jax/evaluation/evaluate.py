@@ -23,6 +23,8 @@ if TYPE_CHECKING:
     from ddmd_jax.families import Teacher
 
 SHEET_ROWS = 10
+SHEET_BLOCK = 4  # images of a caption in a block of the sheet, if the suite draws so many
+BLOCK_ROWS = 6
 RESULT, SHEET = 'eval.json', 'samples.png'
 
 
@@ -45,13 +47,16 @@ class Comparison:
     def samplers(self) -> dict[str, Sampler]:
         """The ways to draw, by the name of their row."""
         e, student = self.config.eval, self.config.student
+        few_steps = drawing.of_student(
+            self.teacher, student.steps,
+            time_maps.chosen(self.teacher.time, self.config.method.shift), student.sampler)
         return {
             'teacher_guided': drawing.of_teacher(
                 self.teacher, e.teacher_steps, e.guidance, e.solver),
             'teacher_few_step': drawing.of_teacher(self.teacher, student.steps),
-            'student': drawing.of_student(
-                self.teacher, student.steps,
-                time_maps.chosen(self.teacher.time, self.config.method.shift), student.sampler)}
+            # What the sampler alone is worth: the student before its first update.
+            'teacher_in_student_sampler': dataclasses.replace(few_steps, model='teacher'),
+            'student': few_steps}
 
     def images(self, request: Request) -> dict[str, np.ndarray]:
         """``[n, H, W, 3]`` by the name of their row."""
@@ -83,8 +88,8 @@ def evaluate(compared: Comparison, suite: Suite, encode: Callable[[Sequence[str]
             for name, x in tqdm(images.items(), 'measuring', unit=' rows', file=sys.stderr,
                                 dynamic_ncols=True)]
     held = np.zeros(len(names), bool) if examples.held_out is None else examples.held_out
-    shown = _shown(held)
-    captions = [examples.captions[i] + ' *' * bool(held[i]) for i in shown]
+    shown = _shown(examples.captions, held)
+    captions = [examples.captions[i] + ' *' * bool(held[i]) for i in shown[:, 0]]
     _draw_sheet(compared, captions, {name: x[shown] for name, x in images.items()}, workdir)
     files.write_json(workdir / RESULT, {'rows': rows, 'seconds': dict(seconds()),
                                         'seed': config.seed, 'config': config.to_dict()})
@@ -105,11 +110,20 @@ def _settings(sampler: Sampler | None) -> dict[str, Any]:
     return {name: getattr(sampler, name, None) for name in tables.SETTINGS}
 
 
-def _shown(held_out: np.ndarray) -> np.ndarray:
-    """Rows of the sheet: mostly prompts seen in training, the last few held out."""
-    seen, unseen = np.flatnonzero(~held_out), np.flatnonzero(held_out)
-    few = min(len(unseen), SHEET_ROWS // 3)
-    return np.concatenate([seen[:SHEET_ROWS - few], unseen[:few]])
+def _shown(captions: Sequence[str], held_out: np.ndarray) -> np.ndarray:
+    """Images of the sheet, ``[R, K]``: mostly prompts seen in training, the last few held out.
+
+    K is `SHEET_BLOCK` if some captions come so often, else 1.
+    """
+    rows = np.arange(len(captions))
+    images: dict[str, list[int]] = {}
+    for row, caption in enumerate(captions):
+        images.setdefault(caption, []).append(row)
+    blocks = [found[:SHEET_BLOCK] for found in images.values() if len(found) >= SHEET_BLOCK]
+    choice, most = np.asarray(blocks or rows[:, None]), BLOCK_ROWS if blocks else SHEET_ROWS
+    seen, unseen = choice[~held_out[choice[:, 0]]], choice[held_out[choice[:, 0]]]
+    few = min(len(unseen), most // 3)
+    return np.concatenate([seen[:most - few], unseen[:few]])
 
 
 def _draw_sheet(compared: Comparison, captions: Sequence[str], images: Mapping[str, np.ndarray],

@@ -1,6 +1,7 @@
 """Grids and captioned sheets as uint8 arrays; files that say what is in them."""
 
 import json
+import math
 import textwrap
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -11,7 +12,8 @@ from PIL import ExifTags, Image, ImageDraw, ImageFont, PngImagePlugin
 ZOOM = 4  # of images no larger than SMALL
 SMALL = 64
 COLUMN, LINE = 44, 24  # characters of a caption's line, and its height in pixels
-TILE = 256  # longest side of a larger image in a sheet
+TILE = 256  # longest side of a larger image, or of a block of them, in a sheet
+RIM = 2  # pixels between the images of a block
 SUFFIXES = ('.png', '.webp')  # of the files that `save` writes
 
 
@@ -46,10 +48,11 @@ def rows_of_images(rows: Sequence[np.ndarray], gap: int = 1) -> np.ndarray:
     return grid.repeat(zoom, 0).repeat(zoom, 1)
 
 
-def _tile_size(shape: Sequence[int]) -> tuple[int, int]:
-    """(width, height) of an image ``[H, W, 3]`` in a sheet."""
+def _tile_size(shape: Sequence[int], across: int = 1) -> tuple[int, int]:
+    """(width, height) in a sheet of an image ``[H, W, 3]``, of which a block has `across` a row."""
     height, width = shape[:2]
-    scale = ZOOM if max(height, width) <= SMALL else TILE / max(height, width)
+    longer = max(height, width)
+    scale = max(1, ZOOM // across) if longer <= SMALL else TILE / longer / across
     return round(width * scale), round(height * scale)
 
 
@@ -66,24 +69,32 @@ def captioned_sheet(captions: Sequence[str], titles: Sequence[str],
     Args:
       captions: R prompts.
       titles: C column heads; '\\n' breaks a line.
-      columns: C arrays ``[R, H, W, 3]``.
+      columns: C arrays ``[R, H, W, 3]``, or ``[R, K, H, W, 3]``: a block of K images each.
       path: file to write.
       metadata: what it says of itself.
     """
     font, head = ImageFont.load_default(17), ImageFont.load_default(15)
-    (wide, high), gap, left, top = _tile_size(columns[0].shape[1:]), 10, 400, 56
+    blocks = [to_uint8(x if x.ndim == 5 else x[:, None]) for x in columns]
+    each = blocks[0].shape[1]
+    across = math.ceil(math.sqrt(each))
+    down = -(-each // across)
+    width, height = _tile_size(blocks[0].shape[2:], across)
+    wide, high = across * (width + RIM) - RIM, down * (height + RIM) - RIM
+    gap, left, top = 10, 400, 56
     sheet = Image.new('RGB', (left + len(columns) * (wide + gap) + gap,
                               top + len(captions) * (high + gap) + gap), 'white')
-    resample = (Image.Resampling.NEAREST if wide >= columns[0].shape[2] else
+    resample = (Image.Resampling.NEAREST if width >= blocks[0].shape[3] else
                 Image.Resampling.LANCZOS)
     draw = ImageDraw.Draw(sheet)
-    for c, (title, images) in enumerate(zip(titles, columns, strict=True)):
+    for c, (title, rows) in enumerate(zip(titles, blocks, strict=True)):
         x = left + c * (wide + gap)
         draw.multiline_text((x + wide / 2, top - 8), title, 'black', font=head, anchor='md',
                             align='center')
-        for r, image in enumerate(to_uint8(images)):
+        for r, images in enumerate(rows):
             y = top + r * (high + gap)
-            sheet.paste(Image.fromarray(image).resize((wide, high), resample), (x, y))
+            for k, image in enumerate(images):
+                corner = x + k % across * (width + RIM), y + k // across * (height + RIM)
+                sheet.paste(Image.fromarray(image).resize((width, height), resample), corner)
             draw.rectangle((x - 1, y - 1, x + wide, y + high), outline=(225, 225, 225))
     for r, caption in enumerate(captions):
         draw.multiline_text((left - 16, top + r * (high + gap) + high / 2),

@@ -25,13 +25,14 @@ class Examples:
 
     Attributes:
       captions: the prompts; one that comes twice is drawn with two noises.
-      measure: ``images [n, H, W, 3] in [-1, 1], in the order of captions -> {figure: value}``.
+      measure: ``images [n, H, W, 3] in [-1, 1], in the order of captions -> {figure: value}``;
+        None is a figure that these prompts do not have.
       held_out: ``[n]`` bool, the prompts that no training has seen; None where that is not known.
       real: ``[n, H, W, 3]`` real images of the prompts, the first row of the table; or None.
     """
 
     captions: Sequence[str]
-    measure: Callable[[np.ndarray], dict[str, float]]
+    measure: Callable[[np.ndarray], Mapping[str, float | None]]
     held_out: np.ndarray | None = None
     real: np.ndarray | None = None
 

@@ -136,8 +136,13 @@ class World:
     def image(self, scene: Scene, rng: np.random.Generator) -> np.ndarray:
         """One of the right images of a scene, ``[64, 64, 3]`` uint8."""
         shade = np.asarray(COLOURS[COLOUR_NAMES[scene.colour]], np.float32) * rng.uniform(*SHADES)
+        return self.compose(scene, np.minimum(shade, 255.0), rng)
+
+    def compose(self, scene: Scene, background: np.ndarray,
+                rng: np.random.Generator) -> np.ndarray:
+        """The objects of a scene on any `background` (RGB, 0-255), ``[64, 64, 3]`` uint8."""
         canvas = np.empty((SIDE, SIDE, 3), np.float32)
-        canvas[:] = np.minimum(shade, 255.0)
+        canvas[:] = background
         edges = EDGES[scene.size] if scene.second is None else PAIR_EDGES
         for place, number in enumerate(scene.places):
             edge = int(edges[rng.integers(len(edges))])
@@ -149,7 +154,7 @@ class World:
             if scene.layout == STACKED:
                 top = place * SIDE // 2
             drawing = int(rng.integers(len(self.drawings[number])))
-            sprite = self._sprite(number, drawing, edge, bool(rng.integers(2)))
+            sprite = self.sprite(number, drawing, edge, bool(rng.integers(2)))
             top, left = (corner + (box - extent) // 2
                          for corner, extent in zip((top, left), sprite.shape[:2]))
             under = canvas[top:top + sprite.shape[0], left:left + sprite.shape[1]]
@@ -157,7 +162,7 @@ class World:
             under += sprite[..., :3]
         return np.round(canvas).astype(np.uint8)
 
-    def _sprite(self, number: int, drawing: int, edge: int, mirrored: bool) -> np.ndarray:
+    def sprite(self, number: int, drawing: int, edge: int, mirrored: bool) -> np.ndarray:
         """A drawing at its size, premultiplied, ``[h, w, 4]`` fp32 in 0-255; kept for next time."""
         key = (number, drawing, edge, mirrored)
         if key not in self._sprites:
