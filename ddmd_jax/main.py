@@ -105,14 +105,14 @@ def _given(config) -> dict[str, Any]:
 
 
 def run(config, workdir: Path, window: tuple[int, int] | None = None) -> None:
-    """One run of either task, to its end; raises the errors that `main` puts in one line."""
+    """One run of any task, to its end; raises the errors that `main` puts in one line."""
     from ddmd_jax.report import page
-    from ddmd_jax.train.pretrain import pretrain
+    from ddmd_jax.train import codec, pretrain
     from ddmd_jax.train.train import Options, distill
 
     options = Options(window, page.write if config.log.report else None, about(config))
-    train = distill if config.task == 'distill' else pretrain
-    train(config, workdir, options)
+    tasks = {'distill': distill, 'pretrain': pretrain.pretrain, 'codec': codec.train_codec}
+    tasks[config.task](config, workdir, options)
     if config.log.report:
         report(workdir)  # once more, with the evaluation
 
@@ -134,9 +134,9 @@ def report(workdir: Path) -> None:
 
 def replay(config, workdir: Path) -> None:
     """Prints the step that went wrong last: a line on where it stood, then one for each figure."""
-    from ddmd_jax.train import pretrain, train
+    from ddmd_jax.train import codec, pretrain, train
 
-    task = train.prepare(config) if config.task == 'distill' else pretrain.prepare(config)
+    task = {'distill': train, 'pretrain': pretrain, 'codec': codec}[config.task].prepare(config)
     entry = train.replay(task, config, workdir)
     place = 'the start' if entry['checkpoint'] is None else f'checkpoint {entry["checkpoint"]}'
     print(f'step {entry["step"]}, from {place}: batches {entry["batches"]}, rows {entry["rows"]}')

@@ -44,7 +44,7 @@ def page() -> str:
     """The page, whole."""
     critic = [f.path for f in under('optim.critic', fields.OPTIMISER)]
     distill = [f for f in fields.DISTILL if f.path not in critic]
-    parts = [HEAD, '## Both tasks', table(fields.COMMON),
+    parts = [HEAD, '## All tasks', table(fields.COMMON),
              'In a distillation the critic has an optimiser of its own, `optim.critic.*`, with the '
              'same fields and defaults. It counts its own updates: '
              '`train.steps * critic.updates + critic.warmup`.',
@@ -55,6 +55,7 @@ def page() -> str:
     parts += ['## Task `pretrain`', table(fields.PRETRAIN),
               'The architecture, `teacher.model.denoiser.*` and `teacher.model.text.*`, has the '
               'fields of `NextDiTConfig` and `CaptionEncoderConfig`.',
+              '## Task `codec`', table(fields.CODEC),
               '## Data sets', '`prompts` and `embeddings`, of any family:',
               table(under('data', fields.PROMPTS))]
     for family in map(families.get, families.NAMES):

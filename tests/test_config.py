@@ -233,7 +233,7 @@ def test_each_data_set_has_its_own_fields():
 
 @pytest.mark.parametrize(('field', 'value', 'fragment'), [
     ('data.name', 'embeddings', "must be 'emoji'"),
-    ('task', 'train', "'distill' or 'pretrain'"),
+    ('task', 'train', 'one of distill, pretrain, codec'),
     ('teacher.name', 'lumina', 'this one comes trained'),
     ('method.dropout', 1.0, 'below 1'),
     ('method.time_mean', None, 'a number'),

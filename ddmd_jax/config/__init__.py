@@ -26,10 +26,10 @@ class ConfigError(ValueError):
 
 
 def defaults(task: str, changes: Mapping[str, Any]) -> ConfigDict:
-    """The whole config of a run of `task`, 'distill' or 'pretrain', for a file of ``configs/``.
+    """The whole config of a run of `task`, for a file of ``configs/``.
 
     Args:
-      task: whose fields it has.
+      task: whose fields it has: 'distill', 'pretrain' or 'codec'.
       changes: dotted field -> value: those that are required, and those that differ from the
         defaults. Nothing is judged here: `check` names what is wrong.
     """
@@ -71,8 +71,10 @@ def fields_of(config: Any) -> tuple[Field, ...]:
     from ddmd_jax.method import regularisers
 
     distill = config.get('task') == 'distill' or (
-        config.get('task') != 'pretrain' and 'critic' in config)
-    found = fields.COMMON + (fields.DISTILL if distill else fields.PRETRAIN)
+        config.get('task') not in ('pretrain', 'codec') and 'critic' in config)
+    codec = config.get('task') == 'codec'
+    found = fields.COMMON + (
+        fields.DISTILL if distill else fields.CODEC if codec else fields.PRETRAIN)
     try:
         family = families.get(str(field(config, 'teacher.name')))
     except families.UnknownFamily:
@@ -81,10 +83,10 @@ def fields_of(config: Any) -> tuple[Field, ...]:
     if distill:
         data_sets |= dict.fromkeys(fields.PROMPT_SETS, fields.PROMPTS)
     # (section, the fields that somebody brings to it; None where nobody is found)
-    brought = [('data', data_sets.get(str(field(config, 'data.name'))))]
-    if not distill:
+    brought = [] if codec else [('data', data_sets.get(str(field(config, 'data.name'))))]
+    if config.get('task') == 'pretrain' or not (codec or distill):
         brought.append(('teacher.model', family.architecture or None))
-    else:
+    if distill:
         names = field(config, 'method.regularisers')
         try:
             kinds = map(regularisers.get, regularisers.BUILT_IN if names is None else names)

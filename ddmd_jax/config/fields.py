@@ -69,7 +69,7 @@ OPTIMISER = (
 )
 
 COMMON = (
-    Field('task', r.choice('distill', 'pretrain'), REQUIRED, FIXED, 'what the run does'),
+    Field('task', r.choice('distill', 'pretrain', 'codec'), REQUIRED, FIXED, 'what the run does'),
     Field('seed', r.SEED, 0, FIXED, 'root of all randomness'),
     Field('resume', r.TEXT, '', FREE, 'another run, or one of its checkpoints, to go on from'),
     Field('init_from', r.TEXT, '', FREE, 'a run, checkpoint or weights to start the networks from'),
@@ -145,6 +145,19 @@ PRETRAIN = (
     Field('method.dropout', r.DECAY, 0.1, FIXED, 'share of captions that are dropped'),
     Field('method.time_mean', r.number(), 0.0, FIXED, 'mean of the logit of the training times'),
     Field('method.time_std', r.POSITIVE, 1.0, FIXED, 'its standard deviation'),
+)
+
+CODEC = (
+    Field('codec.latent_channels', r.COUNT, 8, FIXED, 'channels of a latent'),
+    Field('codec.widths', r.WIDTHS, (16, 48, 96), FIXED, 'channels at each size of image, the whole one first; each further one halves the edge'),
+    Field('codec.layers_per_block', r.COUNT, 1, FIXED, 'residual blocks at a size; the decoder has one more'),
+    Field('codec.groups', r.COUNT, 8, FIXED, 'groups of the norms; divides every width'),
+    Field('codec.dtype', r.DTYPE, 'float32', FIXED, 'dtype of activations and convolutions'),
+    Field('codec.sides', r.SIDES, (32, 32, 32, 64), FIXED, 'edges in pixels of the crops that are learned from; one is drawn for each batch'),
+    Field('codec.gradient', r.WEIGHT, 1.0, FIXED, 'weight of the L1 error of differences between neighbouring pixels'),
+    Field('codec.kl', r.WEIGHT, 1e-4, FIXED, "weight of the latents' divergence from a standard normal, a mean over elements"),
+    Field('codec.frozen_encoder', r.FLAG, False, FIXED, 'whether the decoder alone is trained, on the EMA encoder that `init_from` brings'),
+    Field('codec.unseen', r.COUNT, 128, FREE, 'images of which the PSNR is logged'),
 )
 
 PROMPT_SETS = ('prompts', 'embeddings')  # data sets of one's own, whoever the teacher is

@@ -121,6 +121,9 @@ SIZES = Rule("a sequence of (height, width) in pixels; empty: the teacher's own"
              lambda value: is_sequence(value) and all(map(_is_size, value)))
 LENGTHS = Rule('an ascending sequence of token counts; empty: batches are not cut',
                lambda value: is_sequence(value) and _ascends(value))
+WIDTHS = Rule('a sequence of one or more whole numbers, each at least 1',
+              lambda value: is_sequence(value) and bool(value) and all(map(COUNT.ok, value)))
+SIDES = WIDTHS
 GUIDANCE_RANGE = several(2, 'two numbers with 1 <= low <= high',
                          lambda low, high: 1 <= low <= high)
 TAU_RANGE = several(

@@ -43,6 +43,8 @@ def look_up(sound: dict[str, Any]) -> Iterator[tuple[str, str]]:
             raise ValueError('has a text side here, and no teacher to distil')
         if sound.get('task') == 'pretrain' and not found.architecture:
             raise ValueError('must be of a family that is trained here: this one comes trained')
+        if sound.get('task') == 'codec' and not found.codec:
+            raise ValueError('must be of a family whose codec is trained here')
         return found
 
     def active(names: Sequence[str]) -> Active:
@@ -74,6 +76,25 @@ def data_known(dataset: str, task: str, family: Family) -> str | None:
     known = choice(*family.data_sets, *(PROMPT_SETS if task == 'distill' else ()))
     if not known.ok(dataset):
         return f'must be {known.allowed} with teacher.name {family.name!r}{known.hint(dataset)}'
+
+
+@about('codec.widths', 'codec.groups')
+def norms_fit(widths: Sequence[int], groups: int) -> str | None:
+    if any(width % groups for width in widths):
+        return f'must be multiples of codec.groups = {groups}'
+
+
+@about('codec.sides', 'codec.widths')
+def crops_fit(sides: Sequence[int], widths: Sequence[int]) -> str | None:
+    factor = 2 ** (len(widths) - 1)
+    if any(side % factor for side in sides):
+        return f'must be multiples of {factor}, the edge of a latent of {len(widths)} widths'
+
+
+@about('codec.frozen_encoder', 'init_from')
+def encoder_given(frozen: bool, init_from: str) -> str | None:
+    if frozen and not init_from:
+        return 'needs init_from, a run or a codec whose encoder is kept'
 
 
 @about('data.sizes', 'family')

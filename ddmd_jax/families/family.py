@@ -24,6 +24,7 @@ if TYPE_CHECKING:
     from ddmd_jax.config.fields import Field
     from ddmd_jax.data.conditioning import Prompts
     from ddmd_jax.evaluation.suites import Suite
+    from ddmd_jax.families.codec import CodecTraining
     from ddmd_jax.families.pretraining import Pretraining
 
 
@@ -108,6 +109,7 @@ class Family:
     export: Export | None = None  # None: weights by their names here
     architecture: tuple[Field, ...] = ()  # fields of ``teacher.model``, if `pretrain` trains it
     pretraining: Callable[[Any], Pretraining] | None = None  # of a config; None: it comes trained
+    codec: Callable[[Any], CodecTraining] | None = None  # of a config; None: it comes trained
 
     def load_teacher(self, options: LoadOptions) -> Teacher:
         """The teacher; raises `WeightsError`."""

@@ -60,19 +60,37 @@ def _conv(cfg: AutoencoderKLConfig, din: int, dout: int, rngs: nnx.Rngs, *, size
                     rngs=rngs, **kwargs)
 
 
-def _norm(cfg: AutoencoderKLConfig, dim: int, rngs: nnx.Rngs) -> nnx.GroupNorm:
-    # fp32 out: what follows casts. The fast variance, E[x^2] - E[x]^2, cancels where a group's
-    # mean is large, and the published one does not take it.
-    return nnx.GroupNorm(dim, cfg.norm_num_groups, epsilon=1e-6, dtype=jnp.float32,
-                         use_fast_variance=False, rngs=rngs)
+class GroupNorm(nnx.Module):
+    """``[B, H, W, C]`` to the same in fp32: what follows casts.
+
+    Sums go over pixels first, channel by channel, and only then over a group's channels: on a CPU
+    half the time of flax's, which sums over both at once. The fast variance, E[x^2] - E[x]^2,
+    cancels where a group's mean is large, and the published one does not take it.
+    """
+
+    def __init__(self, dim: int, groups: int):
+        self.groups = groups
+        self.scale, self.bias = nnx.Param(jnp.ones(dim)), nnx.Param(jnp.zeros(dim))
+
+    def __call__(self, x: Array) -> Array:
+        batch, height, width, dim = x.shape
+        pixels = x.astype(jnp.float32).reshape(batch, height * width, dim)
+
+        def mean(values: Array) -> Array:  # over a group: [batch, 1, dim]
+            groups = values.mean(1).reshape(batch, self.groups, -1).mean(-1)
+            return jnp.repeat(groups, dim // self.groups, axis=1)[:, None]
+
+        centred = pixels - mean(pixels)
+        scale = jax.lax.rsqrt(mean(jnp.square(centred)) + 1e-6) * self.scale[...]
+        return (centred * scale + self.bias[...]).reshape(x.shape)
 
 
 class ResnetBlock(nnx.Module):
     """``[B, H, W, din] -> [B, H, W, dout]`` (diffusers `ResnetBlock2D` without time)."""
 
     def __init__(self, cfg: AutoencoderKLConfig, din: int, dout: int, rngs: nnx.Rngs):
-        self.norm1, self.conv1 = _norm(cfg, din, rngs), _conv(cfg, din, dout, rngs)
-        self.norm2, self.conv2 = _norm(cfg, dout, rngs), _conv(cfg, dout, dout, rngs)
+        self.norm1, self.conv1 = GroupNorm(din, cfg.norm_num_groups), _conv(cfg, din, dout, rngs)
+        self.norm2, self.conv2 = GroupNorm(dout, cfg.norm_num_groups), _conv(cfg, dout, dout, rngs)
         self.conv_shortcut = None if din == dout else _conv(cfg, din, dout, rngs, size=1)
 
     def __call__(self, x: Array) -> Array:
@@ -91,7 +109,7 @@ class Attention(nnx.Module):
     def __init__(self, cfg: AutoencoderKLConfig, dim: int, rngs: nnx.Rngs):
         linear = lambda: nnx.Linear(dim, dim, dtype=jnp.dtype(cfg.dtype), param_dtype=jnp.float32,
                                     rngs=rngs)
-        self.group_norm = _norm(cfg, dim, rngs)
+        self.group_norm = GroupNorm(dim, cfg.norm_num_groups)
         self.to_q, self.to_k, self.to_v, self.to_out = linear(), linear(), linear(), linear()
 
     def __call__(self, x: Array) -> Array:
@@ -183,7 +201,7 @@ class Encoder(nnx.Module):
         self.conv_in = _conv(cfg, cfg.in_channels, dims[0], rngs)
         self.down_blocks = _blocks(DownBlock, cfg, dims, rngs)
         self.mid_block = MidBlock(cfg, dims[-1], rngs)
-        self.conv_norm_out = _norm(cfg, dims[-1], rngs)
+        self.conv_norm_out = GroupNorm(dims[-1], cfg.norm_num_groups)
         self.conv_out = _conv(cfg, dims[-1], 2 * cfg.latent_channels, rngs)
 
     def __call__(self, x: Array) -> Array:
@@ -201,7 +219,7 @@ class Decoder(nnx.Module):
         self.conv_in = _conv(cfg, cfg.latent_channels, dims[0], rngs)
         self.mid_block = MidBlock(cfg, dims[0], rngs)
         self.up_blocks = _blocks(UpBlock, cfg, dims, rngs)
-        self.conv_norm_out = _norm(cfg, dims[-1], rngs)
+        self.conv_norm_out = GroupNorm(dims[-1], cfg.norm_num_groups)
         self.conv_out = _conv(cfg, dims[-1], cfg.out_channels, rngs)
 
     def __call__(self, x: Array) -> Array:

@@ -1,0 +1,98 @@
+"""The embedded world's codec: how it is trained, its file, and its folder in diffusers' format."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from pathlib import Path
+from typing import Any
+
+import jax.numpy as jnp
+import numpy as np
+
+from ddmd_jax.families.codec import CodecTraining
+from ddmd_jax.families.emoji import scenes
+from ddmd_jax.families.lumina import names
+from ddmd_jax.models.autoencoder_kl import AutoencoderKLConfig
+from ddmd_jax.weights import diffusers, flat
+from ddmd_jax.weights.flat import WeightsError
+
+CODEC = Path(__file__).with_name('files') / 'codec.safetensors'
+CURE = 'train it with --config=emoji_codec, or install the package again'
+ARCHITECTURE = 'EmojiCodec'
+EPOCH = 2**20  # scenes, by number
+UNSEEN = 512  # half of them of captions that are held out, half new scenes
+TRIES = 3  # places of a crop, of which the busiest is taken
+SEED = 0  # of the scenes that are learned from; unseen ones have the next
+
+
+def training(config: Any) -> CodecTraining:
+    """By a config of the task `codec`; raises `DataFileError` if drawings cannot be read."""
+    world, step = scenes.load(), 2 ** (len(config.codec.widths) - 1)
+    return CodecTraining(
+        rows=np.arange(EPOCH), lookup=lambda rows, side: crops(world, rows, side, step),
+        unseen=unseen(world), read=lambda path: read(path)[:2], save=save)
+
+
+def crops(world: scenes.World, rows: np.ndarray, side: int, step: int) -> np.ndarray:
+    """``[B, side, side, 3]`` uint8 of scenes by number, where most is to be seen of `TRIES`.
+
+    A crop begins at a multiple of `step` pixels, so that objects lie on latents as they do in
+    whole scenes. Background alone would teach little.
+    """
+    images = world.batch(SEED, rows.tolist())[1]
+    if side == scenes.SIDE:
+        return images
+    found = np.empty((len(rows), side, side, 3), np.uint8)
+    for i, (row, image) in enumerate(zip(rows, images)):
+        rng = np.random.default_rng((SEED, int(row), 1))
+        corners = step * rng.integers(0, (scenes.SIDE - side) // step + 1, (TRIES, 2))
+        tried = [image[y:y + side, x:x + side] for y, x in corners]
+        found[i] = max(tried, key=_busy)
+    return found
+
+
+def _busy(image: np.ndarray) -> float:
+    signed = image.astype(np.int16)
+    return float(np.abs(np.diff(signed, axis=0)).sum() + np.abs(np.diff(signed, axis=1)).sum())
+
+
+def unseen(world: scenes.World, count: int = UNSEEN) -> np.ndarray:
+    """``[count, 64, 64, 3]`` uint8: new scenes, and held-out ones in every other place."""
+    rng = np.random.default_rng(SEED + 1)
+    return np.stack([world.image(world.scene(rng, held_out=bool(i % 2)), rng)
+                     for i in range(count)])
+
+
+def save(path: Path, cfg: AutoencoderKLConfig, params: Any, about: dict[str, Any]) -> None:
+    """Writes both halves in bf16, the architecture and what is known of them as metadata."""
+    flat.save(path, params, {
+        'class': ARCHITECTURE, 'config': json.dumps(dataclasses.asdict(cfg)),
+        'about': json.dumps(about)}, jnp.bfloat16)
+
+
+def read(path: str | Path = CODEC) -> tuple[AutoencoderKLConfig, Any, dict[str, Any]]:
+    """(config with shift and scale, fp32 parameters, figures measured when it was written).
+
+    Raises:
+      WeightsError: missing, damaged, or no codec of this family.
+    """
+    params, metadata = flat.load(Path(path), CURE)
+    if metadata.get('class') != ARCHITECTURE:
+        raise WeightsError(f'{path} is {metadata.get("class", "no file of this package")}, not '
+                           f'{ARCHITECTURE}; {CURE}')
+    fields = json.loads(metadata['config'])
+    fields['block_out_channels'] = tuple(fields['block_out_channels'])
+    return AutoencoderKLConfig(**fields), params, json.loads(metadata['about'])
+
+
+def export(cfg: AutoencoderKLConfig, params: Any, folder: Path, dtype: Any = jnp.float32) -> None:
+    """Writes diffusers' folder of an `AutoencoderKL`; raises `WeightsError` if it is there."""
+    levels = len(cfg.block_out_channels)
+    fields = {k: v for k, v in dataclasses.asdict(cfg).items() if k != 'dtype'}
+    config = {'_class_name': 'AutoencoderKL', 'act_fn': 'silu',
+              'down_block_types': ['DownEncoderBlock2D'] * levels,
+              'up_block_types': ['UpDecoderBlock2D'] * levels, **fields}
+    diffusers.export_tree(params, names.autoencoder, folder, config, dtype)
+
+

@@ -1,0 +1,202 @@
+"""The task `codec`: trains a family's own latent codec, an `AutoencoderKL`."""
+
+from __future__ import annotations
+
+import dataclasses
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+from flax import nnx
+from jax.sharding import Mesh
+
+from ddmd_jax import families
+from ddmd_jax.data import loader
+from ddmd_jax.data.order import Order, Planned
+from ddmd_jax.evaluation import pictures
+from ddmd_jax.families.codec import CodecTraining
+from ddmd_jax.models import autoencoder_kl
+from ddmd_jax.models.autoencoder_kl import AutoencoderKLConfig
+from ddmd_jax.parallel import sharding
+from ddmd_jax.train import optim, train
+from ddmd_jax.train.feed import Feed
+from ddmd_jax.train.startup import Startup
+from ddmd_jax.train.state import StateSpec, TrainState, fresh
+from ddmd_jax.train.train import NOTHING_ELSE, Options
+from ddmd_jax.train.update import average, ema_decay, keep_if
+from ddmd_jax.train.watch.logs import RunLog
+from ddmd_jax.weights import flat
+
+Array = jax.Array
+Params = dict[str, Any]
+
+RULES: sharding.Rules = (('.*', ()),)  # a small network: whole on every device
+SHOWN = 8  # unseen images of the grid that is logged
+MEASURED = 1024  # rows whose latents' shift and scale are taken
+
+
+def train_codec(config: Any, workdir: Path, options: Options = NOTHING_ELSE) -> None:
+    """Trains to the end and writes the EMA weights as ``workdir/codec.safetensors``.
+
+    Raises:
+      see `train.fit`.
+    """
+    task = prepare(config)
+    state, seconds = train.fit(task, config, workdir, options)
+    whole = jax.jit(lambda tree: tree, out_shardings=sharding.replicated(task.spec.mesh))(state.ema)
+    if jax.process_index() == 0:
+        out = workdir / 'codec.safetensors'
+        measured = task.write(out, jax.device_get(whole), int(state.step))
+        print(f'{out} written after {seconds.train:.0f} s of training in this run; {measured}')
+
+
+def prepare(config: Any) -> Codec:
+    """Everything that `train.fit` needs."""
+    mesh = sharding.make_mesh(config.mesh)
+    sharding.check_batch(config.data.global_batch, mesh)
+    family = families.get(config.teacher.name)
+    assert family.codec, 'the config was checked'
+    return Codec(config, family.codec(config), mesh)
+
+
+def architecture(config: Any, side: int) -> AutoencoderKLConfig:
+    """Of a config's section `codec`; scale and shift are not known yet."""
+    c = config.codec
+    return AutoencoderKLConfig(
+        latent_channels=c.latent_channels, block_out_channels=tuple(c.widths),
+        layers_per_block=c.layers_per_block, norm_num_groups=c.groups, scaling_factor=1.0,
+        shift_factor=None, mid_block_add_attention=False, sample_size=side, dtype=c.dtype)
+
+
+class Codec:
+    """A codec's training as a `train.Task`; student and EMA hold encoder and decoder."""
+
+    name, identities = 'codec', {'teacher_identity': 'none', 'data_identity': 'none'}
+
+    def __init__(self, config: Any, own: CodecTraining, mesh: Mesh):
+        self.config, self.own, self.startup = config, own, Startup()
+        self.cfg = architecture(config, own.unseen.shape[1])
+        self._graphdef, self._abstract = nnx.split(
+            nnx.eval_shape(lambda: autoencoder_kl.AutoencoderKL(self.cfg, nnx.Rngs(0))))
+        sides = tuple((side,) for side in config.codec.sides)
+        self.order = Order(own.rows, config.data.global_batch, config.seed, shapes=sides)
+        self._tx = optim.make_optimizer(config.optim.student, config.train.steps)
+        self.spec = StateSpec(lambda: fresh(self._init(), self._tx), RULES, mesh)
+        self._update = jax.jit(self._one_update, donate_argnums=0)
+        self._reconstruct = jax.jit(lambda params, images: to_uint8(
+            self._bind(params).decode(self._bind(params).encode_moments(to_unit(images))[0])))
+
+    def _init(self) -> Params:
+        model = autoencoder_kl.AutoencoderKL(self.cfg, nnx.Rngs(self.config.seed))
+        return flat.unflatten(flat.flatten(nnx.to_pure_dict(nnx.state(model, nnx.Param))))
+
+    def _bind(self, params: Params) -> autoencoder_kl.AutoencoderKL:
+        state = jax.tree.map(lambda x: x, self._abstract)
+        nnx.replace_by_pure_dict(state, params)
+        return nnx.merge(self._graphdef, state)
+
+    def feed(self, skip: frozenset[int]) -> Feed:
+        def lookup(planned: Planned) -> dict[str, np.ndarray]:
+            assert planned.shape, 'the order gives each batch one'
+            return {'image': self.own.lookup(planned.rows, planned.shape[0])}
+
+        read = loader.batches(self.order, lookup, self.config.data.global_batch)
+        return Feed(read, lambda batch: sharding.put_batch(batch, self.spec.mesh), skip)
+
+    def step(self, state: TrainState, next_batch: Callable[[], Any],
+             fresh: bool) -> tuple[TrainState, dict[str, Any]]:
+        return self._update(state, next_batch())
+
+    def _one_update(self, state: TrainState, batch: Any) -> tuple[TrainState, dict[str, Array]]:
+        key = jax.random.fold_in(jax.random.key(self.config.seed), state.step)
+        params = state.student
+        if self.config.codec.frozen_encoder:  # the one that ships, and not the student's
+            params = params | {'encoder': jax.lax.stop_gradient(state.ema['encoder'])}
+        (loss, parts), grads = jax.value_and_grad(self.loss, has_aux=True)(
+            params, batch['image'], key)
+        updates, opt = self._tx.update(grads, state.student_opt, params)
+        student = optax.apply_updates(params, updates)
+        decay = ema_decay(state.step, self.config.student.ema, self.config.student.ema_ramp)
+        ema = average(state.ema, student, decay)
+        if self.config.codec.frozen_encoder:
+            student, ema = (tree | {'encoder': state.ema['encoder']} for tree in (student, ema))
+        new = TrainState(state.step + 1, state.critic_step, student, None, ema, opt, None)
+        grad_norm = optax.global_norm(grads)
+        finite = jnp.isfinite(loss) & jnp.isfinite(grad_norm)
+        return keep_if(finite, new, state), {
+            'loss': loss, **parts, 'grad_norm': grad_norm, 'finite': finite}
+
+    def loss(self, params: Params, images: Array, key: Array) -> tuple[Array, dict[str, Array]]:
+        """L1 of pixels and of their differences, and the latents' divergence; with its parts.
+
+        Args:
+          images: ``[B, H, W, 3]`` uint8.
+          key: of the latents' noise.
+        """
+        c, x, model = self.config.codec, to_unit(images), self._bind(params)
+        mean, logvar = model.encode_moments(x)
+        if c.frozen_encoder:
+            mean, logvar = jax.lax.stop_gradient((mean, logvar))
+        z = mean + jnp.exp(0.5 * logvar) * jax.random.normal(key, mean.shape)
+        error = model.decode(z) - x
+        l1 = jnp.mean(jnp.abs(error))
+        gradient = (jnp.mean(jnp.abs(jnp.diff(error, axis=1)))
+                    + jnp.mean(jnp.abs(jnp.diff(error, axis=2))))
+        kl = 0.5 * jnp.mean(jnp.square(mean) + jnp.exp(logvar) - 1.0 - logvar)
+        return l1 + c.gradient * gradient + c.kl * kl, {'l1': l1, 'gradient': gradient, 'kl': kl}
+
+    def measure(self, state: TrainState, history: list[dict[str, Any]],
+                values: dict[str, Any]) -> tuple[dict[str, Any], str]:
+        unseen = self.own.unseen[:self.config.codec.unseen]
+        values = values | {'psnr': float(psnr(unseen, self.reconstruct(state.ema, unseen)).mean())}
+        return values, f'loss {values["loss"]:.4f} PSNR {values["psnr"]:.2f} dB'
+
+    def show(self, state: TrainState, step: int, log: RunLog) -> None:
+        real = self.own.unseen[:SHOWN]
+        log.image(step, 'samples/real_decoded', pictures.rows_of_images(
+            [np.asarray(to_unit(x)) for x in (real, self.reconstruct(state.ema, real))]))
+
+    def reconstruct(self, params: Params, images: np.ndarray, batch: int = 64) -> np.ndarray:
+        """Images ``[N, H, W, 3]`` uint8, encoded (the mean) and decoded."""
+        parts = (sharding.put_batch(images[i:i + batch], self.spec.mesh)
+                 for i in range(0, len(images), batch))
+        return np.concatenate([np.asarray(self._reconstruct(params, part)) for part in parts])
+
+    def read_weights(self, path: str) -> Params:
+        return self.own.read(path)[1]
+
+    def write(self, out: Path, params: Params, step: int) -> dict[str, Any]:
+        """Measures what is about to be written, in bf16, and writes it; returns the figures."""
+        kept = jax.tree.map(lambda x: x.astype(jnp.bfloat16).astype(np.float32), params)
+        encode = jax.jit(lambda images: self._bind(kept).encode_moments(to_unit(images))[0])
+        side = self.own.unseen.shape[1]
+        latents = np.concatenate([np.asarray(encode(self.own.lookup(rows, side)))
+                                  for rows in self.own.rows[:MEASURED].reshape(-1, 64)])
+        shift, std = float(latents.mean()), float(latents.std())
+        cfg = dataclasses.replace(self.cfg, scaling_factor=1.0 / std, shift_factor=shift)
+        each = psnr(self.own.unseen, self.reconstruct(kept, self.own.unseen))
+        measured = {'psnr': round(float(each.mean()), 2), 'psnr_worst': round(float(each.min()), 2),
+                    'step': step}
+        self.own.save(out, cfg, kept, measured | {'written': time.strftime('%Y-%m-%d')})
+        return measured
+
+
+def to_unit(images: Any) -> Array:
+    """uint8 to [-1, 1]."""
+    return jnp.asarray(images, jnp.float32) / 127.5 - 1.0
+
+
+def to_uint8(images: Array) -> Array:
+    """[-1, 1], or a little beyond it, to uint8."""
+    return jnp.round(jnp.clip(images * 127.5 + 127.5, 0, 255)).astype(jnp.uint8)
+
+
+def psnr(real: np.ndarray, found: np.ndarray) -> np.ndarray:
+    """Peak signal-to-noise ratio in dB of each of two batches' images, ``[N, ...]`` uint8."""
+    error = np.square(real.astype(np.float32) - found).mean(axis=tuple(range(1, real.ndim)))
+    return 20 * np.log10(255) - 10 * np.log10(np.maximum(error, 1e-3))

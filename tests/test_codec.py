@@ -1,0 +1,135 @@
+"""The task `codec`, on a codec of two widths and 16-pixel scenes; see also test_parity_vae."""
+
+import dataclasses
+import json
+
+import jax
+import numpy as np
+import pytest
+
+from ddmd_jax import config as config_lib
+from ddmd_jax.config import defaults
+from ddmd_jax.families.codec import CodecTraining
+from ddmd_jax.families.emoji import codec as emoji, scenes
+from ddmd_jax.models import autoencoder_kl
+from ddmd_jax.parallel import sharding
+from ddmd_jax.train import codec, train
+from ddmd_jax.weights import diffusers, flat
+from ddmd_jax.weights.flat import WeightsError
+
+
+def config_of(**changes):
+    return defaults('codec', {
+        'teacher.name': 'emoji', 'data.name': 'emoji', 'data.global_batch': 2,
+        'optim.student.lr': 1e-2, 'train.steps': 2, 'checkpoint.every': 1, 'log.every': 1,
+        'log.report': False, 'codec.latent_channels': 2, 'codec.widths': (4, 8),
+        'codec.groups': 2, 'codec.sides': (8,), 'codec.unseen': 2} | changes)
+
+
+def images_of(rows, side):
+    shades = np.asarray(rows)[:, None, None, None] * 37 % 256
+    return np.broadcast_to(shades, (len(rows), side, side, 3)).astype(np.uint8)
+
+
+def task_of(config):
+    own = CodecTraining(np.arange(64), images_of, images_of([70, 71], 16),
+                        lambda path: emoji.read(path)[:2], emoji.save)
+    return codec.Codec(config, own, sharding.make_mesh({}, jax.devices()[:1]))
+
+
+def equal(a, b):
+    same = jax.tree.map(lambda x, y: bool((np.asarray(x) == np.asarray(y)).all()), a, b)
+    return all(jax.tree.leaves(same))
+
+
+def test_a_run_goes_on_where_it_stopped(tmp_path):
+    whole, _ = train.fit(task_of(config_of()), config_of(), tmp_path / 'whole')
+    short = config_of(**{'train.steps': 1})
+    train.fit(task_of(short), short, tmp_path / 'parts')
+    parts, _ = train.fit(task_of(config_of()), config_of(), tmp_path / 'parts')
+    assert equal(whole.ema, parts.ema)
+    lines = [json.loads(line) for line in
+             (tmp_path / 'whole' / 'metrics.jsonl').read_text().splitlines()]
+    assert {'loss', 'l1', 'gradient', 'kl', 'psnr'} <= lines[-1].keys()
+
+
+def test_a_frozen_encoder_is_that_of_the_file(tmp_path):
+    first = task_of(config_of())
+    state, _ = train.fit(first, config_of(), tmp_path / 'first')
+    out = tmp_path / 'codec.safetensors'
+    first.write(out, jax.device_get(state.ema), 2)
+    cfg, params, about = emoji.read(out)
+    assert about['step'] == 2 and cfg.scaling_factor > 0 and cfg.block_out_channels == (4, 8)
+
+    refine = config_of(**{'codec.frozen_encoder': True, 'init_from': str(out)})
+    task = task_of(refine)
+    state, _ = train.fit(task, refine, tmp_path / 'second')
+    assert equal(state.ema['encoder'], params['encoder'])
+    assert not equal(state.ema['decoder'], params['decoder'])
+    task.write(tmp_path / 'refined.safetensors', jax.device_get(state.ema), 4)
+    refined, after, _ = emoji.read(tmp_path / 'refined.safetensors')
+    # A teacher trained on the latents of the first file takes the second.
+    assert refined == cfg and equal(after['encoder'], params['encoder'])
+
+
+def test_shift_and_scale_make_standard_latents(tmp_path):
+    task = task_of(config_of())
+    out = tmp_path / 'codec.safetensors'
+    task.write(out, jax.device_get(task.spec.create().ema), 0)
+    cfg, params, _ = emoji.read(out)
+    encode, _ = autoencoder_kl.functional(cfg)
+    latents = encode(params, codec.to_unit(images_of(np.arange(64), 16)))
+    assert abs(float(latents.mean())) < 1e-3 and abs(float(latents.std()) - 1) < 1e-3
+
+
+def test_psnr_is_that_of_each_image():
+    real = np.zeros((2, 4, 4, 3), np.uint8)
+    found = real.copy()
+    found[1] += 16
+    assert codec.psnr(real, found)[1] == pytest.approx(20 * np.log10(255 / 16))
+
+
+def test_crops_are_parts_of_scenes_on_the_latents_grid():
+    world, rows = scenes.load(), np.arange(4)
+    whole = emoji.crops(world, rows, 64, 4)
+    for image, crop in zip(whole, emoji.crops(world, rows, 32, 4)):
+        assert any((image[y:y + 32, x:x + 32] == crop).all()
+                   for y in range(0, 33, 4) for x in range(0, 33, 4))
+    assert (emoji.crops(world, rows, 32, 4) == emoji.crops(world, rows, 32, 4)).all()
+
+
+def test_another_file_is_refused(tmp_path):
+    flat.save(tmp_path / 'x.safetensors', {'a': np.zeros(1, np.float32)}, {'class': 'Other'})
+    with pytest.raises(WeightsError, match='is Other, not EmojiCodec'):
+        emoji.read(tmp_path / 'x.safetensors')
+
+
+@pytest.mark.parametrize('changes, line', [
+    ({'codec.widths': (4, 7)}, 'codec.widths: .*must be multiples of codec.groups = 2'),
+    ({'codec.sides': (9,)}, 'codec.sides: .*must be multiples of 2'),
+    ({'codec.frozen_encoder': True}, 'codec.frozen_encoder: True, needs init_from'),
+    ({'teacher.name': 'lumina'}, "teacher.name: 'lumina', must be of a family whose codec")])
+def test_a_wrong_config_is_said_in_a_line(changes, line):
+    with pytest.raises(config_lib.ConfigError, match=line):
+        config_lib.check(config_of(**changes))
+
+
+@pytest.mark.parity
+def test_diffusers_loads_the_exported_folder(tmp_path):
+    theirs = pytest.importorskip('diffusers')
+    torch = pytest.importorskip('torch')
+    cfg = dataclasses.replace(task_of(config_of()).cfg, scaling_factor=0.7, shift_factor=0.1)
+    params = task_of(config_of()).spec.create().ema
+    emoji.export(cfg, params, tmp_path / 'vae')
+    diffusers.open_folder(tmp_path / 'vae', 'AutoencoderKL')
+    model = theirs.AutoencoderKL.from_pretrained(tmp_path / 'vae').eval()
+    assert model.config.scaling_factor == 0.7 and model.config.shift_factor == 0.1
+    images = np.tanh(np.random.default_rng(0).standard_normal((2, 8, 8, 3))).astype(np.float32)
+    encode, decode = autoencoder_kl.functional(cfg)
+    latents = encode(params, images)
+    with torch.no_grad():
+        mean = model.encode(torch.tensor(images.transpose(0, 3, 1, 2))).latent_dist.mean
+        image = model.decode(mean).sample.numpy().transpose(0, 2, 3, 1)
+    want = (mean.numpy().transpose(0, 2, 3, 1) - 0.1) * 0.7
+    np.testing.assert_allclose(latents, want, atol=1e-5)
+    np.testing.assert_allclose(decode(params, latents), image, atol=1e-4)
