@@ -20,7 +20,7 @@ def test_what_ships_is_large_enough_and_a_tenth_is_held_out(pairs):
     assert len(pairs.names) >= 500 and len(set(pairs.names)) == len(pairs.names)
     assert len(emoji.COLOURS) - 1 >= 4
     assert 0.08 < pairs.held_out.mean() < 0.12
-    assert sum(f.stat().st_size for f in emoji.FILES.rglob('*') if f.is_file()) <= 16e6  # two worlds
+    assert sum(f.stat().st_size for f in emoji.FILES.rglob('*') if f.is_file()) <= 16e6
 
 
 def test_held_out_pairs_never_reach_training_but_their_parts_do(pairs):
