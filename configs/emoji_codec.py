@@ -16,6 +16,6 @@ def get_config():
         'optim.student.lr': 2e-3, 'optim.student.b2': 0.99,
         'optim.student.warmup': 100, 'optim.student.decay': 0.4,
         'student.ema': 0.995,
-        'train.steps': 8000,
+        'train.steps': 4000,
         'checkpoint.every': 250, 'log.every': 50, 'log.images_every': 500,
     })

@@ -55,8 +55,9 @@ def of_class(section: str, cls: type) -> tuple[Field, ...]:
 
 
 OPTIMISER = (
-    Field('name', r.TEXT, 'adamw', FIXED, 'optimiser; not read where there is a `chain`'),
+    Field('name', r.TEXT, 'adamw', FIXED, '`adamw` or `muon`; not read where there is a `chain`'),
     Field('lr', r.POSITIVE, REQUIRED, FIXED, 'peak learning rate'),
+    Field('muon_lr', r.POSITIVE, 0.01, FIXED, 'the same of the matrices of stacked layers, where `name` is `muon`'),
     Field('b1', r.DECAY, 0.9, FIXED, "decay of AdamW's first moment"),
     Field('b2', r.number(above=0, below=1), 0.999, FIXED, "decay of AdamW's second moment"),
     Field('eps', r.POSITIVE, 1e-8, FIXED, "AdamW's epsilon"),

@@ -66,7 +66,7 @@ def look_up(sound: dict[str, Any]) -> Iterator[tuple[str, str]]:
 @about('optim.student.name', 'optim.student.chain')
 @about('optim.critic.name', 'optim.critic.chain')
 def optimiser_known(name: str, chain: Sequence[Any]) -> str | None:
-    known = choice('adamw')
+    known = choice('adamw', 'muon')
     if not chain and not known.ok(name):
         return f'must be {known.allowed} (any other: give a chain){known.hint(name)}'
 

@@ -24,6 +24,7 @@ class Pretraining:
       predict_clean: ``(params, x_t, t, cond) -> x_hat``.
       show: ``params -> [H, W, 3]`` uint8, images of a few prompts beside real ones.
       save: ``(file, params, steps)`` writes weights that `Family.load` reads.
+      read: ``path -> params`` of such a file, to go on from; raises `WeightsError`.
     """
 
     rows: np.ndarray
@@ -34,3 +35,4 @@ class Pretraining:
     predict_clean: Callable[[Any, Any, Any, Cond], Any]
     show: Callable[[Any], np.ndarray]
     save: Callable[[Path, Any, int], None]
+    read: Callable[[str], Any]

@@ -179,9 +179,12 @@ class Codec:
                                   for rows in self.own.rows[:MEASURED].reshape(-1, 64)])
         shift, std = float(latents.mean()), float(latents.std())
         cfg = dataclasses.replace(self.cfg, scaling_factor=1.0 / std, shift_factor=shift)
+        scaled, each_image = (latents - shift) / std, (1, 2, 3)
+        moments = scaled.mean(each_image).mean(), scaled.var(each_image).mean()
         each = psnr(self.own.unseen, self.reconstruct(kept, self.own.unseen))
         measured = {'psnr': round(float(each.mean()), 2), 'psnr_worst': round(float(each.min()), 2),
-                    'step': step}
+                    'step': step, 'std': round(float(scaled.std(each_image).mean()), 4),
+                    'moments': [round(float(moment), 4) for moment in moments]}
         self.own.save(out, cfg, kept, measured | {'written': time.strftime('%Y-%m-%d')})
         return measured
 

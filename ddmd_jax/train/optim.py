@@ -1,10 +1,13 @@
-"""Optimisers from config: AdamW with the usual trimmings, or any Optax chain."""
+"""Optimisers from config: AdamW or Muon with the usual trimmings, or any Optax chain."""
 
 from collections.abc import Mapping
 from typing import Any
 
 import jax
 import optax
+import optax.contrib
+
+NAMES = 'adamw', 'muon'
 
 
 def learning_rate(cfg: Mapping[str, Any], steps: int) -> optax.Schedule:
@@ -30,12 +33,23 @@ def _matrices(params: Any) -> Any:
     return jax.tree_util.tree_map_with_path(is_kernel, params)
 
 
+def _stacked(params: Any) -> Any:
+    """Axes of the kernels ``[layers, in, out]`` of stacked layers, each of which Muon turns into
+    the nearest orthogonal matrix by itself; None elsewhere, where AdamW goes on."""
+    def axes(path, leaf):
+        name = jax.tree_util.keystr(path, simple=True, separator='/')
+        stacked = name.endswith('kernel') and leaf.ndim == 3
+        return optax.contrib.MuonDimensionNumbers(1, 2) if stacked else None
+    return jax.tree_util.tree_map_with_path(axes, params)
+
+
 def make_optimizer(cfg: Mapping[str, Any], steps: int) -> optax.GradientTransformation:
     """An Optax transformation from one `config.optim.*` section.
 
     `cfg.chain`, if not empty, is a sequence of ``(optax name, kwargs)`` and stands for
     everything; otherwise `cfg.name` with `lr, b1, b2, eps, weight_decay, clip, warmup, decay,
-    mu_dtype`.
+    mu_dtype`. `muon` is Muon with `muon_lr` on the matrices of stacked layers, and AdamW with
+    `lr` on the rest.
 
     Raises:
       ValueError: unknown optimiser or chain link.
@@ -53,6 +67,11 @@ def make_optimizer(cfg: Mapping[str, Any], steps: int) -> optax.GradientTransfor
         core = optax.adamw(lr, b1=cfg['b1'], b2=cfg['b2'], eps=cfg['eps'],
                            weight_decay=cfg['weight_decay'], mask=_matrices,
                            mu_dtype=cfg['mu_dtype'])
+    elif cfg['name'] == 'muon':
+        core = optax.contrib.muon(
+            learning_rate({**cfg, 'lr': cfg['muon_lr']}, steps), adam_learning_rate=lr,
+            adam_b1=cfg['b1'], adam_b2=cfg['b2'], weight_decay=cfg['weight_decay'],
+            mu_dtype=cfg['mu_dtype'], muon_weight_dimension_numbers=_stacked)
     else:
-        raise ValueError(f'unknown optimiser {cfg["name"]!r}; known: adamw')
+        raise ValueError(f'unknown optimiser {cfg["name"]!r}; known: {", ".join(NAMES)}')
     return optax.chain(*clip, core)

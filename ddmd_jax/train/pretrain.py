@@ -19,7 +19,6 @@ from ddmd_jax.diffusion import process
 from ddmd_jax.families.pretraining import Pretraining
 from ddmd_jax.parallel import sharding
 from ddmd_jax.train import optim, train
-from ddmd_jax.train.durable.checkpoint import CheckpointError
 from ddmd_jax.train.feed import Feed
 from ddmd_jax.train.startup import Startup
 from ddmd_jax.train.state import StateSpec, TrainState, fresh
@@ -107,8 +106,7 @@ class Pretrain:
         log.image(step, 'samples/real_teacher', self.own.show(state.ema))
 
     def read_weights(self, path: str) -> Any:
-        raise CheckpointError(f'config.init_from: {path} holds no checkpoint, and this task starts '
-                              'from those only')
+        return self.own.read(path)
 
 
 def draw_times(key: Array, batch: int, mean: float, std: float) -> Array:

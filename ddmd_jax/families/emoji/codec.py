@@ -3,23 +3,30 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import json
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 
+from ddmd_jax.families.base import Decoder, Latents
 from ddmd_jax.families.codec import CodecTraining
 from ddmd_jax.families.emoji import scenes
 from ddmd_jax.families.lumina import names
+from ddmd_jax.models import autoencoder_kl, flops
 from ddmd_jax.models.autoencoder_kl import AutoencoderKLConfig
+from ddmd_jax.parallel import sharding
 from ddmd_jax.weights import diffusers, flat
 from ddmd_jax.weights.flat import WeightsError
 
 CODEC = Path(__file__).with_name('files') / 'codec.safetensors'
 CURE = 'train it with --config=emoji_codec, or install the package again'
 ARCHITECTURE = 'EmojiCodec'
+LIMIT = 4.0  # standard deviations of a latent from which it counts as saturated
 EPOCH = 2**20  # scenes, by number
 UNSEEN = 512  # half of them of captions that are held out, half new scenes
 TRIES = 3  # places of a crop, of which the busiest is taken
@@ -84,6 +91,45 @@ def read(path: str | Path = CODEC) -> tuple[AutoencoderKLConfig, Any, dict[str, 
     fields = json.loads(metadata['config'])
     fields['block_out_channels'] = tuple(fields['block_out_channels'])
     return AutoencoderKLConfig(**fields), params, json.loads(metadata['about'])
+
+
+@dataclasses.dataclass(frozen=True)
+class Codec:
+    """The shipped codec, ready to use.
+
+    Attributes:
+      identity: names the encoder, scale and shift: teachers record whose latents they draw, which
+        a better decoder leaves as they are.
+      encode: ``images [B, 64, 64, 3] uint8 -> latents [B, 16, 16, C]`` fp32, jitted.
+      latents: the space of those, with the decoder.
+      config, params: of the network.
+    """
+
+    identity: str
+    encode: Callable[[Any], Any]
+    latents: Latents
+    config: AutoencoderKLConfig
+    params: Any
+
+
+@functools.cache
+def load(path: Path = CODEC) -> Codec:
+    """Raises `WeightsError`: see `read`."""
+    cfg, params, about = read(path)
+    encode, decode = map(jax.jit, autoencoder_kl.functional(cfg))
+    run = jax.jit(lambda images: encode(params, jnp.asarray(images, jnp.float32) / 127.5 - 1))
+    side = scenes.SIDE // cfg.factor
+    shape = (side, side, cfg.latent_channels)
+    abstract = autoencoder_kl.abstract_params(cfg)
+    one = sharding.make_mesh({}, jax.devices()[:1])
+    decoder = Decoder(decode, abstract, sharding.shard_tree(abstract, ((r'.', ()),), one),
+                      jax.ShapeDtypeStruct((1, *shape), jnp.float32),
+                      flops.autoencoder_decode(cfg, (side, side)))
+    latents = Latents(shape, functools.partial(decode, params), LIMIT, None, about['std'],
+                      tuple(about['moments']), decoder)
+    identity = flat.identity({'encoder': params['encoder'],
+                              'scale': np.asarray([cfg.scaling_factor, cfg.shift_factor or 0.0])})
+    return Codec(identity, run, latents, cfg, params)
 
 
 def export(cfg: AutoencoderKLConfig, params: Any, folder: Path, dtype: Any = jnp.float32) -> None:

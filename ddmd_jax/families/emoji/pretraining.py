@@ -38,7 +38,8 @@ def pretraining(config: Any) -> Pretraining:
         condition=condition,
         predict_clean=lambda params, *inputs: predict(params['denoiser'], *inputs),
         show=_shower(config, pairs, ids, mask),
-        save=lambda path, params, steps: teacher.save(path, model, params, steps))
+        save=lambda path, params, steps: teacher.save(path, model, params, steps),
+        read=lambda path: teacher.read(path)[1])
 
 
 def _shower(config: Any, pairs: data.Pairs, ids: np.ndarray, mask: np.ndarray) -> Any:

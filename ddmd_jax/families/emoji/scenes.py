@@ -14,7 +14,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import hashlib
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -78,10 +78,15 @@ class World:
     Attributes:
       names: of the objects.
       drawings: of each object, ``[h, w, 4]`` uint8 RGBA, not premultiplied, longer side `EDGE`.
+      identity: names them.
     """
 
     def __init__(self, names: Sequence[str], pictures: Sequence[Sequence[np.ndarray]]):
         self.names, self.drawings = tuple(names), pictures
+        digest = hashlib.sha256('|'.join(names).encode())
+        for picture in (picture for several in pictures for picture in several):
+            digest.update(picture.tobytes())
+        self.identity = digest.hexdigest()[:16]
         self._sprites: dict[tuple[int, int, int, bool], np.ndarray] = {}
 
     # ------------------------------------------------------------------------------ captions
@@ -119,14 +124,14 @@ class World:
             if self.held_out(scene) == held_out:
                 return scene
 
-    def batch(self, seed: int, numbers: Sequence[int]) -> tuple[list[Scene], np.ndarray]:
+    def batch(self, seed: int, numbers: Iterable[int]) -> tuple[list[Scene], np.ndarray]:
         """Training scenes by number, and an image of each: ``[n, 64, 64, 3]`` uint8.
 
         A scene and its image depend on `seed` and their number alone.
         """
         scenes, images = [], []
         for number in numbers:
-            rng = np.random.default_rng((seed, int(number)))
+            rng = rng_of(seed, number)
             scenes.append(self.scene(rng))
             images.append(self.image(scenes[-1], rng))
         return scenes, np.stack(images)
@@ -181,6 +186,11 @@ class World:
 def load(path: Path = drawings.DRAWINGS) -> World:
     """The shipped world; raises `DataFileError` if its drawings cannot be read."""
     return World(*drawings.load(path))
+
+
+def rng_of(seed: int, number: int) -> np.random.Generator:
+    """What scene `number` of a seed is drawn by: the scene first, then its image."""
+    return np.random.default_rng((seed, int(number)))
 
 
 def words() -> list[str]:

@@ -1,0 +1,149 @@
+"""The embedded teacher: Lumina-Image-2.0's architecture at a tiny size, on a tiny codec's latents.
+
+Conventions, all of them here and nowhere else:
+  * the network is given `TIME_SCALE * t`. The published network takes t in [0, 1] as it is,
+    where its sinusoids hardly turn; a small network trained for hours wants finer ones;
+  * it predicts the velocity x - noise, as the published one does, without negation;
+  * latents are the codec's means, scaled to a standard deviation of one; 4 x 4 pixels a latent,
+    2 x 2 latents a token;
+  * no time shift: at 64 x 64 there is no resolution to make up for;
+  * the null prompt is the encoded empty caption, one [BOS] token, never zeros.
+"""
+
+import dataclasses
+import functools
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+
+from ddmd_jax.data.batch import CondSpec
+from ddmd_jax.diffusion.sampling import Predict
+from ddmd_jax.diffusion.time import Shift
+from ddmd_jax.families.base import (
+    Array,
+    Latents,
+    LoadOptions,
+    Teacher,
+    TextEncoder,
+    kernels_in,
+)
+from ddmd_jax.families.emoji import codec, words
+from ddmd_jax.families.emoji.drawings import FILES
+from ddmd_jax.families.lumina import teacher as lumina
+from ddmd_jax.models import flops, nextdit
+from ddmd_jax.models.layers import functional
+from ddmd_jax.models.nextdit import NextDiT, NextDiTConfig
+from ddmd_jax.models.text.caption import CaptionEncoder, CaptionEncoderConfig
+from ddmd_jax.weights import flat
+
+ARCHITECTURE = 'NextDiT'  # as its file names it
+TIME_SCALE = 100.0
+SHIFT = 1.0
+LIMIT = 4.0  # standard deviations
+WEIGHTS = FILES / 'teacher.safetensors'
+RESTORE_HINT = ('reinstall the package, or train it again with '
+                '`python -m ddmd_jax.main --config=configs/emoji_teacher.py --workdir=DIR`')
+RULES = (*nextdit.RULES, (r'to_qkv/kernel$', ('fsdp', 'tensor')),
+         (r'token/embedding$', ('fsdp', None)), (r'position$', ()))
+
+
+def model_configs(model: dict[str, Any]) -> tuple[NextDiTConfig, CaptionEncoderConfig]:
+    """Architecture of denoiser and text encoder from ``{'denoiser': {}, 'text': {}}``."""
+    denoiser = dict(model['denoiser'])
+    denoiser['axes_dim_rope'] = tuple(denoiser['axes_dim_rope'])
+    return NextDiTConfig(**denoiser), CaptionEncoderConfig(**model['text'])
+
+
+def init_params(model: dict[str, Any], key: Array) -> dict[str, Any]:
+    """Fresh ``{'denoiser': ..., 'text': ...}`` parameters (nested dicts of fp32 arrays)."""
+    denoiser_cfg, text_cfg = model_configs(model)
+    k1, k2 = jax.random.split(key)
+    pure = lambda m: nnx.to_pure_dict(nnx.state(m, nnx.Param))
+    return {'denoiser': pure(NextDiT(denoiser_cfg, nnx.Rngs(k1))),
+            'text': pure(CaptionEncoder(text_cfg, nnx.Rngs(k2)))}
+
+
+def make_denoiser(model: dict[str, Any]) -> Predict:
+    """`predict_clean(params, x_t, t, cond)` over denoiser parameters; see `Teacher`."""
+    return lumina.make_denoiser(model_configs(model)[0], time_scale=TIME_SCALE)
+
+
+def make_text_encoder(model: dict[str, Any]):
+    """``(params, ids, mask) -> Cond`` over text parameters."""
+    _, cfg = model_configs(model)
+    network = functional(lambda: CaptionEncoder(cfg, nnx.Rngs(0)))
+    return lambda params, ids, mask: {'embeds': network(params, ids, mask), 'mask': mask}
+
+
+def text_encoder(model: dict[str, Any], params: Any, identity: str) -> TextEncoder:
+    """The text side over its own parameters; texts are cut at its `max_length`."""
+    _, cfg = model_configs(model)
+    run = make_text_encoder(model)
+
+    def tokenize(prompts: Sequence[str]) -> dict[str, np.ndarray]:
+        ids, mask = words.encode(prompts, cfg.max_length)
+        return {'ids': ids, 'mask': mask}
+
+    return TextEncoder('emoji', params, tokenize, lambda p, x: run(p, x['ids'], x['mask']),
+                       cfg.max_length, cfg.dim, RULES, identity,
+                       flops=functools.partial(flops.caption_forward, cfg))
+
+
+def teacher_from(model: dict[str, Any], params: dict[str, Any], latents: Latents) -> Teacher:
+    """Wraps ``{'denoiser', 'text'}`` parameters as a `Teacher` that draws `latents`."""
+    denoiser_cfg, _ = model_configs(model)
+    identity = flat.identity(params)
+    text = text_encoder(model, params['text'], identity)
+    return Teacher(
+        'emoji', params['denoiser'], make_denoiser(model), latents, CondSpec.text(text.width),
+        Shift(SHIFT), identity, RULES, text,
+        lumina.make_features(denoiser_cfg, time_scale=TIME_SCALE),
+        flops=functools.partial(flops.nextdit_forward, denoiser_cfg, latents.shape[:2]))
+
+
+def save(path: Path, model: dict[str, Any], params: dict[str, Any], steps: int,
+         dtype: Any = jnp.bfloat16) -> None:
+    """Ships a trained teacher: safetensors, its architecture and its codec in the metadata."""
+    meta = {'model': json.dumps(model), 'architecture': ARCHITECTURE, 'steps': str(steps),
+            'codec': codec.load().identity}
+    flat.save(path, params, meta, dtype=dtype)
+
+
+def read(path: str = '') -> tuple[dict[str, Any], dict[str, Any]]:
+    """(architecture, ``{'denoiser', 'text'}`` parameters) of the shipped file or one like it.
+
+    Raises:
+      WeightsError: missing, damaged, not an emoji teacher, or trained on another codec's latents.
+    """
+    file = Path(path) if path else WEIGHTS
+    params, meta = flat.load(file, RESTORE_HINT)
+    try:
+        model = json.loads(meta['model'])
+        expected = jax.eval_shape(lambda: init_params(model, jax.random.key(0)))
+        if jax.tree.map(jnp.shape, params) != jax.tree.map(jnp.shape, expected):
+            raise ValueError('its tensors are not those of the architecture it names')
+    except (KeyError, TypeError, ValueError) as e:
+        raise flat.WeightsError(f'not an emoji teacher: {file} ({e}); {RESTORE_HINT}') from e
+    if meta.get('codec') != codec.load().identity:
+        raise flat.WeightsError(f'{file} was trained on latents of codec {meta.get("codec")}, the '
+                                f'package has {codec.load().identity}; {RESTORE_HINT}')
+    return model, params
+
+
+def load(options: LoadOptions) -> Teacher:
+    """The shipped teacher, or one like it at ``options.path``; it has one size and no layout.
+
+    Raises:
+      WeightsError: see `read`.
+    """
+    model, params = read(options.path)
+    # Distillation compiles six networks a step: scanned layers save minutes of compiling.
+    model['denoiser'] |= {'dtype': options.dtype, 'remat': options.remat, 'unroll': False}
+    teacher = teacher_from(model, params, codec.load().latents)
+    return dataclasses.replace(teacher, params=kernels_in(teacher.params, options.param_dtype))
