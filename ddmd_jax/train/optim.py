@@ -8,6 +8,7 @@ import optax
 import optax.contrib
 
 NAMES = 'adamw', 'muon'
+RULES = ((r'ns_coeffs$', ()),)  # Muon keeps its three coefficients in its state
 
 
 def learning_rate(cfg: Mapping[str, Any], steps: int) -> optax.Schedule:

@@ -11,6 +11,7 @@ import optax
 from jax.sharding import Mesh
 
 from ddmd_jax.parallel import sharding
+from ddmd_jax.train import optim
 
 Array = jax.Array
 
@@ -91,7 +92,8 @@ class StateSpec:
 
     @functools.cached_property
     def shardings(self) -> TrainState:
-        laid_out = sharding.shard_tree(self.shapes, self.rules, self.mesh)
+        rules = (*self.rules, *optim.RULES)
+        laid_out = sharding.shard_tree(self.shapes, rules, self.mesh)
         moved = {name: sharding.in_host_memory(getattr(laid_out, name)) for name in self.host}
         return dataclasses.replace(laid_out, **moved)
 
