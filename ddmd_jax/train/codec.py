@@ -11,7 +11,6 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-import optax
 from flax import nnx
 from jax.sharding import Mesh
 
@@ -23,12 +22,11 @@ from ddmd_jax.families.codec import CodecTraining
 from ddmd_jax.models import autoencoder_kl
 from ddmd_jax.models.autoencoder_kl import AutoencoderKLConfig
 from ddmd_jax.parallel import sharding
-from ddmd_jax.train import optim, train
+from ddmd_jax.train import optim, train, update
 from ddmd_jax.train.feed import Feed
 from ddmd_jax.train.startup import Startup
 from ddmd_jax.train.state import StateSpec, TrainState, fresh
 from ddmd_jax.train.train import NOTHING_ELSE, Options
-from ddmd_jax.train.update import average, ema_decay, keep_if
 from ddmd_jax.train.watch.logs import RunLog
 from ddmd_jax.weights import flat
 
@@ -87,7 +85,7 @@ class Codec:
         self.order = Order(own.rows, config.data.global_batch, config.seed, shapes=sides)
         self._tx = optim.make_optimizer(config.optim.student, config.train.steps)
         self.spec = StateSpec(lambda: fresh(self._init(), self._tx), RULES, mesh)
-        self._update = jax.jit(self._one_update, donate_argnums=0)
+        self._update = update.plain(self.loss, self._tx, config)
         self._reconstruct = jax.jit(lambda params, images: to_uint8(
             self._bind(params).decode(self._bind(params).encode_moments(to_unit(images))[0])))
 
@@ -112,35 +110,16 @@ class Codec:
              fresh: bool) -> tuple[TrainState, dict[str, Any]]:
         return self._update(state, next_batch())
 
-    def _one_update(self, state: TrainState, batch: Any) -> tuple[TrainState, dict[str, Array]]:
-        key = jax.random.fold_in(jax.random.key(self.config.seed), state.step)
-        params = state.student
-        if self.config.codec.frozen_encoder:  # the one that ships, and not the student's
-            params = params | {'encoder': jax.lax.stop_gradient(state.ema['encoder'])}
-        (loss, parts), grads = jax.value_and_grad(self.loss, has_aux=True)(
-            params, batch['image'], key)
-        updates, opt = self._tx.update(grads, state.student_opt, params)
-        student = optax.apply_updates(params, updates)
-        decay = ema_decay(state.step, self.config.student.ema, self.config.student.ema_ramp)
-        ema = average(state.ema, student, decay)
-        if self.config.codec.frozen_encoder:
-            student, ema = (tree | {'encoder': state.ema['encoder']} for tree in (student, ema))
-        new = TrainState(state.step + 1, state.critic_step, student, None, ema, opt, None)
-        grad_norm = optax.global_norm(grads)
-        finite = jnp.isfinite(loss) & jnp.isfinite(grad_norm)
-        return keep_if(finite, new, state), {
-            'loss': loss, **parts, 'grad_norm': grad_norm, 'finite': finite}
-
-    def loss(self, params: Params, images: Array, key: Array) -> tuple[Array, dict[str, Array]]:
+    def loss(self, params: Params, batch: Any, key: Array) -> tuple[Array, dict[str, Array]]:
         """L1 of pixels and of their differences, and the latents' divergence; with its parts.
 
         Args:
-          images: ``[B, H, W, 3]`` uint8.
+          batch: ``image [B, H, W, 3]`` uint8.
           key: of the latents' noise.
         """
-        c, x, model = self.config.codec, to_unit(images), self._bind(params)
+        c, x, model = self.config.codec, to_unit(batch['image']), self._bind(params)
         mean, logvar = model.encode_moments(x)
-        if c.frozen_encoder:
+        if c.frozen_encoder:  # without a gradient it stays as it is
             mean, logvar = jax.lax.stop_gradient((mean, logvar))
         z = mean + jnp.exp(0.5 * logvar) * jax.random.normal(key, mean.shape)
         error = model.decode(z) - x

@@ -8,7 +8,6 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-import optax
 from jax.scipy.stats import norm
 from jax.sharding import Mesh
 
@@ -18,12 +17,11 @@ from ddmd_jax.data.order import Order
 from ddmd_jax.diffusion import process
 from ddmd_jax.families.pretraining import Pretraining
 from ddmd_jax.parallel import sharding
-from ddmd_jax.train import optim, train
+from ddmd_jax.train import optim, train, update
 from ddmd_jax.train.feed import Feed
 from ddmd_jax.train.startup import Startup
 from ddmd_jax.train.state import StateSpec, TrainState, fresh
 from ddmd_jax.train.train import NOTHING_ELSE, Options
-from ddmd_jax.train.update import average, ema_decay, keep_if
 from ddmd_jax.train.watch.logs import RunLog
 
 Array = jax.Array
@@ -62,7 +60,7 @@ class Pretrain:
         self._tx = optim.make_optimizer(config.optim.student, config.train.steps)
         self.spec = StateSpec(lambda: fresh(own.init(jax.random.key(config.seed)), self._tx),
                               own.rules, mesh)
-        self._update = jax.jit(self._one_update, donate_argnums=0)
+        self._update = update.plain(self.loss, self._tx, config)
 
     def feed(self, skip: frozenset[int]) -> Feed:
         read = loader.batches(self.order, lambda planned: self.own.lookup(planned.rows),
@@ -73,19 +71,7 @@ class Pretrain:
              fresh: bool) -> tuple[TrainState, dict[str, Any]]:
         return self._update(state, next_batch())
 
-    def _one_update(self, state: TrainState, batch: Any) -> tuple[TrainState, dict[str, Array]]:
-        key = jax.random.fold_in(jax.random.key(self.config.seed), state.step)
-        loss, grads = jax.value_and_grad(self.loss)(state.student, batch, key)
-        updates, opt = self._tx.update(grads, state.student_opt, state.student)
-        student = optax.apply_updates(state.student, updates)
-        decay = ema_decay(state.step, self.config.student.ema, self.config.student.ema_ramp)
-        new = TrainState(state.step + 1, state.critic_step, student, None,
-                         average(state.ema, student, decay), opt, None)
-        grad_norm = optax.global_norm(grads)
-        finite = jnp.isfinite(loss) & jnp.isfinite(grad_norm)
-        return keep_if(finite, new, state), {'loss': loss, 'grad_norm': grad_norm, 'finite': finite}
-
-    def loss(self, params: Any, batch: Any, key: Array) -> Array:
+    def loss(self, params: Any, batch: Any, key: Array) -> tuple[Array, dict[str, Array]]:
         """Flow matching: mean squared velocity error, a scalar; some captions are dropped."""
         m, x = self.config.method, batch['image']
         k_time, k_noise, k_drop = jax.random.split(key, 3)
@@ -96,7 +82,7 @@ class Pretrain:
         cond = self.own.condition(params, batch, drop)
         x_hat = self.own.predict_clean(params, x_t, t, cond)
         error = process.to_velocity(x_t, x_hat, t) - process.velocity(x, noise)
-        return jnp.mean(jnp.square(error))
+        return jnp.mean(jnp.square(error)), {}
 
     def measure(self, state: TrainState, history: list[dict[str, Any]],
                 values: dict[str, Any]) -> tuple[dict[str, Any], str]:

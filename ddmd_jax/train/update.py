@@ -148,6 +148,32 @@ class Updates:
         return Program(program(self.generator), program(self.critic))
 
 
+def plain(loss_fn: Callable[[Any, Any, Array], tuple[Array, Metrics]],
+          tx: optax.GradientTransformation, config: Any) -> Any:
+    """The jitted update ``(state, batch) -> (state, metrics)`` of a network with one loss.
+
+    Args:
+      loss_fn: ``(params, batch, key) -> (loss, metrics)``.
+      tx: optimiser.
+      config: of the run: its seed, and its EMA.
+    """
+    def update(state: TrainState, batch: Any) -> tuple[TrainState, Metrics]:
+        key = jax.random.fold_in(jax.random.key(config.seed), state.step)
+        (loss, metrics), grads = jax.value_and_grad(loss_fn, has_aux=True)(
+            state.student, batch, key)
+        updates, opt = tx.update(grads, state.student_opt, state.student)
+        student = optax.apply_updates(state.student, updates)
+        decay = ema_decay(state.step, config.student.ema, config.student.ema_ramp)
+        new = dataclasses.replace(state, step=state.step + 1, student=student, student_opt=opt,
+                                  ema=average(state.ema, student, decay))
+        grad_norm = optax.global_norm(grads)
+        finite = jnp.isfinite(loss) & jnp.isfinite(grad_norm)
+        return keep_if(finite, new, state), {
+            'loss': loss, **metrics, 'grad_norm': grad_norm, 'finite': finite}
+
+    return jax.jit(update, donate_argnums=0)
+
+
 def accumulated_grads(loss_fn: Callable[[Any, Batch, Array], tuple[Array, Metrics]], params: Any,
                       batch: Batch, key: Array, parts: int) -> tuple[Any, Metrics]:
     """Mean gradient and metrics over `parts` micro-batches.
