@@ -22,10 +22,11 @@ setup(
                                'report/*.jinja']},
     python_requires='>=3.11',
     install_requires=[
+        # Tested with JAX 0.10.2 on Python 3.11 and with 0.11.2 on Python 3.12.
         # Upper bounds where what is used is known to move: JAX's distributed client and its
         # preemption service, Orbax's retention policies and partial restores, the state of Grain's
         # iterators, transformers' tokenizers.
-        'jax>=0.10,<0.11', 'flax>=0.12.8', 'optax>=0.2.8', 'orbax-checkpoint>=0.12.8,<0.13',
+        'jax>=0.10,<0.12', 'flax>=0.12.8', 'optax>=0.2.8', 'orbax-checkpoint>=0.12.8,<0.13',
         'grain>=0.2.18,<0.3',
         'ml_collections>=1.1', 'tensorflow-datasets>=4.9.10', 'importlib_resources',
         'transformers>=5.0,<6', 'tokenizers>=0.22', 'safetensors>=0.6', 'absl-py', 'numpy',
@@ -36,8 +37,8 @@ setup(
         'plotly>=6',  # reports of runs
     ],
     extras_require={
-        'tpu': ['jax[tpu]>=0.10,<0.11'],
-        'cuda': ['jax[cuda13]>=0.10,<0.11'],
+        'tpu': ['jax[tpu]>=0.10,<0.12'],
+        'cuda': ['jax[cuda13]>=0.10,<0.12'],
         'docs': ['mkdocs>=1.6,<2', 'mkdocs-material>=9.5', 'mkdocstrings[python]>=0.29'],
         'trackers': ['wandb>=0.20', 'mlflow-skinny>=3.1', 'trackio>=0.20'],  # for log.tracker
         'gcs': ['gcsfs'],  # teachers behind gs://

@@ -9,7 +9,6 @@ All functions raise `UserError` where prompts, weights or places are not as they
 from __future__ import annotations
 
 import dataclasses
-import importlib.metadata
 import json
 import os
 from collections.abc import Iterable, Mapping, Sequence
@@ -18,6 +17,7 @@ from typing import TYPE_CHECKING, Any
 
 from absl import flags
 
+import ddmd_jax
 from ddmd_jax.util import commands
 from ddmd_jax.util.errors import UserError
 
@@ -296,7 +296,7 @@ def describe(model: Model, sampler: Sampler, teacher: Teacher) -> dict[str, str]
         'evaluations': str(sampler.evaluations), 'guidance': f'{sampler.guidance:g}',
         'sampler': sampler.method, **(of_run if sampler.model == 'student' else {}),
         'teacher': model.path or model.family.name, 'teacher_identity': teacher.identity,
-        'Software': f'ddmd_jax {importlib.metadata.version("ddmd_jax")}'}
+        'Software': f'ddmd_jax {ddmd_jax.__version__}'}
 
 
 def write(batches: Iterable[np.ndarray], named: Sequence[ImageName], files: Sequence[Path],

@@ -176,7 +176,7 @@ def test_other_versions_warn(tmp_path, capsys):
     warned = capsys.readouterr().err
     assert "checkpoints/3 was written with other versions: jax: '0.9.0' -> '0.10.2'" in warned
     assert len(warned.splitlines()) == 1
-    assert set(ckpt.versions()) == {f'version.{name}' for name in ckpt.PACKAGES}
+    assert set(ckpt.versions()) == {f'version.{name}' for name in (*ckpt.PACKAGES, 'ddmd_jax')}
 
 
 # --- Which stay ---

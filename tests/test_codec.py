@@ -45,9 +45,12 @@ def equal(a, b):
 def test_a_run_goes_on_where_it_stopped(tmp_path):
     whole, _ = train.fit(task_of(config_of()), config_of(), tmp_path / 'whole')
     short = config_of(**{'train.steps': 1})
-    train.fit(task_of(short), short, tmp_path / 'parts')
-    parts, _ = train.fit(task_of(config_of()), config_of(), tmp_path / 'parts')
+    task = task_of(short)
+    train.fit(task, short, tmp_path / 'parts')
+    short.train.steps = 2
+    parts, _ = train.fit(task, short, tmp_path / 'parts')
     assert equal(whole.ema, parts.ema)
+    assert task._update._cache_size() == 1  # a longer run's program is the same
     lines = [json.loads(line) for line in
              (tmp_path / 'whole' / 'metrics.jsonl').read_text().splitlines()]
     assert {'loss', 'l1', 'gradient', 'kl', 'psnr'} <= lines[-1].keys()

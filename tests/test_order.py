@@ -1,5 +1,6 @@
 """One global order of prompts: each once an epoch, for any number of processes, resumed or not."""
 
+import grain
 import jax
 import numpy as np
 import pytest
@@ -36,6 +37,15 @@ def test_every_prompt_of_an_epoch_exactly_once(count, batch, window, seed, bucke
     stream = np.concatenate([order[i].rows for i in range(-(-3 * count // batch))])
     for epoch in range(3):
         assert sorted(stream[epoch * count:(epoch + 1) * count]) == list(range(count))
+
+
+@given(count=some.integers(1, 70), batch=some.integers(1, 12), seed=some.integers(0, 2**32 - 1))
+def test_rows_are_in_the_order_of_grains_data_set(count, batch, seed):
+    rows = 2 * np.arange(count) + 1
+    stream = grain.MapDataset.source(rows).seed(seed).shuffle().repeat()
+    order = Order(rows, batch, seed)
+    for i in (0, 1, 40):
+        assert order[i].rows.tolist() == [stream[i * batch + k] for k in range(batch)]
 
 
 @given(count=some.integers(20, 70), batch=some.integers(1, 8), start=some.integers(0, 40))

@@ -69,6 +69,13 @@ def test_a_scene_depends_on_seed_and_number_alone(seed, numbers):
     assert images.shape == (len(numbers), SIDE, SIDE, 3) and images.dtype == np.uint8
 
 
+def test_other_processes_compose_the_same(world):
+    parts = [[5, 3], [9]]
+    for numbers, (found, images) in zip(parts, world.batches(1, parts, 1), strict=True):
+        here, same = world.batch(1, numbers)
+        assert found == here and np.array_equal(images, same)
+
+
 def test_training_holds_nothing_that_is_held_out(world):
     found, _ = world.batch(3, range(1500))
     assert not any(map(world.held_out, found))

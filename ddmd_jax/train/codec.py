@@ -83,9 +83,9 @@ class Codec:
             nnx.eval_shape(lambda: autoencoder_kl.AutoencoderKL(self.cfg, nnx.Rngs(0))))
         sides = tuple((side,) for side in config.codec.sides)
         self.order = Order(own.rows, config.data.global_batch, config.seed, shapes=sides)
-        self._tx = optim.make_optimizer(config.optim.student, config.train.steps)
-        self.spec = StateSpec(lambda: fresh(self._init(), self._tx), RULES, mesh)
-        self._update = update.plain(self.loss, self._tx, config)
+        tx = optim.make_optimizer(config.optim.student, config.train.steps)
+        self.spec = StateSpec(lambda: fresh(self._init(), tx), RULES, mesh)
+        self._update = update.plain(self.loss, config)
         self._reconstruct = jax.jit(lambda params, images: to_uint8(
             self._bind(params).decode(self._bind(params).encode_moments(to_unit(images))[0])))
 
@@ -108,7 +108,7 @@ class Codec:
 
     def step(self, state: TrainState, next_batch: Callable[[], Any],
              fresh: bool) -> tuple[TrainState, dict[str, Any]]:
-        return self._update(state, next_batch())
+        return self._update(state, next_batch(), self.config.train.steps)
 
     def loss(self, params: Params, batch: Any, key: Array) -> tuple[Array, dict[str, Array]]:
         """L1 of pixels and of their differences, and the latents' divergence; with its parts.

@@ -4,6 +4,7 @@ from collections.abc import Mapping
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import optax
 import optax.contrib
 
@@ -11,19 +12,22 @@ NAMES = 'adamw', 'muon'
 RULES = ((r'ns_coeffs$', ()),)  # Muon keeps its three coefficients in its state
 
 
-def learning_rate(cfg: Mapping[str, Any], steps: int) -> optax.Schedule:
+def learning_rate(cfg: Mapping[str, Any], steps: int | jax.Array) -> optax.Schedule:
     """Linear warm-up over `warmup` updates, flat, linear decay to 0 over the last `decay` part.
 
-    Everything before the decay is independent of `steps`, so that a run can be extended.
+    Everything before the decay is independent of `steps`, so that a run can be extended. Where
+    `steps` is traced, the program of an update is the same however long the run is.
     """
-    warmup, decay = int(cfg['warmup']), round(float(cfg['decay']) * steps)
-    lr = float(cfg['lr'])
-    pieces, bounds = [optax.constant_schedule(lr)], []
+    warmup, share, lr = int(cfg['warmup']), float(cfg['decay']), float(cfg['lr'])
+    pieces: list[optax.Schedule] = [optax.constant_schedule(lr)]
+    bounds: list[Any] = []
     if warmup:
         pieces, bounds = [optax.linear_schedule(lr / warmup, lr, warmup)] + pieces, [warmup]
-    if decay:
-        pieces.append(optax.linear_schedule(lr, 0.0, decay))
-        bounds.append(max(steps - decay, warmup))
+    if share:
+        decay = jnp.round(share * steps).astype(jnp.int32)
+        passed = lambda count: jnp.clip(count, 0, decay) / jnp.maximum(decay, 1)
+        pieces.append(lambda count: lr * (1 - passed(count)))
+        bounds.append(jnp.maximum(steps - decay, warmup))
     return optax.join_schedules(pieces, bounds)
 
 
@@ -44,7 +48,8 @@ def _stacked(params: Any) -> Any:
     return jax.tree_util.tree_map_with_path(axes, params)
 
 
-def make_optimizer(cfg: Mapping[str, Any], steps: int) -> optax.GradientTransformation:
+def make_optimizer(cfg: Mapping[str, Any],
+                   steps: int | jax.Array) -> optax.GradientTransformation:
     """An Optax transformation from one `config.optim.*` section.
 
     `cfg.chain`, if not empty, is a sequence of ``(optax name, kwargs)`` and stands for

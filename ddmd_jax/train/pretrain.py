@@ -57,10 +57,10 @@ class Pretrain:
     def __init__(self, config: Any, own: Pretraining, mesh: Mesh):
         self.config, self.own, self.startup = config, own, Startup()
         self.order = Order(own.rows, config.data.global_batch, config.seed)
-        self._tx = optim.make_optimizer(config.optim.student, config.train.steps)
-        self.spec = StateSpec(lambda: fresh(own.init(jax.random.key(config.seed)), self._tx),
+        tx = optim.make_optimizer(config.optim.student, config.train.steps)
+        self.spec = StateSpec(lambda: fresh(own.init(jax.random.key(config.seed)), tx),
                               own.rules, mesh)
-        self._update = update.plain(self.loss, self._tx, config)
+        self._update = update.plain(self.loss, config)
 
     def feed(self, skip: frozenset[int]) -> Feed:
         read = loader.batches(self.order, lambda planned: self.own.lookup(planned.rows),
@@ -69,11 +69,11 @@ class Pretrain:
 
     def step(self, state: TrainState, next_batch: Callable[[], Any],
              fresh: bool) -> tuple[TrainState, dict[str, Any]]:
-        return self._update(state, next_batch())
+        return self._update(state, next_batch(), self.config.train.steps)
 
     def loss(self, params: Any, batch: Any, key: Array) -> tuple[Array, dict[str, Array]]:
         """Flow matching: mean squared velocity error, a scalar; some captions are dropped."""
-        m, x = self.config.method, batch['image']
+        m, x = self.config.method, batch['image'].astype(jnp.float32)
         k_time, k_noise, k_drop = jax.random.split(key, 3)
         t = draw_times(k_time, x.shape[0], m.time_mean, m.time_std)
         noise = jax.random.normal(k_noise, x.shape)

@@ -22,6 +22,7 @@ from ddmd_jax.method.inputs import Models
 from ddmd_jax.method.recipe import Recipe
 from ddmd_jax.models.adapters import Binding, Full
 from ddmd_jax.parallel import sharding
+from ddmd_jax.train import optim
 from ddmd_jax.train.state import TrainState
 
 Array = jax.Array
@@ -149,15 +150,18 @@ class Updates:
 
 
 def plain(loss_fn: Callable[[Any, Any, Array], tuple[Array, Metrics]],
-          tx: optax.GradientTransformation, config: Any) -> Any:
-    """The jitted update ``(state, batch) -> (state, metrics)`` of a network with one loss.
+          config: Any) -> Any:
+    """The jitted update ``(state, batch, steps) -> (state, metrics)`` of a network with one loss.
+
+    `steps`, the length of the run, which the learning rate's decay follows, is an argument and no
+    constant: a run that is made longer finds its program compiled.
 
     Args:
       loss_fn: ``(params, batch, key) -> (loss, metrics)``.
-      tx: optimiser.
-      config: of the run: its seed, and its EMA.
+      config: of the run: its seed, optimiser and EMA.
     """
-    def update(state: TrainState, batch: Any) -> tuple[TrainState, Metrics]:
+    def update(state: TrainState, batch: Any, steps: Array) -> tuple[TrainState, Metrics]:
+        tx = optim.make_optimizer(config.optim.student, steps)
         key = jax.random.fold_in(jax.random.key(config.seed), state.step)
         (loss, metrics), grads = jax.value_and_grad(loss_fn, has_aux=True)(
             state.student, batch, key)

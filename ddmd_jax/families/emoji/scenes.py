@@ -14,7 +14,10 @@ from __future__ import annotations
 import dataclasses
 import functools
 import hashlib
-from collections.abc import Iterable, Sequence
+import itertools
+import multiprocessing
+from collections.abc import Iterable, Iterator, Sequence
+from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 
 import numpy as np
@@ -136,6 +139,14 @@ class World:
             images.append(self.image(scenes[-1], rng))
         return scenes, np.stack(images)
 
+    def batches(self, seed: int, parts: Iterable[Sequence[int]],
+                processes: int) -> Iterator[tuple[list[Scene], np.ndarray]]:
+        """What `batch` gives for each of `parts`, in their order, made by other processes."""
+        # Spawned, not forked: a process that runs JAX has threads.
+        with ProcessPoolExecutor(processes, multiprocessing.get_context('spawn'), _receive,
+                                 (self,)) as pool:
+            yield from pool.map(_compose, itertools.repeat(seed), parts)
+
     # -------------------------------------------------------------------------------- images
 
     def image(self, scene: Scene, rng: np.random.Generator) -> np.ndarray:
@@ -180,6 +191,18 @@ class World:
             small = picture.convert('RGBa').resize(size, Image.Resampling.HAMMING)
             self._sprites[key] = np.asarray(small, np.float32)
         return self._sprites[key]
+
+
+_received: World  # of a process that composes for another
+
+
+def _receive(world: World) -> None:
+    global _received
+    _received = world
+
+
+def _compose(seed: int, numbers: Sequence[int]) -> tuple[list[Scene], np.ndarray]:
+    return _received.batch(seed, numbers)
 
 
 @functools.cache

@@ -13,6 +13,7 @@ import orbax.checkpoint as ocp
 from jax.experimental import multihost_utils
 from tqdm import tqdm
 
+import ddmd_jax
 from ddmd_jax.config import fields_of
 from ddmd_jax.train.durable import checksums
 from ddmd_jax.train.feed import Feed
@@ -20,7 +21,7 @@ from ddmd_jax.util.errors import UserError
 from ddmd_jax.util.text import first_line
 from ddmd_jax.weights import flat
 
-PACKAGES = ('ddmd_jax', 'jax', 'flax', 'optax', 'orbax-checkpoint')
+PACKAGES = ('jax', 'flax', 'optax', 'orbax-checkpoint')
 FORMAT_FIELD, FORMAT = 'format', 2  # of the state's tree; a manifest without it has format 1
 INTERVAL = 'interval'  # beside the data's state: metrics that had not been logged yet
 VERSION = 'version.'  # in front of a package's name in a manifest; these only warn
@@ -31,8 +32,13 @@ class CheckpointError(UserError):
 
 
 def versions() -> dict[str, str]:
-    """Versions of the packages that write a checkpoint, as its manifest has them."""
-    return {f'{VERSION}{name}': importlib.metadata.version(name) for name in PACKAGES}
+    """Versions of the packages that write a checkpoint, as its manifest has them.
+
+    Ours is the one of the code that runs: a checkout need not be installed.
+    """
+    others = {name: importlib.metadata.version(name) for name in PACKAGES}
+    return {f'{VERSION}{name}': version
+            for name, version in {'ddmd_jax': ddmd_jax.__version__, **others}.items()}
 
 
 def comparable(config: Mapping[str, Any]) -> dict[str, Any]:
