@@ -1,0 +1,40 @@
+"""benchmarks/accelerator.sh, at a tiny size, on a CPU."""
+
+import json
+import os
+import subprocess
+import sys
+
+import pytest
+import tiny
+from PIL import Image
+
+from ddmd_jax.weights import flat
+
+
+def call(out, *parts, **environ):
+    return subprocess.run(
+        ['bash', str(tiny.ROOT / 'benchmarks' / 'accelerator.sh'), str(out), *parts], text=True,
+        env={**os.environ, 'JAX_PLATFORMS': 'cpu', 'PYTHON': sys.executable, **environ},
+        stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
+
+
+def test_a_part_that_is_not_there(tmp_path):
+    told = call(tmp_path, 'techer')
+    assert told.returncode == 1 and "no part 'techer'; there are: teacher" in told.stdout
+
+
+@pytest.mark.slow
+def test_teacher_goes_on_from_its_own_weights(tmp_path):
+    told = call(tmp_path / '1', 'teacher', TEACHER_FLAGS='--tiny --seconds=900')
+    assert told.returncode == 0, told.stdout
+    written = tmp_path / '1' / 'teacher.safetensors'
+    told = call(tmp_path / '2', 'teacher', TEACHER_FLAGS=(
+        f'--tiny --seconds=900 --config.init_from={written}'))
+    assert told.returncode == 0, told.stdout
+    figures = json.loads((tmp_path / '2' / 'teacher.json').read_text())
+    assert figures['device']['platform'] == 'cpu' and figures['figures']['steps'] == 60
+    for out in (tmp_path / '1', tmp_path / '2'):
+        assert len((out / 'teacher.metrics.jsonl').read_text().splitlines()) == 2
+        assert Image.open(out / 'teacher.png').width > 64
+        assert flat.load(out / 'teacher.safetensors', '')[1]['steps'] == '60'
