@@ -17,19 +17,20 @@ mkdir -p "$1" && out=$(cd "$1" && pwd) || exit 2
 shift
 
 PARTS=(teacher codec)  # in their order of worth
-declare -A SECONDS_OF=([teacher]=240 [codec]=200)  # unless --seconds says otherwise
+declare -A SECONDS_OF=([teacher]=240 [codec]=180)  # unless --seconds says otherwise
 declare -A FLAGS_OF=(
     # Unrolled layers are for CPUs; here a scan is as fast, and compiled sooner.
     [teacher]='--config=ddmd_jax/families/emoji/latent_config.py
         --config.teacher.model.denoiser.unroll=False
         --config.data.global_batch=1024 --config.data.scenes=262144
         --config.optim.student.lr=2e-3 --config.optim.student.muon_lr=0.02'
-    [codec]='--config=emoji_codec --config.codec.dtype=bfloat16 --config.data.global_batch=256
-        --config.codec.frozen_encoder=True')
+    [codec]='--config=emoji_codec --config.data.global_batch=256 --config.codec.frozen_encoder=True
+        --config.init_from=ddmd_jax/families/emoji/files/codec.safetensors')
 GRACE=30  # seconds that a part may take to save and to stop
 
 failed=0
-for part in "${@:-${PARTS[@]}}"; do
+(($#)) || set -- "${PARTS[@]}"
+for part in "$@"; do
     if [[ ! -f benchmarks/accelerator/$part.py || -z ${SECONDS_OF[$part]:-} ]]; then
         echo "accelerator: no part '$part'; there are: ${PARTS[*]}" >&2
         failed=1

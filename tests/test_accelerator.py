@@ -9,6 +9,7 @@ import pytest
 import tiny
 from PIL import Image
 
+from ddmd_jax.families.emoji import codec
 from ddmd_jax.weights import flat
 
 
@@ -38,3 +39,14 @@ def test_teacher_goes_on_from_its_own_weights(tmp_path):
         assert len((out / 'teacher.metrics.jsonl').read_text().splitlines()) == 2
         assert Image.open(out / 'teacher.png').width > 64
         assert flat.load(out / 'teacher.safetensors', '')[1]['steps'] == '60'
+
+
+@pytest.mark.slow
+def test_codec_keeps_the_latents(tmp_path):
+    told = call(tmp_path, 'codec', CODEC_FLAGS='--tiny --seconds=900')
+    assert told.returncode == 0, told.stdout
+    figures = json.loads((tmp_path / 'codec.json').read_text())['figures']
+    assert figures['steps'] == 60 and figures['psnr'] > 25
+    assert Image.open(tmp_path / 'codec.png').width > 64
+    (cfg, old, _), (refined, new, _) = codec.read(), codec.read(tmp_path / 'codec.safetensors')
+    assert refined == cfg and flat.identity(new['encoder']) == flat.identity(old['encoder'])

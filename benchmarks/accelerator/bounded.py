@@ -1,15 +1,37 @@
-"""A training task that ends when its time does, its learning rate's decay inside that time."""
+"""Training that ends when its time does, its learning rate's decay inside that time."""
 
 from __future__ import annotations
 
+import shutil
 import statistics
+import tempfile
 import time
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
+
+from ddmd_jax import config as config_lib
 
 MEASURED = 30  # steps by whose time the length of a run is chosen
 FIRST = 10  # steps before them: programs are compiled, queues are filled
 SHARE = 0.95  # of the time that is left, which is planned for
+RESERVE = 25  # seconds at the end for the last checkpoint, weights and pictures
+ENDLESS = 10**7  # steps
+
+
+def prepared(config: Any, changes: Mapping[str, Mapping[str, Any]] | None = None) -> Any:
+    """`config` with as many steps as there is time for, few checkpoints, and `changes` by section.
+
+    Raises:
+      ConfigError: a field is wrong.
+    """
+    config.train.steps = ENDLESS
+    config.log.update({'report': False, 'images_every': ENDLESS})
+    config.checkpoint.update({'every': 1000, 'keep': 1})
+    for section, fields in (changes or {}).items():
+        config_lib.field(config, section).update(fields)
+    config_lib.check(config)
+    return config
 
 
 class Timed:
@@ -29,21 +51,43 @@ class Timed:
         return statistics.median(b - a for a, b in zip(some, some[1:]))
 
 
-def fit(task: Any, config: Any, workdir: Path, until: float) -> tuple[Any, dict[str, Any]]:
-    """Trains `task` from where `workdir` or `config.init_from` says; (state, figures).
-
-    A few steps are taken and timed first; then `config.train.steps` is set to what fits.
+def trained(task: Any, config: Any, until: float, metrics: Path) -> tuple[Any, dict[str, Any]]:
+    """(EMA weights on the host, figures) of a run that should end at `until` (`time.monotonic`).
 
     Args:
       task: of a config of the task `pretrain` or `codec`, whose update takes the run's length as
         an argument: nothing is compiled twice.
-      config: its config, changed here.
-      workdir: of the run.
-      until: `time.monotonic()` at which it should have ended.
+      config: its config; `train.steps` is set to what fits, if that is less.
+      until: leaves `RESERVE` for what comes after.
+      metrics: file that the run's lines are copied to.
 
     Raises:
-      see `ddmd_jax.train.train.fit`.
+      see `ddmd_jax.train.train.fit`; `Stopped` only if nothing was saved yet.
     """
+    import jax
+
+    from ddmd_jax.train.durable import checkpoint, checksums, signals
+
+    workdir = Path(tempfile.mkdtemp(prefix='bounded'))
+    try:
+        try:
+            with signals.watched():
+                ema, figures = _fitted(task, config, workdir, until)
+        except signals.Stopped as e:  # time was short after all: what was saved stands
+            saved = checksums.steps(workdir / 'checkpoints')
+            if not saved:
+                raise
+            ema = checkpoint.restore_ema(workdir, saved[-1], task.spec.shapes.ema,
+                                         task.spec.shardings.ema)
+            figures = {'steps': saved[-1], 'stopped': str(e)}
+        shutil.copy(workdir / 'metrics.jsonl', metrics)
+    finally:
+        shutil.rmtree(workdir)
+    return jax.device_get(ema), figures
+
+
+def _fitted(task: Any, config: Any, workdir: Path, until: float) -> tuple[Any, dict[str, Any]]:
+    """A few steps are taken and timed, then as many as fit; (EMA weights, figures)."""
     from ddmd_jax.train import train
 
     timed, planned = Timed(task), config.train.steps
@@ -53,13 +97,13 @@ def fit(task: Any, config: Any, workdir: Path, until: float) -> tuple[Any, dict[
     ready, first = time.monotonic() - started, int(state.step)
     step_seconds = timed.seconds(MEASURED)
     del state
-    left = SHARE * (until - time.monotonic())
+    left = SHARE * (until - RESERVE - time.monotonic())
     config.train.steps = first + min(planned - first, max(1, int(left / step_seconds)))
     print(f'{step_seconds * 1e3:.1f} ms a step: {config.train.steps} steps in the {left:.0f} s '
           'that are left', flush=True)
     state, seconds = train.fit(task, config, workdir)
     steps = int(state.step) - first
-    return state, {
+    return state.ema, {
         'steps': int(state.step), 'global_batch': config.data.global_batch,
         'seconds_until_measured': round(ready, 1), 'step_seconds_at_first': step_seconds,
         'step_seconds': timed.seconds(max(1, steps - FIRST)), 'seconds': round(seconds.train, 1),

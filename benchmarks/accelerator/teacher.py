@@ -5,12 +5,10 @@
 Goes on from `--config.init_from=teacher.safetensors`, else from scratch. All scenes are composed
 beforehand by as many processes as there are cores, and encoded on the device. Leaves in OUT:
 teacher.safetensors (EMA, bf16), teacher.metrics.jsonl, teacher.png (real images over guided
-samples of their captions) and teacher.json. `--tiny` proves it in seconds on a CPU.
+samples of their captions) and teacher.json. `--tiny` proves it in a minute of a CPU.
 """
 
 import os
-import shutil
-import tempfile
 import time
 from pathlib import Path
 from typing import Any
@@ -22,7 +20,6 @@ from ddmd_jax import config as config_lib
 
 STARTED = time.monotonic()
 PART = 1024  # scenes that are composed and encoded together
-RESERVE = 25  # seconds at the end for the last checkpoint, weights and picture
 TINY = {
     'teacher.model.denoiser': {
         'hidden_size': 32, 'num_layers': 1, 'num_attention_heads': 2, 'num_kv_heads': 1,
@@ -36,20 +33,6 @@ _OUT = flags.DEFINE_string('out', None, 'Folder of the results.', required=True)
 _SECONDS = flags.DEFINE_float('seconds', 240, 'When it should have ended.')
 _DTYPE = flags.DEFINE_string('dtype', 'bfloat16', "Of the denoiser's activations and products.")
 _TINY = flags.DEFINE_boolean('tiny', False, 'A small network, a few scenes and steps.')
-
-
-def prepared() -> Any:
-    """The config of the flags: as many steps as there is time for, checkpoints now and then."""
-    config = _CONFIG.value
-    config.train.steps = 10**7
-    with config.unlocked():
-        config.teacher.model.denoiser.dtype = _DTYPE.value
-    config.log.update({'report': False, 'images_every': 10**7})
-    config.checkpoint.update({'every': 1000, 'keep': 1})
-    for section, fields in TINY.items() if _TINY.value else ():
-        config_lib.field(config, section).update(fields)
-    config_lib.check(config)
-    return config
 
 
 def fill(encoded: Any, processes: int) -> None:
@@ -70,36 +53,27 @@ def fill(encoded: Any, processes: int) -> None:
 
 
 def main(_: list[str]) -> None:
-    import jax
     from PIL import Image
 
     from ddmd_jax.train import pretrain
-    from ddmd_jax.train.durable import checkpoint, signals
 
     logging.set_verbosity(logging.WARNING)
-    config, out = prepared(), Path(_OUT.value)
-    workdir = Path(tempfile.mkdtemp(prefix='teacher'))
+    config, out = _CONFIG.value, Path(_OUT.value)
+    with config.unlocked():
+        config.teacher.model.denoiser.dtype = _DTYPE.value
+    bounded.prepared(config, TINY if _TINY.value else None)
     task = pretrain.prepare(config)
     begun = time.monotonic()
     fill(task.own.lookup, 1 if _TINY.value else os.cpu_count() or 1)
     figures = {'scenes': config.data.scenes, 'scenes_seconds': round(time.monotonic() - begun, 1)}
     print(f'{config.data.scenes} scenes in {figures["scenes_seconds"]} s', flush=True)
-    try:
-        with signals.watched():
-            state, more = bounded.fit(task, config, workdir, STARTED + _SECONDS.value - RESERVE)
-            ema = state.ema
-    except signals.Stopped as e:  # time was short after all: what was saved stands
-        step, _ = checkpoint.read_manifest(workdir)
-        ema = checkpoint.restore_ema(workdir, step, task.spec.shapes.ema, task.spec.shardings.ema)
-        more = {'steps': step, 'stopped': str(e)}
-    ema = jax.device_get(ema)
+    ema, more = bounded.trained(task, config, STARTED + _SECONDS.value,
+                                out / 'teacher.metrics.jsonl')
     task.own.save(out / 'teacher.safetensors', ema, more['steps'])
-    shutil.copy(workdir / 'metrics.jsonl', out / 'teacher.metrics.jsonl')
     Image.fromarray(task.own.show(ema)).save(out / 'teacher.png')
-    figures |= more | {'peak_bytes': record.peak_bytes(), 'config': config.to_dict(),
-                       'total_seconds': round(time.monotonic() - STARTED, 1)}
-    record.write(out, 'teacher', figures)
-    shutil.rmtree(workdir)
+    record.write(out, 'teacher', figures | more | {
+        'peak_bytes': record.peak_bytes(), 'config': config.to_dict(),
+        'total_seconds': round(time.monotonic() - STARTED, 1)})
 
 
 if __name__ == '__main__':

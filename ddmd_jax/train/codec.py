@@ -79,6 +79,10 @@ class Codec:
     def __init__(self, config: Any, own: CodecTraining, mesh: Mesh):
         self.config, self.own, self.startup = config, own, Startup()
         self.cfg = architecture(config, own.unseen.shape[1])
+        # Teachers know a frozen encoder by its shift and scale too: measured on another device,
+        # they would differ in their last digits.
+        self._kept = (own.read(config.init_from)[0] if config.codec.frozen_encoder
+                      and Path(config.init_from).is_file() else None)
         self._graphdef, self._abstract = nnx.split(
             nnx.eval_shape(lambda: autoencoder_kl.AutoencoderKL(self.cfg, nnx.Rngs(0))))
         sides = tuple((side,) for side in config.codec.sides)
@@ -157,8 +161,10 @@ class Codec:
         latents = np.concatenate([np.asarray(encode(self.own.lookup(rows, side)))
                                   for rows in self.own.rows[:MEASURED].reshape(-1, 64)])
         shift, std = float(latents.mean()), float(latents.std())
-        cfg = dataclasses.replace(self.cfg, scaling_factor=1.0 / std, shift_factor=shift)
-        scaled, each_image = (latents - shift) / std, (1, 2, 3)
+        cfg = self._kept or dataclasses.replace(
+            self.cfg, scaling_factor=1.0 / std, shift_factor=shift)
+        scaled = (latents - (cfg.shift_factor or 0.0)) * cfg.scaling_factor
+        each_image = (1, 2, 3)
         moments = scaled.mean(each_image).mean(), scaled.var(each_image).mean()
         each = psnr(self.own.unseen, self.reconstruct(kept, self.own.unseen))
         measured = {'psnr': round(float(each.mean()), 2), 'psnr_worst': round(float(each.min()), 2),

@@ -37,17 +37,19 @@ def training(config: Any) -> CodecTraining:
     """By a config of the task `codec`; raises `DataFileError` if drawings cannot be read."""
     world, step = scenes.load(), 2 ** (len(config.codec.widths) - 1)
     return CodecTraining(
-        rows=np.arange(EPOCH), lookup=lambda rows, side: crops(world, rows, side, step),
+        rows=np.arange(EPOCH),
+        lookup=lambda rows, side: crops(world.batch(SEED, rows.tolist())[1], rows, side, step),
         unseen=unseen(world), read=lambda path: read(path)[:2], save=save)
 
 
-def crops(world: scenes.World, rows: np.ndarray, side: int, step: int) -> np.ndarray:
-    """``[B, side, side, 3]`` uint8 of scenes by number, where most is to be seen of `TRIES`.
+def crops(images: np.ndarray, rows: np.ndarray, side: int, step: int) -> np.ndarray:
+    """``[B, side, side, 3]`` uint8 of scenes' `images`, where most is to be seen of `TRIES`.
+
+    Where that is depends on the scenes' numbers, `rows`.
 
     A crop begins at a multiple of `step` pixels, so that objects lie on latents as they do in
     whole scenes. Background alone would teach little.
     """
-    images = world.batch(SEED, rows.tolist())[1]
     if side == scenes.SIDE:
         return images
     found = np.empty((len(rows), side, side, 3), np.uint8)

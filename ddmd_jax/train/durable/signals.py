@@ -17,8 +17,12 @@ WATCHED = (signal.SIGTERM, signal.SIGINT)
 SAVED = '{}: stopped; every step that was taken is saved; run the same command to go on'
 
 
-class Stopped(RuntimeError):
-    """A signal has ended the run; no training is lost."""
+class Stopped(BaseException):
+    """A signal has ended the run; no training is lost.
+
+    Like `KeyboardInterrupt` it is no error: who catches those of a library at work, and would take
+    a checkpoint that is being read for a damaged one, does not catch this.
+    """
 
 
 class Watch:
