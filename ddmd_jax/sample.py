@@ -1,4 +1,4 @@
-"""``python -m ddmd_jax.sample --checkpoint=WORKDIR --prompt='a red heart' --out=DIR``: images.
+"""``python -m ddmd_jax.sample --checkpoint=WORKDIR --prompt='a red apple' --out=DIR``: images.
 
 Draws with the EMA student of a run, or with its teacher (``--teacher``), on all devices.
 Exit codes: 0 done; 1 it could not go on (one line on stderr says why); 2 a flag is wrong.

@@ -1,7 +1,8 @@
 """The pictures of docs/method.md, by the code that they show: ``python docs/make_pictures.py``.
 
 schedules.png: the levels that the four schedules draw for each of a student's four steps.
-directions.png: predictions of the embedded teacher for its own images, re-noised to five levels.
+directions.png: predictions of the embedded teacher for its own images, re-noised to five levels,
+as its decoder shows them.
 """
 
 from __future__ import annotations
@@ -26,7 +27,8 @@ from matplotlib import pyplot as plt  # noqa: E402  (after the backend is chosen
 OUT = Path(__file__).with_name('pictures')
 STEPS, ALPHA, RANGE = 4, 3.0, (0.0, 0.98)
 LEVELS = (0.1, 0.3, 0.5, 0.7, 0.9)
-PROMPTS = ('red heart on blue', 'ship', 'pie on purple')
+PROMPTS = ('a large penguin on a blue background', 'a car above a gift on a yellow background',
+           'a fox left of a carrot on a teal background')
 
 
 def draw_schedules() -> None:
@@ -53,9 +55,10 @@ def draw_directions() -> None:
     teacher = load_teacher('emoji')
     cond = teacher.encode(list(PROMPTS))
     null = null_like(teacher.encode(['']), cond)
-    x = drawing.of_student(teacher, STEPS).draw(teacher.params, cond, null, jax.random.key(1))
+    x = drawing.of_teacher(teacher, 50, ALPHA).draw(teacher.params, cond, null, jax.random.key(1))
     noise = jax.random.normal(jax.random.key(2), x.shape)
     predict = jax.jit(teacher.predict_clean)
+    decode = lambda z: np.asarray(teacher.latents.decode(z))
     fig, axes = plt.subplots(4, 1 + len(LEVELS) * len(PROMPTS), figsize=(13, 4.2),
                              layout='constrained')
     for ax in axes.ravel():
@@ -64,7 +67,10 @@ def draw_directions() -> None:
         tau = jnp.full(len(PROMPTS), level)
         x_tau = process.renoise(x, tau, noise)
         real, blank = (predict(teacher.params, x_tau, tau, c) for c in (cond, null))
-        rows = (x_tau, real, blank, 0.5 * losses.ca_direction(real, blank, ALPHA))
+        ca = 0.5 * losses.ca_direction(real, blank, ALPHA)
+        # A direction is no latent: what it changes of the picture is shown.
+        shown = [decode(z) for z in (x_tau, real, blank, real + ca)]
+        rows = (*shown[:3], shown[3] - shown[1])
         for p in range(len(PROMPTS)):
             column = axes[:, 1 + p * len(LEVELS) + i]
             for ax, images in zip(column, rows):

@@ -73,16 +73,13 @@ def test_bad_input_of_prepare(prepare, tmp_path, args, code, words):
 
 
 @pytest.mark.parametrize('args, code, words', [
-    ([], 1, 'expected `glyphs` or `classifier`, got nothing'),
-    (['glyphs', 'classifier'], 1, 'got glyphs classifier'), (['glyphs', '--step=3'], 2, "'step'"),
-    (['glyphs', '--out=/proc/nowhere'], 1, 'cannot be made'),
-    (['glyphs', '--out=OUT', '--font=/nowhere.ttf'], 1, 'no font at /nowhere.ttf'),
-    (['classifier', '--steps=few'], 2, '--steps=few')])
-def test_bad_input_of_the_makers_of_the_embedded_files(commands, tmp_path, args, code, words):
-    done = commands('ddmd_jax.families.emoji.make',
-                    *(a.replace('OUT', str(tmp_path / 'out')) for a in args))
+    (['judge'], 1, "unexpected argument 'judge'"), (['--step=3'], 2, "'step'"),
+    (['--out=/proc/nowhere/judge.safetensors'], 1, 'cannot be made'),
+    (['--steps=few'], 2, '--steps=few')])
+def test_bad_input_of_the_judges_training(commands, args, code, words):
+    done = commands('ddmd_jax.families.emoji.make_judge', *args)
     (error,) = filter(None, done.stderr.splitlines())
-    assert done.returncode == code and error.startswith('make: ') and words in error
+    assert done.returncode == code and error.startswith('make_judge: ') and words in error
 
 
 def test_prepare_prompts_says_what_it_made_and_that_it_is_done(prepare, tmp_path):

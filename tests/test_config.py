@@ -106,7 +106,7 @@ DISTILL = [
     ('data.name', 'embedings', "did you mean 'embeddings'?"),
     ('data.global_batch', 30, 'steps not dividing; the next batch that does: 32'),
     ('data.global_batch', 0, 'at least 1'),
-    ('data.white_repeat', 0, 'at least 1'),
+    ('data.scenes', 0, 'at least 1'),
     ('optim.student.name', 'adam', "did you mean 'adamw'?"),
     ('optim.critic.name', 'sgd', 'any other: give a chain'),
     ('optim.critic.lr', 0.0, 'above 0'),
@@ -176,7 +176,7 @@ def test_one_wrong_field_of_a_distillation(field, value, fragment):
     ('data.lengths', 256, 'an ascending sequence of token counts'),
     ('data.lengths', (64, 64), 'an ascending sequence'),
     ('data.lengths', (0, 64), 'an ascending sequence'),
-    ('data.white_repeat', 2, 'no such field; known here: name, global_batch, path, sizes, lengths'),
+    ('data.scenes', 2, 'no such field; known here: name, global_batch, path, sizes, lengths'),
 ])
 def test_one_wrong_field_of_a_distillation_on_prompts(field, value, fragment):
     (line,) = config_lib.validate(changed('lumina', {field: value}))
@@ -219,7 +219,7 @@ def test_what_a_config_leaves_out_gets_its_default():
 
 
 @pytest.mark.parametrize(('field', 'value'), [('data.path', 'e.safetensors'),
-                                              ('data.sizes', ((24, 24),))])
+                                              ('data.sizes', ((64, 64),))])
 def test_fields_of_prompts_are_none_of_the_emoji_captions(field, value):
     (line,) = config_lib.validate(changed('emoji', {field: value}))
     assert line.startswith(f'{field}: {value!r}, but there is no such field')
@@ -227,7 +227,7 @@ def test_fields_of_prompts_are_none_of_the_emoji_captions(field, value):
 
 def test_each_data_set_has_its_own_fields():
     lines = config_lib.validate(changed('emoji', {'data.name': 'embeddings'}))
-    assert [line.split(':')[0] for line in lines] == ['data.white_repeat']
+    assert [line.split(':')[0] for line in lines] == ['data.scenes']
     assert config_lib.validate(changed('emoji_prompts', {'data.name': 'embeddings'})) == []
 
 
@@ -374,8 +374,8 @@ def test_unusual_but_right(fields):
     ({'method.schedule': 'decoupled_constrained', 'method.tau_dm': (0.0, 0.5)},
      'method.tau_dm: (0.0, 0.5), its upper end', 'above 0.75'),
     ({'student.steps': 64, 'data.global_batch': 64}, 'method.tau_ca: (0.0, 0.98)', 'above 0.9844'),
-    ({'train.accumulate': 3}, 'data.global_batch: 64, must be a multiple',
-     'student.steps * train.accumulate = 4 * 3: steps not dividing; the next batch that does: 72'),
+    ({'train.accumulate': 3}, 'data.global_batch: 32, must be a multiple',
+     'student.steps * train.accumulate = 4 * 3: steps not dividing; the next batch that does: 36'),
     ({'mesh.tensor': -1}, 'mesh.data: -1', 'only one of data, fsdp, tensor may be -1'),
 ])
 def test_fields_that_do_not_go_together(fields, start, fragment):

@@ -1,92 +1,84 @@
-"""The embedded data set: what ships, how pairs are held out, how Grain serves them."""
-
-import shutil
+"""The embedded data set: prompts and latents of scenes by number; what ships, what is refused."""
 
 import numpy as np
 import pytest
+import tiny
 
-from ddmd_jax.families.emoji import data as emoji, teacher, tokenizer
+from ddmd_jax.families.base import LoadOptions
+from ddmd_jax.families.emoji import codec, drawings, prompts, scenes, teacher, words
+from ddmd_jax.families.emoji.pretraining import EncodedScenes
 from ddmd_jax.method.regularisers.mean_variance import moments
 from ddmd_jax.parallel.sharding import ShardingError, check_batch, make_mesh
 from ddmd_jax.weights import flat
 
+ROWS = np.asarray([5, 0, 77])
+
 
 @pytest.fixture(scope='module')
-def pairs():
-    return emoji.load_pairs()
+def toy():
+    return teacher.teacher_from(tiny.TOY, tiny.random_params(tiny.TOY, 0), codec.load().latents)
 
 
-def test_what_ships_is_large_enough_and_a_tenth_is_held_out(pairs):
-    assert len(pairs.names) >= 500 and len(set(pairs.names)) == len(pairs.names)
-    assert len(emoji.COLOURS) - 1 >= 4
-    assert 0.08 < pairs.held_out.mean() < 0.12
-    assert sum(f.stat().st_size for f in emoji.FILES.rglob('*') if f.is_file()) <= 16e6
+def load(toy, seed=0):
+    config = tiny.load_config('emoji')
+    config.seed, config.data.scenes = seed, 100
+    return prompts.load(config, toy, None)
 
 
-def test_held_out_pairs_never_reach_training_but_their_parts_do(pairs):
-    rows = emoji.training_mixture(pairs, 3)
-    assert not pairs.held_out[rows].any()
-    assert set(pairs.glyph[rows]) == set(range(len(pairs.names)))
-    assert set(pairs.colour[rows]) == set(range(len(emoji.COLOURS)))
-    white = pairs.colour[rows] == 0
-    once = pairs.colour[emoji.training_mixture(pairs, 1)] == 0
-    assert white.sum() == 3 * once.sum()
+def test_what_ships_is_small():
+    assert sum(f.stat().st_size for f in drawings.FILES.rglob('*') if f.is_file()) <= 20e6
 
 
-def test_holding_out_is_stable():
-    """A golden list: another hash would leak held-out pairs into the shipped teacher's tests."""
-    asked = [('red apple', c) for c in emoji.COLOURS] + [('watch', c) for c in emoji.COLOURS]
-    assert [emoji.is_held_out(*a) for a in asked] == HELD_OUT
+def test_a_prompt_is_the_caption_of_its_scene_and_no_held_out_one(toy):
+    found, world = load(toy, 3), scenes.load()
+    assert len(found.rows) == 100 and world.identity in found.identity
+    asked, _ = world.batch(3, found.rows)
+    assert [found.caption(row) for row in found.rows] == [world.caption(s) for s in asked]
+    assert not any(map(world.held_out, asked))
+    assert [load(toy, 4).caption(row) for row in ROWS] != [found.caption(row) for row in ROWS]
+    cond, want = found.lookup(ROWS, None), toy.encode([found.caption(row) for row in ROWS])
+    np.testing.assert_array_equal(cond['embeds'], want['embeds'])
+    assert found.null['mask'].sum() == 1
 
 
-HELD_OUT = [False] * 8 + [True] + [False] * 5  # the watch on teal
+def test_real_latents_are_those_of_the_prompts(toy):
+    real = load(toy, 3).real(ROWS)
+    assert real.shape == (3, *toy.latents.shape)
+    want = scenes.load().batch(3, ROWS)[1] / 127.5 - 1
+    drawn = np.asarray(toy.latents.decode(real))
+    error = [np.mean((drawn - want[order])**2) for order in ([0, 1, 2], [1, 2, 0])]
+    assert error[0] < 0.01 < error[1]
 
 
-def test_glyphs_stand_on_the_colour_that_the_caption_names(pairs):
-    rows = np.arange(len(pairs.glyph))[::97]
-    corners = pairs.images(rows)[:, 0, 0]
-    for row, corner in zip(rows, corners, strict=True):
-        name = emoji.COLOUR_NAMES[pairs.colour[row]]
-        np.testing.assert_allclose((corner + 1) * 127.5, emoji.COLOURS[name], atol=1e-3)
-        assert (name in pairs.caption(row)) == (name != 'white')
+def test_moments_of_real_latents_are_what_health_and_mean_variance_compare_with(toy):
+    real = load(toy).real(np.arange(96))
+    mean, variance = moments(real)
+    assert np.sqrt(np.asarray(variance)).mean() == pytest.approx(toy.latents.std, abs=0.03)
+    assert (mean.mean(), variance.mean()) == pytest.approx(toy.latents.moments, abs=0.05)
 
 
-def test_captions_read_as_english():
-    assert emoji.caption('red apple', 'white') == 'red apple'
-    assert emoji.caption('red apple', 'teal') == 'red apple on a teal background'
-    assert emoji.caption('taco', 'orange') == 'taco on an orange background'
+def test_scenes_of_the_teachers_training_are_encoded_once():
+    world, space = scenes.load(), codec.load()
+    encoded = EncodedScenes(world, space, 3, 100, 16)
+    first, again = encoded(ROWS), encoded(ROWS[::-1])
+    for name in ('image', 'ids', 'mask'):
+        np.testing.assert_array_equal(first[name], again[name][::-1])
+    asked, images = world.batch(3, ROWS)
+    np.testing.assert_allclose(first['image'], space.encode(images), atol=5e-3)
+    ids, mask = words.encode([world.caption(scene) for scene in asked], 16)
+    np.testing.assert_array_equal(first['ids'], ids)
+    np.testing.assert_array_equal(first['mask'], mask)
+    encoded.codec = None  # nothing is left to encode
+    encoded(ROWS[:1])
 
 
-def test_no_caption_is_cut_and_the_null_prompt_is_one_real_token(pairs):
-    captions = [pairs.caption(i) for i in range(len(pairs.glyph))]
-    ids, mask = tokenizer.encode([*captions, ''], 10)
-    lengths = [len(e.ids) for e in tokenizer.load().encode_batch(captions)]
-    assert max(lengths) <= 10
-    np.testing.assert_array_equal(mask[:-1].sum(1), lengths)
-    assert mask[-1].sum() == 1 and ids[-1, 0] == tokenizer.load().token_to_id(tokenizer.BOS)
-    assert len({tuple(i) for i in ids}) == len(captions) + 1
-
-
-def test_contrast_of_real_data_is_what_health_compares_with(pairs):
-    rows = emoji.training_mixture(pairs, 2)
-    std = pairs.images(rows).std(axis=(1, 2, 3)).mean()
-    assert std == pytest.approx(teacher.DATA_STD, abs=2e-3)
-
-
-def test_moments_of_real_data_are_what_mean_variance_pulls_to(pairs):
-    mean, variance = moments(pairs.images(emoji.training_mixture(pairs, 2)))
-    assert (mean.mean(), variance.mean()) == pytest.approx(teacher.DATA_MOMENTS, abs=1e-3)
-
-
-def test_missing_and_truncated_data_are_named_with_the_cure(tmp_path):
-    with pytest.raises(emoji.DataFileError, match='missing.*reinstall'):
-        emoji.load_pairs(tmp_path / 'nothing')
-    copy = tmp_path / 'glyphs'
-    shutil.copytree(emoji.GLYPHS, copy)
-    record = next(copy.glob('*.array_record*'))
-    record.write_bytes(record.read_bytes()[:10_000])
-    with pytest.raises(emoji.DataFileError, match='damaged.*reinstall') as e:
-        emoji.load_pairs(copy)
+def test_a_teacher_of_another_codec_is_refused(tmp_path):
+    path = tiny.save_toy(tmp_path)
+    params, about = flat.load(path, '')
+    flat.save(path, params, about | {'codec': '0123456789abcdef'})
+    with pytest.raises(flat.WeightsError, match='latents of codec 0123456789abcdef, the package '
+                                                f'has {codec.load().identity}; rein') as e:
+        teacher.load(LoadOptions(str(path)))
     assert len(str(e.value).splitlines()) == 1
 
 

@@ -66,7 +66,7 @@ def run(workdir, weights, processes, steps=5):
 def workdirs(tmp_path_factory):
     root = tmp_path_factory.mktemp('runs')
     tiny.save_toy(root)
-    (root / 'p.txt').write_text(''.join(f'{word} heart{" on a blue background" * long}\n'
+    (root / 'p.txt').write_text(''.join(f'{word} apple{" on a blue background" * long}\n'
                                         for word in ('red', 'green', 'blue', 'old', 'two', 'big')
                                         for long in (0, 1)))
     prompts.prepare(prompts.Settings((str(root / 'p.txt'),), near_threshold=1.0, validation=0.0),
@@ -115,7 +115,7 @@ def test_two_processes_evaluate_as_one(workdirs):
     one, two = (json.loads((w / 'eval.json').read_text())['rows'] for w in workdirs)
     for a, b in zip(one, two, strict=True):
         assert a['name'] == b['name']
-        assert a['variance'] == pytest.approx(b['variance'], rel=1e-3)
+        assert a['std'] == pytest.approx(b['std'], rel=1e-3)
     assert (workdirs[1] / 'samples.png').stat().st_size > 1000
 
 

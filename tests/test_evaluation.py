@@ -18,7 +18,7 @@ from ddmd_jax.evaluation import evaluate, pictures, suites
 from ddmd_jax.evaluation.suites import Examples, Suite
 from ddmd_jax.parallel.sharding import make_mesh
 
-PROMPTS = ['red heart', 'ship', 'red heart', 'pie on a purple background']
+PROMPTS = ['a red apple', 'a car', 'a red apple', 'a fox on a purple background']
 CONFIG = ConfigDict({
     'seed': 5, 'student': {'steps': 2, 'sampler': 'renoise'}, 'method': {'shift': None},
     'eval': {'prompts': 3, 'held_out': 1, 'batch': 3, 'teacher_steps': 2, 'guidance': 2.0,
@@ -89,7 +89,7 @@ def run(weights, tmp_path_factory):
         'task': 'distill', 'teacher.name': 'emoji', 'teacher.path': str(weights),
         'teacher.dtype': 'float32', 'student.steps': 2,
         'teacher_identity': teacher.identity}, student, step=7)
-    return folder, evaluate.Comparison(CONFIG, teacher, student,
+    return folder, evaluate.Comparison(CONFIG, teacher, student, 7,
                                        make_mesh({}, jax.devices()[:1]))
 
 
@@ -112,12 +112,13 @@ def evaluated(run, tmp_path_factory):
 def test_an_evaluation_writes_its_figures_and_a_sheet(evaluated):
     workdir, seen, asked = evaluated
     found = json.loads((workdir / 'eval.json').read_text())
-    assert list(found) == ['rows', 'seconds', 'seed', 'config']
+    assert list(found) == ['rows', 'seconds', 'seed', 'step', 'config']
     assert [list(row.values())[:4] for row in found['rows']] == [
         ['teacher_guided', 2, 4, 2.0], ['teacher_few_step', 2, 2, 1.0],
         ['teacher_in_student_sampler', 2, 2, 1.0], ['student', 2, 2, 1.0]]
     assert [row['mean'] for row in found['rows']] == [float(x.mean()) for x in seen]
-    assert found['seconds'] == {'total': 2.5} and found['seed'] == 5 and asked == [(3, 1, 5)]
+    assert found['seconds'] == {'total': 2.5} and asked == [(3, 1, 5)]
+    assert (found['seed'], found['step']) == (5, 7)
     assert found['config'] == CONFIG.to_dict()
     assert Image.open(workdir / 'samples.png').size[1] > 4 * 96
     student = seen[-1]

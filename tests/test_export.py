@@ -149,7 +149,7 @@ def test_one_file_of_an_emoji_student_is_a_teacher_to_load(emoji_run, tmp_path, 
     want = ema if average else jax.tree.map(lambda x: x + 1, ema)
     jax.tree.map(np.testing.assert_array_equal, again.params, want)
     # Its text side is the teacher's: captions are read as they were.
-    read = [t.encode(['red heart']) for t in (again, teacher)]
+    read = [t.encode(['a red apple']) for t in (again, teacher)]
     jax.tree.map(np.testing.assert_array_equal, *read)
 
 
@@ -166,7 +166,7 @@ def test_an_orbax_checkpoint_is_the_tree_alone(emoji_run, tmp_path):
 def test_the_card_says_what_it_is(emoji_run, tmp_path):
     *_, workdir = emoji_run
     names = {p.name for p in export(workdir, tmp_path)}
-    assert names == {'transformer', 'text_encoder', 'tokenizer', 'scheduler', 'pipeline.py',
+    assert names == {'transformer', 'vae', 'text_encoder', 'tokenizer', 'scheduler', 'pipeline.py',
                      'model_index.json', 'README.md'}
     card = (tmp_path / 'README.md').read_text()
     head = yaml.safe_load(card.split('---')[1])
@@ -209,14 +209,14 @@ def as_run(folder, name, params, step=40, **fields):
     ({}, False, '|student | 4 | 0.457 |'),
     ({'sampler': 'renoise'}, True, "None: the run judged what 'deterministic' draws"),
     ({'ema': False}, False, 'None: these are the raw weights'),
-    ({'steps': 30}, False, 'None: the run judged its weights at step 30, these are of 40')])
+    ({'step': 30}, False, 'None: the run judged its weights at step 30, these are of 40')])
 def test_the_run_says_how_it_draws_and_figures_are_of_what_is_exported(
         emoji_run, tmp_path, flags, stochastic, words):
     run = as_run(tmp_path / 'run', 'emoji', emoji_run[1], **{'student.sampler': 'deterministic'})
     (run / 'samples.png').write_bytes(b'a picture')
     (run / 'eval.json').write_text(json.dumps({
         'rows': [{'name': 'student', 'steps': 4, 'frechet': 0.4567}],
-        'config': {'train': {'steps': flags.pop('steps', 40)}}}))
+        'step': flags.pop('step', 40)}))
     export(run, tmp_path / 'out', Wanted(**flags))
     made = json.loads((tmp_path / 'out/scheduler/scheduler_config.json').read_text())
     assert made['stochastic_sampling'] == stochastic

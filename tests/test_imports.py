@@ -90,6 +90,7 @@ MANY = {
     'models.attention.attend': 'three tensors, mask and scale, as in every published attention',
     'weights.diffusers.export_tree': 'a folder, its files, and a tree with its names and types',
     'planner.costs._pairs': 'the seven numbers of one axis of a convolution, as HLO has them',
+    'families.emoji.code.pipeline.EmojiPipeline.__init__': 'diffusers: one for each component',
     'study.claims.apart': 'a row of the study: a table of claims, not a call among others',
     'study.claims.alone': 'likewise', 'study.claims.alike': 'likewise',
     'study.claims_page.write': 'likewise: the page of all of them',

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from ddmd_jax.evaluation import measures
-from ddmd_jax.families.emoji import make_judge, scene_judge as judge, scene_suite as suite, scenes
+from ddmd_jax.families.emoji import judge, make_judge, scenes, suite
 from ddmd_jax.families.emoji.scenes import Scene
 from ddmd_jax.weights import flat
 
@@ -121,7 +121,8 @@ def test_training_writes_a_judge_of_this_world(world, tmp_path, monkeypatch):
     make_judge.train(2, 0, file)
     assert set(make_judge.accuracies(file, 1, 10)) == {*PARTS, 'all', 'all_held_out', 'spoilt'}
     other = scenes.World(world.names, world.drawings[::-1])
-    with pytest.raises(flat.WeightsError, match='other drawings or colours'):
+    with pytest.raises(flat.WeightsError, match=f'scenes {world.identity}, the package has '
+                                                f'{other.identity}'):
         judge.load(other, file)
     assert judge.WEIGHTS.stat().st_size <= 1e6
 

@@ -9,7 +9,7 @@ import pytest
 import tiny
 from jax.sharding import AbstractMesh, NamedSharding, PartitionSpec as P
 
-from ddmd_jax.families.emoji import teacher as emoji, tokenizer
+from ddmd_jax.families.emoji import codec, teacher as emoji
 from ddmd_jax.parallel import sharding
 from ddmd_jax.parallel.sharding import AXES
 from ddmd_jax.planner import layout as planner, programs
@@ -19,7 +19,7 @@ from ddmd_jax.util import text
 MESH = AbstractMesh((2, 2, 2), AXES)
 TREES = ['critic', 'critic_opt/1/0/mu', 'critic_opt/1/0/nu', 'ema', 'student',
          'student_opt/1/0/mu', 'student_opt/1/0/nu', 'teacher']
-TOKENS = 10
+TOKENS = 16
 
 
 def small():
@@ -55,9 +55,7 @@ def test_an_axis_of_two_names_is_one_word():
 
 @pytest.fixture(scope='module')
 def teacher():
-    sizes = {'vocab_size': tokenizer.load().get_vocab_size(), 'max_length': TOKENS}
-    model = {'denoiser': tiny.MODEL['denoiser'], 'text': tiny.MODEL['text'] | sizes}
-    return emoji.teacher_from(model, tiny.random_params(model, 0))
+    return emoji.teacher_from(tiny.TOY, tiny.random_params(tiny.TOY, 0), codec.load().latents)
 
 
 @pytest.fixture(scope='module')

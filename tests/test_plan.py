@@ -12,6 +12,7 @@ import jax.numpy as jnp
 import pytest
 import tiny
 
+from ddmd_jax.families.emoji import codec
 from ddmd_jax.parallel import sharding
 from ddmd_jax.planner import chips, programs
 
@@ -38,17 +39,19 @@ def test_both_steps_are_compiled_for_a_topology(weights):
     assert found['hbm_bytes_per_chip'] == 16 * 2**30
     # Seven trees of the student's size and a teacher, most of them a quarter on each chip.
     whole = 8 * sum(x.nbytes for x in jax.tree.leaves(tiny.random_params(tiny.TOY, 0)['denoiser']))
-    assert whole / 4 < found['resident_bytes'] < whole
+    decoder = sum(x.nbytes for x in jax.tree.leaves(codec.read()[1]))  # all of it on every chip
+    assert whole / 4 < found['resident_bytes'] - decoder < whole
     generator, critic = found['programs']['generator_step'], found['programs']['critic_step']
-    # Pixels are their own latents here: there is nothing to decode.
-    assert list(found['programs']) == ['generator_step', 'critic_step', 'sample']
-    for p in found['programs'].values():
+    assert list(found['programs']) == ['generator_step', 'critic_step', 'sample', 'decode']
+    for name, p in found['programs'].items():
         assert p['fits'] and p['unknown_loops'] == [] and p['compile_seconds'] > 0
-        assert p['peak_bytes'] > found['resident_bytes'] and p['temp_bytes'] > 0
+        # A picture of 64 x 64 pixels is decoded in the chip's own memory.
+        assert p['peak_bytes'] > found['resident_bytes']
+        assert p['temp_bytes'] > 0 or name == 'decode'
         assert p['roofline_seconds'] > 0
         # What is computed is what the architecture asks for, but for what the compiler turned
-        # into sums at so small a size.
-        assert 0.8 < p['flops'] / p['analytic_flops'] < 1.25
+        # into sums at so small a size; norms weigh much beside the codec's few channels.
+        assert 0.8 < p['flops'] / p['analytic_flops'] < (1.4 if name == 'decode' else 1.25)
     for p in (generator, critic):
         assert sum(p['collective_bytes'].values()) > 0
     assert found['run']['chip_hours'] > 0 and 'advice' not in found
@@ -65,7 +68,7 @@ def test_the_text_encoder_counts_where_prompts_are_encoded_on_the_mesh(weights):
     found = json.loads(done.stdout)
     encode = found['programs'].pop('encode')
     assert not found['programs'] and 'run' not in found and 'largest_batch' not in found
-    assert encode['fits'] and encode['rows'] == 64
+    assert encode['fits'] and encode['rows'] == 32
     assert 0.8 < encode['flops'] / encode['analytic_flops'] < 1.25
     params = tiny.random_params(tiny.TOY, 0)
     held = lambda name: sum(x.nbytes for x in jax.tree.leaves(params[name]))
@@ -82,7 +85,7 @@ def test_the_text_encoder_counts_where_prompts_are_encoded_on_the_mesh(weights):
      'set mesh.data to a multiple of 2'),
     (['--topology=v5e:2x2', '--config.data.global_batch=4'], 'does not divide by 16'),
     (['--topology=v5e:2x2', '--only=encode'],
-     '--only encode: the programs are generator_step, critic_step, sample'),
+     '--only encode: the programs are generator_step, critic_step, sample, decode'),
 ])
 def test_what_cannot_be_planned_is_said_in_one_line(flags, words):
     done = plan('--config=configs/emoji.py', *flags)

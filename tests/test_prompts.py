@@ -451,7 +451,7 @@ def without_card(path):
 
 def another_set(path):
     shutil.rmtree(path)
-    shutil.copytree(tiny.ROOT / 'ddmd_jax/families/emoji/files/glyphs', path)
+    shutil.copytree(tiny.ROOT / 'ddmd_jax/families/emoji/files/drawings', path)
     return 'is not a set of prompts'
 
 

@@ -21,7 +21,7 @@ from ddmd_jax import config as config_lib
 from ddmd_jax.data.batch import Batch, CondSpec
 from ddmd_jax.diffusion.time import FewSteps, Shift
 from ddmd_jax.families.base import Latents, Teacher
-from ddmd_jax.families.emoji import teacher as emoji, tokenizer
+from ddmd_jax.families.emoji import teacher as emoji, words
 from ddmd_jax.method import schedules
 from ddmd_jax.method.losses import Normaliser
 from ddmd_jax.method.recipe import Recipe
@@ -44,9 +44,9 @@ MODEL = {
     'text': {'vocab_size': 32, 'max_length': 6, 'dim': 16, 'num_layers': 1, 'num_heads': 2},
 }
 
-# A teacher for `main`: its text encoder knows every word of the shipped tokenizer.
-TOY = {'denoiser': MODEL['denoiser'], 'text': MODEL['text'] | {
-    'vocab_size': tokenizer.load().get_vocab_size(), 'max_length': 10}}
+# A teacher for `main`, on the latents of the shipped codec: it knows every word of the captions.
+TOY = {'denoiser': MODEL['denoiser'] | {'in_channels': 8},
+       'text': MODEL['text'] | {'vocab_size': words.load().get_vocab_size(), 'max_length': 16}}
 
 
 def random_params(model: dict[str, Any], seed: int) -> dict[str, Any]:

@@ -36,12 +36,14 @@ class Comparison:
       config: of the run; `eval` and `student` say how each is drawn, `seed` with which noise.
       teacher: with its parameters.
       student: parameters of the student.
+      step: its updates.
       mesh: on which both lie.
     """
 
     config: Any
     teacher: Teacher
     student: Any
+    step: int
     mesh: Mesh
 
     def samplers(self) -> dict[str, Sampler]:
@@ -92,7 +94,8 @@ def evaluate(compared: Comparison, suite: Suite, encode: Callable[[Sequence[str]
     captions = [examples.captions[i] + ' *' * bool(held[i]) for i in shown[:, 0]]
     _draw_sheet(compared, captions, {name: x[shown] for name, x in images.items()}, workdir)
     files.write_json(workdir / RESULT, {'rows': rows, 'seconds': dict(seconds()),
-                                        'seed': config.seed, 'config': config.to_dict()})
+                                        'seed': config.seed, 'step': compared.step,
+                                        'config': config.to_dict()})
     print(f'{tables.terminal(rows, suite.columns)}\n\n{workdir / RESULT}\n{workdir / SHEET}'
           + '  (* prompt held out of all training)' * bool(held.any()))
 

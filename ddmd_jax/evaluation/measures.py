@@ -8,7 +8,6 @@ from collections.abc import Hashable, Sequence
 import numpy as np
 from skimage import color
 
-BORDER = 2  # pixels at the edge that every render leaves plain
 FRAME = 4  # pixels at the edge where `background` looks
 NEAR = 0.12  # of a channel's range: what still counts as the background's colour
 
@@ -26,25 +25,6 @@ def frechet_distance(a: np.ndarray, b: np.ndarray) -> float:
     root = (vectors * np.sqrt(np.clip(values, 0, None))) @ vectors.T
     cross = np.sqrt(np.clip(np.linalg.eigvalsh(root @ cov_b @ root), 0, None)).sum()
     return float(mean + np.trace(cov_a) + np.trace(cov_b) - 2 * cross)
-
-
-def drawn_background(images: np.ndarray) -> np.ndarray:
-    """Median colour of the plain border, ``[N, 3]`` in [0, 1] sRGB, clipped as a screen would."""
-    mask = np.ones(images.shape[1:3], bool)
-    mask[BORDER:-BORDER, BORDER:-BORDER] = False
-    return np.clip(np.median(images[:, mask], axis=1) / 2 + 0.5, 0, 1)
-
-
-def colour_error(images: np.ndarray, asked: np.ndarray) -> float:
-    """Mean CIEDE2000 between the asked background (``[N, 3]``, 0-255) and the drawn one."""
-    lab = lambda rgb: color.rgb2lab(rgb[:, None])[:, 0]
-    drawn = lab(drawn_background(images).astype(np.float64))
-    return float(np.mean(color.deltaE_ciede2000(lab(np.asarray(asked, np.float64) / 255), drawn)))
-
-
-def image_variance(images: np.ndarray) -> float:
-    """Mean over images of the variance of all their pixel values: what over-baking inflates."""
-    return float(np.mean(np.var(images, axis=(1, 2, 3))))
 
 
 def per_sample_std(images: np.ndarray) -> float:

@@ -11,7 +11,7 @@ from PIL import ExifTags, Image, ImageDraw, ImageFont, PngImagePlugin
 
 ZOOM = 4  # of images no larger than SMALL
 SMALL = 64
-COLUMN, LINE = 44, 24  # characters of a caption's line, and its height in pixels
+COLUMN, LINE, LEFT = 26, 24, 250  # of a caption: characters of a line, height of one, pixels wide
 TILE = 256  # longest side of a larger image, or of a block of them, in a sheet
 RIM = 2  # pixels between the images of a block
 SUFFIXES = ('.png', '.webp')  # of the files that `save` writes
@@ -80,7 +80,7 @@ def captioned_sheet(captions: Sequence[str], titles: Sequence[str],
     down = -(-each // across)
     width, height = _tile_size(blocks[0].shape[2:], across)
     wide, high = across * (width + RIM) - RIM, down * (height + RIM) - RIM
-    gap, left, top = 10, 400, 56
+    gap, left, top = 10, LEFT, 56
     sheet = Image.new('RGB', (left + len(columns) * (wide + gap) + gap,
                               top + len(captions) * (high + gap) + gap), 'white')
     resample = (Image.Resampling.NEAREST if width >= blocks[0].shape[3] else

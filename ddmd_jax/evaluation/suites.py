@@ -5,7 +5,7 @@ A family names the suite of its runs; `eval.suite` names another, at a dotted pa
     # my_module.py, run with --config.eval.suite=my_module.SUITE
     def examples(seen, held_out, seed):
         brightness = lambda images: {'brightness': float(images.mean())}
-        return Examples(['a red heart'] * (seen + held_out), brightness)
+        return Examples(['a red apple'] * (seen + held_out), brightness)
 
     SUITE = Suite('brightness', {'brightness': '.3f'}, examples)
 """

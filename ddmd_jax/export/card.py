@@ -55,7 +55,7 @@ def write(student: Student, out: Path, form: str, exported: Exported) -> None:
 def _figures(student: Student, sampler: str) -> tuple[str, str]:
     """(``eval.json``'s table, why the run has judged something else than is exported, or '')."""
     found = student.file('eval.json')
-    judged = (found or {}).get('config', {}).get('train', {}).get('steps', student.step)
+    judged = (found or {}).get('step', student.step)
     if not student.ema:
         return '', 'these are the raw weights, and the run judged their EMA'
     if sampler != student.sampler:

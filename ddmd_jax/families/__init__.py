@@ -101,7 +101,7 @@ def load_teacher(path_or_name: str, mesh: Mesh | None = None, dtype: str = 'floa
 
     Examples:
       >>> teacher = load_teacher('emoji')
-      >>> cond = teacher.encode(['red heart'])
+      >>> cond = teacher.encode(['a red apple on a teal background'])
       >>> x_hat = teacher.predict_clean(teacher.params, noise, jnp.zeros(1), cond)
     """
     family, path = find(path_or_name)

@@ -18,8 +18,8 @@ from ddmd_jax.study.suites import BASE
 Results = Mapping[str, Mapping[int, Mapping[str, Any]]]
 Figure = Callable[[Mapping[str, Any]], float]
 
-# Distances that differ by less than a quarter are alike. Their logarithms are compared: an embedded
-# student's is a few tenths, a collapsed one's a hundred times that.
+# Distances that differ by less than a quarter are alike. Their logarithms are compared, as a
+# collapsed student's is many times a good one's.
 EQUAL_FRECHET = math.log(1.25)
 EQUAL_STD = 0.05  # share by which a contrast may differ from the start's and count as kept
 
@@ -47,7 +47,7 @@ class Claim:
     statement: str
     parts: tuple[Part, ...]
     shows: tuple[str, ...]
-    curve: str = 'ema_variance'
+    curve: str = 'ema_image_std'
 
     @property
     def verdict(self) -> str:

@@ -12,10 +12,10 @@ from ddmd_jax.study import claims, page, statistics as rule
 from ddmd_jax.study.suites import Experiment
 from ddmd_jax.util import files
 
-COLUMNS = {'glyph_match': 3, 'glyph_match_held_out': 3, 'background_match': 3, 'frechet': 2,
-           'colour_error': 2, 'variance': 3}
+COLUMNS = {'all_match': 3, 'all_match_held_out': 3, 'frechet': 1, 'colour_error': 2, 'std': 3,
+           'diversity': 3}
 AXES = {'x_std': 'contrast of the raw student (x_std)', 'ema_match': 'captions right (ema_match)',
-        'dm_rel_gap': 'dm_rel_gap', 'ema_variance': 'variance of the EMA student (ema_variance)'}
+        'dm_rel_gap': 'dm_rel_gap', 'ema_image_std': 'contrast of the EMA student (ema_image_std)'}
 PANELS = ('From above: at the start; the EMA student; the raw student; the teacher\'s '
           'prediction of the raw student\'s samples from tau = .5; the critic\'s; their '
           'difference, Delta_DM. Same prompts, same noise.')
@@ -63,7 +63,7 @@ def table_rows(results: claims.Results, experiments: Sequence[Experiment]) -> li
         students = [r['student'] for r in results.get(e.name, {}).values() if 'student' in r]
         cells = []
         for column, digits in COLUMNS.items():
-            values = [s[column] for s in students]
+            values = [s[column] for s in students if s[column] is not None]
             mean = f'{statistics.fmean(values):.{digits}f}' if values else ''
             cells.append(mean + (f' ± {statistics.stdev(values):.{digits}f}'
                                  if len(values) > 1 else ''))

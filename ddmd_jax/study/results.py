@@ -8,7 +8,7 @@ from typing import Any
 from ddmd_jax.util.files import write_json
 
 CURVES = ('loss', 'fake_loss', 'dm_rel_gap', 'dm_cos', 'dm_to_ca', 'x_std', 'saturation', 'ema_std',
-          'ema_cast', 'ema_match', 'ema_background', 'ema_colour_error', 'ema_variance',
+          'ema_cast', 'ema_match', 'ema_objects', 'ema_background', 'ema_image_std',
           'gan_critic_loss', 'gan_loss', 'mv_kl', 'health')
 
 

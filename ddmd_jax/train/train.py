@@ -108,9 +108,9 @@ def distill(config: Any, workdir: Path, options: Options = NOTHING_ELSE) -> None
     state, seconds = fit(task, config, workdir, options)
 
     # -------------------------------------------------------------------------------- evaluation
-    ema = state.ema
+    ema, step = state.ema, int(state.step)
     del state  # critic and optimisers make room for images
-    compared = evaluation.Comparison(config, task.teacher, ema, task.spec.mesh)
+    compared = evaluation.Comparison(config, task.teacher, ema, step, task.spec.mesh)
     suite = suite_of(config)
     timings = lambda: {**seconds._asdict(), 'total': time.monotonic() - started}
     if suite:

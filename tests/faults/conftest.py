@@ -7,8 +7,8 @@ import pytest
 
 @pytest.fixture
 def small_disk(tmp_path, request):
-    """A folder on a disk of 8 MiB, room for three checkpoints, or of as many as are asked for."""
-    size = f'size={getattr(request, "param", 8)}m'
+    """A folder on a disk of 12 MiB, room for three checkpoints, or of as many as are asked for."""
+    size = f'size={getattr(request, "param", 12)}m'
     done = subprocess.run(['mount', '-t', 'tmpfs', '-o', size, 'tmpfs', str(tmp_path)],
                           capture_output=True, check=False)
     if done.returncode:

@@ -12,10 +12,12 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.sharding import Mesh
 
 from ddmd_jax.families.base import Decoder, Latents
 from ddmd_jax.families.codec import CodecTraining
 from ddmd_jax.families.emoji import scenes
+from ddmd_jax.families.emoji.drawings import FILES
 from ddmd_jax.families.lumina import names
 from ddmd_jax.models import autoencoder_kl, flops
 from ddmd_jax.models.autoencoder_kl import AutoencoderKLConfig
@@ -23,7 +25,7 @@ from ddmd_jax.parallel import sharding
 from ddmd_jax.weights import diffusers, flat
 from ddmd_jax.weights.flat import WeightsError
 
-CODEC = Path(__file__).with_name('files') / 'codec.safetensors'
+CODEC = FILES / 'codec.safetensors'
 CURE = 'train it with --config=emoji_codec, or install the package again'
 ARCHITECTURE = 'EmojiCodec'
 LIMIT = 4.0  # standard deviations of a latent from which it counts as saturated
@@ -103,7 +105,7 @@ class Codec:
       identity: names the encoder, scale and shift: teachers record whose latents they draw, which
         a better decoder leaves as they are.
       encode: ``images [B, 64, 64, 3] uint8 -> latents [B, 16, 16, C]`` fp32, jitted.
-      latents: the space of those, with the decoder.
+      latents: the space of those.
       config, params: of the network.
     """
 
@@ -112,6 +114,17 @@ class Codec:
     latents: Latents
     config: AutoencoderKLConfig
     params: Any
+
+    def latents_over(self, mesh: Mesh) -> Latents:
+        """`latents` with the decoder's program, all of its parameters on every device of `mesh`."""
+        cfg, (height, width, _) = self.config, self.latents.shape
+        abstract = autoencoder_kl.abstract_params(cfg)
+        decoder = Decoder(
+            jax.jit(autoencoder_kl.functional(cfg)[1]), abstract,
+            sharding.shard_tree(abstract, ((r'.', ()),), mesh),
+            jax.ShapeDtypeStruct((1, *self.latents.shape), jnp.float32),
+            flops.autoencoder_decode(cfg, (height, width)))
+        return dataclasses.replace(self.latents, decoder=decoder)
 
 
 @functools.cache
@@ -122,13 +135,8 @@ def load(path: Path = CODEC) -> Codec:
     run = jax.jit(lambda images: encode(params, jnp.asarray(images, jnp.float32) / 127.5 - 1))
     side = scenes.SIDE // cfg.factor
     shape = (side, side, cfg.latent_channels)
-    abstract = autoencoder_kl.abstract_params(cfg)
-    one = sharding.make_mesh({}, jax.devices()[:1])
-    decoder = Decoder(decode, abstract, sharding.shard_tree(abstract, ((r'.', ()),), one),
-                      jax.ShapeDtypeStruct((1, *shape), jnp.float32),
-                      flops.autoencoder_decode(cfg, (side, side)))
     latents = Latents(shape, functools.partial(decode, params), LIMIT, None, about['std'],
-                      tuple(about['moments']), decoder)
+                      tuple(about['moments']))
     identity = flat.identity({'encoder': params['encoder'],
                               'scale': np.asarray([cfg.scaling_factor, cfg.shift_factor or 0.0])})
     return Codec(identity, run, latents, cfg, params)
@@ -142,5 +150,3 @@ def export(cfg: AutoencoderKLConfig, params: Any, folder: Path, dtype: Any = jnp
               'down_block_types': ['DownEncoderBlock2D'] * levels,
               'up_block_types': ['UpDecoderBlock2D'] * levels, **fields}
     diffusers.export_tree(params, names.autoencoder, folder, config, dtype)
-
-

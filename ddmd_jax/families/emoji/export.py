@@ -1,4 +1,4 @@
-"""The embedded teacher's students: its network is Lumina's, its text side comes with its code."""
+"""The embedded teacher's students: network and codec are published ones, the text side is code."""
 
 import dataclasses
 import json
@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 
 from ddmd_jax.diffusion.time import Shift
-from ddmd_jax.families.emoji import teacher as emoji, tokenizer
+from ddmd_jax.families.emoji import codec, teacher as emoji, words
 from ddmd_jax.families.family import Export, Exported, Source
 from ddmd_jax.families.lumina import teacher as lumina
 from ddmd_jax.util import files
@@ -21,11 +21,12 @@ USE = """from diffusers import DiffusionPipeline
 
 # Its text side is code in this folder: read it, then say that you trust it.
 pipe = DiffusionPipeline.from_pretrained('{folder}', trust_remote_code=True)
-pipe('red heart').images[0].resize((240, 240), 0).save('heart.png')
+pipe('a cat left of a red apple on a teal background').images[0].save('cat.png')
 """
 ALONE = """# Euler steps, the deterministic sampler; of the run: `sample --checkpoint=WORKDIR`.
 python -m ddmd_jax.sample --teacher --teacher_path={folder}/student.safetensors \\
-    --steps={steps} --guidance=1 --prompt='red heart' --out=heart.png
+    --steps={steps} --guidance=1 --out=cat.png \\
+    --prompt='a cat left of a red apple on a teal background'
 """
 # Fields of the architecture under their published names; the rest are the published defaults.
 FIELDS = ('patch_size', 'in_channels', 'hidden_size', 'num_layers', 'num_refiner_layers',
@@ -34,10 +35,10 @@ FIELDS = ('patch_size', 'in_channels', 'hidden_size', 'num_layers', 'num_refiner
 
 
 def open_source(path: str) -> Source:
-    """Raises `WeightsError`: missing, damaged or no emoji teacher."""
+    """Raises `WeightsError`: missing, damaged, no emoji teacher, or one of another codec."""
     model, params = emoji.read(path)
     denoiser, _ = emoji.model_configs(model)
-    config = {'_class_name': lumina.TRANSFORMER, 'sample_size': emoji.SHAPE[0]} | {
+    config = {'_class_name': lumina.TRANSFORMER, 'sample_size': codec.load().latents.shape[0]} | {
         name: value for name, value in dataclasses.asdict(denoiser).items() if name in FIELDS}
     abstract = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), params['denoiser'])
     return Source(flat.identity(params), abstract, emoji.RULES, Shift(emoji.SHIFT), config,
@@ -52,11 +53,12 @@ def write_weights(student: Exported, out: Path) -> None:
 
 
 def write_pipeline(student: Exported, out: Path) -> None:
-    """A pipeline of its own, with the code of its text encoder."""
-    model, text = student.source.own
+    """A pipeline of its own, with its codec and the code of its text encoder."""
+    (model, text), space = student.source.own, codec.load()
     _, text_cfg = emoji.model_configs(model)
     dtype = jnp.dtype(student.dtype)
     lumina.export(student.params, student.source.config, out / 'transformer', dtype)
+    codec.export(space.config, space.params, out / 'vae', dtype)
     encoder = {'_class_name': 'CaptionEncoder', **dataclasses.asdict(text_cfg)}
     diffusers.export_tree(text, caption_encoder_entry, out / 'text_encoder', encoder, dtype)
     shutil.copyfile(CODE / 'caption_encoder.py', out / 'text_encoder' / 'caption_encoder.py')
@@ -65,6 +67,7 @@ def write_pipeline(student: Exported, out: Path) -> None:
     scheduler.write(out / 'scheduler', student.shift, student.sampler)
     scheduler.write_index(out, ['pipeline', 'EmojiPipeline'], {
         'transformer': ['diffusers', lumina.TRANSFORMER],
+        'vae': ['diffusers', 'AutoencoderKL'],
         'text_encoder': ['caption_encoder', 'CaptionEncoder'],
         'tokenizer': ['transformers', 'PreTrainedTokenizerFast'],
         'scheduler': ['diffusers', scheduler.CLASS]},
@@ -73,11 +76,11 @@ def write_pipeline(student: Exported, out: Path) -> None:
 
 def _write_tokenizer(folder: Path, length: int) -> None:
     folder.mkdir()
-    tokenizer.load().save(str(folder / 'tokenizer.json'))
+    words.load().save(str(folder / 'tokenizer.json'))
     files.write(folder / 'tokenizer_config.json', json.dumps({
         'tokenizer_class': 'PreTrainedTokenizerFast', 'model_max_length': length,
-        'padding_side': 'right', 'truncation_side': 'right', 'pad_token': tokenizer.PAD,
-        'unk_token': tokenizer.UNK, 'bos_token': tokenizer.BOS}, indent=2) + '\n')
+        'padding_side': 'right', 'truncation_side': 'right', 'pad_token': words.PAD,
+        'unk_token': words.UNK, 'bos_token': words.BOS}, indent=2) + '\n')
 
 
 def caption_encoder_entry(path: str) -> Entry:
@@ -93,7 +96,7 @@ def caption_encoder_entry(path: str) -> Entry:
 
 EXPORT = Export(
     open_source, write_weights, names={
-        'diffusers': ('transformer', 'text_encoder', 'tokenizer', 'scheduler', 'pipeline.py',
-                      'model_index.json'),
+        'diffusers': ('transformer', 'vae', 'text_encoder', 'tokenizer', 'scheduler',
+                      'pipeline.py', 'model_index.json'),
         'safetensors': ('student.safetensors',)},
     alone=ALONE, write_pipeline=write_pipeline, use=USE)

@@ -22,7 +22,7 @@ from PIL import Image, ImageFilter
 from tqdm import tqdm
 
 from ddmd_jax.evaluation import measures
-from ddmd_jax.families.emoji import scene_judge as judge, scenes
+from ddmd_jax.families.emoji import judge, scenes
 from ddmd_jax.families.emoji.scenes import COLOURS, GRID, SIDE, Scene, World
 from ddmd_jax.util import commands
 from ddmd_jax.weights import flat
@@ -309,7 +309,7 @@ def train(steps: int, seed: int, out: Path) -> None:
         params, opt, loss = update(params, opt, step, *batch)
         if step % 50 == 0:
             bar.set_postfix(loss=f'{loss:.3f}')
-    flat.save(out, params, {'world': judge.identity(world), 'steps': str(steps)},
+    flat.save(out, params, {'world': world.identity, 'steps': str(steps)},
               dtype=jnp.bfloat16)
 
 

@@ -1,25 +1,32 @@
-"""The data set `emoji`: captions of all pairs that are not held out, with their images."""
+"""The data set `emoji`: captions of training scenes, with images where a batch wants them."""
 
 from typing import Any
 
-import jax
+import numpy as np
 from jax.sharding import Mesh
 
+from ddmd_jax.data.batch import Cond
 from ddmd_jax.data.conditioning import Prompts
 from ddmd_jax.families.base import Teacher
-from ddmd_jax.families.emoji import data
+from ddmd_jax.families.emoji import codec, scenes
 
 
 def load(config: Any, teacher: Teacher, mesh: Mesh) -> Prompts:
-    """Captions, all encoded at once: they are few; with their images.
+    """Training scenes by number, drawn by the run's seed; captions are encoded as they are needed.
 
     Raises:
-      DataFileError: the data set is missing or cannot be read.
+      DataFileError, WeightsError: the drawings or the codec cannot be read.
     """
     del mesh  # encoded on one device
-    pairs = data.load_pairs()
-    cond = teacher.encode([pairs.caption(i) for i in range(len(pairs.glyph))])
-    of = lambda rows: jax.tree.map(lambda x: x[rows], cond)
+    world, seed = scenes.load(), config.seed
+    caption = lambda row: world.caption(world.scene(scenes.rng_of(seed, row)))
+
+    def cond(rows: np.ndarray) -> Cond:
+        return teacher.encode([caption(row) for row in rows])
+
+    def real(rows: np.ndarray) -> np.ndarray:
+        return np.asarray(codec.load().encode(world.batch(seed, rows)[1]))
+
     return Prompts(
-        data.training_mixture(pairs, config.data.white_repeat), lambda rows, length: of(rows), of,
-        teacher.encode(['']), pairs.caption, identity='emoji', real=pairs.images)
+        np.arange(config.data.scenes), lambda rows, length: cond(rows), cond,
+        teacher.encode(['']), caption, identity=f'emoji scenes {world.identity}', real=real)

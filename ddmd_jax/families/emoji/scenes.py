@@ -81,12 +81,12 @@ class World:
     Attributes:
       names: of the objects.
       drawings: of each object, ``[h, w, 4]`` uint8 RGBA, not premultiplied, longer side `EDGE`.
-      identity: names them.
+      identity: names the objects, their drawings and sizes, and the colours.
     """
 
     def __init__(self, names: Sequence[str], pictures: Sequence[Sequence[np.ndarray]]):
         self.names, self.drawings = tuple(names), pictures
-        digest = hashlib.sha256('|'.join(names).encode())
+        digest = hashlib.sha256(repr((self.names, COLOURS, EDGES)).encode())
         for picture in (picture for several in pictures for picture in several):
             digest.update(picture.tobytes())
         self.identity = digest.hexdigest()[:16]

@@ -1,66 +1,117 @@
-"""The suite of the embedded world: pairs of glyph and background, measured by the classifier."""
+"""The suite of the embedded world: scenes seen and held out, read by the judge.
+
+Of either half of its prompts every second image belongs to a caption that is drawn `IMAGES` times,
+in a row: from these comes diversity.
+"""
+
+import itertools
 
 import numpy as np
 
 from ddmd_jax.evaluation import measures
 from ddmd_jax.evaluation.suites import Examples, Suite
-from ddmd_jax.families.emoji import data as emoji, judge as classifier
+from ddmd_jax.families.emoji import judge, scenes
+from ddmd_jax.families.emoji.scenes import COLOURS, Scene, World
 
-COLUMNS = dict.fromkeys(('glyph_match', 'glyph_match_held_out', 'background_match', 'frechet',
-                         'colour_error', 'variance'), '.3f')
+COLUMNS = dict.fromkeys(('all_match', 'all_match_held_out', 'frechet', 'colour_error', 'std',
+                         'diversity'), '.3f')
+IMAGES = 4  # of a caption that diversity is measured on
+REFERENCES = 2560  # real images of the prompts that the drawn ones are compared with, at least
+MOST = 32  # of them of one prompt
 
 
-def evaluation_pairs(pairs: emoji.Pairs, seen: int, held_out: int, seed: int) -> np.ndarray:
-    """Indices of `seen` training pairs, then `held_out` held-out ones, drawn evenly."""
-    rng = np.random.default_rng(seed)
-    def draw(mask: np.ndarray, n: int) -> np.ndarray:
-        rows = np.flatnonzero(mask)
-        return rng.permutation(np.resize(rng.permutation(rows), n))
-    return np.concatenate([draw(~pairs.held_out, seen), draw(pairs.held_out, held_out)])
+def prompts(world: World, seen: int, held_out: int, seed: int) -> list[Scene]:
+    """`seen` scenes like those of training, then `held_out` held-out ones.
+
+    Each half begins with its scenes that come `IMAGES` times, one after another; in these the
+    backgrounds take turns.
+    """
+    rng = np.random.default_rng((seed, 16))
+
+    def of_colour(colour: int, held: bool) -> Scene:
+        while (scene := world.scene(rng, held)).colour != colour:
+            pass
+        return scene
+
+    def draw(n: int, held: bool) -> list[Scene]:
+        several = n // (2 * IMAGES) or int(n >= IMAGES)  # one at least, where there is room for it
+        colours = itertools.cycle(rng.permutation(len(COLOURS)).tolist())
+        repeated = [scene for scene in (of_colour(next(colours), held) for _ in range(several))
+                    for _ in range(IMAGES)]
+        return repeated + [world.scene(rng, held) for _ in range(n - len(repeated))]
+
+    return draw(seen, False) + draw(held_out, True)
 
 
 def examples(seen: int, held_out: int, seed: int) -> Examples:
     """The prompts and figures of ``eval.json``; docs/metrics.md defines them."""
-    pairs, judge = emoji.load_pairs(), classifier.load()
-    rows = evaluation_pairs(pairs, seen, held_out, seed)
-    held, real, asked = pairs.held_out[rows], pairs.images(rows), _asked(pairs, rows)
-    _, _, reference = classifier.judge_all(judge, real)
-    scale = reference.std(axis=0)  # units in which every feature of real images varies by 1
+    world = scenes.load()
+    look = judge.load(world)
+    asked = prompts(world, seen, held_out, seed)
+    captions = [world.caption(scene) for scene in asked]
+    held = np.arange(len(asked)) >= seen
+    rng = np.random.default_rng((seed, 17))
+    real = _real(world, asked, rng)
+    # Real images again: the row `real` is compared with others of its own captions, as any row is.
+    times = min(MOST, max(2, -(-REFERENCES // len(asked))))
+    reference = _real(world, asked * times, rng)
+    _, features = judge.read(look, reference)
+    scale = features.std(axis=0)  # units in which every feature of real images varies by 1
+    features = features / scale
+    colours = [scene.colour for scene in asked]
+    backgrounds = measures.average_colours(measures.background(reference), colours * times)
+    # Distances between real images of one caption, of the captions that are drawn several times.
+    groups = np.asarray([captions.index(caption) for caption in captions])
+    several = np.tile(np.bincount(groups)[groups] > 1, times)
+    apart = measures.pairwise_distance(
+        features[several], np.tile(groups, times)[several].tolist())
 
-    def measure(images: np.ndarray) -> dict[str, float]:
-        glyph, colour, features = classifier.judge_all(judge, images)
-        right = glyph == pairs.glyph[rows]
-        return {
-            'glyph_match': float(right[~held].mean()),
-            'glyph_match_held_out': float(right[held].mean()),
-            'background_match': float((colour == pairs.colour[rows]).mean()),
-            'frechet': measures.frechet_distance(features / scale, reference / scale),
-            'colour_error': measures.colour_error(images, asked),
-            'variance': measures.image_variance(images),
+    def measure(images: np.ndarray) -> dict[str, float | None]:
+        readings, drawn = judge.read(look, images)
+        right = judge.matches(readings, asked)
+        among = measures.pairwise_distance(drawn / scale, groups.tolist())
+        figures = {
+            'all_match': _share(right['all'], ~held),
+            'all_match_held_out': _share(right['all'], held),
+            'frechet': measures.frechet_distance(drawn / scale, features),
+            'colour_error': measures.average_colour_error(
+                measures.average_colours(measures.background(images), colours), backgrounds),
+            'std': measures.per_sample_std(images),
+            'diversity': among / apart if among and apart else None,
         }
+        for part in ('layout', 'objects', 'size', 'colour'):
+            figures[f'{part}_match'] = _share(right[part], ~held)
+            figures[f'{part}_match_held_out'] = _share(right[part], held)
+        return figures
 
-    return Examples([pairs.caption(i) for i in rows], measure, held, real)
+    return Examples(captions, measure, held, real)
 
 
 def watched(seen: int, held_out: int, seed: int) -> Examples:
     """The prompts and figures of `log.judge`: of the EMA student, over all prompts."""
-    pairs, judge = emoji.load_pairs(), classifier.load()
-    rows = evaluation_pairs(pairs, seen, held_out, seed)
-    asked = _asked(pairs, rows)
+    world = scenes.load()
+    look = judge.load(world)
+    asked = prompts(world, seen, held_out, seed)
 
     def measure(images: np.ndarray) -> dict[str, float]:
-        glyph, colour, _ = classifier.judge_all(judge, images, len(images))
-        return {'ema_match': float((glyph == pairs.glyph[rows]).mean()),
-                'ema_background': float((colour == pairs.colour[rows]).mean()),
-                'ema_colour_error': measures.colour_error(images, asked),
-                'ema_variance': measures.image_variance(images)}
+        readings, _ = judge.read(look, images, len(images))
+        right = judge.matches(readings, asked)
+        return {'ema_match': float(right['all'].mean()),
+                'ema_objects': float(right['objects'].mean()),
+                'ema_background': float(right['colour'].mean()),
+                'ema_image_std': measures.per_sample_std(images)}
 
-    return Examples([pairs.caption(i) for i in rows], measure, pairs.held_out[rows])
+    return Examples([world.caption(scene) for scene in asked], measure,
+                    np.arange(len(asked)) >= seen)
 
 
-def _asked(pairs: emoji.Pairs, rows: np.ndarray) -> np.ndarray:
-    """Colour of the background that each prompt names, ``[n, 3]`` in 0-255."""
-    return np.asarray(list(emoji.COLOURS.values()))[pairs.colour[rows]]
+def _real(world: World, asked: list[Scene], rng: np.random.Generator) -> np.ndarray:
+    """A real image of each scene, ``[n, 64, 64, 3]`` fp32 in [-1, 1]."""
+    return judge.to_unit(np.stack([world.image(scene, rng) for scene in asked]))
+
+
+def _share(right: np.ndarray, among: np.ndarray) -> float | None:
+    return float(right[among].mean()) if among.any() else None
 
 
 SUITE = Suite('emoji', COLUMNS, examples, watched)

@@ -1,11 +1,12 @@
-"""The embedded teacher: Lumina-Image-2.0's architecture at a tiny size, in pixel space.
+"""The embedded teacher: Lumina-Image-2.0's architecture at a tiny size, on a tiny codec's latents.
 
 Conventions, all of them here and nowhere else:
   * the network is given `TIME_SCALE * t`. The published network takes t in [0, 1] as it is,
-    where its sinusoids hardly turn; a small network trained for an hour wants finer ones;
+    where its sinusoids hardly turn; a small network trained for hours wants finer ones;
   * it predicts the velocity x - noise, as the published one does, without negation;
-  * pixels are their own latents (identity codec), in [-1, 1];
-  * no time shift: at 24 x 24 there is no resolution to make up for;
+  * latents are the codec's means, scaled to a standard deviation of one; 4 x 4 pixels a latent,
+    2 x 2 latents a token;
+  * no time shift: at 64 x 64 there is no resolution to make up for;
   * the null prompt is the encoded empty caption, one [BOS] token, never zeros.
 """
 
@@ -32,7 +33,8 @@ from ddmd_jax.families.base import (
     TextEncoder,
     kernels_in,
 )
-from ddmd_jax.families.emoji import data, tokenizer
+from ddmd_jax.families.emoji import codec, words
+from ddmd_jax.families.emoji.drawings import FILES
 from ddmd_jax.families.lumina import teacher as lumina
 from ddmd_jax.models import flops, nextdit
 from ddmd_jax.models.layers import functional
@@ -43,11 +45,7 @@ from ddmd_jax.weights import flat
 ARCHITECTURE = 'NextDiT'  # as its file names it
 TIME_SCALE = 100.0
 SHIFT = 1.0
-# Means over the distillation mixture: of the images' standard deviations, of their means and of
-# their variances; tests/test_data.py measures them.
-DATA_STD, DATA_MOMENTS = 0.467, (0.269, 0.227)
-SHAPE = (data.SIZE, data.SIZE, 3)
-WEIGHTS = data.FILES / 'teacher.safetensors'
+WEIGHTS = FILES / 'teacher.safetensors'
 RESTORE_HINT = ('reinstall the package, or train it again with '
                 '`python -m ddmd_jax.main --config=configs/emoji_teacher.py --workdir=DIR`')
 RULES = (*nextdit.RULES, (r'to_qkv/kernel$', ('fsdp', 'tensor')),
@@ -93,7 +91,7 @@ def text_encoder(model: dict[str, Any], params: Any, identity: str) -> TextEncod
     run = make_text_encoder(model)
 
     def tokenize(prompts: Sequence[str]) -> dict[str, np.ndarray]:
-        ids, mask = tokenizer.encode(prompts, cfg.max_length)
+        ids, mask = words.encode(prompts, cfg.max_length)
         return {'ids': ids, 'mask': mask}
 
     return TextEncoder('emoji', params, tokenize, lambda p, x: run(p, x['ids'], x['mask']),
@@ -101,22 +99,23 @@ def text_encoder(model: dict[str, Any], params: Any, identity: str) -> TextEncod
                        flops=functools.partial(flops.caption_forward, cfg))
 
 
-def teacher_from(model: dict[str, Any], params: dict[str, Any]) -> Teacher:
-    """Wraps ``{'denoiser', 'text'}`` parameters as a `Teacher`."""
+def teacher_from(model: dict[str, Any], params: dict[str, Any], latents: Latents) -> Teacher:
+    """Wraps ``{'denoiser', 'text'}`` parameters as a `Teacher` that draws `latents`."""
     denoiser_cfg, _ = model_configs(model)
     identity = flat.identity(params)
     text = text_encoder(model, params['text'], identity)
-    latents = Latents(SHAPE, decode=lambda x: x, std=DATA_STD, moments=DATA_MOMENTS)
     return Teacher(
         'emoji', params['denoiser'], make_denoiser(model), latents, CondSpec.text(text.width),
-        Shift(SHIFT), identity, RULES, text, make_features(model),
-        flops=functools.partial(flops.nextdit_forward, denoiser_cfg, SHAPE[:2]))
+        Shift(SHIFT), identity, RULES, text,
+        make_features(model),
+        flops=functools.partial(flops.nextdit_forward, denoiser_cfg, latents.shape[:2]))
 
 
 def save(path: Path, model: dict[str, Any], params: dict[str, Any], steps: int,
          dtype: Any = jnp.bfloat16) -> None:
-    """Ships a trained teacher: safetensors with its architecture in the metadata."""
-    meta = {'model': json.dumps(model), 'architecture': ARCHITECTURE, 'steps': str(steps)}
+    """Ships a trained teacher: safetensors, its architecture and its codec in the metadata."""
+    meta = {'model': json.dumps(model), 'architecture': ARCHITECTURE, 'steps': str(steps),
+            'codec': codec.load().identity}
     flat.save(path, params, meta, dtype=dtype)
 
 
@@ -124,7 +123,7 @@ def read(path: str = '') -> tuple[dict[str, Any], dict[str, Any]]:
     """(architecture, ``{'denoiser', 'text'}`` parameters) of the shipped file or one like it.
 
     Raises:
-      WeightsError: missing, damaged, or not an emoji teacher.
+      WeightsError: missing, damaged, not an emoji teacher, or trained on another codec's latents.
     """
     file = Path(path) if path else WEIGHTS
     params, meta = flat.load(file, RESTORE_HINT)
@@ -135,6 +134,9 @@ def read(path: str = '') -> tuple[dict[str, Any], dict[str, Any]]:
             raise ValueError('its tensors are not those of the architecture it names')
     except (KeyError, TypeError, ValueError) as e:
         raise flat.WeightsError(f'not an emoji teacher: {file} ({e}); {RESTORE_HINT}') from e
+    if meta.get('codec') != codec.load().identity:
+        raise flat.WeightsError(f'{file} was trained on latents of codec {meta.get("codec")}, the '
+                                f'package has {codec.load().identity}; {RESTORE_HINT}')
     return model, params
 
 
@@ -147,5 +149,15 @@ def load(options: LoadOptions) -> Teacher:
     model, params = read(options.path)
     # Distillation compiles six networks a step: scanned layers save minutes of compiling.
     model['denoiser'] |= {'dtype': options.dtype, 'remat': options.remat, 'unroll': False}
-    teacher = teacher_from(model, params)
+    teacher = teacher_from(model, params, codec.load().latents_over(options.devices))
     return dataclasses.replace(teacher, params=kernels_in(teacher.params, options.param_dtype))
+
+
+def abstract(options: LoadOptions) -> Teacher:
+    """As `load`, with shapes in place of the denoiser's weights: to compile for, not to run.
+
+    Raises:
+      WeightsError: see `read`.
+    """
+    teacher = load(options)
+    return dataclasses.replace(teacher, params=jax.eval_shape(lambda: teacher.params))

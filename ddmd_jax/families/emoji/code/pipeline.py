@@ -1,4 +1,4 @@
-"""Text to 24 x 24 emoji in a few unguided steps: a student of ddmd_jax (Apache-2.0)."""
+"""Text to scenes of emoji in a few unguided steps: a student of ddmd_jax (Apache-2.0)."""
 
 import numpy as np
 import torch
@@ -6,15 +6,14 @@ from diffusers import DiffusionPipeline, ImagePipelineOutput
 from diffusers.utils.torch_utils import randn_tensor
 from PIL import Image
 
-SIZE = 24
-
 
 class EmojiPipeline(DiffusionPipeline):
     """`steps` is what the student was trained for, `time_scale` what its network counts time in."""
 
-    def __init__(self, transformer, text_encoder, tokenizer, scheduler, steps=4, time_scale=100.0):
+    def __init__(self, transformer, vae, text_encoder, tokenizer, scheduler, steps=4,
+                 time_scale=100.0):
         super().__init__()
-        self.register_modules(transformer=transformer, text_encoder=text_encoder,
+        self.register_modules(transformer=transformer, vae=vae, text_encoder=text_encoder,
                               tokenizer=tokenizer, scheduler=scheduler)
         self.register_to_config(steps=steps, time_scale=time_scale)
 
@@ -29,10 +28,11 @@ class EmojiPipeline(DiffusionPipeline):
     @torch.no_grad()
     def __call__(self, prompt, num_inference_steps=None, generator=None, latents=None,
                  output_type='pil', return_dict=True):
-        """`latents` are noise ``[B, 3, 24, 24]``; `output_type` is pil, np or latent."""
+        """`latents` are noise ``[B, 8, 16, 16]``; `output_type` is pil, np or latent."""
         prompts = [prompt] if isinstance(prompt, str) else list(prompt)
         states, mask = self.encode_prompt(prompts)
-        shape, dtype = (len(prompts), 3, SIZE, SIZE), self.transformer.dtype
+        network, dtype = self.transformer.config, self.transformer.dtype
+        shape = (len(prompts), network.in_channels, network.sample_size, network.sample_size)
         if latents is None:
             latents = randn_tensor(shape, generator=generator, device=self.device, dtype=dtype)
         x = latents.to(self.device, dtype)
@@ -45,6 +45,8 @@ class EmojiPipeline(DiffusionPipeline):
             # Its scheduler goes along sigma, from 1 to 0.
             x = self.scheduler.step(-velocity, t, x, generator=generator, return_dict=False)[0]
         if output_type != 'latent':
+            codec = self.vae.config
+            x = self.vae.decode(x / codec.scaling_factor + codec.shift_factor).sample
             x = (x.float().clamp(-1, 1) / 2 + 0.5).permute(0, 2, 3, 1).cpu().numpy()
         if output_type == 'pil':
             x = [Image.fromarray(np.round(255 * image).astype(np.uint8)) for image in x]
