@@ -42,9 +42,7 @@ def test_a_full_disk_keeps_the_checkpoint_before(toy, small_disk, undisturbed):
     assert f'step 2 is the newest checkpoint in {workdir}/checkpoints' in told[-1]
     assert ROOM in told[-1]
     no_library_speaks(err)
-    # No half ones: at most folders, empty, that a writer of Orbax's made again as it gave up.
-    assert checksums.steps(workdir / 'checkpoints') == [2]
-    assert not [p for p in (workdir / 'checkpoints').glob('*tmp*/**/*') if p.is_file()]
+    assert [p.name for p in (workdir / 'checkpoints').iterdir()] == ['2']  # no half ones
     filler.unlink()
     toy.finish(workdir, {'train.steps': 5})
     runs.assert_same(workdir, undisturbed(5), 5)

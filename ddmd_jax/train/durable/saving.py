@@ -23,6 +23,8 @@ from ddmd_jax.train.durable.quiet_orbax import quiet_orbax
 from ddmd_jax.train.feed import Feed
 from ddmd_jax.util.text import first_line
 
+STAYS_AWAY, GIVES_UP = 0.5, 5.0  # seconds; they came back .1 s after they had been deleted
+
 
 @dataclasses.dataclass(frozen=True)
 class Retention:
@@ -194,10 +196,20 @@ class Checkpoints:
             self._clear(step)
 
     def _clear(self, step: int) -> None:
-        """Deletes what a save that failed has left: the next one may need that room."""
-        if jax.process_index() == 0:
-            for scratch in self.directory.glob(f'{step}.orbax-checkpoint-tmp*'):
+        """Deletes what a save that failed has left: the next one may need that room.
+
+        Orbax's other writers notice late that one has failed, and make its folders again: it is
+        deleted until it has stayed away for `STAYS_AWAY` seconds, and no longer than `GIVES_UP`.
+        """
+        if jax.process_index() != 0:
+            return
+        start = since = time.monotonic()
+        while (now := time.monotonic()) - since < STAYS_AWAY and now - start < GIVES_UP:
+            if left := list(self.directory.glob(f'{step}.orbax-checkpoint-tmp*')):
+                since = now
+            for scratch in left:
                 shutil.rmtree(scratch, ignore_errors=True)
+            time.sleep(0.02)
 
     def _await(self, done: futures.Future) -> None:
         """Waits for a part of the save under way, no longer than that may take."""
