@@ -50,7 +50,8 @@ def test_both_steps_are_compiled_for_a_topology(weights):
         assert p['temp_bytes'] > 0 or name == 'decode'
         assert p['roofline_seconds'] > 0
         # What is computed is what the architecture asks for, but for what the compiler turned
-        # into sums at so small a size; norms weigh much beside the codec's few channels.
+        # into sums at so small a size, and the seams of the strips that it decodes a picture in
+        # (`flops.autoencoder_decode`): 31 % of so small a one.
         assert 0.8 < p['flops'] / p['analytic_flops'] < (1.4 if name == 'decode' else 1.25)
     for p in (generator, critic):
         assert sum(p['collective_bytes'].values()) > 0
