@@ -44,13 +44,7 @@ def train_codec(config: Any, workdir: Path, options: Options = NOTHING_ELSE) -> 
     Raises:
       see `train.fit`.
     """
-    task = prepare(config)
-    state, seconds = train.fit(task, config, workdir, options)
-    whole = jax.jit(lambda tree: tree, out_shardings=sharding.replicated(task.spec.mesh))(state.ema)
-    if jax.process_index() == 0:
-        out = workdir / 'codec.safetensors'
-        measured = task.write(out, jax.device_get(whole), int(state.step))
-        print(f'{out} written after {seconds.train:.0f} s of training in this run; {measured}')
+    train.fit_and_write(prepare(config), config, workdir / 'codec.safetensors', options)
 
 
 def prepare(config: Any) -> Codec:

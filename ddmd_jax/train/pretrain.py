@@ -33,13 +33,7 @@ def pretrain(config: Any, workdir: Path, options: Options = NOTHING_ELSE) -> Non
     Raises:
       see `train.fit`.
     """
-    task = prepare(config)
-    state, seconds = train.fit(task, config, workdir, options)
-    whole = jax.jit(lambda tree: tree, out_shardings=sharding.replicated(task.spec.mesh))(state.ema)
-    if jax.process_index() == 0:
-        out = workdir / 'teacher.safetensors'
-        task.own.save(out, jax.device_get(whole), int(state.step))
-        print(f'{out} written after {seconds.train:.0f} s of training in this run')
+    train.fit_and_write(prepare(config), config, workdir / 'teacher.safetensors', options)
 
 
 def prepare(config: Any) -> Pretrain:
@@ -90,6 +84,10 @@ class Pretrain:
 
     def show(self, state: TrainState, step: int, log: RunLog) -> None:
         log.image(step, 'samples/real_teacher', self.own.show(state.ema))
+
+    def write(self, file: Path, params: Any, step: int) -> dict[str, Any]:
+        self.own.save(file, params, step)
+        return {}
 
     def read_weights(self, path: str) -> Any:
         return self.own.read(path)

@@ -184,6 +184,23 @@ def fit(task: Task, config: Any, workdir: Path,
         opening = rollback.leave_out(failed, config, workdir, task.order)
 
 
+def fit_and_write(task: Any, config: Any, file: Path, options: Options = NOTHING_ELSE) -> None:
+    """`fit`, in the folder of `file`, to which process 0 then writes the EMA weights.
+
+    Args:
+      task: a `Task` that can also `write(file, params, step)`, which returns figures by name.
+
+    Raises:
+      see `fit`.
+    """
+    state, seconds = fit(task, config, file.parent, options)
+    whole = jax.jit(lambda tree: tree, out_shardings=sharding.replicated(task.spec.mesh))(state.ema)
+    if jax.process_index() == 0:
+        figures = task.write(file, jax.device_get(whole), int(state.step))
+        print('; '.join([f'{file} written after {seconds.train:.0f} s of training in this run',
+                         *(f'{name} {value}' for name, value in figures.items())]))
+
+
 def _attempt(task: Task, config: Any, workdir: Path, options: Options,
              opening: str) -> tuple[TrainState, float]:
     """One go at the steps: (the state at the end, seconds that input was waited for)."""

@@ -42,7 +42,7 @@ class EncodedScenes:
             self.ids[new] = words.encode(list(map(self.world.caption, found)), self.length)[0]
             self.there[new] = True
         ids = self.ids[rows]
-        return {'image': self.latents[rows].astype(np.float32), 'ids': ids, 'mask': ids != 0}
+        return {'image': self.latents[rows], 'ids': ids, 'mask': ids != 0}
 
 
 def pretraining(config: Any) -> Pretraining:
