@@ -45,7 +45,7 @@ def embed_flags() -> None:
 
 def emoji_flags() -> None:
     flags.DEFINE_string('packages', '', 'Folder of the emoji sets\' npm packages (.tgz).')
-    flags.DEFINE_string('out', '', 'Folder to write; what is there is replaced.')
+    flags.DEFINE_string('out', '', 'Folder to write; it must not exist yet.')
 
 
 def prompts() -> None:

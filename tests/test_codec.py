@@ -106,6 +106,18 @@ def test_another_file_is_refused(tmp_path):
         emoji.read(tmp_path / 'x.safetensors')
 
 
+@pytest.mark.parametrize('change', ['config', 'tensors'])
+def test_a_file_that_contradicts_itself_is_refused(tmp_path, change):
+    cfg, params, about = emoji.read()
+    if change == 'tensors':
+        params['decoder']['conv_in']['bias'] = np.zeros(3, np.float32)
+    emoji.save(tmp_path / 'codec.safetensors', cfg, params, about)
+    if change == 'config':
+        flat.save(tmp_path / 'codec.safetensors', params, {'class': emoji.ARCHITECTURE})
+    with pytest.raises(WeightsError, match='is no EmojiCodec'):
+        emoji.read(tmp_path / 'codec.safetensors')
+
+
 @pytest.mark.parametrize('changes, line', [
     ({'codec.widths': (4, 7)}, 'codec.widths: .*must be multiples of codec.groups = 2'),
     ({'codec.sides': (9,)}, 'codec.sides: .*must be multiples of 2'),

@@ -176,6 +176,13 @@ def test_packages_that_will_not_do(tmp_path, name, version, line):
     assert not (tmp_path / 'out').exists()
 
 
+def test_nothing_that_is_there_is_replaced(tmp_path):
+    (tmp_path / 'precious').write_text('a thesis')
+    with pytest.raises(UserError, match='exists already'):
+        make_drawings.make(tmp_path, tmp_path)
+    assert (tmp_path / 'precious').read_text() == 'a thesis'
+
+
 def test_a_damaged_package(tmp_path):
     pytest.importorskip('resvg_py')
     (tmp_path / 'iconify-json-noto-1.2.9.tgz').write_bytes(b'half a download')

@@ -92,9 +92,16 @@ def read(path: str | Path = CODEC) -> tuple[AutoencoderKLConfig, Any, dict[str, 
     if metadata.get('class') != ARCHITECTURE:
         raise WeightsError(f'{path} is {metadata.get("class", "no file of this package")}, not '
                            f'{ARCHITECTURE}; {CURE}')
-    fields = json.loads(metadata['config'])
-    fields['block_out_channels'] = tuple(fields['block_out_channels'])
-    return AutoencoderKLConfig(**fields), params, json.loads(metadata['about'])
+    try:
+        fields = json.loads(metadata['config'])
+        fields['block_out_channels'] = tuple(fields['block_out_channels'])
+        cfg, about = AutoencoderKLConfig(**fields), json.loads(metadata['about'])
+        expected = jax.tree.map(lambda x: x.shape, autoencoder_kl.abstract_params(cfg))
+        if jax.tree.map(jnp.shape, params) != expected:
+            raise ValueError('its tensors are not those of the architecture it names')
+    except (KeyError, TypeError, ValueError) as e:
+        raise WeightsError(f'{path} is no {ARCHITECTURE} ({e}); {CURE}') from e
+    return cfg, params, about
 
 
 @dataclasses.dataclass(frozen=True)

@@ -57,11 +57,14 @@ class EmojiDrawings(tfds.core.GeneratorBasedBuilder):
 def make(packages: Path, out: Path) -> int:
     """Writes the data set `out` from the packages' ``.tgz`` files in a folder; count of drawings.
 
-    The data set is built in a scratch folder and takes the place of `out` once it is whole.
+    The data set is built in a scratch folder, and `out` is there once it is whole.
 
     Raises:
-      UserError: a package is absent, of another version, or lacks an object; `resvg-py` is absent.
+      UserError: a package is absent, of another version, or lacks an object; `resvg-py` is absent;
+        `out` is there already.
     """
+    if out.exists():
+        raise UserError(f'{out} exists already; choose another place or delete it')
     rows = [{'object': name, 'set': icons.package, 'drawing': io.BytesIO(png)}
             for icons in SETS for name, png in _drawn(packages, icons)]
     with tempfile.TemporaryDirectory() as scratch:
@@ -70,7 +73,6 @@ def make(packages: Path, out: Path) -> int:
         # Insertion order is the order of a fixed hash of the keys: the same on every machine.
         builder.download_and_prepare()
         shutil.copyfile(DRAWINGS / NOTICE, Path(builder.data_dir) / NOTICE)
-        shutil.rmtree(out, ignore_errors=True)
         shutil.copytree(builder.data_dir, out)
     return len(rows)
 
