@@ -96,7 +96,10 @@ def test_probe_formulas():
              for a, b in zip(x, start, strict=True) for c in range(3)]
     want = {'ema_std': np.mean([a.std() for a in x]) / unit, 'ema_cast': rms(moved),
             'ema_saturation': np.mean(np.abs(x) > 1)}
-    assert probed(x, start) == pytest.approx(want, rel=1e-4)
+    assert probed(x, start) == pytest.approx(want | {'ema_start': 1.0}, rel=1e-4)
+    real = probed(x, start, data_std=2.0)  # contrast in units of real data's; colours as before
+    assert real == pytest.approx(want | {
+        'ema_std': want['ema_std'] * unit / 2, 'ema_start': unit / 2}, rel=1e-4)
     assert probed(x, start, limit=1e6)['ema_saturation'] == 0.0
 
 
@@ -264,6 +267,16 @@ def test_the_average_is_judged_at_once_and_first(last, word, before):
     got, reason = verdict(lines([START] * before + [START | last]))
     assert got == word
     assert word == HEALTHY or "the EMA student's contrast" in reason
+
+
+@pytest.mark.parametrize('std, begun, cast, word', [
+    (1.04, 0.78, 0.22, HEALTHY),  # pale in few steps, as it began; distilled to real contrast
+    (0.77, 0.78, 0.01, HEALTHY), (0.74, 0.78, 0.01, WASHED_OUT),  # paler still
+    (1.10, 0.78, 0.22, OVER_BAKED), (1.10, 1.06, 0.0, HEALTHY), (1.16, 1.06, 0.0, OVER_BAKED),
+    (1.00, 0.96, 0.03, COLOUR_CAST), (1.00, 0.94, 0.03, HEALTHY)])
+def test_few_steps_that_fail_are_no_reference(std, begun, cast, word):
+    seen = lines([START] * 4 + [START | {'ema_std': std, 'ema_start': begun, 'ema_cast': cast}])
+    assert verdict(seen)[0] == word
 
 
 def contrasts(*stds):

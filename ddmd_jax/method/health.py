@@ -37,7 +37,12 @@ class Thresholds:
       gap_large: dm_rel_gap below this is small, however much it grew: it starts at 0.
       cos_down: growth of 1 - dm_cos that counts as down.
       std_up: x_std above that of real data (or of the start) that counts as up.
-      ema_std_up, ema_std_down, cast: of the EMA student, against the undistilled weights.
+      ema_std_up: ema_std above that of real data, and of the undistilled weights, that counts
+        as up.
+      ema_std_down: ema_std below both that counts as down.
+      cast: of the EMA student, against the undistilled weights.
+      sound: the undistilled weights' contrast may be so far from real data's for their colours
+        to be a reference: in few steps they may draw nothing but pale blurs.
       fake_up: growth of fake_loss, in units of the samples' variance, that counts as up.
       lost, ahead: growing on as it does, ema_std is beyond `lost` in `ahead` updates.
     """
@@ -49,6 +54,7 @@ class Thresholds:
     ema_std_up: float = 1.08
     ema_std_down: float = 0.97
     cast: float = 0.02
+    sound: float = 0.05
     fake_up: float = 1.3
     lost: float = 2.1
     ahead: float = 25.0
@@ -99,7 +105,8 @@ def measure(x_hat: Array, p: Predictions, delta: Directions,
     }
 
 
-def probe(x: Array, start: Array, limit: float = 1.0) -> dict[str, Array]:
+def probe(x: Array, start: Array, limit: float = 1.0,
+          data_std: float | None = None) -> dict[str, Array]:
     """Figures of the EMA student: its samples against those it began with.
 
     The EMA student is what ships; it can fail where the raw student looks well.
@@ -108,16 +115,20 @@ def probe(x: Array, start: Array, limit: float = 1.0) -> dict[str, Array]:
       x: ``[B, H, W, C]`` samples of the EMA student.
       start: those of the undistilled weights, same prompts, same noise, same sampler.
       limit: as in `measure`.
+      data_std: mean per-sample standard deviation of real data, if it is known.
 
     Returns:
-      ema_std, mean per-sample standard deviation relative to the start's; ema_cast, rms over
-      samples and channels of how far a sample's channel mean has moved, in units of the
-      start's standard deviation (a colour cast, darkening, grey); ema_saturation.
+      ema_std, mean per-sample standard deviation in units of real data's, or if that is not
+      known of the start's; ema_start, the start's in the same unit; ema_cast, rms over samples
+      and channels of how far a sample's channel mean has moved, in units of the start's standard
+      deviation (a colour cast, darkening, grey); ema_saturation.
     """
     mean = lambda a: jnp.mean(a, axis=(1, 2))
-    unit = jnp.maximum(image_std(start), 1e-8)
+    contrast = jnp.maximum(image_std(start), 1e-8)
+    unit = data_std or contrast
     return {'ema_std': image_std(x) / unit,
-            'ema_cast': rms(mean(x) - mean(start)) / unit,
+            'ema_start': contrast / unit,
+            'ema_cast': rms(mean(x) - mean(start)) / contrast,
             'ema_saturation': jnp.mean(jnp.abs(x) > limit)}
 
 
@@ -127,10 +138,10 @@ def verdict(history: Sequence[dict[str, Any]], data_std: float | None = None,
 
     Each has `step` and the figures of `WATCHED`, the last three of those where they are measured.
     Compares the last interval with the mean of the first `REFERENCE`, and the EMA student
-    with the weights it began as. Over-baked: contrast above that of real data, `data_std`, or
-    if that is not known of the start. Washed out, colour cast: the EMA samples have lost
-    contrast, or moved as a whole. Collapsing: their contrast grows so fast, or so far, that
-    captions are about to be lost. The critic lags: its error on the student's samples grows,
+    with real data and the weights it began as. Over-baked: contrast above that of real data,
+    `data_std`, or if that is not known of the start. Washed out, colour cast: the EMA samples
+    have lost contrast, or moved as a whole. Collapsing: their contrast grows so fast, or so far,
+    that captions are about to be lost. The critic lags: its error on the student's samples grows,
     or the gap to the teacher does while the predictions turn apart.
     """
     if not history:
@@ -171,14 +182,14 @@ def _collapses(history: Sequence[dict[str, Any]], limits: Thresholds) -> tuple[s
     if std + limits.ahead * rate <= limits.lost:
         return None
     going = f', {rate:+.3f} an update' if std <= limits.lost else ''
-    return COLLAPSING, (f"the EMA student's contrast x{std:.2f} that of the start{going}: "
+    return COLLAPSING, (f"the EMA student's contrast x{std:.2f}{going}: "
                         'captions are about to be lost; stop, and take an earlier checkpoint')
 
 
 def _rate(history: Sequence[dict[str, Any]]) -> float:
     """Growth of ema_std an update, since the newest line `RATE_OVER` updates back or more.
 
-    0 if it falls, or if there is no such line yet. The undistilled weights' 1 at step 0 is not
+    0 if it falls, or if there is no such line yet. The undistilled weights at step 0 are not
     taken for one: a run that goes on from a student (`init_from`) does not begin there.
     """
     now = history[-1]
@@ -191,13 +202,16 @@ def _rate(history: Sequence[dict[str, Any]]) -> float:
 
 def _average_fails(now: dict[str, Any], limits: Thresholds) -> tuple[str, str] | None:
     """Verdict on the EMA student by itself, where a run probes it."""
-    std, cast = now.get('ema_std', 1.0), now.get('ema_cast', 0.0)
-    seen = (f"the EMA student's contrast x{std:.2f} that of the start, its colours moved by "
-            f'{cast:.3f}')
-    if std > limits.ema_std_up:
+    std, cast, start = now.get('ema_std', 1.0), now.get('ema_cast', 0.0), now.get('ema_start', 1.0)
+    seen = (f"the EMA student's contrast x{std:.2f} (undistilled x{start:.2f}), its colours moved "
+            f'by {cast:.3f}')
+    if std > limits.ema_std_up * max(start, 1.0):
         return OVER_BAKED, f'{seen}: {BAKED}'
-    if std < limits.ema_std_down or cast > limits.cast:
-        word = WASHED_OUT if std < limits.ema_std_down else COLOUR_CAST
+    pale = std < limits.ema_std_down * min(start, 1.0)
+    # Where few steps without distillation fail, a student that works leaves their colours.
+    moved = cast > limits.cast and abs(start - 1) <= limits.sound
+    if pale or moved:
+        word = WASHED_OUT if pale else COLOUR_CAST
         return word, f'{seen}: lower the learning rates or raise the batch'
     return None
 

@@ -211,7 +211,8 @@ class Distillation:
         if c.log.probe:
             probed = request_of(self.prompts, c.log.probe, c.seed)
             self._probed = drawing.drawer(student, probed, mesh)
-            self._probe = jax.jit(functools.partial(health.probe, limit=self.recipe.limit))
+            self._probe = jax.jit(functools.partial(
+                health.probe, limit=self.recipe.limit, data_std=self.teacher.latents.std))
         self._start = None  # what the student drew when it was the teacher
         suite = suite_of(c)
         if c.log.judge and suite and suite.watched:
