@@ -39,11 +39,11 @@ def listing(directory: Path, verify: bool) -> tuple[str, list[int]]:
         size = sum(path.stat().st_size for path in checksums.files(folder).values())
         row = [str(step), text.in_units(size),
                text.duration(time.time() - folder.stat().st_mtime)]
-        if verify and (fault := checksums.fault(folder)):
-            damaged.append(step)
-            row.append(f'damaged: {fault}')
-        elif verify:
-            row.append('good' if checksums.known(folder) else 'readable')
+        if verify:
+            fault = checksums.fault(folder)
+            damaged += [step] if fault else []
+            row.append(f'damaged: {fault}' if fault else
+                       'good' if checksums.known(folder) else 'readable')
         try:
             saved = ckpt.manifest_of(folder)
             row.append(' '.join(f'{name.rpartition(".")[2]}={saved[name]}' for name in SHOWN

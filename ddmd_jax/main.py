@@ -5,7 +5,7 @@ line on stderr says what, where and how to mend it); 2 the config is wrong (ever
 named).
 """
 
-import errno
+import json
 import math
 import os
 import shlex
@@ -20,7 +20,7 @@ from ml_collections import config_flags
 
 from ddmd_jax import config as config_lib
 from ddmd_jax.util import commands
-from ddmd_jax.util.errors import UserError
+from ddmd_jax.util.errors import UserError, environment
 
 _CONFIG = config_lib.define_flag()
 _COORDINATOR = flags.DEFINE_string(
@@ -52,6 +52,18 @@ def profiled(text: str | None) -> tuple[int, int] | None:
         return int(ends[0]), int(ends[1])
     print(f'main: --profile={text} is not FIRST:LAST, two steps such as 10:20', file=sys.stderr)
     sys.exit(2)
+
+
+def shared(config) -> dict[str, Any]:
+    """What all processes of a run must have alike: fields and versions, places left out."""
+    import ddmd_jax
+    from ddmd_jax.weights import flat
+
+    fields = {name.replace('/', '.'): value
+              for name, value in flat.flatten(json.loads(json.dumps(config.to_dict()))).items()}
+    return {name: value for name, value in fields.items()
+            if name not in ('teacher.path', 'data.path')} | {
+                'version of ddmd_jax': ddmd_jax.__version__}
 
 
 def use_compile_cache(flag: str | None, workdir: Path, environ: Mapping[str, str]) -> None:
@@ -159,13 +171,15 @@ def main(argv: list[str]) -> None:
     window = profiled(_PROFILE.value)
     if not _WORKDIR.value:
         sys.exit('main: no --workdir given; name a folder for checkpoints and results')
-    from ddmd_jax.parallel import distributed
+    from ddmd_jax.parallel import distributed, sharding
 
     try:
         workdir = commands.folder('--workdir', _WORKDIR.value)
         use_compile_cache(_COMPILE_CACHE.value, workdir, os.environ)
         distributed.start(_COORDINATOR.value, _NUM_PROCESSES.value, _PROCESS_ID.value, os.environ,
                           _PEER_TIMEOUT.value)
+        distributed.agree('config', shared(_CONFIG.value))
+        sharding.all_devices()
     except UserError as e:
         sys.exit(f'main: {e}')
 
@@ -184,10 +198,10 @@ def main(argv: list[str]) -> None:
         distributed.fail(str(e), at_once=True)
     except UserError as e:
         distributed.fail(str(e))
-    except Exception as e:
-        if isinstance(e, OSError) and e.errno in (errno.ENOSPC, errno.EDQUOT):
-            distributed.fail(f'{workdir} cannot be written ({e.strerror}); make room, then run the '
-                             'same command to go on from the last checkpoint')
+    except Exception as e:  # what is neither the machine's nor another process's fault is a bug
+        distributed.exit_if_lost(e)
+        if fault := environment(e, workdir):
+            distributed.fail(str(fault))
         distributed.exit_if_distributed(e)
         raise
 

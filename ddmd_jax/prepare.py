@@ -30,6 +30,7 @@ def prompts_flags() -> None:
     flags.DEFINE_float('near_threshold', 0.85, 'Jaccard similarity (of runs of 5 characters) from '
                        'which prompts are near-duplicates; 1 keeps them all.', 0.3, 1)
     flags.DEFINE_float('validation', 0.01, 'Share of prompts in the validation split.', 0, 1)
+    commands.finite('near_threshold', 'validation')
 
 
 def embed_flags() -> None:

@@ -27,6 +27,7 @@ if TYPE_CHECKING:  # JAX takes seconds to import: not before the flags are right
 
     from ddmd_jax.diffusion.drawing import ImageName, Request, Sampler
     from ddmd_jax.families import Family, Teacher
+    from ddmd_jax.train.durable.checkpoint import Saved
 
 FLAGS = flags.FLAGS
 TEACHER_STEPS = 50  # of the guided teacher, unless --steps says otherwise
@@ -36,6 +37,7 @@ OTHERS = ('.jpg', '.jpeg', '.gif', '.bmp', '.tif', '.tiff', '.avif')  # no names
 
 def define_flags() -> None:
     flags.DEFINE_string('checkpoint', '', 'Folder of the run (its --workdir).')
+    flags.DEFINE_integer('step', None, 'Checkpoint to draw with; default: the newest.', 1)
     flags.DEFINE_multi_string('prompt', [], 'Prompt; may be repeated; empty is the null prompt.')
     flags.DEFINE_string('prompts', '', 'More prompts: a file as `prepare prompts` takes them '
                         '(.txt: one a line), or the folder of a set of prompts.')
@@ -59,6 +61,7 @@ def define_flags() -> None:
     flags.DEFINE_string('out', '', 'Folder to write to, or one file: FILE.png or FILE.webp.')
     flags.DEFINE_enum('format', 'png', ('png', 'webp'), 'Format of files in a folder.')
     flags.DEFINE_boolean('overwrite', False, 'Replace existing files.')
+    commands.finite('guidance')
     flags.register_validator('size', lambda given: given is None or len(given) == 2 and all(
         side.isdecimal() and int(side) for side in given), 'must be HEIGHT,WIDTH, as 768,1024')
 
@@ -93,7 +96,7 @@ def main(arguments: list[str]) -> None:
     prompts = read_prompts(FLAGS.prompt, FLAGS.prompts, FLAGS.split)
     named = drawing.names(prompts, FLAGS.count, FLAGS.seed)
     model = find_model(FLAGS.checkpoint, FLAGS.teacher_path,
-                       tuple(map(int, FLAGS.size)) if FLAGS.size else None)
+                       tuple(map(int, FLAGS.size)) if FLAGS.size else None, FLAGS.step)
     files, sheet = places(Path(FLAGS.out).expanduser().absolute(), named, len(prompts))
     mesh = sharding.make_mesh({'fsdp': -1})
     request = encoded(named, model, mesh)
@@ -144,7 +147,7 @@ def read_prompts(given: Sequence[str], name: str, split: str) -> list[str]:
 class Model:
     """Where the weights are: the teacher's, and those of a run's student if `workdir` is one.
 
-    `steps`, `sampler` and `shift` are the run's, `identity` the teacher's then.
+    `steps`, `sampler` and `shift` are the run's then.
     """
 
     family: Family
@@ -152,15 +155,15 @@ class Model:
     dtype: str
     size: tuple[int, ...] | None
     workdir: Path | None = None
-    step: int = 0
+    saved: Saved | None = None
     steps: int = 1
     sampler: str = 'renoise'
     shift: float | None = None
-    identity: str | None = None
 
 
-def find_model(checkpoint: str | Path, path: str, size: tuple[int, ...] | None) -> Model:
-    """The teacher and student of a run's newest checkpoint; reads no weights.
+def find_model(checkpoint: str | Path, path: str, size: tuple[int, ...] | None,
+               step: int | None = None) -> Model:
+    """The teacher and student of a run's checkpoint `step`, None the newest; reads no weights.
 
     `path` is the teacher's if it has moved, or if there is no `checkpoint`; `size` that of the
     images, None the run's own.
@@ -170,15 +173,15 @@ def find_model(checkpoint: str | Path, path: str, size: tuple[int, ...] | None) 
 
     if checkpoint:
         workdir = Path(checkpoint).expanduser().absolute()
-        step, saved, family = open_run(workdir)
+        opened, family = open_run(workdir, step)
+        saved = opened.manifest
         first = tuple(saved[name] for name in ('data.sizes.0.0', 'data.sizes.0.1')
                       if name in saved)
         model = Model(
             family, '' if path == family.name else path or saved.get('teacher.path', ''),
-            saved.get('teacher.dtype', family.dtype), size or first or None, workdir, step,
+            saved.get('teacher.dtype', family.dtype), size or first or None, workdir, opened,
             saved.get('student.steps', 1), field_of(workdir, 'student.sampler') or 'renoise',
-            saved.get('method.shift'),
-            saved.get('teacher_identity'))
+            saved.get('method.shift'))
     else:
         family, path = families.find(path)
         if family.load is None:
@@ -242,9 +245,9 @@ def load(model: Model, whose: Sequence[str], mesh: Mesh) -> tuple[Teacher, dict[
     import jax
     import jax.numpy as jnp
 
+    from ddmd_jax.export.student import check_teacher
     from ddmd_jax.families import LoadOptions
     from ddmd_jax.parallel import sharding
-    from ddmd_jax.train.durable import checkpoint as ckpt
 
     # Kernels in the type of the products: predictions are the same, and half is read.
     teacher = model.family.load_teacher(LoadOptions(
@@ -252,16 +255,16 @@ def load(model: Model, whose: Sequence[str], mesh: Mesh) -> tuple[Teacher, dict[
     if teacher.latents.decode is None:
         raise UserError(f'{model.path} has no autoencoder beside its transformer; give the '
                         "pipeline's folder with --teacher_path")
-    if model.identity not in (None, teacher.identity) and 'student' in whose:
-        ckpt.warn(f'{model.workdir} distils another teacher than the one at {model.path}')
+    if model.saved and 'student' in whose:
+        check_teacher(model.saved, teacher.identity, '--teacher_path')
     abstract = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, jnp.float32), teacher.params)
     layout = sharding.shard_tree(abstract, teacher.rules, mesh)
     params = {}
     if 'teacher' in whose:
         params['teacher'] = jax.device_put(teacher.params, layout)
     teacher = dataclasses.replace(teacher, params=None)  # no longer held on to
-    if model.workdir and 'student' in whose:
-        params['student'] = ckpt.restore_ema(model.workdir, model.step, abstract, layout)
+    if model.saved and 'student' in whose:
+        params['student'] = model.saved.part('ema', abstract, layout)
     return teacher, params
 
 
@@ -290,7 +293,7 @@ def samplers(model: Model, teacher: Teacher) -> list[Sampler]:
 
 def describe(model: Model, sampler: Sampler, teacher: Teacher) -> dict[str, str]:
     """Metadata that all files of one sampler share."""
-    of_run = {'checkpoint': str(model.workdir), 'step': str(model.step)}
+    of_run = {'checkpoint': str(model.workdir), 'step': str(model.saved and model.saved.step)}
     return {
         'model': sampler.model, 'seed': str(FLAGS.seed), 'steps': str(sampler.steps),
         'evaluations': str(sampler.evaluations), 'guidance': f'{sampler.guidance:g}',

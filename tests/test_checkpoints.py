@@ -2,6 +2,8 @@
 
 import contextlib
 import dataclasses
+import errno
+import fcntl
 import json
 import os
 import pickle
@@ -257,7 +259,7 @@ def pickle_in_place(folder):
     (truncate, 'bytes, not'),
     (half_delete, 'is missing'),
     (spoil_manifest, 'manifest/metadata has 1 bytes, not'),
-    (spoil_sums, 'checksums.json cannot be read'),
+    (spoil_sums, 'checksums.json is not what was written'),
     (lead_out, 'leads out of the checkpoint'),
     (never_summed_up, 'it has no readable manifest'),
     (pickle_in_place, 'it has no readable manifest'),
@@ -371,6 +373,16 @@ def test_a_lock_is_refused_while_held_and_free_when_its_holder_dies(tmp_path):
     holder.wait()
     with lock.held(tmp_path):
         assert str(os.getpid()) in (tmp_path / lock.NAME).read_text()
+
+
+def test_a_file_system_without_locks_is_not_another_run(tmp_path, monkeypatch, capsys):
+    def none(file, operation):
+        raise OSError(errno.ENOLCK, os.strerror(errno.ENOLCK))
+
+    monkeypatch.setattr(fcntl, 'flock', none)
+    with lock.held(tmp_path):
+        pass
+    assert f'warning: the file system of {tmp_path} has no locks' in capsys.readouterr().err
 
 
 # --- Signals ---

@@ -26,8 +26,8 @@ def test_buckets_hold_every_prompt_and_the_null_one(buckets, words):
     conditioning.check_buckets((), prompts)
 
 
-@pytest.mark.parametrize('length', [3, 5])
-def test_the_null_prompt_is_cut_to_the_batch(length):
+@pytest.mark.parametrize('length', [3, 5, 9])
+def test_the_null_prompt_has_as_many_tokens_as_the_batch(length):
     rng = np.random.default_rng(0)
     null = {'embeds': rng.standard_normal((1, 5, 2)), 'mask': np.arange(5)[None] < 2,
             'pooled': rng.standard_normal((1, 4))}
@@ -36,5 +36,16 @@ def test_the_null_prompt_is_cut_to_the_batch(length):
     found = null_like(null, cond)
     assert {k: x.shape for k, x in found.items()} == {k: x.shape for k, x in cond.items()}
     for row in range(6):
-        np.testing.assert_array_equal(found['embeds'][row], null['embeds'][0, :length].astype('f'))
+        # One token alone would be broadcast over all of them, where it has to be padded.
+        padded = np.pad(null['embeds'][0], [(0, 4), (0, 0)])[:length]
+        np.testing.assert_array_equal(found['embeds'][row], padded.astype('f'))
+        np.testing.assert_array_equal(found['mask'][row], np.arange(length) < 2)
         np.testing.assert_array_equal(found['pooled'][row], null['pooled'][0].astype('f'))
+
+
+def test_a_null_prompt_of_one_token_is_padded_not_repeated():
+    null = {'embeds': np.full((1, 1, 2), 3.0), 'mask': np.ones((1, 1), bool)}
+    cond = {'embeds': np.zeros((2, 4, 2)), 'mask': np.ones((2, 4), bool)}
+    found = null_like(null, cond)
+    np.testing.assert_array_equal(found['embeds'][:, :, 0], [[3, 0, 0, 0]] * 2)
+    np.testing.assert_array_equal(found['mask'], [[True, False, False, False]] * 2)

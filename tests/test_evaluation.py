@@ -112,7 +112,7 @@ def evaluated(run, tmp_path_factory):
 def test_an_evaluation_writes_its_figures_and_a_sheet(evaluated):
     workdir, seen, asked = evaluated
     found = json.loads((workdir / 'eval.json').read_text())
-    assert list(found) == ['rows', 'seconds', 'seed', 'step', 'config']
+    assert list(found) == ['rows', 'seconds', 'seed', 'step', 'weights', 'config']
     assert [list(row.values())[:4] for row in found['rows']] == [
         ['teacher_guided', 2, 4, 2.0], ['teacher_few_step', 2, 2, 1.0],
         ['teacher_in_student_sampler', 2, 2, 1.0], ['student', 2, 2, 1.0]]

@@ -5,6 +5,7 @@ import pytest
 
 from ddmd_jax.evaluation import measures, pictures, tables
 from ddmd_jax.study import summarise
+from ddmd_jax.util.errors import UserError
 
 
 def test_frechet_distance_has_the_closed_form_of_gaussians():
@@ -124,7 +125,7 @@ def test_summary_over_seeds(tmp_path):
         '| real |  |  | 0.600 ± 0.141 |', '| student | 4 | 4 | 0.600 ± 0.141 |']
     with pytest.raises(KeyError):
         summarise.over_runs([runs[0], runs[1][:1]])
-    with pytest.raises(SystemExit, match='not the result of a finished run'):
+    with pytest.raises(UserError, match='not the result of a finished run'):
         summarise.load(str(tmp_path))
 
 

@@ -74,12 +74,11 @@ def trained(task: Any, config: Any, until: float, metrics: Path) -> tuple[Any, d
             with signals.watched():
                 ema, figures = _fitted(task, config, workdir, until)
         except signals.Stopped as e:  # time was short after all: what was saved stands
-            saved = checksums.steps(workdir / 'checkpoints')
-            if not saved:
+            if not checksums.steps(workdir / 'checkpoints'):
                 raise
-            ema = checkpoint.restore_ema(workdir, saved[-1], task.spec.shapes.ema,
-                                         task.spec.shardings.ema)
-            figures = {'steps': saved[-1], 'stopped': str(e)}
+            saved = checkpoint.saved(workdir)
+            ema = saved.part('ema', task.spec.shapes.ema, task.spec.shardings.ema)
+            figures = {'steps': saved.step, 'stopped': str(e)}
         shutil.copy(workdir / 'metrics.jsonl', metrics)
     finally:
         shutil.rmtree(workdir)

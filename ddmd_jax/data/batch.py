@@ -10,6 +10,8 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+Array = jax.Array
+
 # Arrays by name with one row an example: 'embeds' [B, L, D] and 'mask' [B, L] bool (True for real
 # tokens) of every family, and whatever else conditions its network, such as 'pooled' [B, D].
 Cond = dict[str, Any]
@@ -78,11 +80,16 @@ class Batch:
 
 
 def null_like(null: Cond, cond: Cond) -> Cond:
-    """The null prompt's one row, repeated for every row of `cond` and cut to its tokens.
+    """The null prompt's one row, repeated for every row of `cond`, with as many tokens.
 
-    Only padding is cut: no batch has fewer tokens than the null prompt (`check_buckets`).
+    Only padding is cut: no batch has fewer tokens than the null prompt (`check_buckets`). Where
+    it has more, the null prompt is padded with zeros, which its mask leaves out.
     """
-    rows = next(iter(cond.values())).shape[0]
-    one = lambda n, c: jnp.broadcast_to(
-        n if n.ndim < 2 or n.shape[1] == c.shape[1] else n[:, :c.shape[1]], (rows, *c.shape[1:]))
+    def one(n: Array, c: Array) -> Array:
+        if n.ndim > 1 and n.shape[1] != c.shape[1]:
+            n = n[:, :c.shape[1]]
+            short = c.shape[1] - n.shape[1]
+            n = jnp.pad(n, [(0, 0), (0, short), *[(0, 0)] * (n.ndim - 2)])
+        return jnp.broadcast_to(n, c.shape)
+
     return {name: one(null[name], c) for name, c in cond.items()}

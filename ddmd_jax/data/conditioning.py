@@ -58,13 +58,18 @@ def check_buckets(buckets: Sequence[int], prompts: Prompts) -> None:
                             'tokens, which stands beside every batch; raise the first')
 
 
-def open_embeddings(path: str, width: int) -> Prompts:
+def open_embeddings(path: str, width: int, encoder: str | None = None) -> Prompts:
     """Prompts of the folder of embeddings at `path`, whose D must be `width`.
 
+    `encoder` is the identity of the teacher's text encoder; None is not known.
+
     Raises:
-      DataFileError: missing, half written, damaged, or of another width.
+      DataFileError: missing, half written, damaged, of another width or another text encoder.
     """
     stored = embeddings.Embeddings(Path(path))
+    if encoder is not None and (wrote := stored.card.get('encoder_identity')) != encoder:
+        raise DataFileError(f"{path} holds embeddings of another text encoder ({wrote}) than the "
+                            f"teacher's ({encoder}); {embeddings.CURE} and the teacher's folder")
     if stored.card['width'] != width:
         raise DataFileError(f'{path} holds embeddings {stored.card["width"]} wide, the teacher '
                             f'takes {width}; encode the prompts with its own text encoder')

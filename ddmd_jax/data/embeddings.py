@@ -21,7 +21,7 @@ import ml_dtypes
 import numpy as np
 
 from ddmd_jax.data import DataFileError, records
-from ddmd_jax.util import files
+from ddmd_jax.util import errors, files
 from ddmd_jax.util.text import first_line
 
 FORMAT = 'ddmd_jax embeddings 1'
@@ -58,15 +58,20 @@ def write(out: Path, settings: Mapping[str, Any], null: Arrays,
           rows: Iterable[tuple[str, Arrays]]) -> None:
     """Writes the folder `out` of (prompt, its arrays), whole or not at all.
 
-    `settings` hold at least 'width', 'length' and 'identity'. Raises OSError, a full disk
-    included.
+    `settings` hold at least 'width', 'length' and 'identity'.
+
+    Raises:
+      DataFileError: an array is not finite.
+      OSError: it cannot be written.
     """
     import safetensors.numpy
 
     lengths: list[int] = []
+    _check_finite('the null prompt', null)
 
     def encoded() -> Iterator[bytes]:
         for text, part in rows:
+            _check_finite(f'{text!r}', part)
             lengths.append(len(part['embeds']))
             raw = np.frombuffer(text.encode(), np.uint8)
             yield safetensors.numpy.save(part | {'prompt': raw})
@@ -100,6 +105,7 @@ class Embeddings:
             if self.card['format'] != FORMAT or any(Path(f).name != f for f in self.card['files']):
                 raise ValueError(f'its format is {self.card["format"]!r}')
         except (OSError, ValueError, KeyError, TypeError) as e:
+            errors.raise_environment(e)
             raise DataFileError(f'{folder} is no folder of embeddings ({first_line(e)}); '
                                 f'{CURE}') from e
         damaged = f'embeddings damaged: {folder}'
@@ -107,6 +113,7 @@ class Embeddings:
             self.lengths = _arrays((folder / 'index.safetensors').read_bytes())['lengths']
             self.null = _arrays((folder / 'null.safetensors').read_bytes())
         except Exception as e:  # safetensors' errors have no common ancestor
+            errors.raise_environment(e, folder)
             raise DataFileError(f'{damaged} ({first_line(e)}); {CURE}') from e
         self._records = records.Records([folder / f for f in self.card['files']],
                                         len(self.lengths), damaged, CURE)
@@ -125,6 +132,13 @@ class Embeddings:
 
     def prompt(self, row: int) -> str:
         return _arrays(self._records.read([row])[0])['prompt'].tobytes().decode()
+
+
+def _check_finite(prompt: str, arrays: Arrays) -> None:
+    bad = [name for name, x in arrays.items() if not np.isfinite(x.astype(np.float32)).all()]
+    if bad:
+        raise DataFileError(f'the text encoder makes {bad[0]} that are not finite of {prompt}; its '
+                            'weights or their dtype are at fault, and nothing was written')
 
 
 def _arrays(raw: bytes) -> Arrays:

@@ -6,6 +6,7 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 from ddmd_jax.data import DataFileError
+from ddmd_jax.util import errors
 from ddmd_jax.util.text import first_line
 
 
@@ -21,6 +22,7 @@ def write(path: Path, records: Iterable[bytes]) -> None:
     except RuntimeError as e:
         if type(e) is not RuntimeError:
             raise
+        errors.raise_environment(e, path)
         raise OSError(first_line(e)) from e  # the library's, which has no errno
 
 
@@ -38,7 +40,8 @@ class Records:
         try:
             self._source = ArrayRecordDataSource([str(file) for file in files])
             found = len(self._source)
-        except Exception as e:  # array_record raises bare RuntimeError by cause
+        except Exception as e:  # array_record raises bare RuntimeError, whatever the cause
+            errors.raise_environment(e)
             raise self._damaged(first_line(e)) from e
         if found != count:
             raise self._damaged(f'{found} records of {count}')
@@ -51,6 +54,7 @@ class Records:
         try:
             return self._source.__getitems__([int(row) for row in rows]) if len(rows) else []
         except Exception as e:
+            errors.raise_environment(e)
             raise self._damaged(f'a record among {min(rows)}..{max(rows)}, {first_line(e)}') from e
 
     def _damaged(self, reason: str) -> DataFileError:

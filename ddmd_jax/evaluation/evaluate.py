@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -18,6 +19,7 @@ from ddmd_jax.diffusion.drawing import Request, Sampler
 from ddmd_jax.evaluation import pictures, tables
 from ddmd_jax.evaluation.suites import Suite
 from ddmd_jax.util import files
+from ddmd_jax.util.errors import UserError
 
 if TYPE_CHECKING:
     from ddmd_jax.families import Teacher
@@ -38,6 +40,7 @@ class Comparison:
       student: parameters of the student.
       step: its updates.
       mesh: on which both lie.
+      weights: names the checkpoint that `student` is of (`checksums.identity`).
     """
 
     config: Any
@@ -45,6 +48,7 @@ class Comparison:
     student: Any
     step: int
     mesh: Mesh
+    weights: str | None = None
 
     def samplers(self) -> dict[str, Sampler]:
         """The ways to draw, by the name of their row."""
@@ -89,12 +93,17 @@ def evaluate(compared: Comparison, suite: Suite, encode: Callable[[Sequence[str]
     rows = [{'name': name, **_settings(compared.samplers().get(name)), **examples.measure(x)}
             for name, x in tqdm(images.items(), 'measuring', unit=' rows', file=sys.stderr,
                                 dynamic_ncols=True)]
+    for row in rows:
+        if bad := [n for n, v in row.items() if isinstance(v, float) and not math.isfinite(v)]:
+            raise UserError(f'{bad[0]} of {row["name"]} is {row[bad[0]]}, no figure; '
+                            f'{workdir / RESULT} was not written')
     held = np.zeros(len(names), bool) if examples.held_out is None else examples.held_out
     shown = _shown(examples.captions, held)
     captions = [examples.captions[i] + ' *' * bool(held[i]) for i in shown[:, 0]]
     _draw_sheet(compared, captions, {name: x[shown] for name, x in images.items()}, workdir)
     files.write_json(workdir / RESULT, {'rows': rows, 'seconds': dict(seconds()),
                                         'seed': config.seed, 'step': compared.step,
+                                        'weights': compared.weights,
                                         'config': config.to_dict()})
     print(f'{tables.terminal(rows, suite.columns)}\n\n{workdir / RESULT}\n{workdir / SHEET}'
           + '  (* prompt held out of all training)' * bool(held.any()))

@@ -9,6 +9,8 @@ from pathlib import Path
 import numpy as np
 from PIL import ExifTags, Image, ImageDraw, ImageFont, PngImagePlugin
 
+from ddmd_jax.util.errors import UserError
+
 ZOOM = 4  # of images no larger than SMALL
 SMALL = 64
 COLUMN, LINE, LEFT = 26, 24, 250  # of a caption: characters of a line, height of one, pixels wide
@@ -18,7 +20,15 @@ SUFFIXES = ('.png', '.webp')  # of the files that `save` writes
 
 
 def to_uint8(images: np.ndarray) -> np.ndarray:
-    """[-1, 1] -> 0..255, clipped."""
+    """[-1, 1] -> 0..255, clipped.
+
+    Raises:
+      UserError: a value is not finite, which would be a black spot.
+    """
+    if not (finite := np.isfinite(images)).all():
+        raise UserError(f'{np.size(finite) - np.sum(finite)} of {np.size(finite)} values of images '
+                        'are not finite; the weights that draw them are spoilt, or their dtype is '
+                        'too narrow')
     return np.round(np.clip(np.asarray(images) * 127.5 + 127.5, 0, 255)).astype(np.uint8)
 
 

@@ -16,6 +16,7 @@ FLAGS = flags.FLAGS
 
 def define_flags() -> None:
     flags.DEFINE_string('checkpoint', None, 'Folder of the run (its --workdir).')
+    flags.DEFINE_integer('step', None, 'Checkpoint to export; default: the newest.', 1)
     flags.DEFINE_string('out', None, 'Folder to write; nothing in it is overwritten.')
     flags.DEFINE_enum('format', 'diffusers', ('diffusers', 'safetensors', 'orbax'),
                       'Format to write.')
@@ -37,7 +38,8 @@ def main(arguments: list[str]) -> None:
     from ddmd_jax.export import write  # JAX takes seconds to import: not before the flags are right
 
     out = commands.folder('--out', FLAGS.out)
-    wanted = write.Wanted(FLAGS.format, FLAGS.dtype, FLAGS.ema, FLAGS.sampler, FLAGS.teacher)
+    wanted = write.Wanted(FLAGS.format, FLAGS.dtype, FLAGS.ema, FLAGS.sampler, FLAGS.teacher,
+                          FLAGS.step)
     workdir = Path(FLAGS.checkpoint).expanduser().absolute()
     print('\n'.join(map(str, write.export(workdir, out, wanted))))
     if FLAGS.push:

@@ -10,6 +10,7 @@ from ddmd_jax.data.prompts import set as prompt_set
 from ddmd_jax.export.student import Student
 from ddmd_jax.families.family import Exported
 from ddmd_jax.method import health
+from ddmd_jax.train.durable import checksums
 from ddmd_jax.util import files, jsonl, text
 
 NAMES = README, PICTURE = 'README.md', 'samples.png'
@@ -64,6 +65,9 @@ def _figures(student: Student, sampler: str) -> tuple[str, str]:
         return '', f'the run judged its weights at step {judged}, these are of {student.step}'
     if not found:
         return '', 'the run was not evaluated'
+    known = checksums.identity(student.saved.folder)
+    if None not in (known, found.get('weights')) and known != found['weights']:
+        return '', 'the run judged other weights of this step'
     heads = [name for name in found['rows'][0] if name != 'name']
     show = lambda v: '' if v is None else f'{v:.3f}' if isinstance(v, float) else str(v)
     return text.markdown(['', *(name.replace('_', ' ') for name in heads)],

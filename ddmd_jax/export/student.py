@@ -1,4 +1,4 @@
-"""The student of a run's newest checkpoint, and what the run says of it."""
+"""The student of a run's checkpoint, and what the run says of it."""
 
 import dataclasses
 import json
@@ -27,16 +27,25 @@ params, about = flat.load('{{folder}}/{FILE}', 'export it again')
 
 @dataclasses.dataclass(frozen=True)
 class Student:
-    """A student whose weights are still to be read; `manifest` is flat, names with dots."""
+    """A student whose weights are still to be read."""
 
     workdir: Path
-    step: int
-    manifest: Mapping[str, Any]
+    saved: ckpt.Saved
     family: str
     export: Export
     source: Source
     ema: bool
     mesh: Mesh
+
+    @property
+    def step(self) -> int:
+        """Updates that it has had."""
+        return self.saved.step
+
+    @property
+    def manifest(self) -> Mapping[str, Any]:
+        """Of its checkpoint: flat, names with dots."""
+        return self.saved.manifest
 
     @property
     def steps(self) -> int:
@@ -58,15 +67,10 @@ class Student:
         Raises:
           CheckpointError: damaged, or of another shape than the teacher.
         """
-        saved = self.workdir / 'checkpoints' / str(self.step)
-        if fault := ckpt.damage(saved):
-            raise ckpt.CheckpointError(
-                f'checkpoint {saved} is damaged ({fault}); start the run again, which goes back to '
-                'the newest good one, or move that folder away')
         like = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, jnp.float32),
                             self.source.abstract)
-        return ckpt.restore_part(saved, 'ema' if self.ema else 'student', like,
-                                 sharding.shard_tree(like, self.source.rules, self.mesh))
+        return self.saved.part('ema' if self.ema else 'student', like,
+                               sharding.shard_tree(like, self.source.rules, self.mesh))
 
     def file(self, name: str) -> Any:
         """JSON that the run has left in its folder, or None."""
@@ -84,39 +88,48 @@ def field_of(workdir: Path, name: str) -> Any:
     return config_lib.field(json.loads(path.read_text()) if path.is_file() else None, name)
 
 
-def open_run(workdir: Path) -> tuple[int, dict[str, Any], Family]:
-    """(step, manifest, teacher's family) of a distillation's newest checkpoint.
+def open_run(workdir: Path, step: int | None = None) -> tuple[ckpt.Saved, Family]:
+    """(the checkpoint `step` of a distillation, None the newest; its teacher's family).
 
     Raises:
       CheckpointError: there is none, it is of another task, or of an unknown family.
     """
-    step, manifest = ckpt.read_manifest(workdir)
+    saved = ckpt.saved(workdir, step)
+    manifest = saved.manifest
     if manifest.get('task', 'distill') != 'distill':
         raise ckpt.CheckpointError(f'{workdir} trains a teacher; its result is '
                                    f'{workdir / "teacher.safetensors"}')
     try:
-        return step, manifest, families.get(str(manifest.get('teacher.name')))
+        return saved, families.get(str(manifest.get('teacher.name')))
     except families.UnknownFamily as e:
         raise ckpt.CheckpointError(f'{workdir} distils a teacher that is unknown here: {e}') from e
 
 
-def open_student(workdir: Path, teacher: str, ema: bool) -> Student:
-    """The student of a run's newest checkpoint; reads none of its weights.
+def open_student(workdir: Path, teacher: str, ema: bool, step: int | None = None) -> Student:
+    """The student of a run's checkpoint `step`, None the newest; reads none of its weights.
 
     `teacher` is the teacher's path if it has moved.
 
     Raises:
-      CheckpointError: see `open_run`.
+      CheckpointError: see `open_run`; or the run distils another teacher.
       WeightsError: the teacher cannot be read.
     """
-    step, manifest, family = open_run(workdir)
+    saved, family = open_run(workdir, step)
     export = family.export or plain_export(family)
-    source = export.open_source(teacher or manifest.get('teacher.path', ''))
-    if source.identity not in (None, manifest.get('teacher_identity', source.identity)):
-        ckpt.warn(f'{workdir} distils another teacher than the one at {teacher or "its path"}: '
-                  'tokenizer and decoder may not match the student')
-    return Student(workdir, step, manifest, family.name, export, source, ema,
+    source = export.open_source(teacher or saved.manifest.get('teacher.path', ''))
+    check_teacher(saved, source.identity, '--teacher')
+    return Student(workdir, saved, family.name, export, source, ema,
                    sharding.make_mesh({'fsdp': -1}))
+
+
+def check_teacher(saved: ckpt.Saved, identity: str | None, flag: str) -> None:
+    """Raises `CheckpointError` unless these are the weights that the run distils, whose text side
+    and decoder the student goes with; None is not known. `flag` is where another path is given."""
+    known = saved.manifest.get('teacher_identity')
+    if None not in (known, identity) and known != identity:
+        raise ckpt.CheckpointError(
+            f'{saved.folder} distils another teacher (identity {known}) than the one given '
+            f'({identity}); give the path of its own with {flag}')
 
 
 def plain_export(family: Family) -> Export:

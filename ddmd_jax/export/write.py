@@ -1,4 +1,4 @@
-"""Exports the newest student of a run, and pushes what was exported to a hub."""
+"""Exports a student of a run, and pushes what was exported to a hub."""
 
 import dataclasses
 from pathlib import Path
@@ -9,8 +9,10 @@ import orbax.checkpoint as ocp
 from ddmd_jax.export import card
 from ddmd_jax.export.student import open_student
 from ddmd_jax.families.family import Exported
+from ddmd_jax.parallel import sharding
 from ddmd_jax.util.errors import UserError
 from ddmd_jax.util.text import first_line
+from ddmd_jax.weights import flat
 from ddmd_jax.weights.flat import WeightsError
 
 
@@ -23,10 +25,11 @@ class Wanted:
     ema: bool = True  # the EMA student, or the raw one
     sampler: str = ''  # of the pipeline's scheduler, of `sampling.STUDENT_MODES`; '' is the run's
     teacher: str = ''  # path of the teacher if it moved
+    step: int | None = None  # checkpoint; None is the newest
 
 
 def export(workdir: Path, out: Path, wanted: Wanted = Wanted()) -> list[Path]:
-    """Writes the newest student of a run into `out`; returns the model's files, then the card.
+    """Writes a student of a run into `out`; returns the model's files, then the card.
 
     One process does it, with all of its devices.
 
@@ -35,7 +38,8 @@ def export(workdir: Path, out: Path, wanted: Wanted = Wanted()) -> list[Path]:
       WeightsError: the teacher cannot be read, `out` holds a file of the same name, or the
         family has no such format.
     """
-    student = open_student(workdir, wanted.teacher, wanted.ema)
+    sharding.all_devices()
+    student = open_student(workdir, wanted.teacher, wanted.ema, wanted.step)
     family, form = student.export, wanted.format
     write = {'diffusers': family.write_pipeline, 'safetensors': family.write_weights,
              'orbax': _write_orbax}[form]
@@ -56,9 +60,11 @@ def export(workdir: Path, out: Path, wanted: Wanted = Wanted()) -> list[Path]:
 
 def _write_orbax(student: Exported, out: Path) -> None:
     """``OUT/params``: the parameters by their names here."""
+    cast = jax.tree.map(lambda x: x.astype(student.dtype), student.params)
+    for name, leaf in flat.flatten(cast).items():
+        flat.check_finite(out / 'params', name, leaf)
     with ocp.Checkpointer(ocp.StandardCheckpointHandler()) as writer:
-        writer.save(out / 'params', args=ocp.args.StandardSave(
-            jax.tree.map(lambda x: x.astype(student.dtype), student.params)))
+        writer.save(out / 'params', args=ocp.args.StandardSave(cast))
 
 
 def push(folder: Path, name: str, private: bool) -> str:
@@ -73,7 +79,7 @@ def push(folder: Path, name: str, private: bool) -> str:
     try:
         api.create_repo(name, private=private, exist_ok=True)
         api.upload_folder(repo_id=name, folder_path=folder, commit_message='ddmd_jax.export')
-    except Exception as e:  # network, login and naming errors have no common ancestor
+    except Exception as e:  # network, login or name: the line names all three
         raise UserError(f'{name} cannot be pushed ({first_line(e)}); {folder} is complete: check '
                         f'the name, the network and your login (hf auth login), then '
                         f'`hf upload {name} {folder}`') from e

@@ -151,7 +151,7 @@ class LoadOptions:
     @property
     def devices(self) -> Mesh:
         """`mesh`, or one device."""
-        return self.mesh or sharding.make_mesh({}, jax.devices()[:1])
+        return self.mesh or sharding.make_mesh({}, sharding.all_devices()[:1])
 
 
 @functools.lru_cache(maxsize=8)

@@ -94,6 +94,8 @@ class Family:
     name: str  # a built-in one's folder, or a module's full name (``__name__``)
     load: Callable[[LoadOptions], Teacher] | None = None  # None: the text encoder alone
     text: Callable[[LoadOptions], TextEncoder] | None = None  # None: it comes with the teacher
+    # `TextEncoder.identity` by the teacher's path; its answer is None where it cannot be known.
+    text_identity: Callable[[str], str | None] | None = None
     # As `load`, with shapes for weights, and with its text side: to compile for, not to run.
     # None: the planner loads the teacher.
     abstract: Callable[[LoadOptions], Teacher] | None = None

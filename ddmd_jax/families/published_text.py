@@ -22,6 +22,7 @@ from ddmd_jax.families.base import Cond, LoadOptions, TextEncoder
 from ddmd_jax.models import flops
 from ddmd_jax.models.layers import abstract_params, functional
 from ddmd_jax.parallel import sharding
+from ddmd_jax.util import errors
 from ddmd_jax.util.text import first_line
 from ddmd_jax.weights import diffusers, fetch, transformers as folders
 from ddmd_jax.weights.flat import WeightsError
@@ -112,18 +113,40 @@ def load(pipeline: Pipeline, options: LoadOptions) -> TextEncoder:
     tokenizers = [_tokenizer(folder / c.tokenizer, pipeline) for c in parts]
     # Everything is checked before the first byte of weights goes to a device.
     opened = [_open(folder / c.folder, c, options.dtype) for c in parts]
+    for c, tokenizer, (_, cfg) in zip(parts, tokenizers, opened):
+        if (last := max(tokenizer.get_vocab().values())) >= cfg.vocab_size:
+            raise WeightsError(
+                f'{folder / c.tokenizer} has tokens up to number {last}, {folder / c.folder} a '
+                f'table of {cfg.vocab_size}; they do not belong together: {CURE}')
     shapes = [_abstract(c, cfg, options.dtype) for c, (_, cfg) in zip(parts, opened)]
     layouts = [sharding.shard_tree(tree, pipeline.rules, mesh) for tree in shapes]
     params = {}
     for c, (checkpoint, _), tree, layout in zip(parts, opened, shapes, layouts):
         params[c.folder] = diffusers.import_tree(checkpoint, tree, layout, c.entry)
     configs = [cfg for _, cfg in opened]
-    identities = [diffusers.identity(checkpoint) for checkpoint, _ in opened]
-    joined = hashlib.sha256(''.join(identities).encode()).hexdigest()[:16]
     return TextEncoder(
         pipeline.family, params, functools.partial(_tokenize, pipeline, tokenizers),
         _apply(parts, configs, mesh), pipeline.length, sum(cfg.hidden_size for cfg in configs),
-        pipeline.rules, joined if identities[1:] else identities[0], pipeline.cuts)
+        pipeline.rules, _identity([checkpoint for checkpoint, _ in opened]), pipeline.cuts)
+
+
+def identity(pipeline: Pipeline, path: str) -> str | None:
+    """`TextEncoder.identity` of the pipeline in a folder, loading nothing; None where its encoders
+    are not on this disk: embeddings are there to do without them.
+
+    Raises:
+      WeightsError: an encoder is another's, or damaged.
+    """
+    places = [Path(path).expanduser() / c.folder for c in pipeline.components]
+    if not all(list(place.glob('*.safetensors')) for place in places):
+        return None
+    return _identity([folders.open_folder(place, c.published)
+                      for place, c in zip(places, pipeline.components)])
+
+
+def _identity(opened: Sequence[diffusers.Checkpoint]) -> str:
+    found = [diffusers.identity(checkpoint) for checkpoint in opened]
+    return hashlib.sha256(''.join(found).encode()).hexdigest()[:16] if found[1:] else found[0]
 
 
 def abstract(pipeline: Pipeline, config: Any, options: LoadOptions) -> TextEncoder:
@@ -203,6 +226,7 @@ def _tokenizer(folder: Path, pipeline: Pipeline) -> Any:
         found.padding_side = 'right'
         _tokenize(pipeline, [found], [''])  # a missing pad token or chat template fails here
     except Exception as e:  # no common ancestor: of JSON, of files, of templates, of Rust
+        errors.raise_environment(e, folder)
         raise WeightsError(f'no tokenizer can be made of {folder} ({first_line(e)}); {CURE}') from e
     return found
 

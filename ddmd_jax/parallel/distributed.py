@@ -12,12 +12,14 @@ import atexit
 import contextlib
 import glob
 import itertools
+import json
 import os
 import sys
 import threading
 import time
 import traceback
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 import jax
@@ -29,6 +31,7 @@ from ddmd_jax.util.text import first_line
 PEER_LOST = ('Gloo', 'gloo', 'Connection closed by peer', 'Connection reset by peer', 'heartbeat',
              'Barrier', 'barrier', 'coordination service', 'CoordinationService')
 JOINING = 300  # seconds that a run waits for all of its processes
+SEEN = 60  # seconds within which a file of another host is there: NFS keeps what it has seen
 RESTART = 'start all processes again, they go on from the last checkpoint'
 
 
@@ -116,10 +119,19 @@ class Peers:
     FOLDER, DONE, FAILED = 'ddmd_jax/alive/', 'done', 'failed'
 
     def __init__(self, client: Any, me: int, count: int, timeout: float):
-        self._client, self.me, self._timeout = client, me, timeout
+        self._client, self.me, self._timeout, self._asked = client, me, timeout, 0
         self.beat = min(2.0, timeout / 4)  # seconds between two counts
         self._seen = {i: ('', time.monotonic()) for i in range(count) if i != me}
         self._leaving, self._writing = threading.Event(), threading.Lock()
+
+    def of_first(self, mine: str) -> str:
+        """Process 0's text, which every process asks for with its own."""
+        self._asked += 1
+        key = f'ddmd_jax/shared/{self._asked}'
+        if self.me == 0:
+            self._client.key_value_set(key, mine, allow_overwrite=True)
+            return mine
+        return self._client.blocking_key_value_get(key, JOINING * 1000)
 
     def start(self) -> None:
         """Begins to watch, until the interpreter exits."""
@@ -180,6 +192,46 @@ class Peers:
         return ''
 
 
+def agree(what: str, mine: Mapping[str, Any]) -> None:
+    """Compares what all processes must share with process 0's; each calls it in the same order.
+
+    Args:
+      what: names it, as 'config'.
+      mine: JSON values by name.
+
+    Raises:
+      DistributedError: this process has other values; names it and each of them.
+    """
+    if _peers is None:
+        return
+    theirs = _peers.of_first(json.dumps(dict(mine)))
+    zero, here = json.loads(theirs), json.loads(json.dumps(dict(mine)))
+    show = lambda found, name: repr(found[name]) if name in found else 'absent'
+    unlike = [f'{name}: {show(zero, name)}, here {show(here, name)}'
+              for name in sorted({*zero, *here}) if zero.get(name) != here.get(name)]
+    if unlike:
+        raise DistributedError(f'process {_peers.me} has another {what} than process 0: '
+                               f'{"; ".join(unlike)}; start all processes with one command, of '
+                               'one version')
+
+
+def same_folder(file: Path) -> None:
+    """Waits until this process sees the `file` that process 0 has just written.
+
+    Raises:
+      DistributedError: it does not, within `SEEN` seconds: its folder is another.
+    """
+    if _peers is None:
+        return
+    end = time.monotonic() + SEEN
+    wanted = _peers.of_first(file.read_text() if _peers.me == 0 else '')
+    while not file.is_file() or file.read_text() != wanted:
+        if time.monotonic() > end:
+            raise DistributedError(f'process {_peers.me} sees another {file.parent} than process '
+                                   '0; --workdir must be one folder that all of them share')
+        time.sleep(0.2)
+
+
 _peers: Peers | None = None
 _exiting = threading.Lock()
 
@@ -213,13 +265,15 @@ def fail(reason: str, at_once: bool = False) -> None:
     _exit(f'main: {reason}')
 
 
-def exit_if_distributed(error: Exception) -> None:
-    """Ends a process of several: with one line if `error` comes from the loss of another one."""
-    if _peers is None:
-        return
-    text = first_line(error)[:200]
-    if any(words in str(error) for words in PEER_LOST):
+def exit_if_lost(error: Exception) -> None:
+    """Ends a process of several with one line if `error` comes from the loss of another one."""
+    if _peers is not None and any(words in str(error) for words in PEER_LOST):
         time.sleep(1.25 * _peers.beat)  # the watching thread may know which one, and says so
-        exit_now(f'another process is gone ({text}); {RESTART}')
-    traceback.print_exception(error)
-    exit_now(f'{type(error).__name__}: {text}')
+        exit_now(f'another process is gone ({first_line(error)[:200]}); {RESTART}')
+
+
+def exit_if_distributed(error: Exception) -> None:
+    """Ends a process of several with the traceback of `error`, and tells the others."""
+    if _peers is not None:
+        traceback.print_exception(error)
+        exit_now(f'{type(error).__name__}: {first_line(error)[:200]}')

@@ -15,7 +15,9 @@ import jax
 import numpy as np
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec as P
 
+from ddmd_jax.util import errors
 from ddmd_jax.util.errors import UserError
+from ddmd_jax.util.text import first_line
 
 AXES = ('data', 'fsdp', 'tensor')
 BATCH = P(('data', 'fsdp'))
@@ -24,6 +26,18 @@ Rules = Sequence[tuple[str, tuple[str | None, ...]]]
 
 class ShardingError(UserError, ValueError):
     """A mesh that does not fit the devices, or a rule that does not fit a parameter."""
+
+
+def all_devices() -> list[jax.Device]:
+    """All devices of all processes: every command asks here first.
+
+    Raises:
+      EnvironmentFault: JAX cannot use those it is told to.
+    """
+    try:
+        return jax.devices()
+    except (RuntimeError, AssertionError) as e:  # a platform without a plug-in: a bare assertion
+        raise errors.environment(e) or errors.no_devices(first_line(e)) from e
 
 
 def make_mesh(axes: Mapping[str, int], devices: Sequence[Any] | None = None) -> Mesh:
@@ -36,7 +50,7 @@ def make_mesh(axes: Mapping[str, int], devices: Sequence[Any] | None = None) -> 
       ShardingError: unknown axes, sizes that are not positive, that do not multiply to the
         number of devices, or `data` does not divide by the number of slices.
     """
-    devices = jax.devices() if devices is None else devices
+    devices = all_devices() if devices is None else devices
     sizes = [axes.get(a, 1) for a in AXES]
     asked = f'mesh {dict(axes)}'
     if set(axes) - set(AXES):

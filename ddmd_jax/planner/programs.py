@@ -17,7 +17,7 @@ from ddmd_jax.method import schedules
 from ddmd_jax.parallel import sharding
 from ddmd_jax.planner import chips
 from ddmd_jax.train import distillation, prompts
-from ddmd_jax.util import text
+from ddmd_jax.util import errors, text
 from ddmd_jax.util.errors import UserError
 
 
@@ -44,6 +44,7 @@ def topology(name: str) -> Any:
         return topologies.get_topology_desc(
             platform='tpu', topology_name=shape, num_slices=slices, **more).devices
     except Exception as e:  # a missing library and a misspelt name come as many kinds
+        errors.raise_environment(e)
         reason = text.first_line(e)
         raise PlanError(f'no topology {name!r} ({reason}); write it as v5e:4x4, several slices as '
                         '2xv5e:4x4, and install the TPU compiler with `pip install "jax[tpu]"`'

@@ -62,7 +62,7 @@ def load_config(path: str) -> Any:
         config_lib.check(config)
     except config_lib.ConfigError as e:
         wrong(str(e))
-    except Exception as e:  # the file is the user's code
+    except Exception as e:  # the file is the user's code, which may raise anything
         wrong(f'--config {path} cannot be read ({" ".join(str(e).split())}); try --config=emoji')
     return config
 

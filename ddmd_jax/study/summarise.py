@@ -3,27 +3,56 @@
 Prints a Markdown table, one row a sampler, ``mean ± standard deviation`` over the runs.
 """
 
+import dataclasses
 import json
 import statistics
-import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from absl import app
-
 from ddmd_jax.evaluation import tables
 from ddmd_jax.util import commands, text
+from ddmd_jax.util.errors import UserError
+from ddmd_jax.weights import flat
+
+HOW = ('log/', 'checkpoint/', 'mesh/', 'eval/batch', 'resume', 'train/steps')  # not what is judged
 
 
-def load(workdir: str) -> list[dict[str, Any]]:
-    """Rows of one run; exits with one line if they cannot be read."""
+@dataclasses.dataclass(frozen=True)
+class Evaluated:
+    """What a run has judged: rows of figures, and under which conditions."""
+
+    workdir: str
+    rows: list[dict[str, Any]]
+    conditions: dict[str, Any]  # whatever makes figures of two runs unlike: all but the seed
+
+
+def load(workdir: str) -> Evaluated:
+    """One run's; exits with one line if it cannot be read."""
     path = Path(workdir) / 'eval.json'
     try:
-        return [{'name': row['name'], **row} for row in json.loads(path.read_text())['rows']]
-    except (OSError, ValueError, KeyError, TypeError) as e:
-        sys.exit(f'summarise: {path} is not the result of a finished run ({type(e).__name__}); '
-                 'run main with that --workdir to its end')
+        found = json.loads(path.read_text())
+        rows = [{'name': row['name'], **row} for row in found['rows']]
+        config = flat.flatten(found['config'])
+        drawn = {f'{row["name"]}.{name}': row[name] for row in rows for name in tables.SETTINGS}
+        conditions = {name.replace('/', '.'): value for name, value in config.items()
+                      if name != 'seed' and not name.startswith(HOW)}
+        return Evaluated(workdir, rows, conditions | drawn | {'step': found['step']})
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as e:
+        raise UserError(f'{path} is not the result of a finished run ({type(e).__name__}); run '
+                        'main with that --workdir to its end') from e
+
+
+def check_alike(runs: Sequence[Evaluated]) -> None:
+    """Raises `UserError`, naming what differs, unless the runs may be averaged."""
+    first = runs[0]
+    for other in runs[1:]:
+        names = sorted({*first.conditions, *other.conditions})
+        unlike = [f'{n}: {first.conditions.get(n)!r} and {other.conditions.get(n)!r}'
+                  for n in names if first.conditions.get(n) != other.conditions.get(n)]
+        if unlike:
+            raise UserError(f'{first.workdir} and {other.workdir} differ in more than their seed, '
+                            f'and a mean over them says nothing: {"; ".join(unlike[:8])}')
 
 
 def over_runs(runs: Sequence[Sequence[tables.Row]]) -> str:
@@ -51,14 +80,16 @@ def _spread(values: Sequence[float]) -> str:
     return ' ± '.join(format(value, tables.FORMAT) for value in shown)
 
 
-def main(argv: list[str]) -> None:
-    if len(argv) < 2:
-        sys.exit('summarise: name at least one workdir of a finished run')
+def main(workdirs: list[str]) -> None:
+    if not workdirs:
+        raise UserError('name at least one workdir of a finished run')
+    runs = [load(workdir) for workdir in workdirs]
+    check_alike(runs)
     try:
-        print(over_runs([load(workdir) for workdir in argv[1:]]))
+        print(over_runs([run.rows for run in runs]))
     except KeyError as e:
-        sys.exit(f'summarise: one of the runs has no {e}; all must be of one suite')
+        raise UserError(f'one of the runs has no {e}; all must be of one suite') from e
 
 
 if __name__ == '__main__':
-    app.run(main, flags_parser=commands.parser('summarise'))
+    commands.run('summarise', main, lambda: None)

@@ -39,7 +39,9 @@ def load(config: Any, teacher: Teacher, mesh: Mesh) -> Prompts:
     if config.data.name in family.data_sets:
         return family.data_sets[config.data.name].load(config, teacher, mesh)
     if config.data.name == 'embeddings':
-        found = conditioning.open_embeddings(config.data.path, teacher.cond.width)
+        own = teacher.text.identity if teacher.text else None
+        encoder = family.text_identity(config.teacher.path) if family.text_identity else own
+        found = conditioning.open_embeddings(config.data.path, teacher.cond.width, encoder)
     else:
         found = online(config.data.path, text_of(config, teacher, mesh), mesh,
                        bool(config.data.lengths))

@@ -16,10 +16,10 @@ import jax
 from ddmd_jax.data.order import Order
 from ddmd_jax.evaluation import evaluate as evaluation
 from ddmd_jax.families import Teacher
-from ddmd_jax.parallel import sharding
+from ddmd_jax.parallel import distributed, sharding
 from ddmd_jax.train import prompts as prompt_sources
 from ddmd_jax.train.distillation import Distillation, load_teacher, plan, request_of, suite_of
-from ddmd_jax.train.durable import guards, resume, rollback, signals
+from ddmd_jax.train.durable import checksums, guards, resume, rollback, signals
 from ddmd_jax.train.durable.rollback import DivergedError, Taken
 from ddmd_jax.train.durable.saving import Checkpoints
 from ddmd_jax.train.feed import Feed
@@ -110,7 +110,8 @@ def distill(config: Any, workdir: Path, options: Options = NOTHING_ELSE) -> None
     # -------------------------------------------------------------------------------- evaluation
     ema, step = state.ema, int(state.step)
     del state  # critic and optimisers make room for images
-    compared = evaluation.Comparison(config, task.teacher, ema, step, task.spec.mesh)
+    compared = evaluation.Comparison(config, task.teacher, ema, step, task.spec.mesh,
+                                     checksums.identity(workdir / 'checkpoints' / str(step)))
     suite = suite_of(config)
     timings = lambda: {**seconds._asdict(), 'total': time.monotonic() - started}
     if suite:
@@ -171,9 +172,11 @@ def fit(task: Task, config: Any, workdir: Path,
     Raises:
       CheckpointError: `workdir` holds another run's checkpoints, or the last one could not be
         written.
+      DistributedError: the teacher or the data of this process are not those of process 0.
       DivergedError: a loss or gradient stopped being finite; rollback is off, or has not helped.
       Stopped: a signal asked for it; everything is saved.
     """
+    distributed.agree('teacher or data', task.identities)
     opening, started = '', time.monotonic()
     while True:
         try:
@@ -191,7 +194,7 @@ def fit_and_write(task: Any, config: Any, file: Path, options: Options = NOTHING
       task: a `Task` that can also `write(file, params, step)`, which returns figures by name.
 
     Raises:
-      see `fit`.
+      CheckpointError, DivergedError, Stopped: see `fit`.
     """
     state, seconds = fit(task, config, file.parent, options)
     whole = jax.jit(lambda tree: tree, out_shardings=sharding.replicated(task.spec.mesh))(state.ema)

@@ -1,6 +1,7 @@
 """The frame of every command but `main`: flags, and what goes wrong as one line and a code."""
 
 import functools
+import math
 import os
 import sys
 from collections.abc import Callable
@@ -8,6 +9,7 @@ from pathlib import Path
 
 from absl import app, flags, logging
 
+from ddmd_jax.util import errors
 from ddmd_jax.util.errors import UserError
 
 FLAGS = flags.FLAGS
@@ -37,13 +39,28 @@ def call(name: str, main: Callable[[list[str]], None], argv: list[str]) -> None:
         logging.set_verbosity(logging.WARNING)  # libraries' chatter hides what is said here
     try:
         main(argv[1:])
+        sys.stdout.flush()  # a reader that has gone away is noticed here, not at exit
     except UserError as e:
         sys.exit(f'{name}: {e}')
-    except OSError as e:
-        where = f'{e.filename} cannot be read or written' if e.filename else 'the system refuses'
-        sys.exit(f'{name}: {where} ({e.strerror or e})')
+    except BrokenPipeError:  # `... | head` has seen enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        sys.exit(1)
     except KeyboardInterrupt:
         sys.exit(f'{name}: stopped')
+    except Exception as e:  # what is not the machine's fault is a bug, and shows where it is
+        if fault := errors.environment(e):
+            sys.exit(f'{name}: {fault}')
+        if not isinstance(e, OSError):
+            raise
+        where = f'{e.filename} cannot be read or written' if e.filename else 'the system refuses'
+        sys.exit(f'{name}: {where} ({e.strerror or e})')
+
+
+def finite(*names: str) -> None:
+    """Refuses NaN and infinity as values of these flags, which bounds let through."""
+    for name in names:
+        flags.register_validator(name, lambda given: given is None or math.isfinite(given),
+                                 'must be a finite number')
 
 
 def only_flags(arguments: list[str]) -> None:

@@ -1,15 +1,19 @@
 """Files that are there whole or not at all."""
 
 import contextlib
+import errno
 import fcntl
 import json
 import os
 import shutil
 import socket
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import IO, Any
+from typing import IO, Any, TypeVar
+
+T = TypeVar('T')
+WAITS = 0.1, 0.4, 1.5  # seconds before a file that could not be read is tried again
 
 
 @contextlib.contextmanager
@@ -55,11 +59,17 @@ def lock(path: Path) -> tuple[IO[str] | None, str]:
 
     The lock (`flock`) ends with the process that holds it, however that dies. The text in the
     file is for people only.
+
+    Raises:
+      OSError: the file cannot be made; or ENOLCK, ENOTSUP, ...: its file system has no locks.
     """
     file = path.open('a+')
     try:
         fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except OSError:
+    except OSError as e:
+        if e.errno not in (errno.EWOULDBLOCK, errno.EACCES):
+            file.close()
+            raise
         file.seek(0)
         holder = ' '.join(file.read().split()) or 'another process'
         file.close()
@@ -68,7 +78,24 @@ def lock(path: Path) -> tuple[IO[str] | None, str]:
     file.write(f'process {os.getpid()} on {socket.gethostname()}, since '
                f'{time.strftime("%Y-%m-%d %H:%M:%S %z")}\n')
     file.flush()
+    os.fsync(file.fileno())  # other hosts look for it
     return file, ''
+
+
+def patiently(read: Callable[[], T]) -> T:
+    """What `read` returns; a file that cannot be read just now is tried again after `WAITS`.
+
+    Raises:
+      OSError: it is not there, or cannot be read at the last try either.
+    """
+    for wait in WAITS:
+        try:
+            return read()
+        except (FileNotFoundError, NotADirectoryError, IsADirectoryError):
+            raise
+        except OSError:
+            time.sleep(wait)
+    return read()
 
 
 def remove(path: Path) -> None:

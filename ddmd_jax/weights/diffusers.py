@@ -16,7 +16,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from ddmd_jax.util import files
+from ddmd_jax.util import errors, files
 from ddmd_jax.weights import flat
 from ddmd_jax.weights.flat import WeightsError
 from ddmd_jax.weights.names import Entry
@@ -57,6 +57,7 @@ def read_json(file: Path) -> dict[str, Any]:
     except FileNotFoundError as e:
         raise WeightsError(f'{file} is missing; is {file.parent} a diffusers folder?') from e
     except (ValueError, OSError) as e:
+        errors.raise_environment(e)
         raise WeightsError(f'{file} cannot be read ({e}); fetch it again') from e
 
 
@@ -215,7 +216,7 @@ def export_tree(tree: Any, entry: EntryOf, folder: Path, config: dict[str, Any],
     the files' names.
 
     Raises:
-      WeightsError: `folder` exists already.
+      WeightsError: `folder` exists already, or a value is not finite in `dtype`.
     """
     import huggingface_hub
     import safetensors.numpy
@@ -244,6 +245,8 @@ def export_tree(tree: Any, entry: EntryOf, folder: Path, config: dict[str, Any],
         (scratch / 'config.json').write_text(json.dumps(config, indent=2, sort_keys=True) + '\n')
         for file, names in plan.filename_to_tensors.items():
             tensors = {name: fetch(*parts[name]) for name in names}
+            for name, tensor in tensors.items():
+                flat.check_finite(folder, name, tensor)
             safetensors.numpy.save_file(tensors, scratch / file, metadata={'format': 'pt'})
         if plan.is_sharded:
             index = {'metadata': plan.metadata, 'weight_map': plan.tensor_to_filename}

@@ -6,7 +6,7 @@ import os
 from collections.abc import Sequence
 from pathlib import Path
 
-from ddmd_jax.util import files
+from ddmd_jax.util import errors, files
 from ddmd_jax.util.text import first_line
 from ddmd_jax.weights.flat import WeightsError
 
@@ -38,7 +38,7 @@ def _from_hub(name: str, patterns: Sequence[str]) -> Path:
 
     try:
         return Path(huggingface_hub.snapshot_download(name, allow_patterns=list(patterns)))
-    except Exception as e:  # network, login and naming errors have no common ancestor
+    except Exception as e:  # network, login or name: the line names all three
         raise WeightsError(f'{name} is no folder here and cannot be fetched from the hub '
                            f'({first_line(e)}); check the name, the network and your login, or '
                            'give a local folder') from e
@@ -62,6 +62,7 @@ def _from_url(url: str, patterns: Sequence[str]) -> Path:
             with files.replacing(place, own=True) as scratch:  # several processes may start at once
                 fs.get_file(file, str(scratch))
     except Exception as e:
+        errors.raise_environment(e, url)
         raise WeightsError(f'{url} cannot be read ({first_line(e)}); check the URL and your '
                            'access (gs:// needs `pip install gcsfs`)') from e
     if not found:

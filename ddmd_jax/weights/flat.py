@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from ddmd_jax.util import files
+from ddmd_jax.util import errors, files
 from ddmd_jax.util.errors import UserError
 
 Tree = Any
@@ -37,12 +37,25 @@ def unflatten(flat: dict[str, Any]) -> Tree:
 
 
 def save(path: Path, tree: Tree, metadata: dict[str, str], dtype: Any = None) -> None:
-    """Writes `tree`, cast to `dtype` if given, through a temporary file and a rename."""
+    """Writes `tree`, cast to `dtype` if given, through a temporary file and a rename.
+
+    Raises:
+      WeightsError: a value is not finite in that dtype.
+    """
     import safetensors.flax
 
     cast = {k: jnp.asarray(v, dtype or v.dtype) for k, v in flatten(tree).items()}
+    for name, leaf in cast.items():
+        check_finite(path, name, leaf)
     with files.replacing(path) as scratch:
         safetensors.flax.save_file(cast, scratch, metadata)
+
+
+def check_finite(path: Path, name: str, values: Any) -> None:
+    """Raises `WeightsError` if weights that are about to be written to `path` are not finite."""
+    if jnp.issubdtype(values.dtype, jnp.floating) and not bool(jnp.isfinite(values).all()):
+        raise WeightsError(f'{path} was not written: {name} holds values that are not finite in '
+                           f'{values.dtype}; another dtype may hold them, else they are spoilt')
 
 
 def open_file(path: Path, cure: str) -> Any:
@@ -58,6 +71,7 @@ def open_file(path: Path, cure: str) -> Any:
     except FileNotFoundError as e:
         raise WeightsError(f'weights missing: {path}; {cure}') from e
     except (safetensors.SafetensorError, OSError) as e:
+        errors.raise_environment(e, path)
         raise WeightsError(f'weights damaged: {path} ({e}); {cure}') from e
 
 

@@ -14,6 +14,7 @@ import numpy as np
 from PIL import Image
 
 from ddmd_jax.data import DataFileError
+from ddmd_jax.util import errors
 from ddmd_jax.util.text import first_line
 
 FILES = Path(__file__).parent / 'files'
@@ -71,7 +72,8 @@ def load(path: Path = DRAWINGS) -> tuple[tuple[str, ...], list[list[np.ndarray]]
         for row in rows:
             picture = Image.open(io.BytesIO(row['drawing'])).convert('RGBA')
             found[row['object'].decode()][row['set'].decode()] = np.asarray(picture)
-    except Exception as e:  # array_record raises bare RuntimeError/ValueError by cause
+    except Exception as e:  # array_record raises bare RuntimeError, whatever the cause
+        errors.raise_environment(e, path)
         raise DataFileError(f'data set damaged: {path} ({first_line(e)}); {RESTORE_HINT}') from e
     if version != VERSION:
         raise DataFileError(f'data set {path} is of version {version}, this package reads '

@@ -64,3 +64,8 @@ def load(options: LoadOptions) -> TextEncoder:
       WeightsError, ShardingError: as `published_text.load`.
     """
     return published_text.load(PIPELINE, options)
+
+
+def identity(path: str) -> str | None:
+    """Raises `WeightsError`: see `published_text.identity`."""
+    return published_text.identity(PIPELINE, path)

@@ -87,3 +87,8 @@ def null_is_zeros(folder: str | Path) -> bool:
     """
     index = diffusers.read_json(Path(folder) / 'model_index.json')
     return bool(index.get('force_zeros_for_empty_prompt', True))  # the pipeline's own default
+
+
+def identity(path: str) -> str | None:
+    """Raises `WeightsError`: see `published_text.identity`."""
+    return published_text.identity(PIPELINE, path)

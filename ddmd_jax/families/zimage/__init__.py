@@ -3,4 +3,5 @@
 from ddmd_jax.families.family import Family
 from ddmd_jax.families.zimage import text
 
-FAMILY = Family('zimage', text=text.load, class_names=text.PIPELINE.class_names)
+FAMILY = Family('zimage', text=text.load, text_identity=text.identity,
+                class_names=text.PIPELINE.class_names)

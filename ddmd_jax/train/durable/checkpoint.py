@@ -1,5 +1,6 @@
 """Reading Orbax checkpoints: state, data iterator, and the manifest, which identifies their run."""
 
+import dataclasses
 import importlib.metadata
 import json
 import sys
@@ -17,6 +18,7 @@ import ddmd_jax
 from ddmd_jax.config import fields_of
 from ddmd_jax.train.durable import checksums
 from ddmd_jax.train.feed import Feed
+from ddmd_jax.util import errors, files
 from ddmd_jax.util.errors import UserError
 from ddmd_jax.util.text import first_line
 from ddmd_jax.weights import flat
@@ -24,6 +26,7 @@ from ddmd_jax.weights import flat
 PACKAGES = ('jax', 'flax', 'optax', 'orbax-checkpoint')
 FORMAT_FIELD, FORMAT = 'format', 2  # of the state's tree; a manifest without it has format 1
 INTERVAL = 'interval'  # beside the data's state: metrics that had not been logged yet
+PLACES = ('teacher.path',)  # in a manifest for those who look for it: what lies there counts
 VERSION = 'version.'  # in front of a package's name in a manifest; these only warn
 
 
@@ -82,9 +85,25 @@ class UnreadableError(CheckpointError):
     """A checkpoint that should be readable is not; `reason` is Orbax's."""
 
     def __init__(self, folder: Path, reason: str):
-        super().__init__(f'checkpoint {folder} cannot be read ({reason}); delete that folder to '
-                         'fall back to the one before it')
+        words = ('its files are what was written, so it may come from other versions: see '
+                 f'`python -m ddmd_jax.checkpoints {folder.parent.parent}`'
+                 if checksums.known(folder) else
+                 'nobody has summed up its files: its run may have been killed while it wrote '
+                 'them; with that folder moved away, the run begins before it')
+        super().__init__(f'checkpoint {folder} cannot be read ({reason}); {words}')
         self.reason = reason
+
+
+def agree(error: BaseException | None, doing: str) -> None:
+    """Raises in every process what the machine is at fault for in one; all of them must ask.
+
+    Raises:
+      EnvironmentFault: `error` is one, here or in another process.
+    """
+    fault = errors.environment(error) if error else None
+    if anywhere(fault is not None):
+        raise fault or errors.EnvironmentFault(f'{doing} has failed in another process, whose '
+                                               'output says why')
 
 
 def restore(folder: Path, manifest: Mapping[str, Any], abstract: Any, shardings: Any,
@@ -100,17 +119,18 @@ def restore(folder: Path, manifest: Mapping[str, Any], abstract: Any, shardings:
     parts = {'state': ocp.args.StandardRestore(target)}
     if data is not None:
         parts['data'] = ocp.args.JsonRestore()
-    restored, interval, reason = None, [], ''
+    restored, interval, failed = None, [], None
     try:
         restored = _read(folder, parts)
         if data is not None:
             interval = [{k: np.float32(v) for k, v in x.items()}
                         for x in restored.data.pop(INTERVAL, [])]
             data.set_state(restored.data)
-    except Exception as e:  # Orbax raises many kinds; the user needs the folder and a cure
-        reason = first_line(e)
-    if anywhere(bool(reason)):
-        raise UnreadableError(folder, reason or 'by another process')
+    except Exception as e:  # Orbax raises many kinds; `agree` tells the machine's faults apart
+        failed = e
+    agree(failed, f'reading {folder}')
+    if anywhere(failed is not None):
+        raise UnreadableError(folder, first_line(failed) if failed else 'by another process')
     return restored.state, interval
 
 
@@ -121,16 +141,22 @@ def _read(folder: Path, parts: Mapping[str, Any]) -> Any:
 
 
 def manifest_of(folder: Path) -> dict[str, Any]:
-    """The manifest of the checkpoint in `folder`.
+    """The manifest of the checkpoint in `folder`, as Orbax has written it; needs no device.
 
     Raises:
-      CheckpointError: it cannot be read.
+      CheckpointError: there is none, or it is no JSON object.
+      EnvironmentFault: it cannot be read.
     """
     try:
-        return _read(folder, {'manifest': ocp.args.JsonRestore()}).manifest
-    except Exception as e:
-        raise CheckpointError(f'checkpoint {folder} has no readable manifest; delete that folder '
-                              'or choose another --workdir') from e
+        found = json.loads(files.patiently((folder / 'manifest' / 'metadata').read_bytes))
+        if not isinstance(found, dict):
+            raise ValueError('it is no JSON object')
+        return found
+    except (OSError, ValueError) as e:
+        errors.raise_environment(e)
+        raise CheckpointError(
+            f'checkpoint {folder} has no readable manifest ({first_line(e)}); see what is damaged '
+            f'with `python -m ddmd_jax.checkpoints {folder.parent.parent} --verify`') from e
 
 
 def check_manifest(folder: Path, manifest: Mapping[str, Any]) -> None:
@@ -141,7 +167,9 @@ def check_manifest(folder: Path, manifest: Mapping[str, Any]) -> None:
     """
     (saved, wrote), (current, reads) = map(split_versions, (manifest_of(folder), manifest))
     form = saved.pop(FORMAT_FIELD, 1)
-    current.pop(FORMAT_FIELD, None)
+    for entries in (saved, current):
+        for name in (FORMAT_FIELD, *PLACES):
+            entries.pop(name, None)
     if form != FORMAT:
         raise CheckpointError(
             f'checkpoint {folder} was written by an incompatible version (format {form}, this one '
@@ -189,8 +217,19 @@ def newest_good(directory: Path) -> tuple[int | None, dict[int, str]]:
 
 
 def damage(folder: Path) -> str:
-    """The first fault in the files of a checkpoint, or ''; all processes read them together."""
-    fault = checksums.fault(folder, jax.process_index(), jax.process_count())
+    """The first fault in the files of a checkpoint, or ''; all processes read them together.
+
+    Raises:
+      EnvironmentFault: a file cannot be read just now, in one of them: nothing is known of it.
+    """
+    fault, failed = '', None
+    try:
+        fault = checksums.fault(folder, jax.process_index(), jax.process_count())
+    except OSError as e:
+        failed = errors.environment(e) or errors.EnvironmentFault(
+            f'{e.filename or folder} cannot be read ({e.strerror or first_line(e)}); nothing was '
+            'moved: see to it, then run the same command again')
+    agree(failed, f'reading {folder}')
     return (fault or 'found by another process') if anywhere(bool(fault)) else ''
 
 
@@ -213,17 +252,41 @@ def _free(place: Path) -> Path:
     return next(name for name in names if not name.exists())
 
 
-def read_manifest(workdir: Path) -> tuple[int, dict[str, Any]]:
-    """``(newest step, manifest)`` of a run's folder, for commands that only read.
+@dataclasses.dataclass(frozen=True)
+class Saved:
+    """A checkpoint of a run, for commands that only read: the one way to its weights."""
+
+    folder: Path
+    manifest: dict[str, Any]
+
+    @property
+    def step(self) -> int:
+        return int(self.folder.name)
+
+    def part(self, name: str, abstract: Any, shardings: Any) -> Any:
+        """See `restore_part`; raises `CheckpointError` as well where a file is damaged."""
+        if fault := damage(self.folder):
+            raise CheckpointError(
+                f'checkpoint {self.folder} is damaged ({fault}); start the run again, which goes '
+                'back to the newest good one, or name an older one with --step')
+        return restore_part(self.folder, name, abstract, shardings)
+
+
+def saved(workdir: Path, step: int | None = None) -> Saved:
+    """The checkpoint `step` of a run's folder, or its newest; reads none of its weights.
 
     Raises:
-      CheckpointError: there is none, or it cannot be read.
+      CheckpointError: there is no such checkpoint, or its manifest cannot be read.
     """
     directory = checkpoints_in(workdir)
     steps = checksums.steps(directory)
     if not steps:
         raise CheckpointError(f'{directory} is empty: the run has saved nothing yet')
-    return steps[-1], manifest_of(directory / str(steps[-1]))
+    if step is not None and step not in steps:
+        raise CheckpointError(f'{directory} has no step {step}; there are '
+                              f'{", ".join(map(str, steps))}')
+    folder = directory / str(steps[-1] if step is None else step)
+    return Saved(folder, manifest_of(folder))
 
 
 def checkpoints_in(workdir: Path) -> Path:
@@ -234,16 +297,12 @@ def checkpoints_in(workdir: Path) -> Path:
     return directory
 
 
-def restore_ema(workdir: Path, step: int, abstract: Any, shardings: Any) -> Any:
-    """The EMA student alone, straight into `shardings`; see `restore_part`."""
-    return restore_part(workdir / 'checkpoints' / str(step), 'ema', abstract, shardings)
-
-
 def restore_part(folder: Path, name: str, abstract: Any, shardings: Any) -> Any:
     """One field of the state of the checkpoint in `folder`; nothing else is read.
 
     Raises:
       CheckpointError: it cannot be read, or has other shapes than `abstract`.
+      EnvironmentFault: the machine is at fault.
     """
     target = {name: jax.tree.map(
         lambda a, s: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=s), abstract, shardings)}
@@ -256,8 +315,10 @@ def restore_part(folder: Path, name: str, abstract: Any, shardings: Any) -> Any:
                 target, restore_args=ocp.checkpoint_utils.construct_restore_args(target),
                 partial_restore=True))[name]
     except Exception as e:
-        raise CheckpointError(f'{folder / "state"} holds no {WORDS.get(name, name)} of this shape '
-                              f'({first_line(e)})') from e
+        errors.raise_environment(e)
+        words = (f'holds no {WORDS.get(name, name)} of this shape'
+                 if isinstance(e, ValueError | KeyError) else 'cannot be read')
+        raise CheckpointError(f'{folder / "state"} {words} ({first_line(e)})') from e
 
 
 WORDS = {'ema': 'student'}  # what a user calls a field of the state

@@ -3,12 +3,13 @@
 Plain files and hashes: nothing here needs JAX or a device.
 """
 
+import functools
 import hashlib
 import json
 from pathlib import Path
 from typing import Any
 
-from ddmd_jax.util.files import write_json
+from ddmd_jax.util import files as files_lib
 from ddmd_jax.util.text import first_line
 
 NAME = 'checksums.json'
@@ -42,7 +43,7 @@ def write(folder: Path) -> None:
     """
     found = {name: {'sha256': digest(path), 'size': path.stat().st_size}
              for name, path in files(folder).items()}
-    write_json(folder / NAME, found, sync=True)
+    files_lib.write_json(folder / NAME, found, sync=True)
 
 
 def known(folder: Path) -> bool:
@@ -55,12 +56,15 @@ def fault(folder: Path, part: int = 0, parts: int = 1) -> str:
 
     Without checksums only its items are looked for. Process `part` of `parts` reads every
     `parts`-th file, so that together they read them all.
+
+    Raises:
+      OSError: a file is there and cannot be read, several times over: nothing is known of it.
     """
     missing = [name for name in ITEMS if not (folder / name).is_dir()]
     if not known(folder):
         return f'{missing[0]} is missing' if missing else _manifest_fault(folder)
     try:
-        wanted: dict[str, Any] = json.loads((folder / NAME).read_text())
+        wanted: dict[str, Any] = json.loads(files_lib.patiently((folder / NAME).read_bytes))
         for name in sorted(wanted)[part::parts]:
             words = _file_fault(folder / name, wanted[name]['size'], wanted[name]['sha256'])
             # A checkpoint may come from elsewhere: a file it names must lie in it.
@@ -68,9 +72,18 @@ def fault(folder: Path, part: int = 0, parts: int = 1) -> str:
                 words = 'leads out of the checkpoint'
             if words:
                 return f'{name} {words}'
-    except (ValueError, KeyError, TypeError, OSError) as e:
-        return f'{NAME} cannot be read: {first_line(e)}'
+    except (ValueError, KeyError, TypeError, AttributeError) as e:
+        return f'{NAME} is not what was written: {first_line(e)}'
     return ''
+
+
+def identity(folder: Path) -> str | None:
+    """Sixteen hex digits that name the state of a checkpoint; None if it has no checksums."""
+    if not known(folder):
+        return None
+    found = json.loads((folder / NAME).read_bytes())
+    state = {name: entry for name, entry in found.items() if name.startswith('state/')}
+    return hashlib.sha256(json.dumps(state, sort_keys=True).encode()).hexdigest()[:16]
 
 
 def _file_fault(path: Path, size: int, sha256: str) -> str:
@@ -79,13 +92,14 @@ def _file_fault(path: Path, size: int, sha256: str) -> str:
     found = path.stat().st_size
     if found != size:
         return f'has {found} bytes, not {size}'
-    return '' if digest(path) == sha256 else 'is not what was written'
+    found_sha256 = files_lib.patiently(functools.partial(digest, path))
+    return '' if found_sha256 == sha256 else 'is not what was written'
 
 
 def _manifest_fault(folder: Path) -> str:
     """The fault in the manifest of a checkpoint without checksums, or ''."""
     try:
-        json.loads((folder / 'manifest' / 'metadata').read_text())
-    except (OSError, ValueError):
+        json.loads(files_lib.patiently((folder / 'manifest' / 'metadata').read_bytes))
+    except (FileNotFoundError, ValueError):
         return 'it has no readable manifest'
     return ''

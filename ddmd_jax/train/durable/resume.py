@@ -15,6 +15,7 @@ from typing import Any
 
 import jax
 
+from ddmd_jax import config as config_lib
 from ddmd_jax.train import state as st
 from ddmd_jax.train.durable import checkpoint as ckpt, checksums, saving
 from ddmd_jax.train.durable.checkpoint import CheckpointError
@@ -105,7 +106,9 @@ def recorded(config: Any, workdir: Path, step: int | None) -> Source:
 
 def manifest_of(config: Any, identities: Mapping[str, str]) -> dict[str, Any]:
     """Whose a checkpoint of this run is; see `checkpoint.check_manifest`."""
-    return ckpt.comparable(config.to_dict()) | ckpt.versions() | identities
+    places = {name: found for name in ckpt.PLACES
+              if (found := config_lib.field(config, name)) is not None}
+    return ckpt.comparable(config.to_dict()) | places | ckpt.versions() | identities
 
 
 def start(source: Source, task: Any, checkpoints: saving.Checkpoints,

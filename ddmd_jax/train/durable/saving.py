@@ -187,7 +187,7 @@ class Checkpoints:
                 self._committed = step
             if jax.process_index() == 0 and not self._failed:
                 checksums.write(folder)
-        except Exception as e:
+        except Exception as e:  # told as a reason, and nothing is done about it but a retry
             self._failed = self._failed or first_line(e)
         if self._failed:
             tqdm.write(f'warning: checkpoint {folder} could not be written ({self._failed}); those '

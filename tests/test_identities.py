@@ -1,0 +1,143 @@
+"""What is written down of a run's weights is compared by whoever reads it."""
+
+import json
+
+import ml_dtypes
+import numpy as np
+import pytest
+from saved import save
+
+from ddmd_jax import config as config_lib, sample
+from ddmd_jax.data import DataFileError, conditioning, embeddings
+from ddmd_jax.evaluation import pictures
+from ddmd_jax.export import student
+from ddmd_jax.study import summarise
+from ddmd_jax.train.durable import checkpoint as ckpt, checksums, resume
+from ddmd_jax.util.errors import UserError
+from ddmd_jax.weights import flat
+
+TREE = {'bias': np.ones(3, np.float32)}
+
+
+# --- A student and its teacher ---
+
+
+def of_teacher(identity, folder):
+    manifest = {'task': 'distill', 'teacher.name': 'lumina', 'teacher.path': str(folder),
+                'teacher_identity': identity}
+    return ckpt.Saved(folder / 'checkpoints' / '3', manifest)
+
+
+def test_a_student_goes_with_the_teacher_it_distils(tmp_path):
+    for known, given in (('a', 'a'), ('a', None), (None, 'a')):
+        student.check_teacher(of_teacher(known, tmp_path), given, '--teacher')
+    with pytest.raises(ckpt.CheckpointError, match='another teacher .identity a. than the one '
+                       r'given .b.; give the path of its own with --teacher'):
+        student.check_teacher(of_teacher('a', tmp_path), 'b', '--teacher')
+
+
+def test_a_run_goes_on_from_a_teacher_that_has_moved(tmp_path):
+    """What lies there counts, not where."""
+    config = config_lib.load('lumina')
+    config.teacher.path = '/old/place'
+    manifest = resume.manifest_of(config, {'teacher_identity': 'a'})
+    assert manifest['teacher.path'] == '/old/place'
+    run = save(tmp_path, manifest, TREE)
+    config.teacher.path = '/new/place'
+    folder = run / 'checkpoints' / '3'
+    ckpt.check_manifest(folder, resume.manifest_of(config, {'teacher_identity': 'a'}))
+    with pytest.raises(ckpt.CheckpointError, match="teacher_identity: 'a' -> 'b'"):
+        ckpt.check_manifest(folder, resume.manifest_of(config, {'teacher_identity': 'b'}))
+
+
+def test_an_older_step_is_drawn_with_when_it_is_named(tmp_path):
+    run = save(tmp_path, {'teacher.name': 'emoji'}, TREE, step=3)
+    later = save(tmp_path / 'later', {'teacher.name': 'emoji'}, TREE, step=5)
+    (later / 'checkpoints' / '5').rename(run / 'checkpoints' / '5')
+    assert ckpt.saved(run).step == 5
+    model = sample.find_model(run, '', None, 3)
+    assert model.saved.step == 3
+    with pytest.raises(ckpt.CheckpointError, match='has no step 4; there are 3, 5'):
+        sample.find_model(run, '', None, 4)
+
+
+def test_a_damaged_checkpoint_is_read_by_nobody(tmp_path):
+    run = save(tmp_path, {'teacher.name': 'emoji'}, TREE)
+    file = max(checksums.files(run / 'checkpoints' / '3').values(), key=lambda p: p.stat().st_size)
+    data = bytearray(file.read_bytes())
+    data[-1] ^= 1
+    file.write_bytes(data)
+    with pytest.raises(ckpt.CheckpointError, match='is damaged .* is not what was written'):
+        ckpt.saved(run).part('ema', TREE, None)
+
+
+# --- Embeddings and their encoder ---
+
+
+def test_embeddings_of_another_encoder_are_refused(tmp_path):
+    arrays = {'embeds': np.ones((2, 4), ml_dtypes.bfloat16)}
+    card = {'width': 4, 'length': 2, 'identity': 'x', 'encoder_identity': 'a'}
+    embeddings.write(tmp_path / 'e', card, arrays, [('a cat', arrays)])
+    for known in ('a', None):
+        assert conditioning.open_embeddings(str(tmp_path / 'e'), 4, known).identity == 'x'
+    with pytest.raises(DataFileError, match='of another text encoder .a. than the teacher'):
+        conditioning.open_embeddings(str(tmp_path / 'e'), 4, 'b')
+
+
+# --- Figures and the weights they speak of ---
+
+
+def judged(folder, seed=0, step=3, **fields):
+    """A run's folder with an ``eval.json``."""
+    folder.mkdir()
+    row = {'name': 'student', 'steps': 4, 'evaluations': 4, 'guidance': 1.0, 'frechet': 2.0}
+    config = {'seed': seed, 'student': {'steps': 4}, 'log': {'every': seed}, **fields}
+    (folder / 'eval.json').write_text(json.dumps(
+        {'rows': [row | fields], 'step': step, 'config': config}))
+    return str(folder)
+
+
+def test_only_runs_alike_are_averaged(tmp_path):
+    first, second = (summarise.load(judged(tmp_path / str(i), i)) for i in range(2))
+    summarise.check_alike([first, second])
+    other = summarise.load(judged(tmp_path / 'other', 0, 9, steps=50))
+    with pytest.raises(UserError, match=r'differ in more than their seed.*step: 3 and 9; steps: '
+                       'None and 50; student.steps: 4 and 50'):
+        summarise.check_alike([first, second, other])
+
+
+def test_a_checkpoints_identity_is_that_of_its_state(tmp_path):
+    folders = [save(tmp_path / name, manifest, TREE) / 'checkpoints' / '3'
+               for name, manifest in (('a', {'x': 1}), ('b', {'x': 1}))]
+    names = [checksums.identity(folder) for folder in folders]
+    assert all(len(name) == 16 for name in names)
+    other = save(tmp_path / 'c', {'x': 1}, {'bias': TREE['bias'] * 2}) / 'checkpoints' / '3'
+    assert checksums.identity(other) not in names
+    (folders[0] / checksums.NAME).unlink()
+    assert checksums.identity(folders[0]) is None
+
+
+# --- Values that are not finite ---
+
+
+@pytest.mark.parametrize('bad', [np.nan, np.inf, -np.inf])
+def test_writers_refuse_what_is_not_finite(tmp_path, bad):
+    with pytest.raises(flat.WeightsError, match='a/kernel holds values that are not finite'):
+        flat.save(tmp_path / 'w.safetensors', {'a': {'kernel': np.asarray([1, bad])}}, {})
+    rows = {'embeds': np.asarray([[1, bad]], ml_dtypes.bfloat16)}
+    good = {'embeds': np.ones((1, 2), ml_dtypes.bfloat16)}
+    card = {'width': 2, 'length': 1, 'identity': 'x'}
+    with pytest.raises(DataFileError, match="makes embeds that are not finite of 'a cat'"):
+        embeddings.write(tmp_path / 'e', card, good, [('a dog', good), ('a cat', rows)])
+    with pytest.raises(DataFileError, match='of the null prompt'):
+        embeddings.write(tmp_path / 'e', card, rows, [])
+    images = np.zeros((2, 4, 4, 3))
+    images[1, 0, 0, 0] = bad
+    with pytest.raises(UserError, match='1 of 96 values of images are not finite'):
+        pictures.to_uint8(images)
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_narrow_dtype_is_named(tmp_path):
+    with pytest.raises(flat.WeightsError, match='not finite in float16; another dtype'):
+        flat.save(tmp_path / 'w', {'a': np.asarray([1e6])}, {}, dtype='float16')
