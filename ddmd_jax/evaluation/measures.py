@@ -8,23 +8,15 @@ from collections.abc import Hashable, Sequence
 import numpy as np
 from skimage import color
 
+from ddmd_jax.evaluation.moments import Moments, frechet
+
 FRAME = 4  # pixels at the edge where `background` looks
 NEAR = 0.12  # of a channel's range: what still counts as the background's colour
 
 
 def frechet_distance(a: np.ndarray, b: np.ndarray) -> float:
-    """``|mu_a - mu_b|^2 + tr(C_a + C_b - 2 (C_a C_b)^(1/2))`` of two feature sets ``[N, D]``.
-
-    The trace of the square root is taken from the eigenvalues of ``C_a^(1/2) C_b C_a^(1/2)``,
-    which is symmetric: `eigh` stays real where a general matrix square root does not.
-    """
-    a, b = np.asarray(a, np.float64), np.asarray(b, np.float64)
-    mean = np.sum((a.mean(0) - b.mean(0)) ** 2)
-    cov_a, cov_b = np.cov(a, rowvar=False), np.cov(b, rowvar=False)
-    values, vectors = np.linalg.eigh(cov_a)
-    root = (vectors * np.sqrt(np.clip(values, 0, None))) @ vectors.T
-    cross = np.sqrt(np.clip(np.linalg.eigvalsh(root @ cov_b @ root), 0, None)).sum()
-    return float(mean + np.trace(cov_a) + np.trace(cov_b) - 2 * cross)
+    """Fréchet distance between two feature sets ``[N, D]`` as Gaussians; see `moments.frechet`."""
+    return frechet(Moments.of(a), Moments.of(b))
 
 
 def per_sample_std(images: np.ndarray) -> float:

@@ -1,12 +1,12 @@
 """The rule by which a claim holds: an interval of a mean over seeds, and where it lies."""
 
-import dataclasses
 from collections.abc import Sequence
 
 import numpy as np
 from scipy import stats
 
-LEVEL = 0.95  # of the two-sided interval
+from ddmd_jax.evaluation.statistics import LEVEL, Interval
+
 LEAST = 3  # seeds: with fewer nothing is decided
 HOLDS, FAILS, OPEN = 'holds', 'does not hold', 'not decided at this scale'
 RULE = (f'A figure is taken for each seed; where two experiments are compared, it is the '
@@ -15,16 +15,6 @@ RULE = (f'A figure is taken for each seed; where two experiments are compared, i
         f'hold if the whole interval is on the other side, and is not decided otherwise, or with '
         f'fewer than {LEAST} seeds. Of a claim in several parts, all have to hold; one that does '
         f'not hold refutes it.')
-
-
-@dataclasses.dataclass(frozen=True)
-class Interval:
-    """Mean of a figure over seeds, and the bounds of its interval (both ends the mean if n = 1)."""
-
-    mean: float
-    low: float
-    high: float
-    count: int
 
 
 def interval(values: Sequence[float]) -> Interval:

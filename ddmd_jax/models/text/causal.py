@@ -92,7 +92,7 @@ def apply_rotary_halves(x: Array, angles: Array) -> Array:
     return turned.astype(x.dtype)
 
 
-def attend(q: Array, k: Array, v: Array, mask: Array, *, scale: float,
+def attend(q: Array, k: Array, v: Array, mask: Array | None, *, scale: float,
            cap: float | None = None) -> Array:
     """``softmax(cap tanh(scale q k' / cap)) v`` of the keys in sight, softmax in fp32.
 
@@ -101,7 +101,7 @@ def attend(q: Array, k: Array, v: Array, mask: Array, *, scale: float,
       k: ``[B, L, K, D]``, K a divisor of H: head h uses h // (H/K); v is like k.
       v: see k.
       mask: bool ``[B or 1, L, L]``. A query that sees nothing, which only padding does, gets the
-        mean of all values: finite, and nothing may depend on it.
+        mean of all values: finite, and nothing may depend on it. None if all keys are seen.
       scale: what scores are multiplied by.
       cap: bound of the scores, approached smoothly; None for no bound.
 
@@ -113,7 +113,8 @@ def attend(q: Array, k: Array, v: Array, mask: Array, *, scale: float,
         'blkgd,bmkd->bkglm', grouped, k, preferred_element_type=jnp.float32)
     if cap is not None:
         scores = cap * jnp.tanh(scores / cap)
-    scores = jnp.where(mask[:, None, None], scores, jnp.finfo(jnp.float32).min)
+    if mask is not None:
+        scores = jnp.where(mask[:, None, None], scores, jnp.finfo(jnp.float32).min)
     weights = jax.nn.softmax(scores, axis=-1).astype(q.dtype)
     return jnp.einsum('bkglm,bmkd->blkgd', weights, v).reshape(q.shape)
 

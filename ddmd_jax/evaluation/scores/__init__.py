@@ -1,0 +1,1 @@
+"""Published scorers of pictures: their pixels, their tokens, their networks, their formulas."""
