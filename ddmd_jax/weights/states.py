@@ -96,15 +96,13 @@ def check_hash(path: Path, sha256: str) -> None:
                            f'expected {sha256[:12]}; fetch it again')
 
 
-def fill(abstract: Any, state: Mapping[str, np.ndarray], entry: diffusers.EntryOf,
-         where: str) -> Any:
-    """The tree `abstract` (of shapes and dtypes) filled from published tensors, in numpy.
+def check(abstract: Any, state: Mapping[str, Any], entry: diffusers.EntryOf, where: str) -> None:
+    """Raises `WeightsError` unless `state` has exactly the tensors of the tree `abstract`.
 
-    Raises:
-      WeightsError: a tensor is missing, misshapen or left over; names the first.
+    Names the first that is missing, misshapen or left over.
     """
-    leaves, left = flat.flatten(abstract), dict(state)
-    for path, leaf in leaves.items():  # all of them, before the first is copied
+    left = dict(state)
+    for path, leaf in flat.flatten(abstract).items():
         e = entry(path)
         for name in e.names(leaf.shape):
             shape, found = e.shape(leaf.shape), left.pop(name, None)
@@ -118,15 +116,21 @@ def fill(abstract: Any, state: Mapping[str, np.ndarray], entry: diffusers.EntryO
         raise WeightsError(f'{where} holds {len(left)} tensors that this architecture does not '
                            f'have, {min(left)} first')
 
+
+def fill(abstract: Any, state: Mapping[str, np.ndarray], entry: diffusers.EntryOf,
+         where: str) -> Any:
+    """The tree `abstract` (of shapes and dtypes) filled from published tensors, in numpy.
+
+    Raises:
+      WeightsError: as `check`.
+    """
+    check(abstract, state, entry, where)
+
     def one(path: str, leaf: Any) -> np.ndarray:
         e = entry(path)
         parts = [e.to_ours(state[name]) for name in e.names(leaf.shape)]
-        out = np.empty(leaf.shape, jnp.dtype(leaf.dtype))
-        if e.stacked:
-            for row, part in enumerate(parts):
-                out[row] = part
-        else:
-            out[...] = parts[0]
-        return out
+        return np.asarray(np.stack(parts) if e.stacked else parts[0], jnp.dtype(leaf.dtype),
+                          order='C')
 
-    return flat.unflatten({path: one(path, leaf) for path, leaf in leaves.items()})
+    return flat.unflatten({path: one(path, leaf)
+                           for path, leaf in flat.flatten(abstract).items()})

@@ -40,9 +40,18 @@ def resize(image: np.ndarray, size: tuple[int, int], how: Image.Resampling) -> n
     return np.asarray(Image.fromarray(check(image)).resize(size[::-1], how))
 
 
-def centre_square(image: np.ndarray) -> np.ndarray:
-    """The middle square of the shorter side; of an odd rest, the larger part goes at the end."""
-    return _crop(image, min(image.shape[:2]), lambda rest: rest // 2)
+def _even(rest: int) -> int:
+    """Where torchvision's crop begins: half the rest, rounded to even (1 -> 0, 3 -> 2)."""
+    return round(rest / 2)
+
+
+def _down(rest: int) -> int:
+    """Where other crops begin: half the rest, rounded down (1 -> 0, 3 -> 1)."""
+    return rest // 2
+
+
+def _middle(image: np.ndarray, begin: Callable[[int], int]) -> np.ndarray:
+    return _crop(image, min(check(image).shape[:2]), begin)
 
 
 def _crop(image: np.ndarray, size: int, begin: Callable[[int], int]) -> np.ndarray:
@@ -69,31 +78,29 @@ def _normal(pixels: np.ndarray) -> np.ndarray:
 def clip(image: np.ndarray, size: int = 224) -> np.ndarray:
     """OpenAI's and open_clip's (and ImageReward's) pixels, ``[size, size, 3] fp32``.
 
-    Shorter side to `size` by a bicubic filter, centre crop. torchvision's crop begins at the half
-    of what is left over, rounded to the *even* number: of 3 rows, 2 go at the top; of 1, none.
+    Shorter side to `size` by a bicubic filter, centre crop as torchvision's.
     """
-    cropped = _crop(_short_side(image, size, BICUBIC), size, lambda rest: round(rest / 2))
+    cropped = _crop(_short_side(image, size, BICUBIC), size, _even)
     return _normal(cropped.astype(np.float32) / np.float32(255))
 
 
 def clip_transformers(image: np.ndarray, size: int = 224) -> np.ndarray:
     """`CLIPImageProcessor`'s pixels as it was when PickScore was published, and with Pillow is.
 
-    As `clip`, but the crop begins at the half *rounded down*, and bytes are multiplied by 1/255
-    in double precision.
+    As `clip`, but the crop begins elsewhere, and bytes are multiplied by 1/255 in double precision.
     """
-    cropped = _crop(_short_side(image, size, BICUBIC), size, lambda rest: rest // 2)
+    cropped = _crop(_short_side(image, size, BICUBIC), size, _down)
     return _normal((cropped.astype(np.float64) * (1 / 255)).astype(np.float32))
 
 
 def clip_dmd2(image: np.ndarray, size: int = 224) -> np.ndarray:
     """DMD2's: the middle square to 256 by Lanczos, then `clip`."""
-    return clip(resize(centre_square(image), (256, 256), LANCZOS), size)
+    return clip(resize(_middle(image, _even), (256, 256), LANCZOS), size)
 
 
 def cmmd(image: np.ndarray, size: int = 336) -> np.ndarray:
     """CMMD's: the middle square to `size` by a bicubic filter."""
-    pixels = resize(centre_square(image), (size, size), BICUBIC)
+    pixels = resize(_middle(image, _down), (size, size), BICUBIC)
     return _normal(pixels.astype(np.float32) / np.float32(255))
 
 
@@ -179,19 +186,17 @@ def inception_clean(image: np.ndarray) -> np.ndarray:
 
 def inception_dmd2(image: np.ndarray) -> np.ndarray:
     """DMD2's FID: the middle square to 512 by Lanczos, then `inception_clean`; both sides alike."""
-    return inception_clean(resize(centre_square(image), (512, 512), LANCZOS))
+    return inception_clean(resize(_middle(image, _even), (512, 512), LANCZOS))
 
 
 def inception_patch(image: np.ndarray) -> np.ndarray:
     """DMD2's patch FID: the middle 299 x 299 pixels as they are, ``[299, 299, 3] fp32``.
 
-    Raises:
-      ImageError: the picture is smaller.
+    A picture with a side below 299, as some of COCO have, goes through `inception_clean` whole.
     """
     if min(check(image).shape[:2]) < INCEPTION:
-        raise ImageError(f'a picture of {image.shape[0]} x {image.shape[1]} has no patch of '
-                         f'{INCEPTION} x {INCEPTION} pixels; leave patch FID out')
-    return _crop(image, INCEPTION, lambda rest: round(rest / 2)).astype(np.float32)
+        return inception_clean(image)
+    return _crop(image, INCEPTION, _even).astype(np.float32)
 
 
 def inception_tensorflow(image: np.ndarray) -> np.ndarray:
