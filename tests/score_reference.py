@@ -37,6 +37,11 @@ TEXT = {'context_length': 77, 'vocab_size': 200, 'width': 24, 'heads': 3, 'layer
 VISION = {'image_size': 28, 'layers': 2, 'width': 32, 'head_width': 8, 'patch_size': 14,
           'mlp_ratio': 4.3637}
 EMBED = 16
+# ImageReward's two networks, tiny: fields of transformers' BertConfig, and of its own ViT.
+BERT = {'vocab_size': 60, 'hidden_size': 24, 'intermediate_size': 40, 'num_hidden_layers': 2,
+        'num_attention_heads': 3, 'max_position_embeddings': 50, 'layer_norm_eps': 1e-12,
+        'hidden_act': 'gelu', 'pad_token_id': 0, 'add_cross_attention': True, 'encoder_width': 32}
+VIT = {'img_size': 32, 'patch_size': 16, 'embed_dim': 32, 'depth': 2, 'num_heads': 4}
 SMALL = 107  # side of pictures for Inception: all of its layers, a ninth of the work
 
 
@@ -77,6 +82,14 @@ def clip_inputs() -> tuple[np.ndarray, np.ndarray]:
     return random.standard_normal((3, 28, 28, 3)).astype(np.float32), ids
 
 
+def reward_inputs() -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Pixels ``[3, 32, 32, 3]``, ids and mask ``[3, 35]`` of prompts of different lengths."""
+    random = np.random.default_rng(4)
+    mask = np.arange(35) < np.asarray([[35], [9], [2]])
+    ids = np.where(mask, random.integers(1, 60, (3, 35)), 0)
+    return random.standard_normal((3, 32, 32, 3)).astype(np.float32), ids, mask
+
+
 def features() -> tuple[np.ndarray, np.ndarray]:
     """Two sets that overlap, ``[300, 8]`` and ``[260, 8]``."""
     random = np.random.default_rng(1)
@@ -105,7 +118,8 @@ def folded(shapes: dict[str, tuple[int, ...]]) -> dict[str, list]:
     """Names with ``{}`` for the layer -> (how many layers, shape)."""
     found: dict[str, list] = {}
     for name, shape in shapes.items():
-        key = '.'.join('{}' if part.isdigit() else part for part in name.split('.'))
+        alike = not name.startswith('mlp.')  # the head's layers are not of one shape
+        key = '.'.join('{}' if alike and part.isdigit() else part for part in name.split('.'))
         found[key] = [found.get(key, [0])[0] + 1, list(shape)]
     return found
 
@@ -241,6 +255,54 @@ def _inception() -> dict[str, object]:
             'features': sampled(model(image)[0].numpy())}
 
 
+def _reward() -> dict[str, object]:
+    import torch
+    import transformers
+    from transformers import modeling_utils, pytorch_utils
+
+    # It was written for transformers 4.2x, and imports by the package's __init__ what it needs not.
+    for name in ('apply_chunking_to_forward', 'find_pruneable_heads_and_indices',
+                 'prune_linear_layer'):
+        setattr(modeling_utils, name, getattr(pytorch_utils, name, None))
+    root = importlib_spec('ImageReward')
+    for part in ('', '/models', '/models/BLIP'):
+        package = types.ModuleType('ImageReward' + part.replace('/', '.'))
+        package.__path__ = [root + part]
+        sys.modules[package.__name__] = package
+    from ImageReward import ImageReward as reference
+    from ImageReward.models.BLIP import blip_pretrain, med, vit
+
+    med.BertPreTrainedModel.init_weights = lambda self: None
+    med.BertModel.get_head_mask = lambda self, mask, layers: [None] * layers
+    med.BertModel.invert_attention_mask = lambda self, mask: (
+        1 - mask[:, None, None, :].float()) * -10000
+    blip_pretrain.init_tokenizer = lambda: None
+    blip_pretrain.create_vit = lambda *args: (vit.VisionTransformer(**VIT), VIT['embed_dim'])
+    blip_pretrain.BertConfig = types.SimpleNamespace(
+        from_json_file=lambda path: transformers.BertConfig(**BERT))
+    head = reference.MLP
+    reference.MLP = lambda width: head(BERT['hidden_size'])
+    model = reference.ImageReward('').eval()
+    shapes = {k: tuple(x.shape) for k, x in model.state_dict().items()
+              if not k.endswith('position_ids')}
+    model.load_state_dict({k: torch.tensor(x) for k, x in weights(shapes).items()}, strict=False)
+    pixels, ids, mask = (torch.tensor(x) for x in reward_inputs())
+    with torch.no_grad():
+        reward = model.score_gard(ids, mask.long(), pixels.permute(0, 3, 1, 2))
+    reference.MLP = head
+    blip_pretrain.create_vit = lambda *args: (vit.VisionTransformer(
+        img_size=224, embed_dim=1024, depth=24, num_heads=16), 1024)
+    blip_pretrain.BertConfig = types.SimpleNamespace(
+        from_json_file=lambda path: transformers.BertConfig(
+            vocab_size=30524, add_cross_attention=True))  # med_config.json; the rest is BERT-base
+    ramp = torch.linspace
+    torch.linspace = lambda *args: ramp(*args, device='cpu')  # of which the ViT asks for values
+    with torch.device('meta'):
+        full = reference.ImageReward('').state_dict()
+    return {'shapes': folded(shapes), 'reward': reward[:, 0].tolist(),
+            'full': folded({k: tuple(x.shape) for k, x in full.items()})}
+
+
 def _distances() -> dict[str, object]:
     import prdc
     import torch
@@ -277,7 +339,7 @@ def main() -> None:
 
     ids = open_clip.get_tokenizer('ViT-H-14')(list(PROMPTS)).numpy()
     golden = {'pixels': _pixels(), 'clip': _clips(), 'inception': _inception(),
-              'distances': _distances(),
+              'distances': _distances(), 'reward': _reward(),
               'ids': [row[:int(np.argmax(row)) + 1].tolist() for row in ids]}
     GOLDEN.write_text(json.dumps(golden, separators=(',', ':')).replace('},"', '},\n"') + '\n')
 

@@ -22,7 +22,7 @@ from score_reference import EMBED, SIZES, TEXT, VISION
 from ddmd_jax.evaluation.scores import preprocess, scorers, tokens
 from ddmd_jax.evaluation.scores.preprocess import ImageError
 from ddmd_jax.evaluation.scores.scorers import ScoreError, Source
-from ddmd_jax.models import inception
+from ddmd_jax.models import blip, inception
 from ddmd_jax.models.layers import abstract_params
 from ddmd_jax.models.text import clip
 from ddmd_jax.util.errors import UserError
@@ -223,6 +223,71 @@ def test_the_aesthetic_head_is_its_matrices_one_after_the_other():
     for i in scorers.HEAD_LAYERS:
         want = want @ mlp[f'layers.{i}.weight'].T + mlp[f'layers.{i}.bias']
     assert close(got, want[:, 0])
+
+
+# --- ImageReward ---
+
+WORDS = ['[PAD]', '[UNK]', '[CLS]', '[SEP]', 'a', 'red', 'apple', 'cafe', '##s', '!', '猫']
+
+
+@pytest.fixture(scope='module')
+def reward(tmp_path_factory):
+    """A tiny ImageReward over a vocabulary of eleven words."""
+    file = tmp_path_factory.mktemp('bert') / 'vocab.txt'
+    file.write_text('\n'.join(WORDS) + '\n')
+    b, v = reference.BERT, reference.VIT
+    image = clip.ClipImageConfig(v['img_size'], v['patch_size'], v['embed_dim'], 4 * v['embed_dim'],
+                                 v['depth'], v['num_heads'], 'gelu', 1e-6, 0)
+    return scorers.image_reward(str(file.parent), blip.BlipConfig(
+        image, *(b[name] for name in ('vocab_size', 'hidden_size', 'intermediate_size',
+                                      'num_hidden_layers', 'num_attention_heads',
+                                      'max_position_embeddings'))))
+
+
+def test_rewards_are_image_rewards(reward):
+    state = reference.weights(unfolded(GOLDEN['reward']['shapes']))
+    state['blip.text_encoder.embeddings.position_ids'] = np.zeros((1, 50))
+    pixels, ids, mask = reference.reward_inputs()
+    params = reward.read(state, where='here')
+    with jax.default_matmul_precision('highest'):
+        got = jax.jit(reward.apply)(params, {'pixels': pixels, 'ids': ids, 'mask': mask})
+    print(np.abs(np.asarray(got) - GOLDEN['reward']['reward']).max())  # shown by pytest -rP
+    assert close(got, GOLDEN['reward']['reward'])
+    del state['mlp.layers.7.bias']
+    with pytest.raises(WeightsError, match='here lacks the tensor layers.7.bias'):
+        reward.read(state, where='here')
+
+
+def test_full_size_every_tensor_has_image_rewards_name_and_shape():
+    hollow = {key: np.broadcast_to(np.float32(0), shape)
+              for key, shape in unfolded(GOLDEN['reward']['full']).items()}
+    abstract = abstract_params(lambda: blip.Blip(blip.BlipConfig(), nnx.Rngs(0)))
+    states.check(abstract, blip.separate(hollow), blip.entry, 'here')
+    rest = {name.split('.')[1] for name in hollow if name.startswith('blip.')}
+    assert rest == {'visual_encoder', 'text_encoder', 'vision_proj', 'text_proj'}
+    scorers.read_head({name.removeprefix('mlp.'): x for name, x in hollow.items()
+                       if name.startswith('mlp.')}, 768, 'here')
+
+
+def test_prompts_are_cut_and_padded_for_bert(reward):
+    got = reward.inputs([reference.picture((40, 33))] * 3, ['A red, Cafés!', '猫', 'apple ' * 50])
+    assert got['pixels'].shape == (3, 32, 32, 3) and got['ids'].shape == (3, 35)
+    assert got['ids'][0, :9].tolist() == [2, 4, 5, 1, 7, 8, 9, 3, 0]
+    assert got['ids'][1, :4].tolist() == [2, 10, 3, 0]
+    assert got['ids'][2].tolist() == [2, *[6] * 33, 3]
+    assert got['mask'].sum(1).tolist() == [8, 3, 35] and got['mask'].dtype == bool
+
+
+@pytest.mark.parametrize('content, words', [
+    (None, 'no weights at'), ('a\nb\n', r"has no \[PAD\]; give bert-base-uncased's vocab.txt"),
+    ('\udcff', 'cannot be read .*vocab.txt')])
+def test_a_vocabulary_that_is_not_berts(tmp_path, content, words):
+    file = tmp_path / 'v.txt'
+    if content is not None:
+        file.write_bytes(content.encode('utf-8', 'surrogateescape'))
+    with pytest.raises(WeightsError, match=words) as e:
+        scorers.image_reward(str(file))
+    assert len(str(e.value).splitlines()) == 1
 
 
 # --- Scoring ---

@@ -22,7 +22,7 @@ from flax import nnx
 from jax.sharding import Mesh
 
 from ddmd_jax.evaluation.scores import preprocess, tokens
-from ddmd_jax.models import inception
+from ddmd_jax.models import blip, inception
 from ddmd_jax.models.layers import abstract_params, functional
 from ddmd_jax.models.text import clip
 from ddmd_jax.models.text.clip import Clip, ClipImage, TwoTowers
@@ -36,6 +36,7 @@ Arrays = dict[str, np.ndarray]
 
 HEAD = (1024, 128, 64, 16, 1)  # widths of the head of the aesthetic predictor and of ImageReward
 HEAD_LAYERS = (0, 2, 4, 6, 7)  # their numbers in its file: dropout stands between
+REWARD_MEAN, REWARD_DEVIATION = 0.16717362830052426, 1.0333394966054072
 
 
 class ScoreError(UserError):
@@ -246,11 +247,50 @@ def inception_features(title: str, pixels: Callable[[np.ndarray], np.ndarray]) -
                   (INCEPTION,), inception.RULES, prompted=False)
 
 
+# --- ImageReward ---
+
+
+def image_reward(vocabulary: str, cfg: blip.BlipConfig | None = None) -> Scorer:
+    """ImageReward (Xu et al., arXiv 2304.05977): BLIP and a head, of mean 0 on its own data.
+
+    Args:
+      vocabulary: BERT's (uncased) ``vocab.txt``: the file, its folder, or the hub id of `BERT`.
+      cfg: another size of BLIP; None for the published one.
+
+    Raises:
+      WeightsError: there is no vocabulary, or it is none of BERT's.
+    """
+    cfg = cfg or blip.BlipConfig()
+    file, size = states.find(vocabulary, BERT.file), cfg.image.image_size
+    build = lambda: blip.Blip(cfg, nnx.Rngs(0))
+
+    def inputs(images: Sequence[np.ndarray], prompts: Sequence[str]) -> Arrays:
+        ids, mask = tokens.tokenize_bert(prompts, file)
+        return {'pixels': np.stack([preprocess.clip(image, size) for image in images]),
+                'ids': ids, 'mask': mask}
+
+    def apply(params: Any, given: Arrays) -> Array:
+        state = functional(build)(params['blip'], given['pixels'], given['ids'], given['mask'])
+        return (apply_head(params['head'], state) - REWARD_MEAN) / REWARD_DEVIATION
+
+    def read(state: states.State, where: str) -> Any:
+        head = {name.removeprefix('mlp.'): x for name, x in state.items()
+                if name.startswith('mlp.')}
+        return {'blip': states.fill(abstract_params(build), blip.separate(state), blip.entry,
+                                    where),
+                'head': read_head(head, cfg.hidden_size, where)}
+
+    tokens.tokenize_bert([''], file)  # reads it, so that a wrong one is found before the weights
+    return Scorer('ImageReward', inputs, apply, read, (
+        Source('THUDM/ImageReward', 'ImageReward.pt'),), ((r'.', ()),), prompted=True)
+
+
 # --- The table ---
 
 _TOWERS = clip.ARCHITECTURES
 OPENAI_L = Source('openai/clip-vit-large-patch14')
 LAION_H = Source('laion/CLIP-ViT-H-14-laion2B-s32B-b79K')
+BERT = Source('google-bert/bert-base-uncased', 'vocab.txt')
 INCEPTION = Source(None, 'weights-inception-2015-12-05-6726825d.pth', '6726825d',
                    'torch-fidelity, release v0.2.0')
 AESTHETIC_HEAD = Source(
@@ -261,6 +301,7 @@ _hps = lambda version, **more: clip_scorer(
     f'HPS {version}', _TOWERS['ViT-H-14'], Source('xswu/HPSv2', {
         'v2': 'HPS_v2_compressed.pt', 'v2.1': 'HPS_v2.1_compressed.pt'}[version]), **more)
 
+# All but ImageReward, whose tokens want a file: `image_reward`.
 SCORERS = {
     'clip_dmd2': clip_scorer(
         'CLIP g/14 (DMD2)', _TOWERS['ViT-g-14'], Source('laion/CLIP-ViT-g-14-laion2B-s12B-b42K'),

@@ -1,4 +1,4 @@
-"""CLIP's tokens of a prompt, as open_clip and as transformers make them: they differ.
+"""CLIP's tokens of a prompt, as open_clip and as transformers make them: they differ; and BERT's.
 
 open_clip mends mojibake and curly quotes (ftfy) and turns HTML entities into characters, twice;
 transformers does neither, and composes accents instead. Pairs of letters are then merged alike.
@@ -17,6 +17,7 @@ from typing import Any
 import numpy as np
 
 from ddmd_jax.util.errors import UserError
+from ddmd_jax.util.text import first_line
 from ddmd_jax.weights.flat import WeightsError
 
 LENGTH = 77
@@ -26,6 +27,7 @@ MERGES = 49152 - 256 - 2  # of the file's lines those that CLIP uses
 SPLIT = r"'s|'t|'re|'ve|'m|'ll|'d|[\p{L}]+|[\p{N}]|[^\s\p{L}\p{N}]+"
 SPECIAL = {'open_clip': ('<start_of_text>', '<end_of_text>'),
            'transformers': ('<|startoftext|>', '<|endoftext|>')}
+BERT_LENGTH, BERT_SPECIAL = 35, ('[PAD]', '[UNK]', '[CLS]', '[SEP]')
 DMD2_PREFIX = 'A photo depicts '
 
 
@@ -82,6 +84,35 @@ def _tokenizer(style: str) -> Any:
                              behavior='removed', invert=True),
         pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)])
     tokenizer.add_special_tokens(list(SPECIAL[style]))
+    return tokenizer
+
+
+def tokenize_bert(prompts: Sequence[str], file: Path) -> tuple[np.ndarray, np.ndarray]:
+    """ImageReward's ids and mask ``[N, 35]``, int32 and bool: uncased BERT's, cut and padded.
+
+    Raises:
+      WeightsError: `file` is no vocabulary of BERT's.
+    """
+    found = _bert(file).encode_batch(list(prompts))
+    return (np.asarray([x.ids for x in found], np.int32),
+            np.asarray([x.attention_mask for x in found], bool))
+
+
+@functools.cache
+def _bert(file: Path) -> Any:
+    from tokenizers import BertWordPieceTokenizer
+
+    try:
+        words = {word: i for i, word in enumerate(file.read_text('utf-8').split('\n')) if word}
+        missing = [token for token in BERT_SPECIAL if token not in words]
+    except (OSError, UnicodeDecodeError) as e:
+        raise WeightsError(f"{file} cannot be read ({first_line(e)}); give bert-base-uncased's "
+                           'vocab.txt') from e
+    if missing:
+        raise WeightsError(f"{file} has no {missing[0]}; give bert-base-uncased's vocab.txt")
+    tokenizer = BertWordPieceTokenizer(words, lowercase=True)
+    tokenizer.enable_truncation(BERT_LENGTH)
+    tokenizer.enable_padding(pad_id=words['[PAD]'], length=BERT_LENGTH)
     return tokenizer
 
 
