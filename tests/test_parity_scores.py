@@ -132,6 +132,31 @@ def test_what_torch_saved_is_read_without_it(tmp_path, zipped):
             torch_files.load(file)
 
 
+class Nested(torch.nn.Module):
+    sizes: list[int]
+
+    def __init__(self):
+        super().__init__()
+        self.sizes = [1, 2]
+        self.inner = torch.nn.Sequential(torch.nn.Linear(2, 3), torch.nn.BatchNorm1d(3))
+        self.text_projection = torch.nn.Parameter(torch.arange(6.0).reshape(2, 3))
+        self.register_buffer('input_resolution', torch.tensor(224))
+
+    def forward(self, x):
+        return self.inner(x) + self.text_projection[0]
+
+
+def test_torchscript_is_read_without_its_code(tmp_path):
+    """As OpenAI's CLIP is published."""
+    model = Nested().half().eval()
+    torch.jit.script(model).save(str(tmp_path / 'x.pt'))
+    got = states.read(tmp_path / 'x.pt')
+    assert got.keys() == model.state_dict().keys()
+    for name, x in model.state_dict().items():
+        np.testing.assert_array_equal(got[name], x.numpy())
+        assert got[name].dtype == x.numpy().dtype
+
+
 def test_a_saved_module_is_refused(tmp_path):
     torch.save(torch.nn.Linear(2, 2), tmp_path / 'x.pt')
     with pytest.raises(WeightsError, match='names torch.nn.modules.linear.Linear, which is no'):

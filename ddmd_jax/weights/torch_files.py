@@ -2,8 +2,9 @@
 
 Such a file is a pickle with its tensors beside it, and a pickle may call any function there is.
 Here it may call those that put a tensor together, and nothing else: scorers of pictures are
-published as pickles only. Both layouts are read: the archive (since torch 1.6; storages are its
-stored entries) and the stream before it (storages follow the pickle; FID's Inception is one).
+published as pickles only. All layouts are read: the archive (since torch 1.6; storages are its
+stored entries), TorchScript's archive (OpenAI's CLIP; modules become dicts, their code is left
+alone), and the stream before both (storages follow the pickle; FID's Inception is one).
 """
 
 import collections
@@ -56,6 +57,26 @@ class _Forbidden(Exception):
     """A global that a file of tensors has no need of."""
 
 
+class _Module:
+    """A module of TorchScript's: what it has by name, in `attributes`."""
+
+    attributes: dict[str, Any]
+
+    def __setstate__(self, attributes: dict[str, Any]) -> None:
+        self.attributes = attributes
+
+
+def _tensors(module: _Module, prefix: str = '') -> dict[str, np.ndarray]:
+    """A module's tensors by torch's names, those of modules within it too."""
+    found: dict[str, np.ndarray] = {}
+    for name, x in module.attributes.items():
+        if isinstance(x, _Module):
+            found |= _tensors(x, f'{prefix}{name}.')
+        elif isinstance(x, np.ndarray):
+            found[prefix + name] = x
+    return found
+
+
 class _Reader(pickle.Unpickler):
     """Knows storages, tensors and ordered dicts; `storage` is ``(dtype, key, count) -> array``."""
 
@@ -70,6 +91,10 @@ class _Reader(pickle.Unpickler):
             return _tensor
         if module == 'torch._utils' and name == '_rebuild_parameter':
             return lambda data, *_: data
+        if module.split('.')[0] == '__torch__':
+            return _Module
+        if module == 'torch.jit._pickle' and name.startswith('build_'):  # lists of one type
+            return list
         if module == 'torch' and name in STORAGES:
             return np.dtype(STORAGES[name])
         raise _Forbidden(f'{module}.{name}')
@@ -108,7 +133,8 @@ def _from_archive(archive: zipfile.ZipFile) -> Any:
         return storages[key]
 
     with archive.open(names[0]) as file:
-        return _Reader(file, storage).load()
+        found = _Reader(file, storage).load()
+    return _tensors(found) if isinstance(found, _Module) else found
 
 
 def _from_stream(file: IO[bytes]) -> Any:
