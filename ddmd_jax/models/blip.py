@@ -60,7 +60,9 @@ class Picture(nnx.Module):
         first = jnp.broadcast_to(self.class_token[...].astype(patches.dtype),
                                  (len(pixels), 1, self.cfg.hidden_size))
         x = jnp.concatenate([first, patches], axis=1) + self.position(jnp.arange(self.cfg.tokens))
-        return self.norm(scan_layers(self.layers, (x, x), None)[0])
+        last, _ = causal.run_layers(
+            self.layers, (x, x), None, rules=(), mesh=None, dtype=self.cfg.dtype)
+        return self.norm(last)
 
 
 class Attention(nnx.Module):
