@@ -23,7 +23,7 @@ from ddmd_jax.evaluation.scores import preprocess, scorers, tokens
 from ddmd_jax.evaluation.scores.preprocess import ImageError
 from ddmd_jax.evaluation.scores.scorers import ScoreError, Source
 from ddmd_jax.models import blip, inception
-from ddmd_jax.models.layers import abstract_params
+from ddmd_jax.models.layers import abstract_params, functional
 from ddmd_jax.models.text import clip
 from ddmd_jax.util.errors import UserError
 from ddmd_jax.weights import clip as clip_names, flat, states, torch_files
@@ -157,11 +157,16 @@ def test_both_towers_are_open_clips(act):
     pixels, ids = reference.clip_inputs()
     scorer = scorers.clip_scorer('tiny', towers(act), Source(), tokenize=ids_of)
     params = scorer.read(tiny_state(), where='here')
-    run = lambda method: functools.partial(
-        scorers.functional(lambda: clip.Clip(towers(act), nnx.Rngs(0)), method), params)
+    build = lambda: clip.Clip(towers(act), nnx.Rngs(0))
+
+    @jax.jit
+    def run(params, pixels, ids):
+        return (functional(build, 'embed_image')(params, pixels),
+                functional(build, 'embed_text')(params, ids),
+                scorer.apply(params, {'pixels': pixels, 'ids': ids}))
+
     with jax.default_matmul_precision('highest'):
-        image, text = run('embed_image')(pixels), run('embed_text')(ids)
-        cosine = scorer.apply(params, {'pixels': pixels, 'ids': ids})
+        image, text, cosine = run(params, pixels, ids)
     assert close(reference.sampled(np.asarray(image)), GOLDEN['clip'][act]['image'])
     assert close(reference.sampled(np.asarray(text)), GOLDEN['clip'][act]['text'])
     np.testing.assert_allclose(cosine, np.sum(np.asarray(image) * np.asarray(text), -1), atol=1e-6)
