@@ -22,7 +22,7 @@ from ddmd_jax.data.prompts import build as prompts
 from ddmd_jax.diffusion import drawing, sampling
 from ddmd_jax.diffusion.time import Shift
 from ddmd_jax.evaluation import pictures
-from ddmd_jax.families import LoadOptions
+from ddmd_jax.families import LoadOptions, published_vae
 from ddmd_jax.families.lumina import names, teacher as lumina
 from ddmd_jax.models import autoencoder_kl
 from ddmd_jax.models.layers import abstract_params
@@ -300,8 +300,8 @@ def pipeline(tmp_path_factory):
     abstract = abstract_params(lambda: NextDiT(cfg, nnx.Rngs(0)))
     lumina.export(published_text.random_params(abstract, 1), config, folder / 'transformer',
                   np.float32)
-    config = {'_class_name': lumina.AUTOENCODER, **published.VAE}
-    abstract = autoencoder_kl.abstract_params(lumina._vae_config(config, 'float32'))
+    config = {'_class_name': published_vae.AUTOENCODER, **published.VAE}
+    abstract = autoencoder_kl.abstract_params(published_vae.vae_config(config, 'float32'))
     diffusers.export_tree(published_text.random_params(abstract, 2), names.autoencoder,
                           folder / 'vae', config, np.float32)
     (folder / 'scheduler').mkdir()

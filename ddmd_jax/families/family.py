@@ -99,6 +99,9 @@ class Family:
     # As `load`, with shapes for weights, and with its text side: to compile for, not to run.
     # None: the planner loads the teacher.
     abstract: Callable[[LoadOptions], Teacher] | None = None
+    # (path) -> what in its folder says that guidance has been distilled into the teacher already,
+    # which leaves CA without a signal; '' if nothing does. Reads no weights; raises `WeightsError`.
+    distilled: Callable[[str], str] | None = None
     class_names: tuple[str, ...] = ()  # of pipelines and networks, in a folder's or file's metadata
     ships: bool = False  # weights come with the package: `path` may be empty
     one_size: tuple[int, int] | None = None  # (height, width) in pixels if there is no other

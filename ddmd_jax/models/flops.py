@@ -9,11 +9,12 @@ kernel's blocks add does not. `planner.costs` counts the same in the text of a c
 from __future__ import annotations
 
 from ddmd_jax.models.autoencoder_kl import AutoencoderKLConfig
-from ddmd_jax.models.nextdit import NextDiTConfig
+from ddmd_jax.models.nextdit import BlockConfig, NextDiTConfig
 from ddmd_jax.models.text.caption import CaptionEncoderConfig
 from ddmd_jax.models.text.causal import CausalConfig
+from ddmd_jax.models.zimage import TIME_HIDDEN, ZImageConfig, filled_length
 
-_TIME_FEATURES = 256  # of the sinusoidal embedding that NextDiT's `time_1` takes
+_TIME_FEATURES = 256  # of the sinusoidal embedding that `time_1` takes
 
 
 def _linear(rows: int, din: int, dout: int) -> int:
@@ -25,7 +26,7 @@ def _attention(tokens: int, dim: int) -> int:
     return 4 * tokens**2 * dim
 
 
-# --- NextDiT ---
+# --- NextDiT, Z-Image ---
 
 
 def nextdit_forward(cfg: NextDiTConfig, size: tuple[int, int], tokens: int) -> int:
@@ -39,10 +40,7 @@ def nextdit_forward(cfg: NextDiTConfig, size: tuple[int, int], tokens: int) -> i
     Raises:
       ValueError: latents that patches do not tile.
     """
-    if any(edge % cfg.patch_size for edge in size):
-        raise ValueError(f'latents of {size[0]} x {size[1]}: both must be multiples of '
-                         f'patch_size = {cfg.patch_size}')
-    image = size[0] * size[1] // cfg.patch_size**2
+    image = _patches(cfg, size)
     dim, patch = cfg.hidden_size, cfg.in_channels * cfg.patch_size**2
     # Once a row, not once a token: the time's embedding and the scale of the head.
     time = (_linear(1, _TIME_FEATURES, cfg.time_dim) + _linear(1, cfg.time_dim, cfg.time_dim)
@@ -53,7 +51,27 @@ def nextdit_forward(cfg: NextDiTConfig, size: tuple[int, int], tokens: int) -> i
             + cfg.num_layers * _block(cfg, tokens + image, modulation=True))
 
 
-def _block(cfg: NextDiTConfig, tokens: int, *, modulation: bool) -> int:
+def zimage_forward(cfg: ZImageConfig, size: tuple[int, int], tokens: int) -> int:
+    """FLOPs of one row's pass through `ZImage`, as `nextdit_forward`'s; its fill counts."""
+    image = _patches(cfg, size)
+    dim, patch = cfg.dim, cfg.in_channels * cfg.patch_size**2
+    time = (_linear(1, _TIME_FEATURES, TIME_HIDDEN) + _linear(1, TIME_HIDDEN, cfg.time_dim)
+            + _linear(1, cfg.time_dim, dim))
+    ends = _linear(tokens, cfg.cap_feat_dim, dim) + 2 * _linear(image, patch, dim)
+    tokens, image = filled_length(tokens), filled_length(image)
+    refiners = _block(cfg, tokens, modulation=False) + _block(cfg, image, modulation=True)
+    return (time + ends + cfg.n_refiner_layers * refiners
+            + cfg.n_layers * _block(cfg, tokens + image, modulation=True))
+
+
+def _patches(cfg: NextDiTConfig | ZImageConfig, size: tuple[int, int]) -> int:
+    if any(edge % cfg.patch_size for edge in size):
+        raise ValueError(f'latents of {size[0]} x {size[1]}: both must be multiples of '
+                         f'patch_size = {cfg.patch_size}')
+    return size[0] * size[1] // cfg.patch_size**2
+
+
+def _block(cfg: BlockConfig, tokens: int, *, modulation: bool) -> int:
     """Of one `Block` over so many tokens; its modulation is once a row."""
     dim, kv_dim = cfg.hidden_size, cfg.num_kv_heads * cfg.head_dim
     qkv_out = 2 * _linear(tokens, dim, dim) + 2 * _linear(tokens, dim, kv_dim)

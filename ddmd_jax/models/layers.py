@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import functools
+import math
 from collections.abc import Callable
 from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import nnx
 from jax.sharding import Mesh, NamedSharding, PartitionSpec as P
 
@@ -51,6 +53,13 @@ class RMSNorm(nnx.Module):
         return (x32 * self.weight[...]).astype(self.dtype)
 
 
+def layer_norm(x: Array, eps: float = 1e-6) -> Array:
+    """LayerNorm over the last axis without parameters, in fp32."""
+    x = x.astype(jnp.float32)
+    x = x - jnp.mean(x, axis=-1, keepdims=True)
+    return x * jax.lax.rsqrt(jnp.mean(jnp.square(x), axis=-1, keepdims=True) + eps)
+
+
 def rotary_angles(positions: Array, dims: tuple[int, ...], theta: float = 10000.0) -> Array:
     """Angles ``[..., sum(dims) / 2]`` of multi-axis rotary embeddings.
 
@@ -61,7 +70,7 @@ def rotary_angles(positions: Array, dims: tuple[int, ...], theta: float = 10000.
     """
     parts = []
     for axis, dim in enumerate(dims):
-        freqs = theta ** (-jnp.arange(0, dim, 2, dtype=jnp.float32) / dim)
+        freqs = (theta ** (-np.arange(0, dim, 2) / dim)).astype(np.float32)
         parts.append(positions[..., axis, None].astype(jnp.float32) * freqs)
     return jnp.concatenate(parts, axis=-1)
 
@@ -78,7 +87,10 @@ def apply_rotary(x: Array, angles: Array) -> Array:
 def sinusoidal_embedding(t: Array, dim: int, max_period: float = 10000.0) -> Array:
     """``[B] -> [B, dim]`` cosines then sines (diffusers ``Timesteps``, flip_sin_to_cos)."""
     half = dim // 2
-    freqs = jnp.exp(-jnp.log(max_period) * jnp.arange(half, dtype=jnp.float32) / half)
+    # As published networks have them: exponents rounded to fp32, then what exp gives exactly. Of a
+    # time that counts to 1000, a frequency's last bit turns the angle by 6e-5.
+    exponents = np.float32(-math.log(max_period)) * np.arange(half, dtype=np.float32) / half
+    freqs = np.exp(exponents.astype(np.float64)).astype(np.float32)
     args = t.astype(jnp.float32)[:, None] * freqs
     return jnp.concatenate([jnp.cos(args), jnp.sin(args)], axis=-1)
 

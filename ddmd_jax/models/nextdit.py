@@ -11,6 +11,7 @@ order of keys and the rotary positions are those of the packed sequence, so the 
 from __future__ import annotations
 
 import dataclasses
+from typing import Protocol
 
 import jax
 import jax.numpy as jnp
@@ -23,6 +24,7 @@ from ddmd_jax.models.layers import (
     RMSNorm,
     apply_rotary,
     gather_kernels,
+    layer_norm,
     rotary_angles,
     rows_stay,
     scan_layers,
@@ -91,8 +93,32 @@ class NextDiTConfig:
                              f'to the head size {self.head_dim}')
 
 
-def _linear(cfg: NextDiTConfig, din: int, dout: int, rngs: nnx.Rngs, *, bias: bool,
-            zero: bool = False) -> Linear:
+class BlockConfig(Protocol):
+    """What a block reads of its network's config; Z-Image's blocks are built of these too."""
+
+    @property
+    def hidden_size(self) -> int: ...
+    @property
+    def num_kv_heads(self) -> int: ...
+    @property
+    def head_dim(self) -> int: ...
+    @property
+    def ffn_dim(self) -> int: ...
+    @property
+    def time_dim(self) -> int: ...  # width of what modulates
+    @property
+    def norm_eps(self) -> float: ...
+    @property
+    def dtype(self) -> str: ...
+    @property
+    def attention(self) -> str: ...
+    @property
+    def fold_tokens(self) -> bool: ...
+
+
+def linear(cfg: BlockConfig, din: int, dout: int, rngs: nnx.Rngs, *, bias: bool,
+           zero: bool = False) -> Linear:
+    """A layer in `cfg`'s dtype, its parameters in fp32; of zeros if `zero`."""
     init = nnx.initializers.zeros_init() if zero else nnx.initializers.xavier_uniform()
     return Linear(din, dout, fold=cfg.fold_tokens, use_bias=bias, kernel_init=init,
                   dtype=jnp.dtype(cfg.dtype), param_dtype=jnp.float32, rngs=rngs)
@@ -101,12 +127,12 @@ def _linear(cfg: NextDiTConfig, din: int, dout: int, rngs: nnx.Rngs, *, bias: bo
 class Attention(nnx.Module):
     """Grouped-query self-attention with RMS-normed, rotated queries and keys."""
 
-    def __init__(self, cfg: NextDiTConfig, rngs: nnx.Rngs, mesh: Mesh | None):
+    def __init__(self, cfg: BlockConfig, rngs: nnx.Rngs, mesh: Mesh | None):
         kv_dim = cfg.num_kv_heads * cfg.head_dim
-        self.to_q = _linear(cfg, cfg.hidden_size, cfg.hidden_size, rngs, bias=False)
-        self.to_k = _linear(cfg, cfg.hidden_size, kv_dim, rngs, bias=False)
-        self.to_v = _linear(cfg, cfg.hidden_size, kv_dim, rngs, bias=False)
-        self.to_out = _linear(cfg, cfg.hidden_size, cfg.hidden_size, rngs, bias=False)
+        self.to_q = linear(cfg, cfg.hidden_size, cfg.hidden_size, rngs, bias=False)
+        self.to_k = linear(cfg, cfg.hidden_size, kv_dim, rngs, bias=False)
+        self.to_v = linear(cfg, cfg.hidden_size, kv_dim, rngs, bias=False)
+        self.to_out = linear(cfg, cfg.hidden_size, cfg.hidden_size, rngs, bias=False)
         # The published attention's own eps is 1e-5 whatever norm_eps says.
         self.norm_q = RMSNorm(cfg.head_dim, eps=1e-5, dtype=jnp.dtype(cfg.dtype))
         self.norm_k = RMSNorm(cfg.head_dim, eps=1e-5, dtype=jnp.dtype(cfg.dtype))
@@ -123,10 +149,10 @@ class Attention(nnx.Module):
 class FeedForward(nnx.Module):
     """SwiGLU (diffusers `LuminaFeedForward`): ``linear_2(silu(linear_1 x) * linear_3 x)``."""
 
-    def __init__(self, cfg: NextDiTConfig, rngs: nnx.Rngs):
-        self.linear_1 = _linear(cfg, cfg.hidden_size, cfg.ffn_dim, rngs, bias=False)
-        self.linear_2 = _linear(cfg, cfg.ffn_dim, cfg.hidden_size, rngs, bias=False)
-        self.linear_3 = _linear(cfg, cfg.hidden_size, cfg.ffn_dim, rngs, bias=False)
+    def __init__(self, cfg: BlockConfig, rngs: nnx.Rngs):
+        self.linear_1 = linear(cfg, cfg.hidden_size, cfg.ffn_dim, rngs, bias=False)
+        self.linear_2 = linear(cfg, cfg.ffn_dim, cfg.hidden_size, rngs, bias=False)
+        self.linear_3 = linear(cfg, cfg.hidden_size, cfg.ffn_dim, rngs, bias=False)
 
     def __call__(self, x: Array) -> Array:
         gate = jax.nn.silu(self.linear_1(x).astype(jnp.float32)).astype(x.dtype)
@@ -134,25 +160,29 @@ class FeedForward(nnx.Module):
 
 
 class Block(nnx.Module):
-    """Sandwich-normed transformer block; with `modulation`, gated by the time embedding."""
+    """Sandwich-normed transformer block; with `modulation`, scaled and gated by time.
 
-    def __init__(self, cfg: NextDiTConfig, rngs: nnx.Rngs, mesh: Mesh | None = None, *,
+    `time [B, time_dim]` goes into the modulation's one matrix as it is: of NextDiT it is
+    ``silu`` of the time embedding, of Z-Image the embedding itself.
+    """
+
+    def __init__(self, cfg: BlockConfig, rngs: nnx.Rngs, mesh: Mesh | None = None, *,
                  modulation: bool):
         norm = lambda: RMSNorm(cfg.hidden_size, eps=cfg.norm_eps, dtype=jnp.dtype(cfg.dtype))
         self.attn = Attention(cfg, rngs, mesh)
         self.feed_forward = FeedForward(cfg, rngs)
         self.norm1, self.norm2, self.ffn_norm1, self.ffn_norm2 = norm(), norm(), norm(), norm()
         if modulation:
-            self.modulation = _linear(
+            self.modulation = linear(
                 cfg, cfg.time_dim, 4 * cfg.hidden_size, rngs, bias=True, zero=True)
 
     def __call__(self, x: Array, mask: Array | None, angles: Array,
-                 temb: Array | None = None) -> Array:
-        if temb is None:
+                 time: Array | None = None) -> Array:
+        if time is None:
             x = x + self.norm2(self.attn(self.norm1(x), mask, angles))
             return x + self.ffn_norm2(self.feed_forward(self.ffn_norm1(x)))
         scale_attn, gate_attn, scale_ffn, gate_ffn = jnp.split(
-            self.modulation(jax.nn.silu(temb))[:, None], 4, axis=-1)
+            self.modulation(time)[:, None], 4, axis=-1)
         attn = self.attn(self.norm1(x) * (1 + scale_attn), mask, angles)
         x = x + jnp.tanh(gate_attn) * self.norm2(attn)
         ffn = self.feed_forward(self.ffn_norm1(x) * (1 + scale_ffn))
@@ -168,23 +198,25 @@ class NextDiT(nnx.Module):
     def __init__(self, cfg: NextDiTConfig, rngs: nnx.Rngs, mesh: Mesh | None = None):
         patch_dim = cfg.patch_size**2 * cfg.in_channels
         self.cfg, self.mesh = cfg, mesh
-        self.x_embedder = _linear(cfg, patch_dim, cfg.hidden_size, rngs, bias=True)
-        self.time_1 = _linear(cfg, 256, cfg.time_dim, rngs, bias=True)
-        self.time_2 = _linear(cfg, cfg.time_dim, cfg.time_dim, rngs, bias=True)
+        self.x_embedder = linear(cfg, patch_dim, cfg.hidden_size, rngs, bias=True)
+        self.time_1 = linear(cfg, 256, cfg.time_dim, rngs, bias=True)
+        self.time_2 = linear(cfg, cfg.time_dim, cfg.time_dim, rngs, bias=True)
         self.caption_norm = RMSNorm(cfg.cap_feat_dim, eps=cfg.norm_eps, dtype=jnp.dtype(cfg.dtype))
-        self.caption_proj = _linear(cfg, cfg.cap_feat_dim, cfg.hidden_size, rngs, bias=True)
+        self.caption_proj = linear(cfg, cfg.cap_feat_dim, cfg.hidden_size, rngs, bias=True)
         self.context_refiner = stack_layers(
             lambda r: Block(cfg, r, mesh, modulation=False), cfg.num_refiner_layers, rngs)
         self.noise_refiner = stack_layers(
             lambda r: Block(cfg, r, mesh, modulation=True), cfg.num_refiner_layers, rngs)
         self.layers = stack_layers(
             lambda r: Block(cfg, r, mesh, modulation=True), cfg.num_layers, rngs)
-        self.out_scale = _linear(cfg, cfg.time_dim, cfg.hidden_size, rngs, bias=True, zero=True)
-        self.out_proj = _linear(cfg, cfg.hidden_size, patch_dim, rngs, bias=True, zero=True)
+        self.out_scale = linear(cfg, cfg.time_dim, cfg.hidden_size, rngs, bias=True, zero=True)
+        self.out_proj = linear(cfg, cfg.hidden_size, patch_dim, rngs, bias=True, zero=True)
 
     def __call__(self, x_t: Array, t: Array, caption: Array, mask: Array) -> Array:
-        tokens, temb, grid = self._trunk(x_t, t, caption, mask)
-        return unpatchify(self._head(tokens, temb), grid, self.cfg.patch_size)
+        tokens, time, grid = self._trunk(x_t, t, caption, mask)
+        x32 = layer_norm(tokens) * (1 + self.out_scale(time))[:, None]
+        out = self.out_proj(x32.astype(tokens.dtype)).astype(jnp.float32)
+        return unpatchify(out, grid, self.cfg.patch_size)
 
     def features(self, x_t: Array, t: Array, caption: Array, mask: Array) -> Array:
         """The image's tokens ``[B, S, D]`` after the last layer, of inputs as in a call."""
@@ -192,7 +224,7 @@ class NextDiT(nnx.Module):
 
     def _trunk(self, x_t: Array, t: Array, caption: Array,
                mask: Array) -> tuple[Array, Array, tuple[int, int]]:
-        """(tokens of the image, time embedding, patches a side)."""
+        """(tokens of the image, what modulates, patches a side)."""
         cfg, dtype = self.cfg, jnp.dtype(self.cfg.dtype)
         batch, height, width, _ = x_t.shape
         grid = (height // cfg.patch_size, width // cfg.patch_size)
@@ -202,24 +234,17 @@ class NextDiT(nnx.Module):
             layers, x, *args, remat=cfg.remat, unroll=cfg.unroll, use=use)
 
         temb = self.time_2(jax.nn.silu(self.time_1(sinusoidal_embedding(t, 256).astype(dtype))))
+        time = jax.nn.silu(temb)
         cap = self.caption_proj(self.caption_norm(caption.astype(dtype)))
         cap = run(self.context_refiner, rows_stay(cap, self.mesh), mask, cap_angles)
         img = self.x_embedder(patchify(x_t.astype(dtype), cfg.patch_size))
-        img = run(self.noise_refiner, rows_stay(img, self.mesh), None, img_angles, temb)
+        img = run(self.noise_refiner, rows_stay(img, self.mesh), None, img_angles, time)
 
         joint_mask = jnp.concatenate([mask, jnp.ones((batch, img.shape[1]), bool)], axis=1)
         joint = rows_stay(jnp.concatenate([cap, img], axis=1), self.mesh)
         angles = jnp.concatenate([cap_angles, img_angles], axis=1)
-        joint = run(self.layers, joint, joint_mask, angles, temb)
-        return joint[:, cap.shape[1]:], temb, grid
-
-    def _head(self, x: Array, temb: Array) -> Array:
-        """LayerNorm without parameters (eps 1e-6), scaled by time, projected; fp32 out."""
-        x32 = x.astype(jnp.float32)
-        x32 = x32 - jnp.mean(x32, axis=-1, keepdims=True)
-        x32 = x32 * jax.lax.rsqrt(jnp.mean(jnp.square(x32), axis=-1, keepdims=True) + 1e-6)
-        scale = self.out_scale(jax.nn.silu(temb))[:, None]
-        return self.out_proj((x32 * (1 + scale)).astype(x.dtype)).astype(jnp.float32)
+        joint = run(self.layers, joint, joint_mask, angles, time)
+        return joint[:, cap.shape[1]:], time, grid
 
     def _angles(self, mask: Array, grid: tuple[int, int]) -> tuple[Array, Array]:
         """Rotary angles: a caption counts on axis 0; its image sits at axis 0 = its length."""

@@ -24,7 +24,7 @@ from ddmd_jax.diffusion import drawing, process
 from ddmd_jax.diffusion.drawing import Request
 from ddmd_jax.evaluation import pictures, suites
 from ddmd_jax.evaluation.suites import Suite
-from ddmd_jax.families import LoadOptions, Teacher
+from ddmd_jax.families import Family, LoadOptions, Teacher
 from ddmd_jax.method import health, recipe as recipes
 from ddmd_jax.method.recipe import Recipe
 from ddmd_jax.parallel import sharding
@@ -34,6 +34,7 @@ from ddmd_jax.train.startup import Compiling, Startup
 from ddmd_jax.train.state import StateSpec, TrainState, fresh
 from ddmd_jax.train.update import Frozen, Mechanics, Program, Updates
 from ddmd_jax.train.watch.logs import RunLog, means
+from ddmd_jax.weights.flat import WeightsError
 
 GRID = 8  # prompts of the picture that is logged during training
 PANEL_TAU = 0.5  # uniform time at which the panels compare teacher and critic
@@ -96,13 +97,23 @@ def load_teacher(config: Any, mesh: Mesh, path: str = '') -> Teacher:
     """The teacher that `config` names; or, of its family, the network at `path`, unrounded.
 
     Raises:
-      WeightsError: it cannot be read.
+      WeightsError: it cannot be read, or guidance was distilled into it already.
     """
     t = config.teacher
+    if not (path or t.allow_distilled) and config.method.weight_ca:
+        _refuse_distilled(families.get(t.name), t.path)
     size = next(iter(config.data.get('sizes', ())), None)  # of the images that are shown
     return families.get(t.name).load_teacher(LoadOptions(
         path or t.path, mesh, t.dtype, size, t.remat, t.attention,
         'float32' if path else t.param_dtype))
+
+
+def _refuse_distilled(family: Family, path: str) -> None:
+    """Raises `WeightsError`, before any weights are read."""
+    if family.distilled and (why := family.distilled(path)):
+        raise WeightsError(
+            f'{path} has no guidance signal left for CA: guidance was distilled into it ({why}). '
+            'Give its base model, or config.teacher.allow_distilled=True to distil it all the same')
 
 
 def suite_of(config: Any) -> Suite | None:

@@ -2,10 +2,10 @@
 
 from ddmd_jax.families.family import Family
 from ddmd_jax.families.lumina import teacher, text
-from ddmd_jax.families.lumina.export import EXPORT
+from ddmd_jax.families.published_export import export_of
 
 FAMILY = Family(
     'lumina', load=teacher.load, text=text.load, text_identity=text.identity,
     abstract=teacher.abstract, class_names=(*text.CLASSES, teacher.TRANSFORMER),
-    attention=('auto', 'xla', 'splash'),
-    dtype='bfloat16', export=EXPORT)
+    attention=('auto', 'xla', 'splash'), dtype='bfloat16',
+    export=export_of(teacher.FLOW, no_guidance=1.0))

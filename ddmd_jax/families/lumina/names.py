@@ -1,5 +1,6 @@
 """Published names of Lumina-Image-2.0's parameters (diffusers), by our paths."""
 
+from ddmd_jax.families import published_vae
 from ddmd_jax.weights.names import Entry
 
 _TOP = {
@@ -34,9 +35,4 @@ def transformer(path: str) -> Entry:
     return Entry(f'{stack}.{{}}.{theirs}.{leaf}', layout)
 
 
-def autoencoder(path: str) -> Entry:
-    """Of `AutoencoderKL`, spelt alike: ``decoder/mid_block/attentions/0/to_q/kernel``."""
-    *modules, leaf = path.split('/')
-    layout = 'same' if leaf != 'kernel' else 'linear' if modules[-1].startswith('to_') else 'conv'
-    leaf = 'bias' if leaf == 'bias' else 'weight'
-    return Entry('.'.join(['to_out.0' if m == 'to_out' else m for m in modules] + [leaf]), layout)
+autoencoder = published_vae.entry

@@ -1,7 +1,12 @@
-"""Z-Image: its text side."""
+"""Z-Image."""
 
 from ddmd_jax.families.family import Family
-from ddmd_jax.families.zimage import text
+from ddmd_jax.families.published_export import export_of
+from ddmd_jax.families.zimage import teacher, text
 
-FAMILY = Family('zimage', text=text.load, text_identity=text.identity,
-                class_names=text.PIPELINE.class_names)
+FAMILY = Family(
+    'zimage', load=teacher.load, text=text.load, text_identity=text.identity,
+    abstract=teacher.abstract, distilled=teacher.distilled,
+    class_names=(*text.PIPELINE.class_names, teacher.TRANSFORMER),
+    attention=('auto', 'xla', 'splash'), dtype='bfloat16', guidance=6.0,
+    export=export_of(teacher.FLOW, no_guidance=0.0))

@@ -1,0 +1,73 @@
+"""Decoders of published pipelines: diffusers' `AutoencoderKL`, from the pipeline's folder."""
+
+import dataclasses
+import functools
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import Mesh
+
+from ddmd_jax.families.base import Decoder
+from ddmd_jax.models import autoencoder_kl, flops
+from ddmd_jax.models.autoencoder_kl import AutoencoderKLConfig
+from ddmd_jax.parallel import sharding
+from ddmd_jax.weights import diffusers
+from ddmd_jax.weights.flat import WeightsError
+from ddmd_jax.weights.names import Entry
+
+AUTOENCODER = 'AutoencoderKL'
+RULES = ((r'.', ()),)  # 84 M parameters: whole on every device
+
+
+def entry(path: str) -> Entry:
+    """Published name of ours, spelt alike, e.g. ``decoder/mid_block/attentions/0/to_q/kernel``."""
+    *modules, leaf = path.split('/')
+    layout = 'same' if leaf != 'kernel' else 'linear' if modules[-1].startswith('to_') else 'conv'
+    leaf = 'bias' if leaf == 'bias' else 'weight'
+    return Entry('.'.join(['to_out.0' if m == 'to_out' else m for m in modules] + [leaf]), layout)
+
+
+def vae_config(published: dict[str, Any], dtype: str) -> AutoencoderKLConfig:
+    """Our architecture from a published ``vae/config.json``; raises `WeightsError`."""
+    fields = {f.name for f in dataclasses.fields(AutoencoderKLConfig)} - {'dtype'}
+    try:
+        values = {name: published[name] for name in fields if name in published}
+        values['block_out_channels'] = tuple(values['block_out_channels'])
+        return AutoencoderKLConfig(**values, dtype=dtype)
+    except (KeyError, TypeError, ValueError) as e:
+        raise WeightsError(f'vae/config.json is not one of {AUTOENCODER} ({e}); fetch the folder '
+                           'again') from e
+
+
+def decoder_program(cfg: AutoencoderKLConfig, mesh: Mesh, size: Sequence[int]) -> Decoder:
+    """Decodes an image of `size` pixels, or a tile of it; every device does the same."""
+    params = autoencoder_kl.abstract_params(cfg)
+    run = jax.jit(autoencoder_kl.functional(cfg)[1], out_shardings=sharding.replicated(mesh))
+    largest = cfg.sample_size // cfg.factor
+    sides = [side // cfg.factor for side in size]
+    if sides[0] * sides[1] > largest**2:
+        sides = [min(side, largest) for side in sides]
+    latents = jax.ShapeDtypeStruct((1, *sides, cfg.latent_channels), jnp.float32)
+    return Decoder(run, params, sharding.shard_tree(params, RULES, mesh), latents,
+                   flops.autoencoder_decode(cfg, (sides[0], sides[1])))
+
+
+def decoder(vae: diffusers.Checkpoint, mesh: Mesh) -> tuple[int, Callable[[Any], Any]]:
+    """(pixels a latent, latents -> images; in tiles beyond the area the codec is meant for)."""
+    cfg = vae_config(vae.config, 'float32')
+    program = decoder_program(cfg, mesh, (cfg.sample_size, cfg.sample_size))
+    diffusers.check(vae, program.params, entry)
+    params = diffusers.import_tree(vae, program.params, program.shardings, entry)
+    decode = functools.partial(program.run, params)
+    largest = (cfg.sample_size // cfg.factor) ** 2
+
+    def one(z: np.ndarray) -> Any:
+        whole = z.shape[1] * z.shape[2] <= largest
+        return decode(z) if whole else autoencoder_kl.decode_tiled(decode, z, cfg)
+
+    # An image at a time: the codec's attention alone takes 1 GiB at 1024 x 1024.
+    return cfg.factor, lambda z: np.concatenate(
+        [one(part) for part in np.split(np.asarray(z), len(z))])
