@@ -17,6 +17,7 @@ import pytest
 import safetensors.numpy
 import score_reference as reference
 from flax import nnx
+from PIL import Image
 from score_reference import EMBED, SIZES, TEXT, VISION
 
 from ddmd_jax.evaluation.scores import preprocess, scorers, tokens
@@ -110,6 +111,18 @@ def test_crops_begin_where_each_reference_begins():
     first = lambda pixels: round(float((pixels[0, 0, 0] * preprocess.DEVIATION[0]
                                         + preprocess.MEAN[0]) * 255))
     assert first(preprocess.clip(rows)) == 2 and first(preprocess.clip_transformers(rows)) == 1
+
+
+@pytest.mark.parametrize('size', [(343, 336), (300, 401), (100, 64)])
+def test_cmmds_pixels_are_cut_before_they_are_resampled(size):
+    """cmmd-pytorch: PIL's crop of the middle (rounded down), its bicubic filter, bytes over 255."""
+    image = Image.fromarray(reference.picture(size))
+    short = min(image.size)
+    left, top = ((n - short) // 2 for n in image.size)
+    want = np.asarray(image.crop((left, top, left + short, top + short)).resize(
+        (336, 336), Image.Resampling.BICUBIC), np.float32) / np.float32(255)
+    got = preprocess.cmmd(reference.picture(size))
+    np.testing.assert_array_equal(got, (want - preprocess.MEAN) / preprocess.DEVIATION)
 
 
 @pytest.mark.parametrize('picture', [

@@ -115,13 +115,14 @@ def run(scorer: Scorer, params: Any, images: Iterable[np.ndarray], prompts: Sequ
       params: of `load`.
       images: N pictures ``[H, W, 3] uint8``; a batch of them is held at a time.
       prompts: N texts, where the scorer is `prompted`.
-      batch: pictures at a time; has to divide by the mesh's ways.
+      batch: pictures at a time; rounded up to what divides over the mesh.
       mesh: what `load` was given; of this process's own devices.
 
     Raises:
       ScoreError: another number of prompts than of pictures, or a figure that is not finite.
       ImageError: a picture that the scorer cannot take.
     """
+    batch += -batch % (1 if mesh is None else sharding.batch_ways(mesh))
     apply, found, left, start = jax.jit(scorer.apply), [], iter(images), 0
     while rows := list(itertools.islice(left, batch)):
         texts = list(prompts[start:start + len(rows)]) if scorer.prompted else []
