@@ -4,7 +4,8 @@ import numpy as np
 import pytest
 
 from ddmd_jax.data import DataFileError, conditioning
-from ddmd_jax.data.batch import null_like
+from ddmd_jax.data.batch import NULLS, CondField, CondSpec, null_like
+from ddmd_jax.data.order import Planned
 from ddmd_jax.families.lumina import text as lumina
 
 
@@ -49,3 +50,39 @@ def test_a_null_prompt_of_one_token_is_padded_not_repeated():
     found = null_like(null, cond)
     np.testing.assert_array_equal(found['embeds'][:, :, 0], [[3, 0, 0, 0]] * 2)
     np.testing.assert_array_equal(found['mask'], [[True, False, False, False]] * 2)
+
+
+def test_null_prompts_by_name():
+    """Encoded as it is; or zeros of it, read as far as the encoded one is."""
+    null = {'embeds': np.ones((1, 3, 2), 'f'), 'mask': np.ones((1, 3), bool),
+            'pooled': np.ones((1, 4), 'f'), 'time_ids': np.full((1, 6), 8)}
+    assert NULLS['encoded'](null) is null
+    found = NULLS['zeros'](null)
+    assert not found['embeds'].any() and not found['pooled'].any()
+    assert found['mask'].all() and (found['time_ids'] == 8).all()
+    assert {k: x.dtype for k, x in found.items()} == {k: x.dtype for k, x in null.items()}
+
+
+def test_what_is_no_text_stays_an_examples_own():
+    """SDXL's sizes: the null prompt's row is of the same image."""
+    null = {'embeds': np.zeros((1, 3, 2)), 'mask': np.ones((1, 3), bool)}
+    cond = {'embeds': np.ones((2, 3, 2)), 'mask': np.ones((2, 3), bool),
+            'time_ids': np.arange(12).reshape(2, 6)}
+    np.testing.assert_array_equal(null_like(null, cond)['time_ids'], cond['time_ids'])
+
+
+def test_what_follows_from_a_batchs_size_goes_with_it():
+    """Anew for every bucket; what the data says itself stands."""
+    spec = CondSpec.text(2, size=CondField((2,), np.int32, per_token=False,
+                                           of_shape=lambda shape: (8 * shape[0], 8 * shape[1])))
+    rows = np.arange(3)
+    prompts = conditioning.Prompts(rows, lambda rows, length: {'embeds': np.zeros((len(rows), 1))},
+                                   None, {}, str, '', of_shape=spec.of_shape)
+    for shape, want in (((2, 3, 4), (16, 24)), ((3, 2, 4), (24, 16))):
+        size = prompts.read(Planned(rows, None, shape)).cond['size']
+        assert size.dtype == np.int32 and size.tolist() == [list(want)] * 3
+    own = conditioning.Prompts(rows, lambda rows, length: {'size': rows}, None, {}, str, '',
+                               of_shape=spec.of_shape)
+    assert own.read(Planned(rows, None, (2, 3, 4))).cond['size'] is rows
+    assert spec.shapes(2, 5, 'bfloat16')['size'].dtype == np.int32
+    assert CondSpec.text(2).of_shape(3, (2, 3, 4)) == {}

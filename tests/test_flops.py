@@ -11,8 +11,10 @@ from flax import nnx
 from ddmd_jax.models import autoencoder_kl as vae, flops, layers
 from ddmd_jax.models.nextdit import NextDiT, NextDiTConfig
 from ddmd_jax.models.text.caption import CaptionEncoder, CaptionEncoderConfig
+from ddmd_jax.models.text.clip import ClipConfig, ClipText
 from ddmd_jax.models.text.gemma2 import Gemma2, Gemma2Config
 from ddmd_jax.models.text.qwen3 import Qwen3, Qwen3Config
+from ddmd_jax.models.unet import UNet, UNetConfig
 from ddmd_jax.planner import costs
 
 # Rows, for a cost is that of one.
@@ -60,6 +62,37 @@ def test_causal_forward(module, cfg):
     got = counted(layers.functional(make), layers.abstract_params(make),
                   arg(BATCH, 7, dtype=jnp.int32), arg(BATCH, 7, dtype=bool))
     assert got == BATCH * flops.causal_forward(cfg, 7)
+
+
+@pytest.mark.parametrize('projected', [False, True])
+def test_clip_forward(projected):
+    cfg = ClipConfig(20, 24, 40, 3, 4, 9, projection_dim=10, penultimate=not projected)
+    make = lambda: ClipText(cfg, nnx.Rngs(0))
+    got = counted(layers.functional(make), layers.abstract_params(make),
+                  arg(BATCH, 9, dtype=jnp.int32))
+    assert got == BATCH * flops.clip_forward(cfg, 9)
+
+
+def test_unet_forward():
+    """Over latents with an even edge and an odd one; levels that differ in all they have."""
+    cfg = UNetConfig(
+        down_block_types=('DownBlock2D', 'CrossAttnDownBlock2D'),
+        up_block_types=('CrossAttnUpBlock2D', 'UpBlock2D'), block_out_channels=(8, 16),
+        layers_per_block=1, transformer_layers_per_block=(1, 2), attention_head_dim=(2, 4),
+        cross_attention_dim=6, addition_time_embed_dim=4,
+        projection_class_embeddings_input_dim=6 + 24, norm_num_groups=4)
+    make = lambda: UNet(cfg, nnx.Rngs(0))
+    got = counted(layers.functional(make), layers.abstract_params(make), arg(BATCH, 6, 5, 4),
+                  arg(BATCH), arg(BATCH, 7, 6), arg(BATCH, 7, dtype=bool), arg(BATCH, 6),
+                  arg(BATCH, 6))
+    assert got == BATCH * flops.unet_forward(cfg, (6, 5), 7)
+
+
+def test_sdxl_by_hand():
+    """The published U-Net at 1024 pixels: 5.98 TFLOPs a row, as others count, and the scores."""
+    scores = 4 * (10 * 4096**2 * 640 + 60 * 1024**2 * 1280)
+    assert flops.unet_forward(UNetConfig(), (128, 128), 77) - scores == pytest.approx(
+        5.98e12, rel=0.01)
 
 
 def test_caption_forward():

@@ -80,8 +80,8 @@ def test_weights_of_no_family_are_refused(tmp_path):
         families.load_teacher(str(tmp_path))
     with pytest.raises(UnknownFamily, match='lumina does not ship'):
         families.load_teacher('lumina')
-    (tmp_path / 'model_index.json').write_text('{"_class_name": "StableDiffusionXLPipeline"}')
-    with pytest.raises(WeightsError, match='only the text encoder of sdxl is supported'):
+    (tmp_path / 'model_index.json').write_text('{"_class_name": "ZImagePipeline"}')
+    with pytest.raises(WeightsError, match='only the text encoder of zimage is supported'):
         families.load_teacher(str(tmp_path))
 
 

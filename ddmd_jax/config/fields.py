@@ -126,6 +126,7 @@ DISTILL = (
     Field('method.normaliser', r.choice('per_term', 'dmd2', 'none'), 'per_term', FIXED, 'divisor of the terms'),
     Field('method.floor', r.number('no floor, and a tiny denominator makes NaNs', above=0), 0.02, FIXED, 'smallest divisor, in units of x'),
     Field('method.shift', r.or_none(r.number("None takes the teacher's", above=0)), None, FIXED, 'time shift of steps and levels'),
+    Field('method.null', r.choice('encoded', 'zeros'), 'encoded', FIXED, 'null prompt of CA, of those that the family offers', filled=False),
     Field('method.regularisers', r.NAMES, ('gan', 'mean_variance'), FIXED, 'terms beside CA and DM, each with a section `method.NAME`; dotted: your own module'),
     Field('train.accumulate', r.COUNT, 1, FIXED, 'micro-batches of one update'),
     Field('train.teacher_passes', r.choice('together', 'apart'), 'together', FREE, "the teacher's predictions of a step in one call, or one by one in the memory of one"),

@@ -138,6 +138,13 @@ def moments_known(weight: float, mean: float | None, variance: float | None,
                 f'known for {family.name} (the paper has .075 and .81 for SDXL)')
 
 
+@about('method.null', 'family')
+def null_offered(null: str, family: Family) -> str | None:
+    if null not in family.nulls:
+        return (f'must be {" or ".join(map(repr, family.nulls))} with teacher.name '
+                f'{family.name!r}, which knows no other null prompt')
+
+
 @about('init_from', 'resume')
 def one_start(init_from: str, resume: str) -> str | None:
     if init_from and resume:

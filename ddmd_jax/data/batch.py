@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 Array = jax.Array
 
@@ -19,11 +20,16 @@ Cond = dict[str, Any]
 
 @dataclasses.dataclass(frozen=True)
 class CondField:
-    """One array of a `Cond`: its shape without the batch (and token) axes, and its dtype."""
+    """One array of a `Cond`: its shape without the batch (and token) axes, and its dtype.
+
+    `of_shape` gives it for latents ``(H, W, C)``, where it says how large an image is and nothing
+    of what is on it.
+    """
 
     shape: tuple[int, ...] = ()
     dtype: Any = jnp.float32
     per_token: bool = True
+    of_shape: Callable[[Sequence[int]], Sequence[Any]] | None = None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -50,6 +56,11 @@ class CondSpec:
             return jax.ShapeDtypeStruct((*shape, *field.shape), kind)
 
         return {name: one(field) for name, field in self.fields.items()}
+
+    def of_shape(self, rows: int, shape: Sequence[int]) -> Cond:
+        """What follows from the size of `rows` latents ``(H, W, C)``, in the host's memory."""
+        return {name: np.tile(np.asarray(field.of_shape(shape), field.dtype), (rows, 1))
+                for name, field in self.fields.items() if field.of_shape}
 
 
 @functools.partial(jax.tree_util.register_dataclass, data_fields=['cond', 'real'],
@@ -79,11 +90,23 @@ class Batch:
         return self.shape, *(x.shape for x in jax.tree.leaves(self))
 
 
+def zeros(null: Cond) -> Cond:
+    """The null prompt as zeros: of every float, as arrays or shapes; the mask is as it was."""
+    one = lambda x: np.zeros(x.shape, x.dtype) if jnp.issubdtype(x.dtype, jnp.floating) else x
+    return jax.tree.map(one, null)
+
+
+# Null prompts by name, each made of the encoded empty text: that (the paper's Algorithm 1), or
+# zeros of its shape (what DMD2's code gives SDXL).
+NULLS: dict[str, Callable[[Cond], Cond]] = {'encoded': lambda null: null, 'zeros': zeros}
+
+
 def null_like(null: Cond, cond: Cond) -> Cond:
     """The null prompt's one row, repeated for every row of `cond`, with as many tokens.
 
     Only padding is cut: no batch has fewer tokens than the null prompt (`check_buckets`). Where
-    it has more, the null prompt is padded with zeros, which its mask leaves out.
+    it has more, the null prompt is padded with zeros, which its mask leaves out. What
+    the null prompt does not say, as it is no text, stays an example's own (SDXL's sizes).
     """
     def one(n: Array, c: Array) -> Array:
         if n.ndim > 1 and n.shape[1] != c.shape[1]:
@@ -92,4 +115,4 @@ def null_like(null: Cond, cond: Cond) -> Cond:
             n = jnp.pad(n, [(0, 0), (0, short), *[(0, 0)] * (n.ndim - 2)])
         return jnp.broadcast_to(n, c.shape)
 
-    return {name: one(null[name], c) for name, c in cond.items()}
+    return {name: one(null[name], c) if name in null else c for name, c in cond.items()}

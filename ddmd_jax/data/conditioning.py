@@ -27,6 +27,8 @@ class Prompts:
       lengths: tokens of every row, where they are known.
       encode: a jitted program, ``tokens -> Cond``; None where `lookup` gives a `Cond`.
       real: ``rows -> real latents [B, H, W, C]`` of these prompts; None where there are none.
+      of_shape: ``(number of rows, shape of a latent) -> arrays`` that go with a batch beside what
+        `lookup` gives (`CondSpec.of_shape`), as its latents have some size.
     """
 
     rows: np.ndarray
@@ -38,11 +40,15 @@ class Prompts:
     lengths: np.ndarray | None = None
     encode: Callable[[Any], Cond] | None = None
     real: Callable[[np.ndarray], np.ndarray] | None = None
+    of_shape: Callable[[int, Sequence[int]], dict[str, Any]] | None = None
 
     def read(self, planned: Planned) -> Batch:
         """A planned batch, or a process's rows of one, in the host's memory."""
         real = self.real(planned.rows) if self.real else None
-        return Batch(self.lookup(planned.rows, planned.length), real, planned.shape or ())
+        cond = self.lookup(planned.rows, planned.length)
+        if self.of_shape and planned.shape:
+            cond = self.of_shape(len(planned.rows), planned.shape) | cond
+        return Batch(cond, real, planned.shape or ())
 
 
 def check_buckets(buckets: Sequence[int], prompts: Prompts) -> None:

@@ -9,7 +9,7 @@ A folder holds
                               and its text as bytes
 
 Arrays that have a row a token (`embeds [L, D]`) are cut to the prompt's own tokens, others
-(`pooled [D]`) are as they are; floats are bfloat16.
+(`pooled [D]`) are as they are; floats are bfloat16, whole numbers int32.
 """
 
 import json
@@ -32,11 +32,12 @@ Arrays = dict[str, np.ndarray]
 
 
 def trimmed(cond: Arrays) -> list[Arrays]:
-    """Rows of a `Cond` one by one, each without its padding, floats in bfloat16."""
+    """Rows of a `Cond` one by one, each without its padding, in the types that are stored."""
     mask = cond['mask']
     def one(row: int) -> Arrays:
         real = lambda x: x[row][mask[row]] if x.ndim > 2 else x[row]
-        return {k: np.asarray(real(x), FLOAT) for k, x in cond.items() if k != 'mask'}
+        kind = lambda x: np.int32 if np.issubdtype(x.dtype, np.integer) else FLOAT
+        return {k: np.asarray(real(x), kind(x)) for k, x in cond.items() if k != 'mask'}
     return [one(row) for row in range(len(mask))]
 
 

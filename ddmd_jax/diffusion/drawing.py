@@ -24,7 +24,7 @@ import numpy as np
 from jax.sharding import Mesh
 from tqdm import tqdm
 
-from ddmd_jax.data.batch import Cond, null_like
+from ddmd_jax.data.batch import NULLS, Cond, null_like
 from ddmd_jax.diffusion import sampling
 from ddmd_jax.diffusion.time import FewSteps, TimeMap
 from ddmd_jax.parallel import sharding
@@ -93,8 +93,8 @@ def of_teacher(teacher: Teacher, steps: int, guidance: float = 1.0,
         noise = sampling.step_noise(key, 1, _shape(teacher, cond))[0]
         return sampling.sample_teacher(
             functools.partial(teacher.predict_clean, params), cond,
-            teacher.time.first_input(noise), teacher.time.grid(steps),
-            sampling.Guidance(guidance, null, teacher.rescale), solver)
+            teacher.time.grid_input(noise, steps), teacher.time.grid(steps),
+            sampling.Guidance(guidance, NULLS[teacher.null](null), teacher.rescale), solver)
 
     return Sampler('teacher', steps, sampling.evaluations(steps, guidance, solver), guidance,
                    solver, draw, teacher.latents.decode)

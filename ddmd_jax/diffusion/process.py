@@ -44,3 +44,24 @@ def to_velocity(x_t: Array, x_hat: Array, t: Array, min_noise: float = 1e-3) -> 
     x_t = x_t.astype(jnp.float32)
     gap = jnp.maximum(1.0 - expand_time(t, x_t), min_noise)
     return (x_hat.astype(jnp.float32) - x_t) / gap
+
+
+def preserved(t: Array | float, like: Array) -> Array:
+    """``sqrt(t^2 + (1 - t)^2)``, the factor from a variance-preserving sample to the flow's x_t.
+
+    A sample ``x_vp = a x + s noise`` with ``a^2 + s^2 = 1`` is the flow's at ``t = a / (a + s)``
+    but for a factor: ``x_t = x_vp / (a + s)``. Broadcasts against ``like [B, ...]`` as
+    `expand_time`.
+    """
+    t = expand_time(t, like)
+    return jnp.sqrt(jnp.square(t) + jnp.square(1.0 - t))
+
+
+def noise_to_clean(x_t: Array, noise: Array, t: Array) -> Array:
+    """Clean prediction ``x_hat = (x_t - (1 - t) noise) / t`` from one of the noise, in fp32; t > 0.
+
+    In a variance-preserving sample's terms ``(x_vp - s noise) / a``.
+    """
+    x_t = x_t.astype(jnp.float32)
+    t = expand_time(t, x_t)
+    return (x_t - (1.0 - t) * noise.astype(jnp.float32)) / t

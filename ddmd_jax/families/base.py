@@ -42,7 +42,7 @@ class TextEncoder:
     is pure and can be jitted; the `Cond` it gives has as many places as the tokens. It is fit to
     be cut to the longest prompt of a batch where `cuts` is True: no token sees padding behind it.
     `width` is D of the embeds, `rules` lay `params` out over a mesh, `identity` names the weights.
-    `flops(tokens)` is what a row of so many costs; it is the planner's.
+    `flops(tokens)` is what a row of so many costs, `ids` are the names of its ids: the planner's.
     """
 
     name: str
@@ -55,6 +55,7 @@ class TextEncoder:
     identity: str
     cuts: bool = True
     flops: Callable[[int], int] | None = None
+    ids: tuple[str, ...] = ('ids',)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -100,6 +101,8 @@ class Teacher:
       rescale: ``(v, v_cond) -> v``, a habit of the family's own sampler with guided velocities; it
         belongs to sampling and never enters CA.
       flops: of one row of `predict_clean` with captions of so many tokens, for the planner.
+      null: which null prompt its own sampler guides away from, of `batch.NULLS`; what CA is made
+        of is the config's (`method.null`).
     """
 
     family: str
@@ -114,6 +117,7 @@ class Teacher:
     features: Callable[[Any, Array, Array, Cond], Array] | None = None
     rescale: Callable[[Array, Array], Array] | None = None
     flops: Callable[[int], int] | None = None
+    null: str = 'encoded'
 
     def encode(self, prompts: Sequence[str]) -> Cond:
         """Numpy `Cond` of a list of prompts by the text side that came with the weights.

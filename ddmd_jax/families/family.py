@@ -108,6 +108,7 @@ class Family:
     attention: tuple[str, ...] = ('auto', 'xla')  # of `attention.KINDS`
     dtype: str = 'float32'  # of activations where no run says it
     guidance: float = 4.0  # default of its own sampler
+    nulls: tuple[str, ...] = ('encoded',)  # null prompts that it offers, of `batch.NULLS`
     knows_moments: bool = False  # teachers know mean and variance of real latents
     data_sets: Mapping[str, DataSet] = dataclasses.field(default_factory=dict)  # by ``data.name``
     suite: Suite | None = None  # the evaluation after training, and the probe's judge

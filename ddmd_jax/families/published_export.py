@@ -1,7 +1,6 @@
 """Students of `published_flow` teachers: the teacher's pipeline, another transformer, scheduler."""
 
 import functools
-import shutil
 import sys
 from pathlib import Path
 
@@ -76,7 +75,7 @@ def write_pipeline(flow: Flow, student: Exported, out: Path) -> None:
     index = diffusers.read_json(source / 'model_index.json')
     copied = [name for name in COPIED if (source / name).is_dir()]
     for name in copied:
-        _copy(source / name, out / name)
+        files.copy_folder(source / name, out / name, SUFFIXES)
     base = source / 'scheduler' / 'scheduler_config.json'
     scheduler.write(out / 'scheduler', student.shift, student.sampler,
                     diffusers.read_json(base))
@@ -85,12 +84,3 @@ def write_pipeline(flow: Flow, student: Exported, out: Path) -> None:
         'transformer': ['diffusers', flow.transformer],
         'scheduler': ['diffusers', scheduler.CLASS],
         **{name: index.get(name, empty) if name in copied else empty for name in COPIED}})
-
-
-def _copy(source: Path, target: Path) -> None:
-    """A component's files, all of them or none; links become files."""
-    with files.replacing(target) as scratch:
-        scratch.mkdir(parents=True)
-        for file in sorted(source.iterdir()):
-            if file.suffix in SUFFIXES and file.is_file():
-                shutil.copyfile(file, scratch / file.name)

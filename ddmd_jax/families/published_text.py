@@ -43,6 +43,7 @@ class Component:
     config: Callable[[dict[str, Any], str], Any]  # (config.json, dtype) -> ours
     module: Callable[..., nnx.Module]
     entry: diffusers.EntryOf
+    flops: Callable[[Any, int], int] = flops.causal_forward  # of a row, by (our config, tokens)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -127,7 +128,8 @@ def load(pipeline: Pipeline, options: LoadOptions) -> TextEncoder:
     return TextEncoder(
         pipeline.family, params, functools.partial(_tokenize, pipeline, tokenizers),
         _apply(parts, configs, mesh), pipeline.length, sum(cfg.hidden_size for cfg in configs),
-        pipeline.rules, _identity([checkpoint for checkpoint, _ in opened]), pipeline.cuts)
+        pipeline.rules, _identity([checkpoint for checkpoint, _ in opened]), pipeline.cuts,
+        ids=IDS[:len(parts)])
 
 
 def identity(pipeline: Pipeline, path: str) -> str | None:
@@ -149,21 +151,22 @@ def _identity(opened: Sequence[diffusers.Checkpoint]) -> str:
     return hashlib.sha256(''.join(found).encode()).hexdigest()[:16] if found[1:] else found[0]
 
 
-def abstract(pipeline: Pipeline, config: Any, options: LoadOptions) -> TextEncoder:
-    """A pipeline's one text encoder with shapes in place of weights: to compile for, not to run.
+def abstract(pipeline: Pipeline, configs: Sequence[Any], options: LoadOptions) -> TextEncoder:
+    """A pipeline's text encoders with shapes in place of weights: to compile for, not to run.
 
-    `config` is its architecture.
+    `configs` are their architectures.
     """
     def no_tokens(prompts: Sequence[str]) -> dict[str, np.ndarray]:
         raise ValueError('shapes alone tokenise nothing')
 
-    (component,) = pipeline.components
-    cfg = dataclasses.replace(config, dtype=options.dtype)
+    parts = pipeline.components
+    configs = [dataclasses.replace(cfg, dtype=options.dtype) for cfg in configs]
+    shapes = {c.folder: _abstract(c, cfg, options.dtype) for c, cfg in zip(parts, configs)}
     return TextEncoder(
-        pipeline.family, {component.folder: _abstract(component, cfg, options.dtype)}, no_tokens,
-        _apply([component], [cfg], options.devices), pipeline.length, cfg.hidden_size,
-        pipeline.rules, 'abstract', pipeline.cuts,
-        flops=functools.partial(flops.causal_forward, cfg))
+        pipeline.family, shapes, no_tokens, _apply(parts, configs, options.devices),
+        pipeline.length, sum(cfg.hidden_size for cfg in configs), pipeline.rules, 'abstract',
+        pipeline.cuts, lambda tokens: sum(c.flops(cfg, tokens) for c, cfg in zip(parts, configs)),
+        IDS[:len(parts)])
 
 
 def _open(folder: Path, component: Component, dtype: str) -> tuple[diffusers.Checkpoint, Any]:
@@ -192,21 +195,25 @@ def _abstract(component: Component, cfg: Any, dtype: str) -> Any:
 
 def _apply(parts: Sequence[Component], configs: Sequence[Any],
            mesh: Mesh) -> Callable[[Any, dict[str, Any]], Cond]:
-    """`TextEncoder.apply` of one encoder, or of two side by side."""
+    """`TextEncoder.apply` of one encoder, or of two side by side.
+
+    What comes with the tokens and is none goes through, as the `Cond`'s own (`CondSpec.of_shape`).
+    """
     def network(component: Component, config: Any) -> Callable:
         return functional(lambda: component.module(config, nnx.Rngs(0), mesh))
 
     names, networks = [c.folder for c in parts], list(map(network, parts, configs))
+    others = lambda tokens: {k: x for k, x in tokens.items() if k not in (*IDS, 'mask')}
 
     def one(params: Any, tokens: dict[str, Any]) -> Cond:
         found = networks[0](params[names[0]], tokens['ids'], tokens['mask'])
-        return {'embeds': found, 'mask': tokens['mask']}
+        return {'embeds': found, 'mask': tokens['mask'], **others(tokens)}
 
     def both(params: Any, tokens: dict[str, Any]) -> Cond:
         found, pooled = zip(*(network(params[name], tokens[ids])
                               for name, network, ids in zip(names, networks, IDS)))
         return {'embeds': jnp.concatenate(found, axis=-1), 'mask': tokens['mask'],
-                'pooled': pooled[-1]}
+                'pooled': pooled[-1], **others(tokens)}
 
     return both if parts[1:] else one
 

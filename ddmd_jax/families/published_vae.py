@@ -20,6 +20,9 @@ from ddmd_jax.weights.names import Entry
 
 AUTOENCODER = 'AutoencoderKL'
 RULES = ((r'.', ()),)  # 84 M parameters: whole on every device
+# What diffusers takes where a config does not say: SDXL's is older than these fields.
+ABSENT = {'use_quant_conv': True, 'use_post_quant_conv': True, 'mid_block_add_attention': True,
+          'shift_factor': None, 'scaling_factor': 0.18215, 'norm_num_groups': 32}
 
 
 def entry(path: str) -> Entry:
@@ -34,7 +37,7 @@ def vae_config(published: dict[str, Any], dtype: str) -> AutoencoderKLConfig:
     """Our architecture from a published ``vae/config.json``; raises `WeightsError`."""
     fields = {f.name for f in dataclasses.fields(AutoencoderKLConfig)} - {'dtype'}
     try:
-        values = {name: published[name] for name in fields if name in published}
+        values = ABSENT | {name: published[name] for name in fields if name in published}
         values['block_out_channels'] = tuple(values['block_out_channels'])
         return AutoencoderKLConfig(**values, dtype=dtype)
     except (KeyError, TypeError, ValueError) as e:
@@ -56,7 +59,11 @@ def decoder_program(cfg: AutoencoderKLConfig, mesh: Mesh, size: Sequence[int]) -
 
 
 def decoder(vae: diffusers.Checkpoint, mesh: Mesh) -> tuple[int, Callable[[Any], Any]]:
-    """(pixels a latent, latents -> images; in tiles beyond the area the codec is meant for)."""
+    """(pixels a latent, latents -> images; in tiles beyond the area the codec is meant for).
+
+    In fp32, which codecs that overflow in fp16 ask for (``force_upcast``). Everything is checked
+    before anything is read.
+    """
     cfg = vae_config(vae.config, 'float32')
     program = decoder_program(cfg, mesh, (cfg.sample_size, cfg.sample_size))
     diffusers.check(vae, program.params, entry)

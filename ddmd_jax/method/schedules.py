@@ -74,6 +74,7 @@ class Schedule:
           ranges: the configured ranges.
           time: the teacher's time map.
         """
+        t = time.after(t)  # in a table of steps, bounds by t are bounds by the next cleaner step
         ca = time(self.ca.draw(keys[0], t, ranges.ca))
         if self.shared:
             return Levels(ca, ca)

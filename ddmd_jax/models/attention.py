@@ -54,9 +54,10 @@ def attend(q: Array, k: Array, v: Array, mask: Array | None, *, kind: str = 'xla
 
     Args:
       q: ``[B, S, H, D]``.
-      k: ``[B, S, K, D]``, K a divisor of H, of q's dtype; v is like k.
+      k: ``[B, S, K, D]``, K a divisor of H, of q's dtype; v is like k. By `xla` there may be
+        another number of keys than of queries.
       v: see k.
-      mask: bool ``[B, S]``, True for real tokens; None if all of them are.
+      mask: bool ``[B, S]`` of the keys, True for real tokens; None if all of them are.
       kind: 'xla' or 'splash'; see `resolve` for 'auto'.
       mesh: what `splash` is mapped over: batch over data and fsdp (if it divides), heads over
         tensor. None is for one device. `xla` does not need it, the compiler partitions it.

@@ -17,10 +17,13 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
+from ddmd_jax.models.convolution import Downsample, GroupNorm, ResnetBlock, Upsample, conv
 from ddmd_jax.weights import flat
 
 Array = jax.Array
 Tree = Any
+
+PADDING = ((0, 1), (0, 1))  # on the way down: zeros at the bottom and right only
 
 
 @dataclasses.dataclass(frozen=True)
@@ -51,52 +54,6 @@ class AutoencoderKLConfig:
                 c % self.norm_num_groups for c in self.block_out_channels):
             raise ValueError(f'block_out_channels {self.block_out_channels} must be multiples of '
                              f'norm_num_groups = {self.norm_num_groups}')
-
-
-def _conv(cfg: AutoencoderKLConfig, din: int, dout: int, rngs: nnx.Rngs, *, size: int = 3,
-          **kwargs: Any) -> nnx.Conv:
-    kwargs = {'padding': size // 2} | kwargs
-    return nnx.Conv(din, dout, (size, size), dtype=jnp.dtype(cfg.dtype), param_dtype=jnp.float32,
-                    rngs=rngs, **kwargs)
-
-
-class GroupNorm(nnx.Module):
-    """``[B, H, W, C]`` to the same in fp32: what follows casts.
-
-    Sums go over pixels first, channel by channel, and only then over a group's channels: on a CPU
-    half the time of flax's, which sums over both at once. The fast variance, E[x^2] - E[x]^2,
-    cancels where a group's mean is large, and the published one does not take it.
-    """
-
-    def __init__(self, dim: int, groups: int):
-        self.groups = groups
-        self.scale, self.bias = nnx.Param(jnp.ones(dim)), nnx.Param(jnp.zeros(dim))
-
-    def __call__(self, x: Array) -> Array:
-        batch, height, width, dim = x.shape
-        pixels = x.astype(jnp.float32).reshape(batch, height * width, dim)
-
-        def mean(values: Array) -> Array:  # over a group: [batch, 1, dim]
-            groups = values.mean(1).reshape(batch, self.groups, -1).mean(-1)
-            return jnp.repeat(groups, dim // self.groups, axis=1)[:, None]
-
-        centred = pixels - mean(pixels)
-        scale = jax.lax.rsqrt(mean(jnp.square(centred)) + 1e-6) * self.scale[...]
-        return (centred * scale + self.bias[...]).reshape(x.shape)
-
-
-class ResnetBlock(nnx.Module):
-    """``[B, H, W, din] -> [B, H, W, dout]`` (diffusers `ResnetBlock2D` without time)."""
-
-    def __init__(self, cfg: AutoencoderKLConfig, din: int, dout: int, rngs: nnx.Rngs):
-        self.norm1, self.conv1 = GroupNorm(din, cfg.norm_num_groups), _conv(cfg, din, dout, rngs)
-        self.norm2, self.conv2 = GroupNorm(dout, cfg.norm_num_groups), _conv(cfg, dout, dout, rngs)
-        self.conv_shortcut = None if din == dout else _conv(cfg, din, dout, rngs, size=1)
-
-    def __call__(self, x: Array) -> Array:
-        y = self.conv1(jax.nn.silu(self.norm1(x)))
-        y = self.conv2(jax.nn.silu(self.norm2(y)))
-        return y + (x if self.conv_shortcut is None else self.conv_shortcut(x))
 
 
 class Attention(nnx.Module):
@@ -133,26 +90,6 @@ class MidBlock(nnx.Module):
         return self.resnets[1](x)
 
 
-class Downsample(nnx.Module):
-    """``[B, H, W, C] -> [B, H/2, W/2, C]``; zeros are added at the bottom and right only."""
-
-    def __init__(self, cfg: AutoencoderKLConfig, dim: int, rngs: nnx.Rngs):
-        self.conv = _conv(cfg, dim, dim, rngs, strides=2, padding=((0, 1), (0, 1)))
-
-    def __call__(self, x: Array) -> Array:
-        return self.conv(x)
-
-
-class Upsample(nnx.Module):
-    """``[B, H, W, C] -> [B, 2 H, 2 W, C]``: each pixel four times, then a convolution."""
-
-    def __init__(self, cfg: AutoencoderKLConfig, dim: int, rngs: nnx.Rngs):
-        self.conv = _conv(cfg, dim, dim, rngs)
-
-    def __call__(self, x: Array) -> Array:
-        return self.conv(jnp.repeat(jnp.repeat(x, 2, axis=1), 2, axis=2))
-
-
 def _resnets(cfg: AutoencoderKLConfig, num: int, din: int, dout: int, rngs: nnx.Rngs) -> nnx.List:
     return nnx.List([ResnetBlock(cfg, dout if i else din, dout, rngs) for i in range(num)])
 
@@ -163,7 +100,7 @@ class DownBlock(nnx.Module):
     def __init__(self, cfg: AutoencoderKLConfig, din: int, dout: int, rngs: nnx.Rngs, *,
                  last: bool):
         self.resnets = _resnets(cfg, cfg.layers_per_block, din, dout, rngs)
-        self.downsamplers = nnx.List([] if last else [Downsample(cfg, dout, rngs)])
+        self.downsamplers = nnx.List([] if last else [Downsample(cfg, dout, rngs, PADDING)])
 
     def __call__(self, x: Array) -> Array:
         for layer in (*self.resnets, *self.downsamplers):
@@ -198,11 +135,11 @@ class Encoder(nnx.Module):
 
     def __init__(self, cfg: AutoencoderKLConfig, rngs: nnx.Rngs):
         dims = cfg.block_out_channels
-        self.conv_in = _conv(cfg, cfg.in_channels, dims[0], rngs)
+        self.conv_in = conv(cfg, cfg.in_channels, dims[0], rngs)
         self.down_blocks = _blocks(DownBlock, cfg, dims, rngs)
         self.mid_block = MidBlock(cfg, dims[-1], rngs)
         self.conv_norm_out = GroupNorm(dims[-1], cfg.norm_num_groups)
-        self.conv_out = _conv(cfg, dims[-1], 2 * cfg.latent_channels, rngs)
+        self.conv_out = conv(cfg, dims[-1], 2 * cfg.latent_channels, rngs)
 
     def __call__(self, x: Array) -> Array:
         x = self.conv_in(x)
@@ -216,11 +153,11 @@ class Decoder(nnx.Module):
 
     def __init__(self, cfg: AutoencoderKLConfig, rngs: nnx.Rngs):
         dims = cfg.block_out_channels[::-1]
-        self.conv_in = _conv(cfg, cfg.latent_channels, dims[0], rngs)
+        self.conv_in = conv(cfg, cfg.latent_channels, dims[0], rngs)
         self.mid_block = MidBlock(cfg, dims[0], rngs)
         self.up_blocks = _blocks(UpBlock, cfg, dims, rngs)
         self.conv_norm_out = GroupNorm(dims[-1], cfg.norm_num_groups)
-        self.conv_out = _conv(cfg, dims[-1], cfg.out_channels, rngs)
+        self.conv_out = conv(cfg, dims[-1], cfg.out_channels, rngs)
 
     def __call__(self, x: Array) -> Array:
         x = self.mid_block(self.conv_in(x))
@@ -233,7 +170,7 @@ class AutoencoderKL(nnx.Module):
     """Encoder and decoder, with the optional 1 x 1 convolutions about the latents."""
 
     def __init__(self, cfg: AutoencoderKLConfig, rngs: nnx.Rngs):
-        pointwise = lambda dim: _conv(cfg, dim, dim, rngs, size=1)
+        pointwise = lambda dim: conv(cfg, dim, dim, rngs, size=1)
         self.cfg = cfg
         self.encoder, self.decoder = Encoder(cfg, rngs), Decoder(cfg, rngs)
         self.quant_conv = pointwise(2 * cfg.latent_channels) if cfg.use_quant_conv else None

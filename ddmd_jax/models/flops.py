@@ -12,6 +12,8 @@ from ddmd_jax.models.autoencoder_kl import AutoencoderKLConfig
 from ddmd_jax.models.nextdit import BlockConfig, NextDiTConfig
 from ddmd_jax.models.text.caption import CaptionEncoderConfig
 from ddmd_jax.models.text.causal import CausalConfig
+from ddmd_jax.models.text.clip import ClipConfig
+from ddmd_jax.models.unet import UNetConfig
 from ddmd_jax.models.zimage import TIME_HIDDEN, ZImageConfig, filled_length
 
 _TIME_FEATURES = 256  # of the sinusoidal embedding that `time_1` takes
@@ -80,6 +82,67 @@ def _block(cfg: BlockConfig, tokens: int, *, modulation: bool) -> int:
     return qkv_out + _attention(tokens, dim) + ffn + gates
 
 
+# --- U-Net ---
+
+
+def unet_forward(cfg: UNetConfig, size: tuple[int, int], tokens: int) -> int:
+    """FLOPs of one row's pass through `UNet`, over latents of `size` and so many tokens of text.
+
+    All taps of a convolution count that do not lie in its padding.
+    """
+    dims, count = cfg.block_out_channels, cfg.layers_per_block
+    # Once a row: the embeddings of the step, of the pooled text and the six numbers.
+    embeddings = (_linear(1, dims[0], cfg.time_dim) + 2 * _linear(1, cfg.time_dim, cfg.time_dim)
+                  + _linear(1, cfg.projection_class_embeddings_input_dim, cfg.time_dim))
+    total = embeddings + _conv(size, cfg.in_channels, dims[0])
+    total += _conv(size, dims[0], cfg.out_channels)
+    resnet = lambda size, din, dout: _resnet(size, din, dout) + _linear(1, cfg.time_dim, dout)
+
+    def attention(level: int, types: tuple[str, ...], place: int) -> int:
+        attends = types[place].startswith('CrossAttn')
+        return _transformer(cfg, level, sizes[level], tokens) if attends else 0
+
+    sizes, skips, before = [size], [dims[0]], dims[0]
+    for level, dim in enumerate(dims):
+        for _ in range(count):
+            total += resnet(sizes[level], before, dim) + attention(
+                level, cfg.down_block_types, level)
+            before = dim
+            skips.append(dim)
+        if level < cfg.levels - 1:
+            total += _halved(sizes[level], dim)
+            sizes.append((-(-sizes[level][0] // 2), -(-sizes[level][1] // 2)))
+            skips.append(dim)
+    total += 2 * resnet(sizes[-1], before, before) + _transformer(
+        cfg, cfg.levels - 1, sizes[-1], tokens)
+    for place, dim in enumerate(dims[::-1]):
+        level = cfg.levels - 1 - place
+        for _ in range(count + 1):
+            total += resnet(sizes[level], before + skips.pop(), dim) + attention(
+                level, cfg.up_block_types, place)
+            before = dim
+        if level:
+            total += _conv(sizes[level - 1], dim, dim)
+    return total
+
+
+def _transformer(cfg: UNetConfig, level: int, size: tuple[int, int], tokens: int) -> int:
+    """Of the blocks over all pixels of a level, and the products about them."""
+    pixels, dim = size[0] * size[1], cfg.block_out_channels[level]
+    to_itself = 4 * _linear(pixels, dim, dim) + _attention(pixels, dim)
+    to_text = (2 * _linear(pixels, dim, dim) + 4 * pixels * tokens * dim
+               + 2 * _linear(tokens, cfg.cross_attention_dim, dim))
+    ffn = _linear(pixels, dim, 8 * dim) + _linear(pixels, 4 * dim, dim)
+    depth = cfg.transformer_layers_per_block[level]
+    return 2 * _linear(pixels, dim, dim) + depth * (to_itself + to_text + ffn)
+
+
+def _halved(size: tuple[int, int], dim: int) -> int:
+    """A convolution of 3 x 3 taps and stride 2, its padding of 1 met at the end of odd edges."""
+    rows, cols = (3 * -(-edge // 2) - 1 - edge % 2 for edge in size)
+    return 2 * rows * cols * dim * dim
+
+
 # --- Text encoders ---
 
 
@@ -101,6 +164,15 @@ def causal_forward(cfg: CausalConfig, tokens: int) -> int:
     qkv_out = 2 * _linear(tokens, dim, q_dim) + 2 * _linear(tokens, dim, kv_dim)
     ffn = 3 * _linear(tokens, dim, cfg.intermediate_size)
     return cfg.depth * (qkv_out + _attention(tokens, q_dim) + ffn)
+
+
+def clip_forward(cfg: ClipConfig, tokens: int) -> int:
+    """FLOPs of one row's pass through CLIP's text tower, of the layers that are run."""
+    dim = cfg.hidden_size
+    layer = (4 * _linear(tokens, dim, dim) + _attention(tokens, dim)
+             + 2 * _linear(tokens, dim, cfg.intermediate_size))
+    projection = 0 if cfg.penultimate else _linear(1, dim, cfg.projection_dim or 0)
+    return cfg.depth * layer + projection
 
 
 # --- AutoencoderKL ---

@@ -14,6 +14,7 @@ from flax import nnx
 from jax.sharding import Mesh, NamedSharding, PartitionSpec as P
 
 from ddmd_jax.parallel import sharding
+from ddmd_jax.weights import flat
 
 Array = jax.Array
 
@@ -191,5 +192,9 @@ def functional(make: Callable[[], nnx.Module], method: str = '__call__') -> Call
 
 
 def abstract_params(make: Callable[[], nnx.Module]) -> dict[str, Any]:
-    """Nested dict of `ShapeDtypeStruct` of the module that `make` builds."""
-    return nnx.to_pure_dict(nnx.state(nnx.eval_shape(make), nnx.Param))
+    """Nested dict of `ShapeDtypeStruct` of the module that `make` builds.
+
+    Places in a list are strings, as `flat.unflatten` has them.
+    """
+    params = nnx.to_pure_dict(nnx.state(nnx.eval_shape(make), nnx.Param))
+    return flat.unflatten(flat.flatten(params))

@@ -150,8 +150,9 @@ def programs(config: Any, teacher: teachers.Teacher, mesh: Mesh, tokens: int,
             lambda: decoder.run.lower(placed(decoder.params, decoder.shardings), latents),
             resident + bytes_per_device(latents, latents.sharding), decoder.flops, 1)
     if text:
-        ids = placed({'ids': jax.ShapeDtypeStruct((rows, tokens), jnp.int32),
-                      'mask': jax.ShapeDtypeStruct((rows, tokens), bool)},
+        ids = placed({**dict.fromkeys(text.ids, jax.ShapeDtypeStruct((rows, tokens), jnp.int32)),
+                      'mask': jax.ShapeDtypeStruct((rows, tokens), bool),
+                      **teacher.cond.of_shape(rows, teacher.latents.shape)},
                      sharding.batch_sharding(mesh))
         found['encode'] = Program(
             lambda: encode.lower(placed(text.params, text_layout), ids), with_batch,

@@ -17,7 +17,7 @@ from jax.sharding import Mesh
 
 from ddmd_jax import families
 from ddmd_jax.data import loader
-from ddmd_jax.data.batch import Batch
+from ddmd_jax.data.batch import NULLS, Batch
 from ddmd_jax.data.conditioning import Prompts
 from ddmd_jax.data.order import Order, Planned
 from ddmd_jax.diffusion import drawing, process
@@ -61,8 +61,12 @@ class Plan:
 
 
 def plan(config: Any, teacher: Teacher, null: Any, mesh: Mesh) -> Plan:
-    """Recipe, state and updates of a config for a teacher and null prompt, arrays or shapes."""
+    """Recipe, state and updates of a config for a teacher and null prompt, arrays or shapes.
+
+    `null` is the encoded empty text; `method.null` says what is made of it.
+    """
     recipe, c = recipes.from_config(config, teacher), config
+    null = NULLS[c.method.get('null', 'encoded')](null)
     student_tx = optim.make_optimizer(c.optim.student, c.train.steps)
     critic_tx = optim.make_optimizer(
         c.optim.critic, c.train.steps * c.critic.updates + c.critic.warmup)

@@ -46,7 +46,7 @@ def load(config: Any, teacher: Teacher, mesh: Mesh) -> Prompts:
         found = online(config.data.path, text_of(config, teacher, mesh), mesh,
                        bool(config.data.lengths))
     conditioning.check_buckets(config.data.lengths, found)
-    return found
+    return dataclasses.replace(found, of_shape=teacher.cond.of_shape)
 
 
 def online(path: str, text: TextEncoder, mesh: Mesh, measure: bool = False) -> Prompts:

@@ -8,7 +8,7 @@ import os
 import shutil
 import socket
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import IO, Any, TypeVar
 
@@ -41,6 +41,15 @@ def replacing(path: Path, sync: bool = False, own: bool = False) -> Iterator[Pat
     except BaseException:
         remove(scratch)
         raise
+
+
+def copy_folder(source: Path, target: Path, suffixes: Sequence[str]) -> None:
+    """The files of a folder that end in one of `suffixes`, all or none; links become files."""
+    with replacing(target) as scratch:
+        scratch.mkdir(parents=True)
+        for file in sorted(source.iterdir()):
+            if file.suffix in suffixes and file.is_file():
+                shutil.copyfile(file, scratch / file.name)
 
 
 def write(path: Path, content: str | bytes, sync: bool = False) -> None:

@@ -53,5 +53,5 @@ export = functools.partial(published_flow.export, FLOW)
 
 def abstract(options: LoadOptions) -> Teacher:
     """The published teacher with shapes in place of weights: to compile for, not to run."""
-    encoder = published_text.abstract(text.PIPELINE, Gemma2Config(), options)
+    encoder = published_text.abstract(text.PIPELINE, [Gemma2Config()], options)
     return published_flow.abstract(FLOW, encoder, options)

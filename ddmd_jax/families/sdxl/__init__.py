@@ -1,7 +1,12 @@
-"""SDXL: its text side."""
+"""SDXL."""
 
 from ddmd_jax.families.family import Family
-from ddmd_jax.families.sdxl import text
+from ddmd_jax.families.sdxl import teacher, text
+from ddmd_jax.families.sdxl.export import EXPORT
 
-FAMILY = Family('sdxl', text=text.load, text_identity=text.identity,
-                class_names=text.PIPELINE.class_names)
+FAMILY = Family(
+    'sdxl', load=teacher.load, text=text.load, text_identity=text.identity,
+    abstract=teacher.abstract,
+    class_names=(*text.PIPELINE.class_names, teacher.UNET), attention=('auto', 'xla', 'splash'),
+    dtype='bfloat16', guidance=5.0, nulls=('encoded', 'zeros'), knows_moments=True,
+    export=EXPORT)

@@ -3,8 +3,8 @@
 Last but one states of CLIP-L and OpenCLIP's bigG side by side, and bigG's projected state at the
 end token as ``pooled``. Always 77 tokens, which the U-Net reads all, padding too: the mask is True
 everywhere. Where ``model_index.json`` sets ``force_zeros_for_empty_prompt``, the pipeline guides
-away from *zeros*; the null prompt here is the encoded empty text all the same, as CA wants a row
-that an encoder gave. `null_is_zeros` says which of the two a folder's pipeline does.
+away from *zeros*; the null prompt here is the encoded empty text all the same, of which zeros are
+made where they are wanted (`batch.NULLS`). `null_is_zeros` says which a folder's pipeline does.
 """
 
 import functools
@@ -14,6 +14,7 @@ from typing import Any
 from ddmd_jax.families import published_text
 from ddmd_jax.families.base import LoadOptions, TextEncoder
 from ddmd_jax.families.published_text import Component, Pipeline
+from ddmd_jax.models import flops
 from ddmd_jax.models.text import clip
 from ddmd_jax.models.text.clip import ClipConfig, ClipText
 from ddmd_jax.weights import diffusers
@@ -40,9 +41,11 @@ PIPELINE = Pipeline(
     'sdxl', ('StableDiffusionXLPipeline', 'StableDiffusionXLImg2ImgPipeline',
              'StableDiffusionXLInpaintPipeline'),
     (Component('text_encoder', 'tokenizer', PUBLISHED,
-               functools.partial(model_config, projected=False), ClipText, entry),
+               functools.partial(model_config, projected=False), ClipText, entry,
+               flops.clip_forward),
      Component('text_encoder_2', 'tokenizer_2', PROJECTED,
-               functools.partial(model_config, projected=True), ClipText, entry)),
+               functools.partial(model_config, projected=True), ClipText, entry,
+               flops.clip_forward)),
     length=77, rules=clip.RULES, cuts=False)
 
 

@@ -48,7 +48,7 @@ load = functools.partial(published_flow.load, FLOW)
 
 def abstract(options: LoadOptions) -> Teacher:
     """The published teacher with shapes in place of weights: to compile for, not to run."""
-    encoder = published_text.abstract(text.PIPELINE, Qwen3Config(), options)
+    encoder = published_text.abstract(text.PIPELINE, [Qwen3Config()], options)
     return published_flow.abstract(FLOW, encoder, options)
 
 

@@ -1,0 +1,119 @@
+"""SDXL's students: the teacher's pipeline with another UNet and scheduler.
+
+Two schedulers of diffusers take a student's steps as they are (`StepTable.steps`), without being
+told them: with N steps from step 999 down,
+
+  * `renoise`: `LCMScheduler` whose ``original_inference_steps`` are N. Its steps are multiples of
+    1000 / N less 1, it draws new noise between them and keeps of a sample 4e-8 of itself;
+  * `deterministic`: `DDIMScheduler` with `trailing` spacing and nothing clipped.
+
+Students that start elsewhere (DMD2's single step at 399) get a table that ends there.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+import jax.numpy as jnp
+from flax import nnx
+
+from ddmd_jax.diffusion.time import StepTable
+from ddmd_jax.families.family import Export, Exported, Source
+from ddmd_jax.families.sdxl import teacher as sdxl, text
+from ddmd_jax.models.layers import abstract_params
+from ddmd_jax.models.unet import UNet
+from ddmd_jax.util import files
+from ddmd_jax.weights import diffusers, fetch, scheduler
+from ddmd_jax.weights.flat import WeightsError
+
+COPIED = ('vae', 'text_encoder', 'text_encoder_2', 'tokenizer', 'tokenizer_2')  # as they are
+SUFFIXES = ('.json', '.safetensors', '.model', '.txt')  # no pickles, no code
+FILES = (*sdxl.FILES, *(f'{part}/*{suffix}' for part in COPIED for suffix in SUFFIXES))
+SCHEDULERS = {'renoise': 'LCMScheduler', 'deterministic': 'DDIMScheduler'}
+USE = """import torch
+from diffusers import DiffusionPipeline
+
+pipe = DiffusionPipeline.from_pretrained('{folder}', torch_dtype=torch.{dtype}).to('cuda')
+image = pipe('a red fox', num_inference_steps={steps}, guidance_scale=1.0).images[0]
+"""
+ALONE = """from diffusers import UNet2DConditionModel
+
+unet = UNet2DConditionModel.from_pretrained('{folder}/unet')
+"""
+
+
+def open_source(path: str) -> Source:
+    """Raises `WeightsError`: no such folder, or no config of such a UNet in it."""
+    folder = fetch.local_folder(path, FILES)
+    opened = sdxl.open_folder(folder)
+    cfg = sdxl.model_config(opened.published)
+    identity = None  # for a student's shape the config is enough
+    if list(opened.unet.glob('*.safetensors')):
+        identity = diffusers.identity(diffusers.open_folder(opened.unet, sdxl.UNET))
+    return Source(identity, abstract_params(lambda: UNet(cfg, nnx.Rngs(0))), sdxl.RULES,
+                  opened.time, opened.published, own=folder)
+
+
+def write_weights(student: Exported, out: Path) -> None:
+    """``OUT/unet``, as diffusers writes it."""
+    sdxl.export(student.params, student.source.config, out / 'unet', jnp.dtype(student.dtype))
+
+
+def scheduler_config(student: Exported) -> dict[str, Any]:
+    """``scheduler_config.json`` of a scheduler that takes the student's steps.
+
+    Raises:
+      WeightsError: it has none, as the student's time is no table of steps, or they do not divide.
+    """
+    table = student.time
+    if not isinstance(table, StepTable):
+        raise WeightsError(f'{table} is no table of steps, which a pipeline of this family needs; '
+                           'give --format=safetensors')
+    count = table.first + 1
+    if count % student.steps:
+        raise WeightsError(f'{student.steps} steps do not divide the {count} of the table, and no '
+                           'scheduler of diffusers takes them by itself; give '
+                           '--format=safetensors, and name the timesteps where you draw')
+    # The betas alone are the table; where it ends early they have to be written out.
+    early = count < table.count
+    config = {'_class_name': SCHEDULERS[student.sampler], '_diffusers_version': scheduler.STATED,
+              'beta_start': table.beta_start, 'beta_end': table.beta_end,
+              'beta_schedule': table.beta_schedule, 'num_train_timesteps': count,
+              'trained_betas': table.betas[:count].tolist() if early else None,
+              'prediction_type': 'epsilon', 'clip_sample': False, 'set_alpha_to_one': True,
+              'rescale_betas_zero_snr': False, 'thresholding': False, 'steps_offset': table.offset}
+    own = ({'original_inference_steps': student.steps, 'timestep_spacing': 'leading'}
+           if student.sampler == 'renoise' else {'timestep_spacing': 'trailing'})
+    return config | own
+
+
+def write_pipeline(student: Exported, out: Path) -> None:
+    """The whole pipeline; the UNet alone, with a warning, where the teacher is no more."""
+    config = scheduler_config(student)  # before anything large is written
+    write_weights(student, out)
+    source = student.source.own
+    if not (source / 'model_index.json').is_file():
+        print(f'warning: {source} is a bare UNet, and so is the student written; give the whole '
+              "pipeline's folder with --teacher for one that draws", file=sys.stderr)
+        return
+    index = diffusers.read_json(source / 'model_index.json')
+    copied = [name for name in COPIED if (source / name).is_dir()]
+    for name in copied:
+        files.copy_folder(source / name, out / name, SUFFIXES)
+    (out / 'scheduler').mkdir()
+    files.write(out / 'scheduler' / 'scheduler_config.json', json.dumps(config, indent=2) + '\n')
+    empty = [None, None]
+    kept = {name: index[name] for name in ('force_zeros_for_empty_prompt',) if name in index}
+    scheduler.write_index(out, text.PIPELINE.class_names[0], {
+        'unet': ['diffusers', sdxl.UNET], 'scheduler': ['diffusers', config['_class_name']],
+        **{name: index.get(name, empty) if name in copied else empty for name in COPIED},
+        'feature_extractor': empty, 'image_encoder': empty}, **kept)
+
+
+EXPORT = Export(
+    open_source, write_weights, names={
+        'diffusers': ('unet', 'scheduler', *COPIED, 'model_index.json'), 'safetensors': ('unet',)},
+    alone=ALONE, write_pipeline=write_pipeline, use=USE)

@@ -1,0 +1,310 @@
+"""SDXL in and out: folders, process, codec and sampler, against diffusers itself."""
+
+import contextlib
+import dataclasses
+import functools
+import json
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import published_sdxl
+import pytest
+import tiny
+from saved import save
+
+from ddmd_jax import families as teachers
+from ddmd_jax.data.batch import NULLS
+from ddmd_jax.diffusion import drawing, process, sampling
+from ddmd_jax.diffusion.time import FewSteps, Shift, StepTable
+from ddmd_jax.export import write
+from ddmd_jax.families.family import Exported
+from ddmd_jax.families.sdxl import export, teacher as sdxl
+from ddmd_jax.weights.flat import WeightsError
+
+pytestmark = pytest.mark.parity
+torch = pytest.importorskip('torch')
+diffusers = pytest.importorskip('diffusers')
+
+LATENTS = (2, 8, 4, 4)  # non-square, so that an axis taken for the other shows
+PIXELS = (16, 8)
+PROMPTS = ['a red apple', 'a taco on an orange background']
+
+
+@pytest.fixture(scope='module')
+def theirs():
+    return published_sdxl.pipeline(text=True)
+
+
+@pytest.fixture(scope='module')
+def folder(theirs, tmp_path_factory):
+    path = tmp_path_factory.mktemp('sdxl')
+    theirs.save_pretrained(path, max_shard_size='100KB')
+    assert len(list((path / 'unet').glob('*.safetensors'))) > 2
+    return path
+
+
+@pytest.fixture(scope='module')
+def ours(folder):
+    return teachers.load_teacher(str(folder), size=PIXELS)
+
+
+@pytest.fixture(scope='module')
+def cond(folder):
+    """Of the prompts and the empty text, in fp32."""
+    text = teachers.get('sdxl').load_text(teachers.LoadOptions(str(folder)))
+    with jax.default_matmul_precision('highest'):
+        found = jax.jit(text.apply)(text.params, text.tokenize([*PROMPTS, '']))
+    return {k: np.asarray(x) for k, x in found.items()}
+
+
+@pytest.fixture(scope='module')
+def solve(ours):
+    """``guidance -> (params, cond, null, noise) -> latents``: the teacher's four steps."""
+    def run(guidance, params, cond, null, noise):
+        with jax.default_matmul_precision('highest'):
+            return sampling.sample_teacher(
+                functools.partial(ours.predict_clean, params), cond,
+                ours.time.grid_input(noise, 4), ours.time.grid(4),
+                sampling.Guidance(guidance, null, ours.rescale))
+
+    return functools.cache(lambda guidance: jax.jit(functools.partial(run, guidance)))
+
+
+def near(got, want):
+    """Largest difference, in units of the rms of what is wanted."""
+    return np.abs(np.asarray(got) - want).max() / np.sqrt(np.mean(want**2))
+
+
+def to_torch(x):
+    return torch.tensor(np.asarray(x).transpose(0, 3, 1, 2))
+
+
+def from_torch(x):
+    return x.detach().numpy().transpose(0, 2, 3, 1)
+
+
+# --- The process ---
+
+
+def test_every_step_is_a_rescaled_step_of_the_flow():
+    """`add_noise` and the noise to x_hat, over all 1000 steps."""
+    table = StepTable()
+    scheduler = diffusers.DDPMScheduler(
+        beta_start=0.00085, beta_end=0.012, beta_schedule='scaled_linear')
+    rng = np.random.default_rng(0)
+    x, noise, predicted = rng.standard_normal((3, 1000, 2, 2, 4)).astype(np.float32)
+    k, t = torch.arange(1000), jnp.asarray(table.times)
+    want = scheduler.add_noise(torch.tensor(x), torch.tensor(noise), k).numpy()
+    x_t = process.renoise(x, t, noise)
+    assert near(x_t / process.preserved(t, x), want) <= 1e-5
+
+    abar = scheduler.alphas_cumprod.double().reshape(-1, 1, 1, 1)
+    clean = (torch.tensor(want) - (1 - abar).sqrt() * torch.tensor(predicted)) / abar.sqrt()
+    got = process.noise_to_clean(x_t, predicted, t)
+    for step in range(1000):
+        assert near(got[step], clean[step].numpy()) <= 1e-5, step
+
+
+# --- The network and the codec ---
+
+
+def test_a_prediction_is_the_pipelines(theirs, ours, cond):
+    """Rows at different steps, and of different original sizes and crops."""
+    rng = np.random.default_rng(1)
+    x_vp = rng.standard_normal(LATENTS).astype(np.float32)
+    ids = np.asarray([[1000, 720, 0, 31, 16, 8], [16, 8, 5, 0, 300, 1023]], np.int32)
+    steps = np.asarray([999, 20])
+    rows = {k: x[:2] for k, x in cond.items()} | {'time_ids': ids}
+    with torch.no_grad():
+        noise = theirs.unet(
+            to_torch(x_vp), torch.tensor(steps), torch.tensor(rows['embeds']),
+            added_cond_kwargs={'text_embeds': torch.tensor(rows['pooled']),
+                               'time_ids': torch.tensor(ids)}).sample
+    abar = theirs.scheduler.alphas_cumprod[torch.tensor(steps)].reshape(-1, 1, 1, 1)
+    want = from_torch((to_torch(x_vp) - (1 - abar).sqrt() * noise) / abar.sqrt())
+    t = jnp.asarray(ours.time.times)[steps]
+    with jax.default_matmul_precision('highest'):
+        got = jax.jit(ours.predict_clean)(
+            ours.params, x_vp * process.preserved(t, x_vp), t, rows)
+    assert got.dtype == jnp.float32
+    for row in range(2):
+        assert near(got[row], want[row]) <= 1e-4
+
+
+def test_the_codecs_images_and_latents(theirs, ours):
+    """Decoded in fp32, by the published factor and without a shift."""
+    z = np.random.default_rng(2).standard_normal(LATENTS).astype(np.float32)
+    with torch.no_grad():
+        want = from_torch(theirs.vae.decode(to_torch(z) / 0.13025).sample)
+    with jax.default_matmul_precision('highest'):
+        got = ours.latents.decode(z)
+    assert got.dtype == np.float32 and near(got, want) <= 1e-4
+
+
+@pytest.mark.parametrize('guidance, null', [
+    (1.0, 'zeros'), (5.0, 'zeros'), (5.0, 'encoded'), (8.0, 'zeros'), (8.0, 'encoded')])
+def test_sampler_gives_the_pipelines_latents(theirs, ours, solve, cond, guidance, null):
+    noise = np.random.default_rng(3).standard_normal(LATENTS).astype(np.float32)
+    theirs.register_to_config(force_zeros_for_empty_prompt=null == 'zeros')
+    with torch.no_grad():
+        want = from_torch(theirs(
+            PROMPTS, latents=to_torch(noise), height=PIXELS[0], width=PIXELS[1],
+            num_inference_steps=4, guidance_scale=guidance, output_type='latent',
+            return_dict=False)[0])
+    only = lambda rows: {k: jnp.asarray(x[rows]) for k, x in cond.items()}
+    got = solve(guidance)(ours.params, only([0, 1]), NULLS[null](only([2, 2])), noise)
+    assert near(got, want) <= 1e-3
+
+
+def test_the_teachers_own_null_prompt_is_the_pipelines(ours, folder, tmp_path):
+    """Drawn as by `sample`: the encoded empty text goes in, zeros are guided away from."""
+    assert ours.null == 'zeros' and teachers.load_teacher(str(folder / 'unet')).null == 'zeros'
+    index = json.loads((folder / 'model_index.json').read_text())
+    assert index['force_zeros_for_empty_prompt'] is True
+    sampler = drawing.of_teacher(ours, 2, 3.0)
+    assert sampler.evaluations == 4
+
+
+# --- In and out ---
+
+
+@pytest.mark.parametrize('dtype', ['float32', 'bfloat16'])
+def test_import_and_export_change_nothing(tmp_path, dtype):
+    kind = getattr(torch, dtype)
+    before = published_sdxl.unet(seed=1).to(kind)
+    before.save_pretrained(tmp_path / 'in')
+    teacher = teachers.load_teacher(str(tmp_path / 'in'), size=(64, 64))
+    assert teacher.time == StepTable() and teacher.latents.decode is None
+    config = json.loads((tmp_path / 'in' / 'config.json').read_text())
+    sdxl.export(teacher.params, config, tmp_path / 'out', jnp.dtype(dtype))
+    after = diffusers.UNet2DConditionModel.from_pretrained(tmp_path / 'out', torch_dtype=kind)
+    assert before.state_dict().keys() == after.state_dict().keys()
+    for name, tensor in before.state_dict().items():
+        assert torch.equal(tensor, after.state_dict()[name]), name
+    draw = lambda *shape: torch.randn(shape, generator=torch.Generator().manual_seed(0)).to(kind)
+    run = lambda model: model(
+        draw(1, 4, 8, 8), 7, draw(1, 5, 56), added_cond_kwargs={
+            'text_embeds': draw(1, 20), 'time_ids': torch.ones(1, 6)}).sample
+    with torch.no_grad():
+        assert torch.equal(run(before.eval()), run(after.eval()))
+
+
+# --- Students ---
+
+
+def moved(params):
+    """`params`, each leaf moved by a tenth of its size: a student that is not its teacher."""
+    rng = np.random.default_rng(0)
+    return jax.tree.map(lambda x: np.asarray(x, np.float32) + (
+        0.1 * np.std(x) * rng.standard_normal(x.shape)).astype(np.float32), params)
+
+
+@contextlib.contextmanager
+def drawn(module, noises):
+    """A scheduler of diffusers draws `noises` ``[N, B, H, W, C]``, one after another."""
+    left, own = [to_torch(x) for x in noises], module.randn_tensor
+    module.randn_tensor = lambda shape, **_: left.pop(0)
+    try:
+        yield
+    finally:
+        module.randn_tensor = own
+    assert not left
+
+
+@pytest.mark.parametrize(('mode', 'steps', 'first'), [
+    ('renoise', 4, 999), ('deterministic', 4, 999), ('renoise', 1, 399)])
+def test_a_student_draws_the_same_in_its_pipeline(folder, cond, tmp_path, mode, steps, first):
+    """By itself: the scheduler of the folder takes the student's steps, whatever starts them."""
+    from diffusers.schedulers import scheduling_lcm
+
+    teacher = teachers.load_teacher(str(folder), size=PIXELS)
+    params = moved(teacher.params)
+    source = export.EXPORT.open_source(str(folder))
+    table = dataclasses.replace(source.time, first=first)
+    export.EXPORT.write_pipeline(
+        Exported(params, source, 1, steps, table, 'float32', mode), tmp_path)
+    pipe = diffusers.DiffusionPipeline.from_pretrained(tmp_path)
+    assert type(pipe) is diffusers.StableDiffusionXLPipeline
+    few, key, rows = FewSteps(table, steps), jax.random.key(4), {k: x[:2] for k, x in cond.items()}
+    with jax.default_matmul_precision('highest'):
+        want = np.asarray(jax.jit(drawing.of_student(teacher, steps, table, mode).draw)(
+            params, rows, None, key))
+    noises = np.asarray(sampling.step_noise(key, steps, LATENTS))
+    with drawn(scheduling_lcm, noises[1:] if mode == 'renoise' else []), torch.no_grad():
+        got = from_torch(pipe(
+            PROMPTS, latents=to_torch(noises[0]), height=PIXELS[0], width=PIXELS[1],
+            num_inference_steps=steps, guidance_scale=1.0, output_type='latent',
+            return_dict=False)[0])
+    assert pipe.scheduler.timesteps.tolist() == table.step_of(few.times).tolist()
+    assert near(got, want) <= 1e-3
+    assert pipe.config.force_zeros_for_empty_prompt is True
+
+
+def test_a_whole_run_exports_what_is_a_teachers_folder(folder, tmp_path):
+    """By the command's own way; what is written is read again, to distil further."""
+    teacher = teachers.load_teacher(str(folder), size=PIXELS)
+    workdir = save(tmp_path / 'run', {
+        'student.steps': 4, 'data.name': 'prompts', 'method.alpha': 8.0, 'teacher.name': 'sdxl',
+        'teacher.path': str(folder), 'method.shift': None}, moved(teacher.params))
+    written = write.export(workdir, tmp_path / 'out', write.Wanted(dtype='bfloat16'))
+    assert [p.name for p in written] == [
+        'unet', 'scheduler', *export.COPIED, 'model_index.json', 'README.md']
+    again = teachers.load_teacher(str(tmp_path / 'out'), size=PIXELS)
+    assert again.time == teacher.time == StepTable() and again.latents.decode is not None
+    assert teachers.get('sdxl').load_text(teachers.LoadOptions(str(tmp_path / 'out'))).width == 56
+    alone = write.export(workdir, tmp_path / 'alone', write.Wanted('safetensors'))
+    assert diffusers.UNet2DConditionModel.from_pretrained(alone[0])
+
+
+@pytest.mark.parametrize(('time', 'steps', 'words'), [
+    (Shift(3.0), 4, 'is no table of steps'), (StepTable(), 3, '3 steps do not divide the 1000')])
+def test_what_no_scheduler_takes_is_one_line(folder, tmp_path, time, steps, words):
+    source = export.EXPORT.open_source(str(folder))
+    with pytest.raises(WeightsError, match=words):
+        export.EXPORT.write_pipeline(
+            Exported(None, source, 1, steps, time, 'float32', 'renoise'), tmp_path)
+    assert not list(tmp_path.iterdir())
+
+
+CONFIG = """from ddmd_jax.config import defaults
+
+def get_config():
+    return defaults('distill', {
+        'teacher.name': 'sdxl', 'teacher.path': '{pipe}', 'data.name': 'prompts',
+        'data.path': '{prompts}', 'data.sizes': ((16, 24),), 'data.global_batch': 8,
+        'student.steps': 2, 'critic.updates': 1, 'method.alpha': 8.0, 'method.null': 'zeros',
+        'optim.student.lr': 1e-3, 'optim.critic.lr': 1e-3, 'train.steps': 1,
+        'mesh.data': 2, 'mesh.fsdp': 2, 'mesh.tensor': 2, 'checkpoint.every': 1, 'log.every': 1,
+        'log.images_every': 100, 'log.probe': 0, 'eval.prompts': 3, 'eval.teacher_steps': 2})
+"""
+
+
+def test_a_run_on_eight_devices_resumes_and_exports(tmp_path, monkeypatch):
+    """The commands a user gives, from prompts and a pipeline's folder to one diffusers loads.
+
+    Prompts are encoded on the mesh by both CLIPs, the size of the images goes with them, and CA
+    leads away from zeros.
+    """
+    pipe, prompts = tmp_path / 'pipe', tmp_path / 'prompts'
+    published_sdxl.pipeline(text=True, **published_sdxl.ONE_LEVEL).save_pretrained(pipe)
+    (tmp_path / 'p.txt').write_text(''.join(f'prompt number {i}\n' for i in range(40)))
+    tiny.run_on_devices('-m', 1, 'ddmd_jax.prepare', 'prompts', f'--input={tmp_path / "p.txt"}',
+                        f'--out={prompts}', '--near_threshold=1')
+    monkeypatch.setenv('JAX_COMPILATION_CACHE_DIR', str(tmp_path / 'cache'))
+    config = tmp_path / 'config.py'
+    config.write_text(CONFIG.replace('{pipe}', str(pipe)).replace('{prompts}', str(prompts)))
+    for steps in (1, 2):
+        out = tiny.run_on_devices(
+            '-m', 8, 'ddmd_jax.main', f'--config={config}', f'--workdir={tmp_path / "run"}',
+            f'--config.train.steps={steps}')
+    assert 'resumed' in out
+    lines = [json.loads(x) for x in (tmp_path / 'run/metrics.jsonl').read_text().splitlines()]
+    assert [x['step'] for x in lines] == [1, 2] and all(np.isfinite(x['loss']) for x in lines)
+    assert (tmp_path / 'run/samples.png').stat().st_size > 1000
+    write.export(tmp_path / 'run', tmp_path / 'student')
+    student = diffusers.DiffusionPipeline.from_pretrained(tmp_path / 'student').unet
+    teacher = diffusers.UNet2DConditionModel.from_pretrained(pipe / 'unet')
+    moved = [not torch.equal(a, b) for a, b in zip(
+        student.state_dict().values(), teacher.state_dict().values(), strict=True)]
+    assert sum(moved) > 0.9 * len(moved)
