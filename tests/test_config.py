@@ -101,7 +101,6 @@ DISTILL = [
     ('method.normaliser', 'per_tern', "did you mean 'per_term'?"),
     ('method.floor', 0.0, 'above 0'),
     ('method.shift', 0.0, "None or a number above 0: None takes the teacher's"),
-    ('teacher.name', 'zimage', 'has a text side here, and no teacher to distil'),
     ('method.null', 'zeros', "must be 'encoded' with teacher.name 'emoji', which knows no other"),
     ('method.null', 'zero', "did you mean 'zeros'?"),
     ('data.name', 'laion', 'must be one of emoji, prompts, embeddings with teacher.name'),

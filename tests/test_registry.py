@@ -7,7 +7,7 @@ import sys
 import pytest
 import tiny
 
-from ddmd_jax import families
+from ddmd_jax import config as config_lib, families
 from ddmd_jax.families import UnknownFamily
 from ddmd_jax.weights.flat import WeightsError
 
@@ -80,9 +80,16 @@ def test_weights_of_no_family_are_refused(tmp_path):
         families.load_teacher(str(tmp_path))
     with pytest.raises(UnknownFamily, match='lumina does not ship'):
         families.load_teacher('lumina')
-    (tmp_path / 'model_index.json').write_text('{"_class_name": "ZImagePipeline"}')
-    with pytest.raises(WeightsError, match='only the text encoder of zimage is supported'):
-        families.load_teacher(str(tmp_path))
+
+
+def test_a_family_of_a_text_side_alone_has_no_teacher(monkeypatch):
+    alone = families.Family('mine.alone', text=lambda options: None)
+    with pytest.raises(WeightsError, match='only the text encoder of mine.alone is supported'):
+        alone.load_teacher(families.LoadOptions('anywhere'))
+    monkeypatch.setattr(families, 'get', lambda name: alone)
+    config = config_lib.load('emoji')
+    config.teacher.name = 'mine.alone'
+    assert 'has a text side here, and no teacher to distil' in config_lib.validate(config)[0]
 
 
 def test_the_package_offers_the_teacher_at_its_door():
