@@ -71,7 +71,7 @@ def rotary_angles(positions: Array, dims: tuple[int, ...], theta: float = 10000.
     """
     parts = []
     for axis, dim in enumerate(dims):
-        freqs = (theta ** (-np.arange(0, dim, 2) / dim)).astype(np.float32)
+        freqs = theta ** (-jnp.arange(0, dim, 2, dtype=jnp.float32) / dim)
         parts.append(positions[..., axis, None].astype(jnp.float32) * freqs)
     return jnp.concatenate(parts, axis=-1)
 
@@ -88,11 +88,20 @@ def apply_rotary(x: Array, angles: Array) -> Array:
 def sinusoidal_embedding(t: Array, dim: int, max_period: float = 10000.0) -> Array:
     """``[B] -> [B, dim]`` cosines then sines (diffusers ``Timesteps``, flip_sin_to_cos)."""
     half = dim // 2
-    # As published networks have them: exponents rounded to fp32, then what exp gives exactly. Of a
-    # time that counts to 1000, a frequency's last bit turns the angle by 6e-5.
-    exponents = np.float32(-math.log(max_period)) * np.arange(half, dtype=np.float32) / half
-    freqs = np.exp(exponents.astype(np.float64)).astype(np.float32)
+    freqs = jnp.exp(-jnp.log(max_period) * jnp.arange(half, dtype=jnp.float32) / half)
     args = t.astype(jnp.float32)[:, None] * freqs
+    return jnp.concatenate([jnp.cos(args), jnp.sin(args)], axis=-1)
+
+
+def timestep_embedding(t: Array, dim: int, max_period: float = 10000.0) -> Array:
+    """`sinusoidal_embedding` of a time that counts to 1000, as PyTorch's bits have it.
+
+    A frequency's last bit turns such an angle by 6e-5, and XLA's exp is off by more. So they are
+    made on the host: exponents rounded to fp32, then what exp gives exactly.
+    """
+    half = dim // 2
+    exponents = np.float32(-math.log(max_period)) * np.arange(half, dtype=np.float32) / half
+    args = t.astype(jnp.float32)[:, None] * np.exp(exponents.astype(np.float64)).astype(np.float32)
     return jnp.concatenate([jnp.cos(args), jnp.sin(args)], axis=-1)
 
 

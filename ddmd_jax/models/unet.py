@@ -23,8 +23,8 @@ from ddmd_jax.models.layers import (
     gather_kernels,
     rows_stay,
     scan_layers,
-    sinusoidal_embedding,
     stack_layers,
+    timestep_embedding,
 )
 
 Array = jax.Array
@@ -363,9 +363,9 @@ class UNet(nnx.Module):
               time_ids: Array) -> tuple[Array, list[Array], Given]:
         """(the mid block's output, what the way up is given, what every block is given)."""
         cfg, dtype = self.cfg, jnp.dtype(self.cfg.dtype)
-        ids = sinusoidal_embedding(time_ids.reshape(-1), cfg.addition_time_embed_dim)
+        ids = timestep_embedding(time_ids.reshape(-1), cfg.addition_time_embed_dim)
         ids = ids.reshape(x.shape[0], -1)
-        time = sinusoidal_embedding(step, cfg.block_out_channels[0])
+        time = timestep_embedding(step, cfg.block_out_channels[0])
         added = jnp.concatenate([pooled.astype(jnp.float32), ids], axis=-1)
         temb = (self.time_embedding(time.astype(dtype))
                 + self.add_embedding(added.astype(dtype)))

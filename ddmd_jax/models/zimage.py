@@ -29,8 +29,8 @@ from ddmd_jax.models.layers import (
     rotary_angles,
     rows_stay,
     scan_layers,
-    sinusoidal_embedding,
     stack_layers,
+    timestep_embedding,
 )
 from ddmd_jax.models.nextdit import RULES as NEXTDIT_RULES, Block, linear, patchify, unpatchify
 
@@ -143,7 +143,7 @@ class ZImage(nnx.Module):
             layers, rows_stay(x, self.mesh), *args, remat=cfg.remat, unroll=cfg.unroll, use=use)
 
         temb = self.time_2(jax.nn.silu(self.time_1(
-            sinusoidal_embedding(t * cfg.t_scale, 256).astype(dtype))))
+            timestep_embedding(t * cfg.t_scale, 256).astype(dtype))))
 
         # Places of a caption: its tokens, learnt ones up to its own multiple, and, where the batch
         # holds longer ones, some that nobody sees.
