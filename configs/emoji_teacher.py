@@ -4,7 +4,8 @@
 
 Lumina-Image-2.0's architecture at 4.4 M parameters (and 0.4 M of text encoder) on the latents of
 the shipped codec, flow matching, 10 % caption dropout. Resumes from DIR; writes
-DIR/teacher.safetensors.
+DIR/teacher.safetensors. About two hours on two CPU cores (1.35 updates of 64 a second); what ships
+took 170 minutes beside other work.
 """
 
 from ddmd_jax.config import defaults
@@ -32,6 +33,6 @@ def get_config():
         'optim.student.name': 'muon',
         'optim.student.lr': 1e-3, 'optim.student.b2': 0.99, 'optim.student.weight_decay': 0.01,
         'optim.student.warmup': 200, 'optim.student.decay': 0.3,
-        'train.steps': 20_000,
+        'train.steps': 10_000,
         'checkpoint.every': 500, 'log.every': 50, 'log.images_every': 500,
     })
