@@ -92,7 +92,8 @@ def digests(out):
 def evaluated(workdir):
     """What a run's evaluation says and shows, without how long it took."""
     result = json.loads((workdir / 'eval.json').read_text())
-    return {k: v for k, v in result.items() if k != 'seconds'}, (
+    # Weights are named by their checkpoint's files, whose own names Orbax draws anew each time.
+    return {k: v for k, v in result.items() if k not in ('seconds', 'weights')}, (
         workdir / 'samples.png').read_bytes()
 
 
