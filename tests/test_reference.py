@@ -24,5 +24,4 @@ def test_losses_gradients_and_states_are_as_before(name):
         else:  # the mean square of random projections of a difference is its squared norm
             length, *projections = np.subtract(found[part], figures)
             distance = np.sqrt(np.mean(np.square(projections)))
-            # Rotary frequencies have become exact since, in their last bit.
-            assert max(abs(length), distance) <= 3e-6 * figures[0], part
+            assert max(abs(length), distance) <= 1e-6 * figures[0], part

@@ -11,6 +11,7 @@ order of keys and the rotary positions are those of the packed sequence, so the 
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Callable
 from typing import Protocol
 
 import jax
@@ -160,29 +161,29 @@ class FeedForward(nnx.Module):
 
 
 class Block(nnx.Module):
-    """Sandwich-normed transformer block; with `modulation`, scaled and gated by time.
+    """Sandwich-normed transformer block; with `of_time`, scaled and gated by the time embedding.
 
-    `time [B, time_dim]` goes into the modulation's one matrix as it is: of NextDiT it is
-    ``silu`` of the time embedding, of Z-Image the embedding itself.
+    `of_time` stands before the modulation's one matrix: silu in NextDiT, nothing in Z-Image.
     """
 
     def __init__(self, cfg: BlockConfig, rngs: nnx.Rngs, mesh: Mesh | None = None, *,
-                 modulation: bool):
+                 of_time: Callable[[Array], Array] | None = None):
         norm = lambda: RMSNorm(cfg.hidden_size, eps=cfg.norm_eps, dtype=jnp.dtype(cfg.dtype))
         self.attn = Attention(cfg, rngs, mesh)
         self.feed_forward = FeedForward(cfg, rngs)
         self.norm1, self.norm2, self.ffn_norm1, self.ffn_norm2 = norm(), norm(), norm(), norm()
-        if modulation:
+        self.of_time = of_time
+        if of_time:
             self.modulation = linear(
                 cfg, cfg.time_dim, 4 * cfg.hidden_size, rngs, bias=True, zero=True)
 
     def __call__(self, x: Array, mask: Array | None, angles: Array,
-                 time: Array | None = None) -> Array:
-        if time is None:
+                 temb: Array | None = None) -> Array:
+        if temb is None:
             x = x + self.norm2(self.attn(self.norm1(x), mask, angles))
             return x + self.ffn_norm2(self.feed_forward(self.ffn_norm1(x)))
         scale_attn, gate_attn, scale_ffn, gate_ffn = jnp.split(
-            self.modulation(time)[:, None], 4, axis=-1)
+            self.modulation(self.of_time(temb))[:, None], 4, axis=-1)
         attn = self.attn(self.norm1(x) * (1 + scale_attn), mask, angles)
         x = x + jnp.tanh(gate_attn) * self.norm2(attn)
         ffn = self.feed_forward(self.ffn_norm1(x) * (1 + scale_ffn))
@@ -204,17 +205,17 @@ class NextDiT(nnx.Module):
         self.caption_norm = RMSNorm(cfg.cap_feat_dim, eps=cfg.norm_eps, dtype=jnp.dtype(cfg.dtype))
         self.caption_proj = linear(cfg, cfg.cap_feat_dim, cfg.hidden_size, rngs, bias=True)
         self.context_refiner = stack_layers(
-            lambda r: Block(cfg, r, mesh, modulation=False), cfg.num_refiner_layers, rngs)
+            lambda r: Block(cfg, r, mesh), cfg.num_refiner_layers, rngs)
         self.noise_refiner = stack_layers(
-            lambda r: Block(cfg, r, mesh, modulation=True), cfg.num_refiner_layers, rngs)
+            lambda r: Block(cfg, r, mesh, of_time=jax.nn.silu), cfg.num_refiner_layers, rngs)
         self.layers = stack_layers(
-            lambda r: Block(cfg, r, mesh, modulation=True), cfg.num_layers, rngs)
+            lambda r: Block(cfg, r, mesh, of_time=jax.nn.silu), cfg.num_layers, rngs)
         self.out_scale = linear(cfg, cfg.time_dim, cfg.hidden_size, rngs, bias=True, zero=True)
         self.out_proj = linear(cfg, cfg.hidden_size, patch_dim, rngs, bias=True, zero=True)
 
     def __call__(self, x_t: Array, t: Array, caption: Array, mask: Array) -> Array:
-        tokens, time, grid = self._trunk(x_t, t, caption, mask)
-        x32 = layer_norm(tokens) * (1 + self.out_scale(time))[:, None]
+        tokens, temb, grid = self._trunk(x_t, t, caption, mask)
+        x32 = layer_norm(tokens) * (1 + self.out_scale(jax.nn.silu(temb)))[:, None]
         out = self.out_proj(x32.astype(tokens.dtype)).astype(jnp.float32)
         return unpatchify(out, grid, self.cfg.patch_size)
 
@@ -224,7 +225,7 @@ class NextDiT(nnx.Module):
 
     def _trunk(self, x_t: Array, t: Array, caption: Array,
                mask: Array) -> tuple[Array, Array, tuple[int, int]]:
-        """(tokens of the image, what modulates, patches a side)."""
+        """(tokens of the image, time embedding, patches a side)."""
         cfg, dtype = self.cfg, jnp.dtype(self.cfg.dtype)
         batch, height, width, _ = x_t.shape
         grid = (height // cfg.patch_size, width // cfg.patch_size)
@@ -234,17 +235,16 @@ class NextDiT(nnx.Module):
             layers, x, *args, remat=cfg.remat, unroll=cfg.unroll, use=use)
 
         temb = self.time_2(jax.nn.silu(self.time_1(sinusoidal_embedding(t, 256).astype(dtype))))
-        time = jax.nn.silu(temb)
         cap = self.caption_proj(self.caption_norm(caption.astype(dtype)))
         cap = run(self.context_refiner, rows_stay(cap, self.mesh), mask, cap_angles)
         img = self.x_embedder(patchify(x_t.astype(dtype), cfg.patch_size))
-        img = run(self.noise_refiner, rows_stay(img, self.mesh), None, img_angles, time)
+        img = run(self.noise_refiner, rows_stay(img, self.mesh), None, img_angles, temb)
 
         joint_mask = jnp.concatenate([mask, jnp.ones((batch, img.shape[1]), bool)], axis=1)
         joint = rows_stay(jnp.concatenate([cap, img], axis=1), self.mesh)
         angles = jnp.concatenate([cap_angles, img_angles], axis=1)
-        joint = run(self.layers, joint, joint_mask, angles, time)
-        return joint[:, cap.shape[1]:], time, grid
+        joint = run(self.layers, joint, joint_mask, angles, temb)
+        return joint[:, cap.shape[1]:], temb, grid
 
     def _angles(self, mask: Array, grid: tuple[int, int]) -> tuple[Array, Array]:
         """Rotary angles: a caption counts on axis 0; its image sits at axis 0 = its length."""

@@ -113,11 +113,12 @@ class ZImage(nnx.Module):
         self.caption_norm = RMSNorm(cfg.cap_feat_dim, eps=cfg.norm_eps, dtype=jnp.dtype(cfg.dtype))
         self.caption_proj = linear(cfg, cfg.cap_feat_dim, dim, rngs, bias=True)
         self.cap_pad_token = nnx.Param(jnp.zeros((1, dim), jnp.float32))
-        stack = lambda num, modulation: stack_layers(
-            lambda r: Block(cfg, r, mesh, modulation=modulation), num, rngs)
-        self.context_refiner = stack(cfg.n_refiner_layers, False)
-        self.noise_refiner = stack(cfg.n_refiner_layers, True)
-        self.layers = stack(cfg.n_layers, True)
+        stack = lambda num, of_time: stack_layers(
+            lambda r: Block(cfg, r, mesh, of_time=of_time), num, rngs)
+        as_it_is = lambda temb: temb
+        self.context_refiner = stack(cfg.n_refiner_layers, None)
+        self.noise_refiner = stack(cfg.n_refiner_layers, as_it_is)
+        self.layers = stack(cfg.n_layers, as_it_is)
         self.out_scale = linear(cfg, cfg.time_dim, dim, rngs, bias=True, zero=True)
         self.out_proj = linear(cfg, dim, patch_dim, rngs, bias=True, zero=True)
 
