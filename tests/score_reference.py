@@ -148,7 +148,7 @@ def _pixels() -> dict[str, dict[str, object]]:
     import torchvision
     from cleanfid.resize import build_resizer
     from open_clip.transform import image_transform
-    from PIL import Image
+    from PIL import Image, __version__ as pillow
     from torch_fidelity.interpolate_compat_tensorflow import (
         interpolate_bilinear_2d_like_tensorflow1x as tensorflow,
     )
@@ -193,12 +193,14 @@ def _pixels() -> dict[str, dict[str, object]]:
     name = lambda size: 'x'.join(map(str, size))
     found = {key: {name(size): digest(make(image)) for size, image in images.items()}
              for key, make in exact.items()}
-    # Of floats Pillow and torch sum in an order of their version's own: to a last bit.
-    for key, make in {'inception_clean': lambda image: clean(np.asarray(image)),
-                      'inception_dmd2': lambda image: clean(np.asarray(
-                          lanczos(middle(image), 512))),
-                      'inception_patch': patch}.items():
-        found[key] = {name(size): sampled(make(image)) for size, image in images.items()}
+    # Of floats Pillow and torch sum in an order of their version's own.
+    floats = {'inception_clean': lambda image: clean(np.asarray(image)),
+              'inception_dmd2': lambda image: clean(np.asarray(lanczos(middle(image), 512))),
+              'inception_patch': patch}
+    found['pillow'] = pillow
+    for key, make in floats.items():
+        found[key] = {name(size): {'digest': digest(make(image)), 'sampled': sampled(make(image))}
+                      for size, image in images.items()}
     for key, make in {'hps': lambda image: last(hps(image)), 'hps_narrow': narrow}.items():
         found[key] = {name(size): sampled(make(image)) for size, image in images.items()
                       if max(size) != 224}

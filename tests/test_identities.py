@@ -2,15 +2,18 @@
 
 import json
 
+import jax
 import ml_dtypes
 import numpy as np
 import pytest
+import tiny
 from saved import save
 
 from ddmd_jax import config as config_lib, sample
 from ddmd_jax.data import DataFileError, conditioning, embeddings
 from ddmd_jax.evaluation import pictures
 from ddmd_jax.export import student
+from ddmd_jax.parallel import sharding
 from ddmd_jax.study import summarise
 from ddmd_jax.train.durable import checkpoint as ckpt, checksums, resume
 from ddmd_jax.util.errors import UserError
@@ -106,15 +109,26 @@ def test_only_runs_alike_are_averaged(tmp_path):
         summarise.check_alike([first, second, other])
 
 
-def test_a_checkpoints_identity_is_that_of_its_state(tmp_path):
-    folders = [save(tmp_path / name, manifest, TREE) / 'checkpoints' / '3'
-               for name, manifest in (('a', {'x': 1}), ('b', {'x': 1}))]
-    names = [checksums.identity(folder) for folder in folders]
-    assert all(len(name) == 16 for name in names)
-    other = save(tmp_path / 'c', {'x': 1}, {'bias': TREE['bias'] * 2}) / 'checkpoints' / '3'
-    assert checksums.identity(other) not in names
-    (folders[0] / checksums.NAME).unlink()
-    assert checksums.identity(folders[0]) is None
+def test_weights_over_a_mesh_have_one_name_however_they_lie():
+    assert len(tiny.run_on_devices(__file__).strip()) == 16
+
+
+def one_name():
+    """On eight devices: the name of weights, which no layout changes and every step of training."""
+    tree = {'kernel': np.arange(64 * 16, dtype=np.float32).reshape(64, 16),
+            'bias': np.ones(3, np.float32)}
+    names = set()
+    for axes, rules in (({'fsdp': 8}, ((r'kernel', ('fsdp', None)), (r'.', ()))),
+                        ({'tensor': 8}, ((r'kernel', (None, 'tensor')), (r'.', ()))),
+                        ({'data': 8}, ((r'.', ()),))):
+        mesh = sharding.make_mesh(axes)
+        placed = jax.device_put(tree, sharding.shard_tree(tree, rules, mesh))
+        names.add(flat.corner_identity(placed, mesh))
+    (name,) = names
+    for leaf in tree:
+        moved = jax.device_put(tree | {leaf: tree[leaf] + 1e-3}, sharding.replicated(mesh))
+        assert flat.corner_identity(moved, mesh) != name
+    return name
 
 
 # --- Values that are not finite ---
@@ -141,3 +155,7 @@ def test_writers_refuse_what_is_not_finite(tmp_path, bad):
 def test_a_narrow_dtype_is_named(tmp_path):
     with pytest.raises(flat.WeightsError, match='not finite in float16; another dtype'):
         flat.save(tmp_path / 'w', {'a': np.asarray([1e6])}, {}, dtype='float16')
+
+
+if __name__ == '__main__':
+    print(one_name())

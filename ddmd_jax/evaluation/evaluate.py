@@ -40,7 +40,7 @@ class Comparison:
       student: parameters of the student.
       step: its updates.
       mesh: on which both lie.
-      weights: names the checkpoint that `student` is of (`checksums.identity`).
+      weights: names `student` (`flat.corner_identity`).
     """
 
     config: Any

@@ -10,8 +10,8 @@ from ddmd_jax.data.prompts import set as prompt_set
 from ddmd_jax.export.student import Student
 from ddmd_jax.families.family import Exported
 from ddmd_jax.method import health
-from ddmd_jax.train.durable import checksums
 from ddmd_jax.util import files, jsonl, text
+from ddmd_jax.weights import flat
 
 NAMES = README, PICTURE = 'README.md', 'samples.png'
 # Fields of the config that say how a student was trained; no places on its machine.
@@ -24,7 +24,7 @@ params = ocp.StandardCheckpointer().restore('{folder}/params')  # an absolute pa
 
 def write(student: Student, out: Path, form: str, exported: Exported) -> None:
     """``README.md``, and the picture of the run that it shows."""
-    evaluation, why = _figures(student, exported.sampler)
+    evaluation, why = _figures(student, exported)
     if picture := not why and (student.workdir / PICTURE).is_file():
         shutil.copyfile(student.workdir / PICTURE, out / PICTURE)
     whole = (out / 'model_index.json').is_file()
@@ -53,20 +53,20 @@ def write(student: Student, out: Path, form: str, exported: Exported) -> None:
     files.write(out / README, card.rstrip('\n') + '\n')
 
 
-def _figures(student: Student, sampler: str) -> tuple[str, str]:
+def _figures(student: Student, exported: Exported) -> tuple[str, str]:
     """(``eval.json``'s table, why the run has judged something else than is exported, or '')."""
     found = student.file('eval.json')
     judged = (found or {}).get('step', student.step)
     if not student.ema:
         return '', 'these are the raw weights, and the run judged their EMA'
-    if sampler != student.sampler:
+    if exported.sampler != student.sampler:
         return '', f'the run judged what {student.sampler!r} draws'
     if judged != student.step:
         return '', f'the run judged its weights at step {judged}, these are of {student.step}'
     if not found:
         return '', 'the run was not evaluated'
-    known = checksums.identity(student.saved.folder)
-    if None not in (known, found.get('weights')) and known != found['weights']:
+    mine = flat.corner_identity(exported.params, student.mesh)
+    if found.get('weights', mine) != mine:
         return '', 'the run judged other weights of this step'
     heads = [name for name in found['rows'][0] if name != 'name']
     show = lambda v: '' if v is None else f'{v:.3f}' if isinstance(v, float) else str(v)

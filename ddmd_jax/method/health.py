@@ -17,6 +17,9 @@ from ddmd_jax.method.losses import Directions, Predictions
 
 Array = jax.Array
 
+# The undistilled weights' contrast may be so far from real data's for their colours to be a
+# reference: in few steps they may draw nothing but pale blurs.
+SOUND = 0.05
 REFERENCE = 3  # logged intervals that make up the reference the verdict compares with
 HEALTHY, OVER_BAKED, CRITIC_LAGS = 'healthy', 'over-baked', 'critic lags'
 WASHED_OUT, COLOUR_CAST = 'washed out', 'colour cast'
@@ -41,8 +44,6 @@ class Thresholds:
         as up.
       ema_std_down: ema_std below both that counts as down.
       cast: of the EMA student, against the undistilled weights.
-      sound: the undistilled weights' contrast may be so far from real data's for their colours
-        to be a reference: in few steps they may draw nothing but pale blurs.
       fake_up: growth of fake_loss, in units of the samples' variance, that counts as up.
       lost, ahead: growing on as it does, ema_std is beyond `lost` in `ahead` updates.
     """
@@ -54,7 +55,6 @@ class Thresholds:
     ema_std_up: float = 1.08
     ema_std_down: float = 0.97
     cast: float = 0.02
-    sound: float = 0.05
     fake_up: float = 1.3
     lost: float = 2.1
     ahead: float = 25.0
@@ -209,7 +209,7 @@ def _average_fails(now: dict[str, Any], limits: Thresholds) -> tuple[str, str] |
         return OVER_BAKED, f'{seen}: {BAKED}'
     pale = std < limits.ema_std_down * min(start, 1.0)
     # Where few steps without distillation fail, a student that works leaves their colours.
-    moved = cast > limits.cast and abs(start - 1) <= limits.sound
+    moved = cast > limits.cast and abs(start - 1) <= SOUND
     if pale or moved:
         word = WASHED_OUT if pale else COLOUR_CAST
         return word, f'{seen}: lower the learning rates or raise the batch'

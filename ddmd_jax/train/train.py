@@ -19,7 +19,7 @@ from ddmd_jax.families import Teacher
 from ddmd_jax.parallel import distributed, sharding
 from ddmd_jax.train import prompts as prompt_sources
 from ddmd_jax.train.distillation import Distillation, load_teacher, plan, request_of, suite_of
-from ddmd_jax.train.durable import checksums, guards, resume, rollback, signals
+from ddmd_jax.train.durable import guards, resume, rollback, signals
 from ddmd_jax.train.durable.rollback import DivergedError, Taken
 from ddmd_jax.train.durable.saving import Checkpoints
 from ddmd_jax.train.feed import Feed
@@ -27,6 +27,7 @@ from ddmd_jax.train.startup import Startup
 from ddmd_jax.train.state import StateSpec, TrainState
 from ddmd_jax.train.watch.logs import RunLog, means, record
 from ddmd_jax.train.watch.profiling import Window
+from ddmd_jax.weights import flat
 from ddmd_jax.weights.flat import WeightsError
 
 
@@ -111,7 +112,7 @@ def distill(config: Any, workdir: Path, options: Options = NOTHING_ELSE) -> None
     ema, step = state.ema, int(state.step)
     del state  # critic and optimisers make room for images
     compared = evaluation.Comparison(config, task.teacher, ema, step, task.spec.mesh,
-                                     checksums.identity(workdir / 'checkpoints' / str(step)))
+                                     flat.corner_identity(ema, task.spec.mesh))
     suite = suite_of(config)
     timings = lambda: {**seconds._asdict(), 'total': time.monotonic() - started}
     if suite:

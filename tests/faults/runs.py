@@ -92,8 +92,7 @@ def digests(out):
 def evaluated(workdir):
     """What a run's evaluation says and shows, without how long it took."""
     result = json.loads((workdir / 'eval.json').read_text())
-    # Weights are named by their checkpoint's files, whose own names Orbax draws anew each time.
-    return {k: v for k, v in result.items() if k not in ('seconds', 'weights')}, (
+    return {k: v for k, v in result.items() if k != 'seconds'}, (
         workdir / 'samples.png').read_bytes()
 
 

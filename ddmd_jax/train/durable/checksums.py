@@ -77,15 +77,6 @@ def fault(folder: Path, part: int = 0, parts: int = 1) -> str:
     return ''
 
 
-def identity(folder: Path) -> str | None:
-    """Sixteen hex digits that name the state of a checkpoint; None if it has no checksums."""
-    if not known(folder):
-        return None
-    found = json.loads((folder / NAME).read_bytes())
-    state = {name: entry for name, entry in found.items() if name.startswith('state/')}
-    return hashlib.sha256(json.dumps(state, sort_keys=True).encode()).hexdigest()[:16]
-
-
 def _file_fault(path: Path, size: int, sha256: str) -> str:
     if not path.is_file():
         return 'is missing'
