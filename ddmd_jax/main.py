@@ -5,7 +5,6 @@ line on stderr says what, where and how to mend it); 2 the config is wrong (ever
 named).
 """
 
-import json
 import math
 import os
 import shlex
@@ -57,13 +56,10 @@ def profiled(text: str | None) -> tuple[int, int] | None:
 def shared(config) -> dict[str, Any]:
     """What all processes of a run must have alike: fields and versions, places left out."""
     import ddmd_jax
-    from ddmd_jax.weights import flat
 
-    fields = {name.replace('/', '.'): value
-              for name, value in flat.flatten(json.loads(json.dumps(config.to_dict()))).items()}
-    return {name: value for name, value in fields.items()
-            if name not in ('teacher.path', 'data.path')} | {
-                'version of ddmd_jax': ddmd_jax.__version__}
+    fields = {name: value for name, value in config_lib.dotted(config).items()
+              if name not in ('teacher.path', 'data.path')}
+    return fields | {'version of ddmd_jax': ddmd_jax.__version__}
 
 
 def use_compile_cache(flag: str | None, workdir: Path, environ: Mapping[str, str]) -> None:

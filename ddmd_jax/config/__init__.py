@@ -7,6 +7,7 @@
 from __future__ import annotations
 
 import difflib
+import json
 from collections.abc import Iterator, Mapping, Set
 from typing import Any
 
@@ -52,6 +53,14 @@ def check(config: ConfigDict) -> None:
         raise ConfigError('\n'.join([f'config: {count} wrong', *lines]))
     with config.unlocked():
         _fill(config)
+
+
+def dotted(config: Any) -> dict[str, Any]:
+    """Values of a config, or of the dict it was saved as, by dotted names, as JSON has them."""
+    from ddmd_jax.weights import flat
+
+    plain = json.loads(json.dumps(config.to_dict() if hasattr(config, 'to_dict') else config))
+    return {name.replace('/', '.'): value for name, value in flat.flatten(plain).items()}
 
 
 def field(config: Any, name: str) -> Any:

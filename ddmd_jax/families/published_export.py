@@ -2,7 +2,9 @@
 
 import functools
 import sys
+from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import jax.numpy as jnp
 
@@ -13,6 +15,7 @@ from ddmd_jax.families.published_flow import Flow
 from ddmd_jax.util import files
 from ddmd_jax.weights import diffusers, fetch, scheduler
 
+ABSENT = [None, None]  # a component that a pipeline does without
 COPIED = ('vae', 'text_encoder', 'tokenizer')  # as they are
 SUFFIXES = ('.json', '.safetensors', '.model', '.txt', '.jinja')  # no pickles, no code
 FILES = (*published_flow.FILES, *(f'{part}/*{suffix}' for part in COPIED for suffix in SUFFIXES))
@@ -68,19 +71,32 @@ def write_pipeline(flow: Flow, student: Exported, out: Path) -> None:
     """The whole pipeline; the transformer alone, with a warning, where the teacher is no more."""
     write_weights(flow, student, out)
     source = student.source.own
-    if not (source / 'model_index.json').is_file():
-        print(f'warning: {source} is a bare transformer, and so is the student written; give the '
-              "whole pipeline's folder with --teacher for one that draws", file=sys.stderr)
+    if is_bare(source, 'transformer'):
         return
-    index = diffusers.read_json(source / 'model_index.json')
-    copied = [name for name in COPIED if (source / name).is_dir()]
-    for name in copied:
-        files.copy_folder(source / name, out / name, SUFFIXES)
     base = source / 'scheduler' / 'scheduler_config.json'
     scheduler.write(out / 'scheduler', student.shift, student.sampler,
                     diffusers.read_json(base))
-    empty = [None, None]
     scheduler.write_index(out, flow.class_names[0], {
         'transformer': ['diffusers', flow.transformer],
-        'scheduler': ['diffusers', scheduler.CLASS],
-        **{name: index.get(name, empty) if name in copied else empty for name in COPIED}})
+        'scheduler': ['diffusers', scheduler.CLASS], **copied(source, out, COPIED)})
+
+
+def is_bare(source: Path, network: str) -> bool:
+    """Whether a teacher's folder is its `network` alone; then a line says what is not written."""
+    if (source / 'model_index.json').is_file():
+        return False
+    print(f'warning: {source} is a bare {network}, and so is the student written; give the '
+          "whole pipeline's folder with --teacher for one that draws", file=sys.stderr)
+    return True
+
+
+def copied(source: Path, out: Path, names: Sequence[str]) -> dict[str, list[Any]]:
+    """Copies those components of a pipeline's folder that it has; the index's line of each name."""
+    index = diffusers.read_json(source / 'model_index.json')
+    found = {}
+    for name in names:
+        there = (source / name).is_dir()
+        if there:
+            files.copy_folder(source / name, out / name, SUFFIXES)
+        found[name] = index.get(name, ABSENT) if there else ABSENT
+    return found

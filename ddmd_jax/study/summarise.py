@@ -10,12 +10,12 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from ddmd_jax import config as config_lib
 from ddmd_jax.evaluation import tables
 from ddmd_jax.util import commands, text
 from ddmd_jax.util.errors import UserError
-from ddmd_jax.weights import flat
 
-HOW = ('log/', 'checkpoint/', 'mesh/', 'eval/batch', 'resume', 'train/steps')  # not what is judged
+HOW = ('log.', 'checkpoint.', 'mesh.', 'eval.batch', 'resume', 'train.steps')  # not what is judged
 
 
 @dataclasses.dataclass(frozen=True)
@@ -33,9 +33,8 @@ def load(workdir: str) -> Evaluated:
     try:
         found = json.loads(path.read_text())
         rows = [{'name': row['name'], **row} for row in found['rows']]
-        config = flat.flatten(found['config'])
         drawn = {f'{row["name"]}.{name}': row[name] for row in rows for name in tables.SETTINGS}
-        conditions = {name.replace('/', '.'): value for name, value in config.items()
+        conditions = {name: value for name, value in config_lib.dotted(found['config']).items()
                       if name != 'seed' and not name.startswith(HOW)}
         return Evaluated(workdir, rows, conditions | drawn | {'step': found['step']})
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as e:

@@ -13,7 +13,6 @@ Students that start elsewhere (DMD2's single step at 399) get a table that ends 
 from __future__ import annotations
 
 import json
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +21,7 @@ from flax import nnx
 
 from ddmd_jax.diffusion.time import StepTable
 from ddmd_jax.families.family import Export, Exported, Source
+from ddmd_jax.families.published_export import ABSENT, SUFFIXES, copied, is_bare
 from ddmd_jax.families.sdxl import teacher as sdxl, text
 from ddmd_jax.models.layers import abstract_params
 from ddmd_jax.models.unet import UNet
@@ -30,7 +30,6 @@ from ddmd_jax.weights import diffusers, fetch, scheduler
 from ddmd_jax.weights.flat import WeightsError
 
 COPIED = ('vae', 'text_encoder', 'text_encoder_2', 'tokenizer', 'tokenizer_2')  # as they are
-SUFFIXES = ('.json', '.safetensors', '.model', '.txt')  # no pickles, no code
 FILES = (*sdxl.FILES, *(f'{part}/*{suffix}' for part in COPIED for suffix in SUFFIXES))
 SCHEDULERS = {'renoise': 'LCMScheduler', 'deterministic': 'DDIMScheduler'}
 USE = """import torch
@@ -95,22 +94,16 @@ def write_pipeline(student: Exported, out: Path) -> None:
     config = scheduler_config(student)  # before anything large is written
     write_weights(student, out)
     source = student.source.own
-    if not (source / 'model_index.json').is_file():
-        print(f'warning: {source} is a bare UNet, and so is the student written; give the whole '
-              "pipeline's folder with --teacher for one that draws", file=sys.stderr)
+    if is_bare(source, 'UNet'):
         return
     index = diffusers.read_json(source / 'model_index.json')
-    copied = [name for name in COPIED if (source / name).is_dir()]
-    for name in copied:
-        files.copy_folder(source / name, out / name, SUFFIXES)
     (out / 'scheduler').mkdir()
     files.write(out / 'scheduler' / 'scheduler_config.json', json.dumps(config, indent=2) + '\n')
-    empty = [None, None]
     kept = {name: index[name] for name in ('force_zeros_for_empty_prompt',) if name in index}
     scheduler.write_index(out, text.PIPELINE.class_names[0], {
         'unet': ['diffusers', sdxl.UNET], 'scheduler': ['diffusers', config['_class_name']],
-        **{name: index.get(name, empty) if name in copied else empty for name in COPIED},
-        'feature_extractor': empty, 'image_encoder': empty}, **kept)
+        **copied(source, out, COPIED), 'feature_extractor': ABSENT, 'image_encoder': ABSENT},
+        **kept)
 
 
 EXPORT = Export(

@@ -15,7 +15,7 @@ from jax.experimental import multihost_utils
 from tqdm import tqdm
 
 import ddmd_jax
-from ddmd_jax.config import fields_of
+from ddmd_jax.config import dotted, fields_of
 from ddmd_jax.train.durable import checksums
 from ddmd_jax.train.feed import Feed
 from ddmd_jax.util import errors, files
@@ -46,10 +46,9 @@ def versions() -> dict[str, str]:
 
 def comparable(config: Mapping[str, Any]) -> dict[str, Any]:
     """The fields of a config that a checkpoint must agree with, flattened to dotted names."""
-    plain = json.loads(json.dumps(config))
-    fields = {k.replace('/', '.'): v for k, v in flat.flatten(plain).items()}
+    fields = dotted(config)
     # How long, how loud, how often, on which mesh: all else would silently be another experiment.
-    free = {f.path for f in fields_of(plain) if f.may_change}
+    free = {f.path for f in fields_of(json.loads(json.dumps(config))) if f.may_change}
     return {k: v for k, v in fields.items() if k not in free}
 
 
