@@ -179,7 +179,7 @@ class Block(nnx.Module):
 
     def __call__(self, x: Array, mask: Array | None, angles: Array,
                  temb: Array | None = None) -> Array:
-        if temb is None:
+        if temb is None or self.of_time is None:
             x = x + self.norm2(self.attn(self.norm1(x), mask, angles))
             return x + self.ffn_norm2(self.feed_forward(self.ffn_norm1(x)))
         scale_attn, gate_attn, scale_ffn, gate_ffn = jnp.split(
