@@ -71,9 +71,10 @@ def test_the_suite_is_one_flag_away_for_another_teacher(experiment):
     assert config_lib.validate(config) == []
 
 
-def test_claims_ask_for_experiments_that_there_are():
-    known = {e.name for e in suites.PAPER}
-    for claim in claims.judge({}):
+@pytest.mark.parametrize('suite', claims.CLAIMS)
+def test_claims_ask_for_experiments_that_there_are(suite):
+    known = {e.name for e in suites.SUITES[suite].experiments}
+    for claim in claims.judge({}, suite):
         assert set(claim.shows) <= known and claim.parts
         assert claim.verdict == rule.OPEN
         for part in claim.parts:
@@ -130,7 +131,8 @@ def test_a_run_that_broke_off_has_no_figures_and_is_told(tmp_path):
     results['ca_only'][1] = {'fields': {}, 'failed': 'main: step 7: NaN or Inf in loss'}
     first = claims.judge(results)[0]
     assert set(first.parts[0].values) == {0, 2} and first.verdict == rule.OPEN
-    claims_page.write(tmp_path / 'r.html', 'T', 'H', 'how', results, suites.PAPER, {})
+    claims_page.write(tmp_path / 'r.html', 'T', 'H', 'how', results,
+                      suites.SUITES['paper'], {})
     assert 'ca_only, seed 1: main: step 7: NaN or Inf in loss' in (tmp_path / 'r.html').read_text()
 
 
@@ -157,7 +159,7 @@ def test_cosines_are_of_each_sample():
 def test_the_page_stands_alone_and_says_what_was_found(tmp_path):
     path = tmp_path / 'report.html'
     claims_page.write(path, 'A <title>', 'Of 3 seeds.', 'python -m ddmd_jax.study', made_up(),
-                 suites.PAPER, {})
+                      suites.SUITES['paper'], {})
     page = path.read_text()
     assert '<h1>A &lt;title&gt;</h1>' in page and not re.search(r'(src|href)="(?!data:|#)', page)
     assert page.count('<h2 id="claim') == 6 and page.count('class="v holds"') >= 6 + 17
@@ -191,7 +193,7 @@ def test_a_result_counts_for_the_fields_it_was_made_with(tmp_path):
 @pytest.mark.parametrize(('flags', 'line'), [
     ((), '--config and --workdir are needed'),
     (('--config=configs/emoji.py', '--workdir=x', '--suite=papr'),
-     "no suite 'papr'; known: paper, robustness"),
+     "no suite 'papr'; known: paper, steps, robustness"),
     (('--config=configs/emoji.py', '--workdir=x', '--only=ca'),
      "no experiment 'ca'; known: hybrid"),
     (('--config=configs/lumina.py', '--workdir=x', '--suite=robustness', '--set',

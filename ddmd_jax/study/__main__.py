@@ -2,7 +2,8 @@
 
 Runs the suite's experiments with every seed, resuming what was begun, and writes
 ``DIR/report.html``. Suite `paper`: the paper's claims, what was measured, and whether each holds;
-`robustness`: where the recipe stays healthy, and whether the health verdict warns in time.
+`steps`: the config's recipe at 1, 2, 4 and 8 steps beside DMD2 and CA alone; `robustness`: where
+the recipe stays healthy, and whether the health verdict warns in time.
 
 Exit codes: 0 the report is written; 1 it could not be (one line says why); 2 a flag is wrong.
 """
@@ -82,14 +83,16 @@ def main(argv: list[str]) -> None:
         wrong(str(e))
     folder, quick, own = Path(_WORKDIR.value).expanduser(), _QUICK.value, own_fields(_SET.value)
     seeds = _SEEDS.value or (1 if quick else suite.seeds)
-    planned = [trials.Trial(e, seed, folder, suites.fields(suite, e, config, quick, seed, own),
-                        suite.looked_at) for seed in range(seeds) for e in experiments]
+    planned = [
+        trials.Trial(e, seed, folder, suites.fields(suite, e, config, quick, seed, own),
+                     suite.looked_at)
+        for seed in range(suite.first_seed, suite.first_seed + seeds) for e in experiments]
     lacking = suites.lacking(suite, planned[0].fields, config)
     if lacking:
-        wrong(f'suite {_SUITE.value!r} needs {" and ".join(lacking)} above 0, which '
+        wrong(f'suite {suite.name!r} needs {" and ".join(lacking)} above 0, which '
               f'{config.teacher.name} has no judge for, or which --set has taken away')
     if suite.seeds == 1 and seeds > 1:
-        wrong(f'suite {_SUITE.value!r} takes one seed: recipes are its sample')
+        wrong(f'suite {suite.name!r} takes one seed: recipes are its sample')
     signal.signal(signal.SIGTERM, signal.default_int_handler)  # runs under way are ended, and save
     try:
         if not _REPORT.value:
@@ -133,16 +136,15 @@ def write_report(folder: Path, suite: Any, teacher: str, found: dict[str, Any]) 
     """
     from ddmd_jax.study import claims_page, map_page, robustness
 
-    path = folder / 'report.html'
-    head = f'Suite {_SUITE.value!r} of {_CONFIG.value}, {sum(map(len, found.values()))} runs.'
+    path, title = folder / 'report.html', f'{suite.title} on {teacher}'
+    head = f'Suite {suite.name!r} of {_CONFIG.value}, {sum(map(len, found.values()))} runs.'
     how = shlex.join(['python', '-m', 'ddmd_jax.study', *sys.argv[1:]])
-    if _SUITE.value == 'robustness':
-        judged = map_page.write(path, f'Where the recipe stays healthy on {teacher}', head, how,
-                                  found)
+    if suite.name == 'robustness':
+        judged = map_page.write(path, title, head, how, found)
         return f'{map_page.answer(judged[robustness.COLLAPSE.name].held_out())}\n{path}'
     shown = {name: folder / 'results' / f'{name}-seed{min(by)}.png' for name, by in found.items()}
-    claims = claims_page.write(path, f'The claims of Decoupled DMD on {teacher}', head, how, found,
-                          suite.experiments, {k: p for k, p in shown.items() if p.is_file()})
+    claims = claims_page.write(path, title, head, how, found, suite,
+                               {k: p for k, p in shown.items() if p.is_file()})
     return '\n'.join([*(f'{c.number}. {c.title}: {c.verdict}' for c in claims), str(path)])
 
 

@@ -9,7 +9,7 @@ import numpy as np
 from markupsafe import Markup
 
 from ddmd_jax.study import claims, page, statistics as rule
-from ddmd_jax.study.suites import Experiment
+from ddmd_jax.study.suites import Experiment, Suite
 from ddmd_jax.util import files
 
 COLUMNS = {'all_match': 3, 'all_match_held_out': 3, 'frechet': 1, 'colour_error': 2, 'std': 3,
@@ -72,16 +72,16 @@ def table_rows(results: claims.Results, experiments: Sequence[Experiment]) -> li
 
 
 def write(path: Path, title: str, head: str, how: str, results: claims.Results,
-          experiments: Sequence[Experiment], pictures: Mapping[str, Path]) -> list[claims.Claim]:
+          suite: Suite, pictures: Mapping[str, Path]) -> list[claims.Claim]:
     """Writes the report to `path`; returns the claims with their verdicts.
 
     Args:
       title, head, how: of the page; the last is what one would type.
       results: ``{experiment: {seed: result}}``.
-      experiments: those of the suite, in its order.
+      suite: what they are results of.
       pictures: a PNG of each experiment's first seed, where there is one.
     """
-    found = claims.judge(results)
+    found = claims.judge(results, suite.name)
     figures = {c.number: curve_figure(results, c.shows, c.curve) for c in found}
     files.write(path, page.render(
         'claims', title=title, head=head, how=how, claims=found, rule=rule.RULE, badge=badge,
@@ -89,5 +89,6 @@ def write(path: Path, title: str, head: str, how: str, results: claims.Results,
         columns=COLUMNS, figures={k: page.data_url(v) for k, v in figures.items() if v},
         grids={name: page.data_url(p.read_bytes()) for name, p in pictures.items()},
         first={name: min(results[name]) for name in pictures},
-        words={e.name: e.words for e in experiments}, table=table_rows(results, experiments)))
+        words={e.name: e.words for e in suite.experiments},
+        table=table_rows(results, suite.experiments)))
     return found
