@@ -24,14 +24,18 @@ def curves(workdir: Path) -> dict[str, list[Any]]:
 
 
 def evaluated(workdir: Path) -> dict[str, Any]:
-    """The student and its teacher in as few steps, as the run has judged them; {} if it has not."""
+    """Rows of the run's evaluation; {} if it has none.
+
+    `student`; `few_step`, its teacher in as few steps; `guided`, the teacher with the run's
+    ``eval.teacher_steps`` and ``eval.guidance``; `real` images.
+    """
     path = workdir / 'eval.json'
     if not path.is_file():
         return {}
     found = json.loads(path.read_text())
     rows = {row['name']: row for row in found['rows']}
     return {'student': rows['student'], 'few_step': rows['teacher_few_step'],
-            'seconds': found['seconds']}
+            'guided': rows['teacher_guided'], 'real': rows['real'], 'seconds': found['seconds']}
 
 
 def write(path: Path, result: Mapping[str, Any]) -> None:

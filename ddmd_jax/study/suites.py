@@ -80,7 +80,9 @@ PAPER = (
     Experiment('eight_steps', 'CA + DM, 8 steps', {'student.steps': 8}),
 )
 
-# The config's own recipe at every number of steps, beside two others with as many updates.
+# The config's own recipe at every number of steps, beside two others with as many updates. One
+# experiment draws the guided teacher too: it is the same in all that have its seed.
+GUIDED = {'eval.teacher_steps': 50, 'eval.guidance': 2.0}
 RECIPES: Mapping[str, tuple[str, Mapping[str, Any]]] = {
     'hybrid': ('CA + DM, decoupled_hybrid', {}),
     'dmd2': ('classic DMD2: one tau, one noise, its normaliser',
@@ -89,7 +91,9 @@ RECIPES: Mapping[str, tuple[str, Mapping[str, Any]]] = {
 }
 STEPS = tuple(
     Experiment(f'{name}_{steps}', f'{words}; {steps} step{"s" * (steps > 1)}',
-               {'student.steps': steps, **fields}, quick=steps in (1, 4))
+               {**fields, **(GUIDED if (name, steps) == ('hybrid', 4) else {}),
+                'student.steps': steps},
+               quick=steps in (1, 4))
     for name, (words, fields) in RECIPES.items() for steps in (4, 1, 2, 8))
 
 # Steps of the map below: learning rates and alpha as factors of the config's.
