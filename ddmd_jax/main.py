@@ -11,15 +11,15 @@ import shlex
 import sys
 import time
 from collections.abc import Mapping
-from pathlib import Path
 from typing import Any
 
 from absl import app, flags, logging
 from ml_collections import config_flags
 
 from ddmd_jax import config as config_lib
-from ddmd_jax.util import commands
+from ddmd_jax.util import commands, places
 from ddmd_jax.util.errors import UserError, environment
+from ddmd_jax.util.places import Place
 
 _CONFIG = config_lib.define_flag()
 _COORDINATOR = flags.DEFINE_string(
@@ -28,10 +28,11 @@ _COORDINATOR = flags.DEFINE_string(
 _NUM_PROCESSES = flags.DEFINE_integer(
     'num_processes', None, 'Number of processes; with --coordinator.')
 _PROCESS_ID = flags.DEFINE_integer('process_id', None, 'Index of this process; with --coordinator.')
-_COMPILE_CACHE = flags.DEFINE_string(
+_COMPILE_CACHE = commands.define_place(
     'compile_cache', None, 'Folder or gs:// URL of compiled programs, shared by all processes; '
     'default: JAX_COMPILATION_CACHE_DIR, else WORKDIR/compile_cache. Empty: no cache.')
-_WORKDIR = flags.DEFINE_string('workdir', None, 'Folder of the run; resumed if it holds one.')
+_WORKDIR = commands.define_place(
+    'workdir', None, 'Folder or gs:// URL of the run; resumed if it holds one.', places.GS)
 _PEER_TIMEOUT = flags.DEFINE_integer(
     'peer_timeout', 100, 'Seconds of silence of one process after which the others end.',
     lower_bound=1)
@@ -62,7 +63,7 @@ def shared(config) -> dict[str, Any]:
     return fields | {'version of ddmd_jax': ddmd_jax.__version__}
 
 
-def use_compile_cache(flag: str | None, workdir: Path, environ: Mapping[str, str]) -> None:
+def use_compile_cache(flag: str | None, workdir: Place, environ: Mapping[str, str]) -> None:
     """Keeps compiled programs where `flag`, the environment or else `workdir` says.
 
     `flag` is a folder, a URL such as ``gs://...`` that JAX can write, '' for no cache, or None
@@ -76,7 +77,7 @@ def use_compile_cache(flag: str | None, workdir: Path, environ: Mapping[str, str
     if flag is None and 'JAX_COMPILATION_CACHE_DIR' in environ:
         return  # JAX has read it
     folder = str(workdir / 'compile_cache') if flag is None else flag
-    if folder and '://' not in folder:
+    if folder and not places.is_url(folder):
         folder = str(commands.folder('--compile_cache', folder))
     jax.config.update('jax_compilation_cache_dir', folder or None)
 
@@ -112,7 +113,7 @@ def _given(config) -> dict[str, Any]:
     return {'config_file': file, 'changed': changed}
 
 
-def run(config, workdir: Path, window: tuple[int, int] | None = None) -> None:
+def run(config, workdir: Place, window: tuple[int, int] | None = None) -> None:
     """One run of any task, to its end; raises the errors that `main` puts in one line."""
     from ddmd_jax.report import page
     from ddmd_jax.train import codec, pretrain
@@ -125,7 +126,7 @@ def run(config, workdir: Path, window: tuple[int, int] | None = None) -> None:
         report(workdir)  # once more, with the evaluation
 
 
-def report(workdir: Path) -> None:
+def report(workdir: Place) -> None:
     """Writes ``report.html``, by process 0; no run ends for it."""
     import jax
 
@@ -140,7 +141,7 @@ def report(workdir: Path) -> None:
               f'`python -m ddmd_jax.report {workdir}`', file=sys.stderr)
 
 
-def replay(config, workdir: Path) -> None:
+def replay(config, workdir: Place) -> None:
     """Prints the step that went wrong last: a line on where it stood, then one for each figure."""
     from ddmd_jax.train import codec, pretrain, train
 
@@ -170,7 +171,7 @@ def main(argv: list[str]) -> None:
     from ddmd_jax.parallel import distributed, sharding
 
     try:
-        workdir = commands.folder('--workdir', _WORKDIR.value)
+        workdir = commands.folder('--workdir', _WORKDIR.value, places.GS)
         use_compile_cache(_COMPILE_CACHE.value, workdir, os.environ)
         distributed.start(_COORDINATOR.value, _NUM_PROCESSES.value, _PROCESS_ID.value, os.environ,
                           _PEER_TIMEOUT.value)

@@ -9,21 +9,21 @@ could not go on (one line on stderr says why); 2 a flag is wrong.
 """
 
 import dataclasses
+import os
 import sys
-from pathlib import Path
 from typing import Any
 
 from absl import flags
 
-from ddmd_jax.util import commands
+from ddmd_jax.util import commands, places
 
 FLAGS = flags.FLAGS
 
 
 def prompts_flags() -> None:
-    flags.DEFINE_multi_string('input', [], 'Files of prompts: .txt, .jsonl, .csv, .tsv, .parquet; '
-                              'separated by commas, or repeated.')
-    flags.DEFINE_string('out', '', 'Folder to write; it must not exist yet.')
+    commands.define_places('input', 'Files of prompts: .txt, .jsonl, .csv, .tsv, .parquet; '
+                           'separated by commas, or repeated.')
+    commands.define_place('out', '', 'Folder to write; it must not exist yet.')
     flags.DEFINE_string('field', 'prompt', 'Name of the field or column; not of .txt.')
     flags.DEFINE_integer('min_chars', 1, 'Shorter prompts are dropped.', 1)
     flags.DEFINE_integer('max_chars', 2000, 'Longer prompts are dropped.', 1)
@@ -34,32 +34,38 @@ def prompts_flags() -> None:
 
 
 def embed_flags() -> None:
-    flags.DEFINE_string('prompts', '', 'Folder of a set of prompts (`prepare prompts`).')
+    commands.define_place('prompts', '', 'Folder of a set of prompts (`prepare prompts`).')
     flags.DEFINE_enum('split', 'train', ('train', 'validation'), 'Split of the set.')
     flags.DEFINE_string('teacher', '', 'Family of the text encoder, such as lumina, or '
                         'the full name of a module of yours.')
-    flags.DEFINE_string('path', '', 'Its diffusers folder, URL or hub id; as config.teacher.path.')
-    flags.DEFINE_string('out', '', 'Folder to write; it must not exist yet.')
+    commands.define_place('path', '', 'Its diffusers folder, URL or hub id; as '
+                          'config.teacher.path.', places.ANY)
+    commands.define_place('out', '', 'Folder to write; it must not exist yet.')
     flags.DEFINE_integer('batch', 64, 'Prompts encoded at a time, over all devices.', 1)
     flags.DEFINE_enum('dtype', 'bfloat16', ('bfloat16', 'float32'), "Of the encoder's products.")
 
 
 def emoji_flags() -> None:
-    flags.DEFINE_string('packages', '', 'Folder of the emoji sets\' npm packages (.tgz).')
-    flags.DEFINE_string('out', '', 'Folder to write; it must not exist yet.')
+    commands.define_place('packages', '', 'Folder of the emoji sets\' npm packages (.tgz).',
+                          places.LOCAL)
+    commands.define_place('out', '', 'Folder to write; it must not exist yet.', places.LOCAL)
+
+
+def _separate(item: str) -> list[str]:
+    """The files of one --input: a comma separates two unless a file is called so."""
+    names = [item] if os.path.exists(item) else item.split(',')
+    return [os.fspath(places.of(name)) for name in names if name]
 
 
 def prompts() -> None:
     commands.need(input='name files of prompts', out='name a folder to write')
     from ddmd_jax.data.prompts import build
 
-    # A comma separates two files unless a file is called so.
-    files = tuple(name for item in FLAGS.input
-                  for name in ([item] if Path(item).exists() else item.split(',')) if name)
+    files = tuple(name for item in FLAGS.input for name in _separate(item))
     given: dict[str, Any] = {f.name: FLAGS[f.name].value
                              for f in dataclasses.fields(build.Settings) if f.name != 'input'}
     settings = build.Settings(files, **given)
-    card, there = build.prepare(settings, Path(FLAGS.out))
+    card, there = build.prepare(settings, places.of(FLAGS.out))
     print(f'prepare: {build.summary(card["counts"])}', file=sys.stderr)
     sizes = ', '.join(f'{n} {split}' for split, n in card['splits'].items())
     print(f'{FLAGS.out} {"is done already" if there else "written"}: {sizes}; '
@@ -77,7 +83,7 @@ def embed() -> None:
     text = families.get(FLAGS.teacher).load_text(
         families.LoadOptions(FLAGS.path, mesh, FLAGS.dtype))
     stored = open_set(FLAGS.prompts, FLAGS.split)
-    identity, there = embedding.embed(stored, text, mesh, Path(FLAGS.out).absolute(), FLAGS.batch)
+    identity, there = embedding.embed(stored, text, mesh, places.of(FLAGS.out), FLAGS.batch)
     print(f'{FLAGS.out} {"is done already" if there else "written"}: {len(stored)} prompts; '
           f'identity {identity}')
 
@@ -86,7 +92,8 @@ def emoji() -> None:
     commands.need(packages='name a folder', out='name a folder')
     from ddmd_jax.families.emoji import make_drawings
 
-    count = make_drawings.make(Path(FLAGS.packages), Path(FLAGS.out))
+    count = make_drawings.make(places.of(FLAGS.packages, places.LOCAL),
+                               places.of(FLAGS.out, places.LOCAL))
     print(f'{FLAGS.out} written: {count} drawings')
 
 

@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any
 from absl import flags
 
 import ddmd_jax
-from ddmd_jax.util import commands
+from ddmd_jax.util import buckets, commands, places
 from ddmd_jax.util.errors import UserError
 
 if TYPE_CHECKING:  # JAX takes seconds to import: not before the flags are right
@@ -28,6 +28,7 @@ if TYPE_CHECKING:  # JAX takes seconds to import: not before the flags are right
     from ddmd_jax.diffusion.drawing import ImageName, Request, Sampler
     from ddmd_jax.families import Family, Teacher
     from ddmd_jax.train.durable.checkpoint import Saved
+    from ddmd_jax.util.places import Place
 
 FLAGS = flags.FLAGS
 TEACHER_STEPS = 50  # of the guided teacher, unless --steps says otherwise
@@ -36,11 +37,11 @@ OTHERS = ('.jpg', '.jpeg', '.gif', '.bmp', '.tif', '.tiff', '.avif')  # no names
 
 
 def define_flags() -> None:
-    flags.DEFINE_string('checkpoint', '', 'Folder of the run (its --workdir).')
+    commands.define_place('checkpoint', '', 'Folder of the run (its --workdir).')
     flags.DEFINE_integer('step', None, 'Checkpoint to draw with; default: the newest.', 1)
     flags.DEFINE_multi_string('prompt', [], 'Prompt; may be repeated; empty is the null prompt.')
-    flags.DEFINE_string('prompts', '', 'More prompts: a file as `prepare prompts` takes them '
-                        '(.txt: one a line), or the folder of a set of prompts.')
+    commands.define_place('prompts', '', 'More prompts: a file as `prepare prompts` takes them '
+                          '(.txt: one a line), or the folder of a set of prompts.')
     flags.DEFINE_enum('split', 'train', ('train', 'validation'), 'Split of a set.')
     flags.DEFINE_integer('count', 1, 'Images of each prompt.', 1)
     flags.DEFINE_integer('steps', None, 'Steps; default: those the student was trained for, or '
@@ -56,9 +57,9 @@ def define_flags() -> None:
     flags.DEFINE_boolean('compare_teacher', False, 'On the sheet, the teacher on the same noise.')
     flags.DEFINE_list('size', None, "HEIGHT,WIDTH in pixels; default: the teacher's own.")
     flags.DEFINE_integer('batch', 8, 'Images drawn at a time, over all devices.', 1)
-    flags.DEFINE_string('teacher_path', '', 'Path of the teacher if it moved; without '
-                        "--checkpoint, its family's name or path.")
-    flags.DEFINE_string('out', '', 'Folder to write to, or one file: FILE.png or FILE.webp.')
+    commands.define_place('teacher_path', '', 'Path of the teacher if it moved; without '
+                          "--checkpoint, its family's name or path.", places.ANY)
+    commands.define_place('out', '', 'Folder to write to, or one file: FILE.png or FILE.webp.')
     flags.DEFINE_enum('format', 'png', ('png', 'webp'), 'Format of files in a folder.')
     flags.DEFINE_boolean('overwrite', False, 'Replace existing files.')
     commands.finite('guidance')
@@ -97,7 +98,7 @@ def main(arguments: list[str]) -> None:
     named = drawing.names(prompts, FLAGS.count, FLAGS.seed)
     model = find_model(FLAGS.checkpoint, FLAGS.teacher_path,
                        tuple(map(int, FLAGS.size)) if FLAGS.size else None, FLAGS.step)
-    files, sheet = places(Path(FLAGS.out).expanduser().absolute(), named, len(prompts))
+    files, sheet = targets(places.of(FLAGS.out), named, len(prompts))
     mesh = sharding.make_mesh({'fsdp': -1})
     request = encoded(named, model, mesh)
     whose = ['teacher'] if FLAGS.teacher else ['student'] + ['teacher'] * FLAGS.compare_teacher
@@ -134,8 +135,8 @@ def read_prompts(given: Sequence[str], name: str, split: str) -> list[str]:
 
     found = [normalise(text) for text in given]
     if name:
-        texts = (build.open_set(name, split) if Path(name).expanduser().is_dir() else
-                 files.read(Path(name).expanduser(), 'prompt'))
+        place = buckets.local(places.of(name))
+        texts = (build.open_set(place, split) if place.is_dir() else files.read(place, 'prompt'))
         more = list(filter(None, map(normalise, texts)))
         if not more:
             raise UserError(f'{name} holds no prompt')
@@ -154,7 +155,7 @@ class Model:
     path: str
     dtype: str
     size: tuple[int, ...] | None
-    workdir: Path | None = None
+    workdir: Place | None = None
     saved: Saved | None = None
     steps: int = 1
     sampler: str = 'renoise'
@@ -172,7 +173,7 @@ def find_model(checkpoint: str | Path, path: str, size: tuple[int, ...] | None,
     from ddmd_jax.export.student import field_of, open_run
 
     if checkpoint:
-        workdir = Path(checkpoint).expanduser().absolute()
+        workdir = places.of(checkpoint)
         opened, family = open_run(workdir, step)
         saved = opened.manifest
         first = tuple(saved[name] for name in ('data.sizes.0.0', 'data.sizes.0.1')
@@ -193,7 +194,8 @@ def find_model(checkpoint: str | Path, path: str, size: tuple[int, ...] | None,
     return model
 
 
-def places(out: Path, named: Sequence[ImageName], prompts: int) -> tuple[list[Path], Path | None]:
+def targets(out: Place, named: Sequence[ImageName],
+            prompts: int) -> tuple[list[Place], Place | None]:
     """(a file for each image, the sheet's or None); their folder is made.
 
     If `out` is a file, the sheet is that file, and images are not written one by one.
@@ -218,12 +220,13 @@ def places(out: Path, named: Sequence[ImageName], prompts: int) -> tuple[list[Pa
     else:
         raise UserError(f'--out {out} is one file for {len(named)} images; name a folder, or '
                         'give --grid for a sheet of them')
-    there = [file for file in (*files, grid) if file and file.exists()]
+    taken = {file.name for file in folder.iterdir()} if folder.is_dir() else set()
+    there = [file for file in (*files, grid) if file and file.name in taken]
     if there and not FLAGS.overwrite:
         more = f' and {len(there) - 1} more' if there[1:] else ''
         raise UserError(f'{there[0]} exists already{more}; choose another --out, or replace '
                         'with --overwrite')
-    commands.folder('--out', folder)
+    commands.folder('--out', folder, places.BUCKETS)
     return files, grid
 
 
@@ -302,7 +305,7 @@ def describe(model: Model, sampler: Sampler, teacher: Teacher) -> dict[str, str]
         'Software': f'ddmd_jax {ddmd_jax.__version__}'}
 
 
-def write(batches: Iterable[np.ndarray], named: Sequence[ImageName], files: Sequence[Path],
+def write(batches: Iterable[np.ndarray], named: Sequence[ImageName], files: Sequence[Place],
           about: Mapping[str, str], keep: bool) -> np.ndarray | None:
     """Writes images to `files`, if there are any, as they come; returns them all if `keep`.
 
@@ -323,7 +326,7 @@ def write(batches: Iterable[np.ndarray], named: Sequence[ImageName], files: Sequ
     return np.concatenate(kept) if keep else None
 
 
-def write_sheet(file: Path, prompts: Sequence[str], columns: Sequence[Sampler],
+def write_sheet(file: Place, prompts: Sequence[str], columns: Sequence[Sampler],
                 drawn: Sequence[Any], about: Mapping[str, str]) -> None:
     """A row a prompt, a column an image of it; or a row an image, a column a sampler."""
     from ddmd_jax.evaluation import pictures

@@ -399,7 +399,7 @@ def test_the_emoji_teacher_has_one_size():
 
 
 def test_embeddings_of_any_size_may_be_given():
-    fields = {'data.sizes': [[512, 768]], 'data.path': '/data/e.safetensors', 'teacher.path': 'gs://b'}
+    fields = {'data.sizes': [[512, 768]], 'data.path': '/data/e.safetensors', 'teacher.path': 'a/b'}
     assert config_lib.validate(changed('lumina', fields)) == []
 
 

@@ -22,6 +22,11 @@ def of_number(number, path=None):
     return OSError(number, os.strerror(number), path)
 
 
+def of_store(module, words):
+    """What a package that reads buckets raises; it need not be installed."""
+    return type('Refused', (Exception,), {'__module__': module})(words)
+
+
 @pytest.mark.parametrize('error, words', [
     (of_number(errno.ENOSPC, '/d/f'), '/d/f: there is no room on the disk; make some'),
     (of_number(errno.EACCES, '/d/f'), '/d/f: permission is denied; see to the permissions'),
@@ -35,6 +40,11 @@ def of_number(number, path=None):
     (ValueError("PERMISSION_DENIED: Error opening '/d/f' [errno='13']"), '/d/f: permission is'),
     (RuntimeError("Unable to initialize backend 'cuda': no GPU"), 'set JAX_PLATFORMS=cpu'),
     (RuntimeError('RESOURCE_EXHAUSTED: Out of memory allocating 1 bytes'), 'not enough memory'),
+    (of_store('gcsfs.retry', 'quota exceeded'), 'a bucket cannot be read or written; see to its'),
+    (of_store('botocore.exceptions', 'No credentials'), 'the network and your access'),
+    (of_store('google.auth.exceptions', 'No credentials'), 'a bucket cannot be read'),
+    (OSError('Forbidden: gs://b/f'), 'permission is denied'),  # gcsfs's
+    (PermissionError('Access Denied'), 'permission is denied'),  # s3fs's
     (ExceptionGroup('many', [KeyError(1), of_number(errno.EDQUOT)]), 'no room on the disk'),
 ])
 def test_the_machine_is_at_fault(error, words):
@@ -51,6 +61,7 @@ def test_the_machine_is_at_fault(error, words):
 
 @pytest.mark.parametrize('error', [
     of_number(errno.ENOENT), of_number(errno.EISDIR), ValueError('no JSON'), KeyError('x'),
+    FileNotFoundError('b/f'), of_store('google.protobuf.message', 'no such field'),
     errors.UserError('--out was refused: permission denied is what its owner says')])
 def test_what_was_read_is_at_fault(error):
     assert errors.environment(error) is None
@@ -105,18 +116,21 @@ def test_a_listing_asks_for_no_device(tmp_path):
 
 @pytest.fixture
 def failing(monkeypatch):
-    """``failing(times)``: so many times, a file's bytes cannot be read."""
+    """``failing(times)``: so many times, a file's bytes cannot be read.
+
+    ``failing(times, error)`` raises that one.
+    """
     monkeypatch.setattr(files, 'WAITS', (0, 0))
-    left, digest = [0], hashlib.file_digest
+    left, digest = [0, None], hashlib.file_digest
 
     def read(file, kind):
         if left[0]:
             left[0] -= 1
-            raise of_number(errno.EIO, file.name)
+            raise left[1] or of_number(errno.EIO, file.name)
         return digest(file, kind)
 
     monkeypatch.setattr(hashlib, 'file_digest', read)
-    return lambda times: left.__setitem__(0, times)
+    return lambda times, error=None: left.__setitem__(slice(None), (times, error))
 
 
 def test_a_file_is_tried_again(tmp_path, failing):
@@ -136,5 +150,11 @@ def test_a_file_that_stays_unreadable_ends_the_run_and_moves_nothing(tmp_path, f
     assert checksums.steps(run / 'checkpoints') == [3, 4] and not (run / 'damaged').exists()
     with pytest.raises(errors.EnvironmentFault):
         ckpt.saved(run).part('ema', TREE, None)
+    failing(1, of_store('gcsfs.retry', 'quota exceeded'))
+    with pytest.raises(errors.EnvironmentFault, match='a bucket cannot be read'):
+        ckpt.newest_good(run / 'checkpoints')
+    failing(1, RuntimeError('a bug'))
+    with pytest.raises(RuntimeError, match='a bug'):
+        ckpt.damage(run / 'checkpoints' / '4')
     failing(0)
     assert ckpt.newest_good(run / 'checkpoints') == (4, {})

@@ -11,6 +11,7 @@ from test_distributed import free_port
 JOIN = """
 import os, sys, time
 from pathlib import Path
+from etils import epath
 from ddmd_jax.parallel import distributed
 from ddmd_jax.util.errors import UserError
 
@@ -43,6 +44,7 @@ file = Path({str(file)!r})
 if me == 0:
     file.write_text('held by 0')
 distributed.same_folder(file)
+distributed.same_folder(epath.Path('gs://bucket/run/lock'))  # nobody asks the bucket
 distributed.agree('teacher or data', {{'teacher_identity': 'abc'}})
 """):
         assert code == 0 and 'agreed' in output
@@ -58,6 +60,8 @@ distributed.agree('teacher or data', {{'teacher_identity': 'abc'}})
      "file.write_text(f'held by {me}')\n"
      "distributed.same_folder(file)",
      'process 1 sees another FOLDER/1 than process 0; --workdir must be one folder'),
+    ("distributed.same_folder(epath.Path(f'gs://bucket/{me}/lock'))",
+     "process 1 has another folder than process 0: --workdir: 'gs://bucket/0', here 'gs://bucket/1'"),
 ])
 def test_what_differs_is_named_by_the_process_that_has_it(tmp_path, check, words):
     (zero, said_0), (one, said_1) = ran(check.replace('FOLDER', str(tmp_path)), 90)

@@ -20,6 +20,7 @@ from ddmd_jax.families.lumina import names, teacher as lumina
 from ddmd_jax.models.layers import abstract_params
 from ddmd_jax.models.nextdit import NextDiT
 from ddmd_jax.parallel import sharding
+from ddmd_jax.util import buckets
 from ddmd_jax.weights import diffusers, fetch, flat
 from ddmd_jax.weights.flat import WeightsError
 
@@ -117,7 +118,7 @@ def test_identity_follows_the_values(folder):
 def test_a_url_is_read_like_a_folder(exported, tmp_path, monkeypatch):
     import fsspec
 
-    monkeypatch.setenv(fetch.CACHE, str(tmp_path / 'cache'))
+    monkeypatch.setenv(buckets.CACHE, str(tmp_path / 'cache'))
     memory = fsspec.filesystem('memory')
     memory.put(str(exported), '/bucket/lumina', recursive=True)
     try:

@@ -10,6 +10,8 @@ from typing import Any
 from absl import flags
 from ml_collections import ConfigDict, config_flags
 
+from ddmd_jax.util import places
+
 PACKAGE = Path(__file__).parents[1]
 # Where setup.py puts the folder `configs` in an installed package, and where a checkout has it.
 FOLDERS = (PACKAGE / 'configs', PACKAGE.parent / 'configs')
@@ -27,7 +29,9 @@ class _Parser(config_flags.config_flags.ConfigFileFlagParser):
     """ml_collections' parser of a config's path, which takes a name too."""
 
     def parse(self, path: str) -> Any:
-        return super().parse(located(path))
+        if wrong := places.fault(path, places.LOCAL):
+            raise ValueError(f'{path} {wrong}')
+        return super().parse(located(places.filled(path)))
 
 
 def load(name: str) -> ConfigDict:

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from ddmd_jax.config.fields import PROMPT_SETS
 from ddmd_jax.config.rules import choice
+from ddmd_jax.util import places
 
 if TYPE_CHECKING:
     from ddmd_jax.families import Family
@@ -143,6 +144,20 @@ def null_offered(null: str, family: Family) -> str | None:
     if null not in family.nulls:
         return (f'must be {" or ".join(map(repr, family.nulls))} with teacher.name '
                 f'{family.name!r}, which knows no other null prompt')
+
+
+@about('resume')
+@about('init_from')
+@about('data.path')
+def place_known(named: str) -> str | None:
+    wrong = places.fault(named)
+    return f'which {wrong}' if wrong else None
+
+
+@about('teacher.path')
+def place_reached(named: str) -> str | None:
+    wrong = places.fault(named, places.ANY)
+    return f'which {wrong}' if wrong else None
 
 
 @about('init_from', 'resume')

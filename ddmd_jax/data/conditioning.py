@@ -2,7 +2,6 @@
 
 import dataclasses
 from collections.abc import Callable, Sequence
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -10,6 +9,7 @@ import numpy as np
 from ddmd_jax.data import DataFileError, embeddings
 from ddmd_jax.data.batch import Batch, Cond
 from ddmd_jax.data.order import Planned
+from ddmd_jax.util import places
 
 
 @dataclasses.dataclass(frozen=True)
@@ -72,7 +72,7 @@ def open_embeddings(path: str, width: int, encoder: str | None = None) -> Prompt
     Raises:
       DataFileError: missing, half written, damaged, of another width or another text encoder.
     """
-    stored = embeddings.Embeddings(Path(path))
+    stored = embeddings.Embeddings(places.of(path))
     if encoder is not None and (wrote := stored.card.get('encoder_identity')) != encoder:
         raise DataFileError(f"{path} holds embeddings of another text encoder ({wrote}) than the "
                             f"teacher's ({encoder}); {embeddings.CURE} and the teacher's folder")

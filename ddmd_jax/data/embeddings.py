@@ -21,7 +21,8 @@ import ml_dtypes
 import numpy as np
 
 from ddmd_jax.data import DataFileError, records
-from ddmd_jax.util import errors, files
+from ddmd_jax.util import buckets, errors, files
+from ddmd_jax.util.places import Place
 from ddmd_jax.util.text import first_line
 
 FORMAT = 'ddmd_jax embeddings 1'
@@ -55,7 +56,7 @@ def padded(parts: Sequence[Arrays], length: int) -> Arrays:
     return found
 
 
-def write(out: Path, settings: Mapping[str, Any], null: Arrays,
+def write(out: Place, settings: Mapping[str, Any], null: Arrays,
           rows: Iterable[tuple[str, Arrays]]) -> None:
     """Writes the folder `out` of (prompt, its arrays), whole or not at all.
 
@@ -88,16 +89,18 @@ def write(out: Path, settings: Mapping[str, Any], null: Arrays,
 
 
 class Embeddings:
-    """A finished folder, read by row.
+    """A finished folder, read by row; one in a bucket is copied to this machine's disk first.
 
     Attributes: `card`, `lengths [N]` int32, `null` (arrays of the null prompt at its true
     length).
 
     Raises:
       DataFileError: missing, damaged, or something else.
+      PlaceError: a bucket cannot be read.
     """
 
-    def __init__(self, folder: Path):
+    def __init__(self, folder: Place):
+        folder = buckets.local(folder)
         if not folder.is_dir():
             raise DataFileError(f'no folder of embeddings at {folder}; set config.data.path, or '
                                 f'{CURE}')

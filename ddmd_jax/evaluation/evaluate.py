@@ -6,7 +6,6 @@ import dataclasses
 import math
 import sys
 from collections.abc import Callable, Mapping, Sequence
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import jax
@@ -20,6 +19,7 @@ from ddmd_jax.evaluation import pictures, tables
 from ddmd_jax.evaluation.suites import Suite
 from ddmd_jax.util import files
 from ddmd_jax.util.errors import UserError
+from ddmd_jax.util.places import Place
 
 if TYPE_CHECKING:
     from ddmd_jax.families import Teacher
@@ -73,7 +73,7 @@ class Comparison:
 
 
 def evaluate(compared: Comparison, suite: Suite, encode: Callable[[Sequence[str]], Any],
-             workdir: Path, seconds: Callable[[], Mapping[str, float]]) -> None:
+             workdir: Place, seconds: Callable[[], Mapping[str, float]]) -> None:
     """Draws and measures a suite; writes ``eval.json`` and ``samples.png``; prints the table.
 
     Args:
@@ -109,7 +109,7 @@ def evaluate(compared: Comparison, suite: Suite, encode: Callable[[Sequence[str]
           + '  (* prompt held out of all training)' * bool(held.any()))
 
 
-def sheet(compared: Comparison, request: Request, workdir: Path) -> None:
+def sheet(compared: Comparison, request: Request, workdir: Place) -> None:
     """Writes ``samples.png`` alone: for a family without a suite."""
     images = compared.images(request)
     if jax.process_index() == 0:
@@ -139,7 +139,7 @@ def _shown(captions: Sequence[str], held_out: np.ndarray) -> np.ndarray:
 
 
 def _draw_sheet(compared: Comparison, captions: Sequence[str], images: Mapping[str, np.ndarray],
-                workdir: Path) -> None:
+                workdir: Place) -> None:
     samplers = compared.samplers()
     titles = [samplers[name].title if name in samplers else name for name in images]
     pictures.captioned_sheet(captions, titles, list(images.values()), workdir / SHEET)

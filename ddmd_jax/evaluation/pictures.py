@@ -4,12 +4,13 @@ import json
 import math
 import textwrap
 from collections.abc import Mapping, Sequence
-from pathlib import Path
 
 import numpy as np
 from PIL import ExifTags, Image, ImageDraw, ImageFont, PngImagePlugin
 
+from ddmd_jax.util import files
 from ddmd_jax.util.errors import UserError
+from ddmd_jax.util.places import Place
 
 ZOOM = 4  # of images no larger than SMALL
 SMALL = 64
@@ -32,21 +33,21 @@ def to_uint8(images: np.ndarray) -> np.ndarray:
     return np.round(np.clip(np.asarray(images) * 127.5 + 127.5, 0, 255)).astype(np.uint8)
 
 
-def save(image: Image.Image, path: Path, metadata: Mapping[str, str]) -> None:
+def save(image: Image.Image, path: Place, metadata: Mapping[str, str]) -> None:
     """Writes a PNG or a WebP (lossless), by the suffix of `path`, with `metadata` inside.
 
     In a PNG every entry is a text chunk; in a WebP all of them are the EXIF field
     ImageDescription, as JSON: that field is ASCII, which JSON's escapes make of any text.
     """
-    if path.suffix.lower() == '.webp':
-        exif = Image.Exif()
-        exif[ExifTags.Base.ImageDescription] = json.dumps(dict(metadata))
-        image.save(path, lossless=True, exif=exif)
-        return
-    chunks = PngImagePlugin.PngInfo()
-    for name, text in metadata.items():
-        chunks.add_text(name, text)
-    image.save(path, pnginfo=chunks)
+    chunks, exif = PngImagePlugin.PngInfo(), Image.Exif()
+    with files.replacing(path) as scratch:
+        if path.suffix.lower() == '.webp':
+            exif[ExifTags.Base.ImageDescription] = json.dumps(dict(metadata))
+            image.save(scratch, 'WEBP', lossless=True, exif=exif)
+            return
+        for name, text in metadata.items():
+            chunks.add_text(name, text)
+        image.save(scratch, 'PNG', pnginfo=chunks)
 
 
 def rows_of_images(rows: Sequence[np.ndarray], gap: int = 1) -> np.ndarray:
@@ -72,7 +73,7 @@ def wrapped(caption: str, lines: int) -> str:
 
 
 def captioned_sheet(captions: Sequence[str], titles: Sequence[str],
-                    columns: Sequence[np.ndarray], path: Path,
+                    columns: Sequence[np.ndarray], path: Place,
                     metadata: Mapping[str, str] | None = None) -> None:
     """One prompt a row, one model a column, prompt written beside it; see `save`.
 

@@ -4,20 +4,18 @@ Writes the EMA student of a run: as a pipeline that diffusers loads, as safetens
 Orbax checkpoint, with a model card. Exit code 1, and one line on stderr, if it cannot.
 """
 
-from pathlib import Path
-
 from absl import flags
 
-from ddmd_jax.util import commands
+from ddmd_jax.util import commands, places
 from ddmd_jax.util.errors import UserError
 
 FLAGS = flags.FLAGS
 
 
 def define_flags() -> None:
-    flags.DEFINE_string('checkpoint', None, 'Folder of the run (its --workdir).')
+    commands.define_place('checkpoint', None, 'Folder of the run (its --workdir).')
     flags.DEFINE_integer('step', None, 'Checkpoint to export; default: the newest.', 1)
-    flags.DEFINE_string('out', None, 'Folder to write; nothing in it is overwritten.')
+    commands.define_place('out', None, 'Folder to write; nothing in it is overwritten.')
     flags.DEFINE_enum('format', 'diffusers', ('diffusers', 'safetensors', 'orbax'),
                       'Format to write.')
     flags.DEFINE_enum('dtype', 'float32', ('float32', 'bfloat16', 'float16'),
@@ -25,7 +23,7 @@ def define_flags() -> None:
     flags.DEFINE_boolean('ema', True, 'The EMA student; --noema is the raw student.')
     flags.DEFINE_enum('sampler', '', ('', 'renoise', 'deterministic'),
                       "Sampler of the pipeline's scheduler; default: the run's.")
-    flags.DEFINE_string('teacher', '', 'Path of the teacher if it moved.')
+    commands.define_place('teacher', '', 'Path of the teacher if it moved.', places.ANY)
     flags.DEFINE_string('push', '', 'OWNER/NAME on the hub to upload the folder to.')
     flags.DEFINE_boolean('private', False, 'Make the pushed repository private.')
 
@@ -37,10 +35,10 @@ def main(arguments: list[str]) -> None:
         raise UserError(f'--push={FLAGS.push} is not OWNER/NAME')
     from ddmd_jax.export import write  # JAX takes seconds to import: not before the flags are right
 
-    out = commands.folder('--out', FLAGS.out)
+    out = commands.folder('--out', FLAGS.out, places.BUCKETS)
     wanted = write.Wanted(FLAGS.format, FLAGS.dtype, FLAGS.ema, FLAGS.sampler, FLAGS.teacher,
                           FLAGS.step)
-    workdir = Path(FLAGS.checkpoint).expanduser().absolute()
+    workdir = places.of(FLAGS.checkpoint)
     print('\n'.join(map(str, write.export(workdir, out, wanted))))
     if FLAGS.push:
         print(write.push(out, FLAGS.push, FLAGS.private))

@@ -1,6 +1,6 @@
 """The model card: what the student is, how to draw with it, what it was trained on, figures."""
 
-import shutil
+import os
 from pathlib import Path
 
 import jinja2
@@ -10,7 +10,7 @@ from ddmd_jax.data.prompts import set as prompt_set
 from ddmd_jax.export.student import Student
 from ddmd_jax.families.family import Exported
 from ddmd_jax.method import health
-from ddmd_jax.util import files, jsonl, text
+from ddmd_jax.util import files, jsonl, places, text
 from ddmd_jax.weights import flat
 
 NAMES = README, PICTURE = 'README.md', 'samples.png'
@@ -26,17 +26,18 @@ def write(student: Student, out: Path, form: str, exported: Exported) -> None:
     """``README.md``, and the picture of the run that it shows."""
     evaluation, why = _figures(student, exported)
     if picture := not why and (student.workdir / PICTURE).is_file():
-        shutil.copyfile(student.workdir / PICTURE, out / PICTURE)
+        (out / PICTURE).write_bytes((student.workdir / PICTURE).read_bytes())
     whole = (out / 'model_index.json').is_file()
     use = ORBAX if form == 'orbax' else student.export.use if whole else student.export.alone
     # The teacher as the hub knows it, or ''.
     base = student.manifest.get('teacher.path', '')
-    if (base.count('/') != 1 or base.startswith(('.', '/', '~')) or base.endswith('.safetensors')
-            or Path(base).exists()):
+    if (base.count('/') != 1 or base.startswith(('.', '/', '~', '$'))
+            or base.endswith('.safetensors') or os.path.exists(places.filled(base))):
         base = ''
     prompts = None  # the card of the run's set, if it is where it was; embeddings have another
-    if student.field('data.name') == 'prompts':
-        folder = Path(student.field('data.path')).expanduser()
+    named = student.field('data.path') if student.field('data.name') == 'prompts' else ''
+    if named and not places.fault(named):  # a variable of the run's machine may not be set here
+        folder = places.of(named)
         prompts = prompt_set.read_card(folder) if (folder / prompt_set.CARD).is_file() else None
     history = jsonl.read(student.workdir / 'metrics.jsonl') or [{}]
     environment = jinja2.Environment(undefined=jinja2.StrictUndefined, keep_trailing_newline=True,

@@ -16,6 +16,7 @@ from ddmd_jax.families import Family, LoadOptions
 from ddmd_jax.families.family import Export, Exported, Source
 from ddmd_jax.parallel import sharding
 from ddmd_jax.train.durable import checkpoint as ckpt
+from ddmd_jax.util.places import Place
 from ddmd_jax.weights import flat
 
 FILE = 'student.safetensors'
@@ -29,7 +30,7 @@ params, about = flat.load('{{folder}}/{FILE}', 'export it again')
 class Student:
     """A student whose weights are still to be read."""
 
-    workdir: Path
+    workdir: Place
     saved: ckpt.Saved
     family: str
     export: Export
@@ -82,13 +83,13 @@ class Student:
         return field_of(self.workdir, name)
 
 
-def field_of(workdir: Path, name: str) -> Any:
+def field_of(workdir: Place, name: str) -> Any:
     """A field of a run's config as it was last; None if it is not there."""
     path = workdir / 'config.json'
     return config_lib.field(json.loads(path.read_text()) if path.is_file() else None, name)
 
 
-def open_run(workdir: Path, step: int | None = None) -> tuple[ckpt.Saved, Family]:
+def open_run(workdir: Place, step: int | None = None) -> tuple[ckpt.Saved, Family]:
     """(the checkpoint `step` of a distillation, None the newest; its teacher's family).
 
     Raises:
@@ -105,7 +106,7 @@ def open_run(workdir: Path, step: int | None = None) -> tuple[ckpt.Saved, Family
         raise ckpt.CheckpointError(f'{workdir} distils a teacher that is unknown here: {e}') from e
 
 
-def open_student(workdir: Path, teacher: str, ema: bool, step: int | None = None) -> Student:
+def open_student(workdir: Place, teacher: str, ema: bool, step: int | None = None) -> Student:
     """The student of a run's checkpoint `step`, None the newest; reads none of its weights.
 
     `teacher` is the teacher's path if it has moved.

@@ -10,10 +10,14 @@ from ddmd_jax.export import card
 from ddmd_jax.export.student import open_student
 from ddmd_jax.families.family import Exported
 from ddmd_jax.parallel import sharding
+from ddmd_jax.util import buckets, files, places
 from ddmd_jax.util.errors import UserError
+from ddmd_jax.util.places import Place
 from ddmd_jax.util.text import first_line
 from ddmd_jax.weights import flat
 from ddmd_jax.weights.flat import WeightsError
+
+COMMITTED = 'commit_success.txt'  # Orbax's mark of a checkpoint in a bucket that is complete
 
 
 @dataclasses.dataclass(frozen=True)
@@ -28,7 +32,7 @@ class Wanted:
     step: int | None = None  # checkpoint; None is the newest
 
 
-def export(workdir: Path, out: Path, wanted: Wanted = Wanted()) -> list[Path]:
+def export(workdir: Place, out: Place, wanted: Wanted = Wanted()) -> list[Place]:
     """Writes a student of a run into `out`; returns the model's files, then the card.
 
     One process does it, with all of its devices.
@@ -52,10 +56,12 @@ def export(workdir: Path, out: Path, wanted: Wanted = Wanted()) -> list[Path]:
             raise WeightsError(f'{out / name} exists already; choose another place or delete it')
     exported = Exported(student.read(), student.source, student.step, student.steps, student.time,
                         wanted.dtype, wanted.sampler or student.sampler)
-    out.mkdir(parents=True, exist_ok=True)
-    write(exported, out)
-    card.write(student, out, form, exported)
-    return [out / name for name in (*names[form], card.README) if (out / name).exists()]
+    with files.filled(out) as folder:
+        write(exported, folder)
+        card.write(student, folder, form, exported)
+        if form == 'orbax' and places.is_url(out):  # without it Orbax takes it for half written
+            (folder / 'params' / COMMITTED).touch()
+        return [out / name for name in (*names[form], card.README) if (folder / name).exists()]
 
 
 def _write_orbax(student: Exported, out: Path) -> None:
@@ -67,7 +73,7 @@ def _write_orbax(student: Exported, out: Path) -> None:
         writer.save(out / 'params', args=ocp.args.StandardSave(cast))
 
 
-def push(folder: Path, name: str, private: bool) -> str:
+def push(folder: Place, name: str, private: bool) -> str:
     """Uploads `folder` as the model ``owner/name``, made if need be; its address.
 
     Raises:
@@ -78,7 +84,8 @@ def push(folder: Path, name: str, private: bool) -> str:
     api = huggingface_hub.HfApi()
     try:
         api.create_repo(name, private=private, exist_ok=True)
-        api.upload_folder(repo_id=name, folder_path=folder, commit_message='ddmd_jax.export')
+        api.upload_folder(repo_id=name, folder_path=buckets.local(folder),
+                          commit_message='ddmd_jax.export')
     except Exception as e:  # network, login or name: the line names all three
         raise UserError(f'{name} cannot be pushed ({first_line(e)}); {folder} is complete: check '
                         f'the name, the network and your login (hf auth login), then '

@@ -2,13 +2,14 @@
 
 import functools
 import importlib
+import os
 from collections.abc import Sequence
-from pathlib import Path
 
 from jax.sharding import Mesh
 
 from ddmd_jax.families.base import Cond, Latents, LoadOptions, Teacher, TextEncoder
 from ddmd_jax.families.family import DataSet, Export, Family
+from ddmd_jax.util import buckets, places
 from ddmd_jax.util.errors import UserError
 from ddmd_jax.weights import diffusers, fetch, flat
 from ddmd_jax.weights.flat import WeightsError
@@ -69,13 +70,13 @@ def find(path_or_name: str) -> tuple[Family, str]:
 
 
 def _is_place(text: str) -> bool:
-    return '/' in text or text.endswith('.safetensors') or Path(text).expanduser().exists()
+    return '/' in text or text.endswith('.safetensors') or os.path.exists(places.filled(text))
 
 
 def _class_name(path: str) -> str | None:
     """The class that the weights at `path` name."""
     if path.endswith('.safetensors'):
-        file = flat.open_file(Path(path).expanduser(), 'give another file')
+        file = flat.open_file(buckets.local(places.of(path)), 'give another file')
         return (file.metadata() or {}).get('architecture')
     folder = fetch.local_folder(path, ('model_index.json', 'config.json'))
     index = folder / 'model_index.json'

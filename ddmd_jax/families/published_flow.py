@@ -44,7 +44,9 @@ from ddmd_jax.weights import diffusers, fetch
 from ddmd_jax.weights.flat import WeightsError
 
 FILES = ('model_index.json', 'scheduler/*.json', 'transformer/*.json', 'transformer/*.safetensors',
-         'vae/*.json', 'vae/*.safetensors')
+         'vae/*.json', 'vae/*.safetensors',
+         # Of a bare transformer.
+         'config.json', f'{diffusers.STEM}*.safetensors', f'{diffusers.STEM}*.index.json')
 SIZE = (1024, 1024)  # pixels, height first
 FACTOR = 8  # pixels a latent, likewise
 LIMIT = 4.0  # standard deviations: latents are scaled to about one

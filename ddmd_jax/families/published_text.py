@@ -22,7 +22,7 @@ from ddmd_jax.families.base import Cond, LoadOptions, TextEncoder
 from ddmd_jax.models import flops
 from ddmd_jax.models.layers import abstract_params, functional
 from ddmd_jax.parallel import sharding
-from ddmd_jax.util import errors
+from ddmd_jax.util import errors, places
 from ddmd_jax.util.text import first_line
 from ddmd_jax.weights import diffusers, fetch, transformers as folders
 from ddmd_jax.weights.flat import WeightsError
@@ -139,11 +139,12 @@ def identity(pipeline: Pipeline, path: str) -> str | None:
     Raises:
       WeightsError: an encoder is another's, or damaged.
     """
-    places = [Path(path).expanduser() / c.folder for c in pipeline.components]
-    if not all(list(place.glob('*.safetensors')) for place in places):
+    named = places.filled(path)
+    components = [Path(named) / c.folder for c in pipeline.components]
+    if places.is_url(named) or not all(list(x.glob('*.safetensors')) for x in components):
         return None
-    return _identity([folders.open_folder(place, c.published)
-                      for place, c in zip(places, pipeline.components)])
+    return _identity([folders.open_folder(folder, c.published)
+                      for folder, c in zip(components, pipeline.components)])
 
 
 def _identity(opened: Sequence[diffusers.Checkpoint]) -> str:

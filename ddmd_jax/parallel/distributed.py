@@ -19,12 +19,13 @@ import threading
 import time
 import traceback
 from collections.abc import Mapping
-from pathlib import Path
 from typing import Any
 
 import jax
 
+from ddmd_jax.util import places
 from ddmd_jax.util.errors import UserError
+from ddmd_jax.util.places import Place
 from ddmd_jax.util.text import first_line
 
 # In the messages of libraries when another process does not answer any more.
@@ -215,13 +216,17 @@ def agree(what: str, mine: Mapping[str, Any]) -> None:
                                'one version')
 
 
-def same_folder(file: Path) -> None:
+def same_folder(file: Place) -> None:
     """Waits until this process sees the `file` that process 0 has just written.
 
     Raises:
-      DistributedError: it does not, within `SEEN` seconds: its folder is another.
+      DistributedError: it does not, within `SEEN` seconds, or at a URL that is another: its
+        folder is another.
     """
     if _peers is None:
+        return
+    if places.is_url(file):  # of one name for all; a lock there changes as it is renewed
+        agree('folder', {'--workdir': str(file.parent)})
         return
     end = time.monotonic() + SEEN
     wanted = _peers.of_first(file.read_text() if _peers.me == 0 else '')

@@ -4,16 +4,14 @@ Of one run it is RUN/report.html, which the run itself writes, too; several are 
 in ``report.html`` here. Exit codes: 0; 1 if there is nothing to report (one line on stderr).
 """
 
-from pathlib import Path
-
 from absl import flags
 
-from ddmd_jax.util import commands
+from ddmd_jax.util import commands, places
 from ddmd_jax.util.errors import UserError
 
 
 def define_flags() -> None:
-    flags.DEFINE_string('out', '', 'File to write.')
+    commands.define_place('out', '', 'File to write.')
 
 
 def main(arguments: list[str]) -> None:
@@ -21,9 +19,9 @@ def main(arguments: list[str]) -> None:
 
     if not arguments:
         raise UserError('no run given; name the --workdir of one, or of several')
-    folders = [Path(name).expanduser().absolute() for name in arguments]
+    folders = [places.of(name) for name in arguments]
     out = flags.FLAGS.out or (page.NAME if folders[1:] else folders[0] / page.NAME)
-    page.save(Path(out).expanduser(), read.read_all(folders))
+    page.save(places.of(out), read.read_all(folders))
     print(out)
 
 

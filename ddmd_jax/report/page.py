@@ -14,6 +14,7 @@ from markupsafe import Markup
 from ddmd_jax.report import figures
 from ddmd_jax.report.read import RunFiles, read, thinned
 from ddmd_jax.util import files
+from ddmd_jax.util.places import Place
 from ddmd_jax.util.text import duration
 
 NAME = 'report.html'
@@ -22,13 +23,13 @@ _TEMPLATES = jinja2.Environment(autoescape=True, trim_blocks=True, lstrip_blocks
                                 loader=jinja2.FileSystemLoader(Path(__file__).parent))
 
 
-def write(folder: Path) -> Path:
+def write(folder: Place) -> Place:
     """Writes the report of the run in `folder` beside its other files; returns it."""
     save(folder / NAME, [read(folder)])
     return folder / NAME
 
 
-def save(path: Path, runs: Sequence[RunFiles]) -> None:
+def save(path: Place, runs: Sequence[RunFiles]) -> None:
     """A page of one run, or of several side by side, through a temporary file and a rename."""
     files.write(path, render(runs))
 
@@ -78,13 +79,13 @@ def strips(run: RunFiles) -> dict[str, list[tuple[int, str]]]:
     return {name: strip for name, strip in found.items() if strip}
 
 
-def data_url(file: Path) -> str:
+def data_url(file: Place) -> str:
     """A picture as WebP, no wider than WIDE; '' if it cannot be read."""
     from PIL import Image
 
     out = io.BytesIO()
     try:
-        with Image.open(file) as image:
+        with Image.open(io.BytesIO(file.read_bytes())) as image:
             image = image.convert('RGB')
             image.thumbnail((WIDE, image.height))
             image.save(out, 'WEBP', quality=88)

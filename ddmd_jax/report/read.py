@@ -4,12 +4,12 @@ import dataclasses
 import json
 import re
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any
 
 from ddmd_jax.method import health
 from ddmd_jax.util import jsonl
 from ddmd_jax.util.errors import UserError
+from ddmd_jax.util.places import Place
 
 PICTURE = re.compile(r'(.+)-(\d+)\.png')
 
@@ -19,13 +19,13 @@ class RunFiles:
     """A run's folder."""
 
     name: str
-    folder: Path
+    folder: Place
     lines: list[dict[str, Any]]  # of ``metrics.jsonl``, oldest first
     config: dict[str, Any]
     about: dict[str, Any]  # ``run.json``: command, versions, devices, fields that flags changed
     times: list[dict[str, Any]]  # ``times.jsonl``: when each line was written, seconds since 1970
     evaluation: dict[str, Any] | None  # ``eval.json``
-    pictures: dict[str, list[tuple[int, Path]]]  # by name: (step, file), in order of steps
+    pictures: dict[str, list[tuple[int, Place]]]  # by name: (step, file), in order of steps
 
     @property
     def step(self) -> int:
@@ -64,7 +64,7 @@ def thinned(items: Sequence[Any], most: int) -> list[Any]:
     return [items[round(i * (len(items) - 1) / (most - 1))] for i in range(most)]
 
 
-def read_all(folders: Sequence[Path]) -> list[RunFiles]:
+def read_all(folders: Sequence[Place]) -> list[RunFiles]:
     """Several, by names that tell them apart; see `read`."""
     depth = 1
     deepest = max(len(folder.parts) for folder in folders)
@@ -74,11 +74,11 @@ def read_all(folders: Sequence[Path]) -> list[RunFiles]:
     return [dataclasses.replace(read(folder), name=name(folder)) for folder in folders]
 
 
-def read(folder: Path) -> RunFiles:
+def read(folder: Place) -> RunFiles:
     """The run in `folder`, finished or not; `UserError` if there is none, or a file is damaged."""
     if not (folder / 'config.json').is_file():
         raise UserError(f'{folder} holds no run: there is no config.json; give a --workdir')
-    pictures: dict[str, list[tuple[int, Path]]] = {}
+    pictures: dict[str, list[tuple[int, Place]]] = {}
     for file in sorted((folder / 'pictures').glob('*.png')):
         if found := PICTURE.fullmatch(file.name):
             pictures.setdefault(found[1], []).append((int(found[2]), file))

@@ -18,11 +18,12 @@ from typing import Any
 from absl import app, flags
 from tqdm import tqdm
 
-from ddmd_jax.util import commands
+from ddmd_jax.util import commands, places
 
 _SUITE = flags.DEFINE_string('suite', 'paper', 'Which suite of experiments.')
-_CONFIG = flags.DEFINE_string('config', None, 'Base config.')
-_WORKDIR = flags.DEFINE_string('workdir', None, 'Folder of the study; resumed if it holds one.')
+_CONFIG = commands.define_place('config', None, 'Base config.', places.LOCAL)
+_WORKDIR = commands.define_place(
+    'workdir', None, 'Folder of the study; resumed if it holds one.', places.LOCAL)
 _SEEDS = flags.DEFINE_integer('seeds', None, 'How many; default the suite\'s, with --quick 1.',
                               lower_bound=1)
 _PROCESSES = flags.DEFINE_integer('processes', 1, 'Runs at a time. One on a TPU; on a CPU a run '
@@ -81,7 +82,8 @@ def main(argv: list[str]) -> None:
         experiments = suites.chosen(suite, _QUICK.value, tuple(_ONLY.value))
     except ValueError as e:
         wrong(str(e))
-    folder, quick, own = Path(_WORKDIR.value).expanduser(), _QUICK.value, own_fields(_SET.value)
+    folder = places.of(_WORKDIR.value, places.LOCAL)
+    quick, own = _QUICK.value, own_fields(_SET.value)
     seeds = _SEEDS.value or (1 if quick else suite.seeds)
     planned = [
         trials.Trial(e, seed, folder, suites.fields(suite, e, config, quick, seed, own),

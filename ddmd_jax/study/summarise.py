@@ -7,12 +7,11 @@ import dataclasses
 import json
 import statistics
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any
 
 from ddmd_jax import config as config_lib
 from ddmd_jax.evaluation import tables
-from ddmd_jax.util import commands, text
+from ddmd_jax.util import commands, places, text
 from ddmd_jax.util.errors import UserError
 
 HOW = ('log.', 'checkpoint.', 'mesh.', 'eval.batch', 'resume', 'train.steps')  # not what is judged
@@ -29,7 +28,7 @@ class Evaluated:
 
 def load(workdir: str) -> Evaluated:
     """One run's; exits with one line if it cannot be read."""
-    path = Path(workdir) / 'eval.json'
+    path = places.of(workdir) / 'eval.json'
     try:
         found = json.loads(path.read_text())
         rows = [{'name': row['name'], **row} for row in found['rows']]

@@ -28,6 +28,8 @@ from ddmd_jax.train.startup import Startup
 from ddmd_jax.train.state import StateSpec, TrainState, fresh
 from ddmd_jax.train.train import NOTHING_ELSE, Options
 from ddmd_jax.train.watch.logs import RunLog
+from ddmd_jax.util import places
+from ddmd_jax.util.places import Place
 from ddmd_jax.weights import flat
 
 Array = jax.Array
@@ -38,7 +40,7 @@ SHOWN = 8  # unseen images of the grid that is logged
 MEASURED = 1024  # rows whose latents' shift and scale are taken
 
 
-def train_codec(config: Any, workdir: Path, options: Options = NOTHING_ELSE) -> None:
+def train_codec(config: Any, workdir: Place, options: Options = NOTHING_ELSE) -> None:
     """Trains to the end and writes the EMA weights as ``workdir/codec.safetensors``.
 
     Raises:
@@ -76,7 +78,7 @@ class Codec:
         # Teachers know a frozen encoder by its shift and scale too: measured on another device,
         # they would differ in their last digits.
         self._kept = (own.read(config.init_from)[0] if config.codec.frozen_encoder
-                      and Path(config.init_from).is_file() else None)
+                      and places.of(config.init_from).is_file() else None)
         self._graphdef, self._abstract = nnx.split(
             nnx.eval_shape(lambda: autoencoder_kl.AutoencoderKL(self.cfg, nnx.Rngs(0))))
         sides = tuple((side,) for side in config.codec.sides)

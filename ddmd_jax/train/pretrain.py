@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import jax
@@ -23,11 +22,12 @@ from ddmd_jax.train.startup import Startup
 from ddmd_jax.train.state import StateSpec, TrainState, fresh
 from ddmd_jax.train.train import NOTHING_ELSE, Options
 from ddmd_jax.train.watch.logs import RunLog
+from ddmd_jax.util.places import Place
 
 Array = jax.Array
 
 
-def pretrain(config: Any, workdir: Path, options: Options = NOTHING_ELSE) -> None:
+def pretrain(config: Any, workdir: Place, options: Options = NOTHING_ELSE) -> None:
     """Trains to the end and writes the EMA weights as ``workdir/teacher.safetensors``.
 
     Raises:
@@ -85,7 +85,7 @@ class Pretrain:
     def show(self, state: TrainState, step: int, log: RunLog) -> None:
         log.image(step, 'samples/real_teacher', self.own.show(state.ema))
 
-    def write(self, file: Path, params: Any, step: int) -> dict[str, Any]:
+    def write(self, file: Place, params: Any, step: int) -> dict[str, Any]:
         self.own.save(file, params, step)
         return {}
 

@@ -8,7 +8,6 @@ with that step's batches left out, if `train.on_nan` says so.
 import contextlib
 import time
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any, NamedTuple, Protocol
 
 import jax
@@ -27,6 +26,7 @@ from ddmd_jax.train.startup import Startup
 from ddmd_jax.train.state import StateSpec, TrainState
 from ddmd_jax.train.watch.logs import RunLog, means, record
 from ddmd_jax.train.watch.profiling import Window
+from ddmd_jax.util.places import Place
 from ddmd_jax.weights import flat
 from ddmd_jax.weights.flat import WeightsError
 
@@ -79,7 +79,7 @@ class Options(NamedTuple):
     """
 
     profile: tuple[int, int] | None = None
-    report: Callable[[Path], Any] | None = None
+    report: Callable[[Place], Any] | None = None
     about: dict[str, Any] | None = None
 
 
@@ -96,7 +96,7 @@ class Seconds(NamedTuple):
 # ------------------------------------------------------------------------------------ distillation
 
 
-def distill(config: Any, workdir: Path, options: Options = NOTHING_ELSE) -> None:
+def distill(config: Any, workdir: Place, options: Options = NOTHING_ELSE) -> None:
     """Distils `config`'s teacher, evaluates the EMA student, writes its results to `workdir`.
 
     Raises:
@@ -166,7 +166,7 @@ def prepare(config: Any, teacher: Teacher | None = None) -> Distillation:
 # ----------------------------------------------------------------------------------- any task, run
 
 
-def fit(task: Task, config: Any, workdir: Path,
+def fit(task: Task, config: Any, workdir: Place,
         options: Options = NOTHING_ELSE) -> tuple[TrainState, Seconds]:
     """Trains to `config.train.steps` from where `resume` says; (state, what it took).
 
@@ -188,7 +188,7 @@ def fit(task: Task, config: Any, workdir: Path,
         opening = rollback.leave_out(failed, config, workdir, task.order)
 
 
-def fit_and_write(task: Any, config: Any, file: Path, options: Options = NOTHING_ELSE) -> None:
+def fit_and_write(task: Any, config: Any, file: Place, options: Options = NOTHING_ELSE) -> None:
     """`fit`, in the folder of `file`, to which process 0 then writes the EMA weights.
 
     Args:
@@ -205,7 +205,7 @@ def fit_and_write(task: Any, config: Any, file: Path, options: Options = NOTHING
                          *(f'{name} {value}' for name, value in figures.items())]))
 
 
-def _attempt(task: Task, config: Any, workdir: Path, options: Options,
+def _attempt(task: Task, config: Any, workdir: Place, options: Options,
              opening: str) -> tuple[TrainState, float]:
     """One go at the steps: (the state at the end, seconds that input was waited for)."""
     total, c = config.train.steps, config
@@ -307,7 +307,7 @@ def _first_timed(task: Task, feed: Feed) -> Any:
         return next(feed)
 
 
-def replay(task: Task, config: Any, workdir: Path) -> dict[str, Any]:
+def replay(task: Task, config: Any, workdir: Place) -> dict[str, Any]:
     """Runs the newest step of ``bad_batches.jsonl`` again, from where the run went back to.
 
     Returns its entry with `metrics`, a figure for each; writes nothing.

@@ -4,21 +4,55 @@ import functools
 import math
 import os
 import sys
-from collections.abc import Callable
-from pathlib import Path
+from collections.abc import Callable, Sequence
+from typing import Any
 
 from absl import app, flags, logging
 
-from ddmd_jax.util import errors
+from ddmd_jax.util import buckets, errors, places
 from ddmd_jax.util.errors import UserError
 
 FLAGS = flags.FLAGS
+flags.disclaim_key_flags()  # those defined here are their command's, and in its --help
 
 
 def run(name: str, main: Callable[[list[str]], None], define_flags: Callable[[], None]) -> None:
     """Defines and parses flags, then runs ``main(arguments that are no flags)``; see `call`."""
     define_flags()
     app.run(functools.partial(call, name, main), flags_parser=parser(name))
+
+
+class _PlaceParser(flags.ArgumentParser):
+    """Checks the name of a place, and fills it in; what is no place (a hub id) stays as it is."""
+
+    syntactic_help = 'a path, or a URL'
+
+    def __init__(self, schemes: Sequence[str] | None):
+        super().__init__()
+        self.schemes = schemes
+
+    def parse(self, argument: str) -> str:
+        if wrong := places.fault(argument, self.schemes):
+            raise ValueError(f'it {wrong}')
+        return places.filled(argument)
+
+    def flag_type(self) -> str:
+        return 'place'
+
+
+def define_place(name: str, default: str | None, text: str,
+                 schemes: Sequence[str] | None = places.BUCKETS) -> Any:
+    """Defines a flag that names a file or a folder; absl's flag holder.
+
+    `schemes` are those of the URLs that it takes; see `places.of`, which makes a place of it.
+    """
+    return flags.DEFINE(_PlaceParser(schemes), name, default, text)
+
+
+def define_places(name: str, text: str,
+                  schemes: Sequence[str] | None = places.BUCKETS) -> Any:
+    """Defines a flag that may be repeated, each time naming files; see `define_place`."""
+    return flags.DEFINE_multi(_PlaceParser(schemes), flags.ArgumentSerializer(), name, [], text)
 
 
 def parser(name: str) -> Callable[[list[str]], list[str]]:
@@ -76,9 +110,13 @@ def need(**hints: str) -> None:
             raise UserError(f'no --{name} given; {hint}')
 
 
-def folder(flag: str, path: str | Path) -> Path:
+def folder(flag: str, path: str | os.PathLike,
+           schemes: Sequence[str] | None = places.LOCAL) -> places.Place:
     """The folder that a flag names, made if need be; `UserError` if it cannot be written."""
-    path = Path(path).expanduser().absolute()
+    path = places.of(path, schemes)
+    if places.is_url(path):
+        buckets.check_writable(path)
+        return path
     try:
         path.mkdir(parents=True, exist_ok=True)
     except OSError as e:

@@ -24,6 +24,8 @@ _BUSY = 'too many files are open; raise `ulimit -n`, then run the same command a
 _DISK = 'the disk or its network does not answer as it should; see to it, then run the same command'
 _MEMORY = 'there is not enough memory; see `python -m ddmd_jax.plan` for what needs less'
 _NETWORK = 'the network does not answer; see to it, then run the same command again'
+_BUCKET = ('a bucket cannot be read or written; see to its name, the network and your access, then '
+           'run the same command again')
 _DEVICE = ('JAX cannot use the devices that it is told to (JAX_PLATFORMS={platforms}); set '
            'JAX_PLATFORMS=cpu, or see to the driver and to the jax that is installed')
 _NUMBERS = {
@@ -36,13 +38,16 @@ _NUMBERS = {
                      errno.ECONNRESET, errno.ECONNABORTED, errno.ETIMEDOUT), _NETWORK)}
 _WORDS = (
     (r'os error 28\b|no space left|disk quota exceeded', _FULL),
-    (r'os error (13|30)\b|permission denied|PERMISSION_DENIED|read-only file system', _DENIED),
+    (r'os error (13|30)\b|permission denied|PERMISSION_DENIED|read-only file system|'
+     r'^Forbidden: ', _DENIED),  # the last is gcsfs's
     (r'os error 24\b|too many open files', _BUSY),
     (r'os error 5\b|input/output error|stale file handle', _DISK),
     (r'unable to initialize backend|unknown backend|no visible (tpu|gpu)', _DEVICE),
     (r'RESOURCE_EXHAUSTED|out of memory|cannot allocate memory', _MEMORY),
     (r'name resolution|network is unreachable|connection (refused|reset|aborted)|timed out',
      _NETWORK))
+# Modules of what reads buckets, whose errors have no common ancestor.
+_STORES = re.compile(r'(gcsfs|s3fs|(aio)?botocore|aiohttp|google\.(api_core|auth|cloud))\b')
 _SUBJECT = re.compile(r"'([^']*/[^']*)'|\"([^\"]*/[^\"]*)\"")
 
 
@@ -82,10 +87,15 @@ def raise_environment(error: BaseException, subject: object = '') -> None:
 def _cure(error: BaseException) -> str:
     if isinstance(error, MemoryError):
         return _MEMORY
+    store = any(_STORES.match(kind.__module__) for kind in type(error).__mro__)
     if isinstance(error, OSError) and error.errno is not None:
-        return _NUMBERS.get(error.errno, '')
+        return _NUMBERS.get(error.errno, _BUCKET if store else '')
     if isinstance(error, ConnectionError | TimeoutError):
         return _NETWORK
+    if isinstance(error, PermissionError):  # s3fs gives it no number
+        return _DENIED
+    if store:
+        return _BUCKET
     return next((cure for words, cure in _WORDS if re.search(words, str(error), re.I)), '')
 
 

@@ -11,10 +11,11 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
-from ddmd_jax.util import files
+from ddmd_jax.util import files, places
+from ddmd_jax.util.places import Place
 
 
-def read(path: Path) -> list[dict[str, Any]]:
+def read(path: Place) -> list[dict[str, Any]]:
     """A file's entries, oldest first; none if it is not there.
 
     A last line without a line feed comes from a killed writer and does not count.
@@ -30,7 +31,7 @@ def read(path: Path) -> list[dict[str, Any]]:
     return entries
 
 
-def trim(path: Path, good: Callable[[dict[str, Any]], bool]) -> list[dict[str, Any]]:
+def trim(path: Place, good: Callable[[dict[str, Any]], bool]) -> list[dict[str, Any]]:
     """Removes lines that are no entry, or no `good` one, from a file; returns the others.
 
     A full disk leaves the file as it was.
@@ -38,15 +39,23 @@ def trim(path: Path, good: Callable[[dict[str, Any]], bool]) -> list[dict[str, A
     kept = [(line, entry) for line in _whole_lines(path)
             if (entry := _parsed(line)) is not None and good(entry)]
     text = b''.join(line + b'\n' for line, _ in kept)
-    if path.is_file() and path.stat().st_size != len(text):
+    if path.is_file() and path.read_bytes() != text:
         files.write(path, text)
     return [entry for _, entry in kept]
 
 
-def append(path: Path, entry: Mapping[str, Any]) -> None:
-    """Appends all of an entry, or nothing and raises `OSError`; makes the file if it is missing."""
-    rest = memoryview((json.dumps(entry) + '\n').encode())
-    with path.open('a+b', buffering=0) as f:
+def append(path: Place, entry: Mapping[str, Any]) -> None:
+    """Appends all of an entry, or nothing and raises `OSError`; makes the file if it is missing.
+
+    Objects in a bucket have no end to append to: the whole file is written again. One process
+    writes it.
+    """
+    line = (json.dumps(entry) + '\n').encode()
+    if places.is_url(path):
+        files.write(path, b''.join(x + b'\n' for x in _whole_lines(path)) + line)
+        return
+    rest = memoryview(line)
+    with Path(path).open('a+b', buffering=0) as f:
         end = _cut_short(f)
         try:
             while rest:
@@ -67,7 +76,7 @@ def _cut_short(f: io.FileIO) -> int:
     return end
 
 
-def _whole_lines(path: Path) -> list[bytes]:
+def _whole_lines(path: Place) -> list[bytes]:
     return path.read_bytes().split(b'\n')[:-1] if path.is_file() else []
 
 

@@ -1,16 +1,12 @@
 """Brings a published folder to this machine's disk: from a path, a URL, or the hub."""
 
 import fnmatch
-import hashlib
-import os
 from collections.abc import Sequence
 from pathlib import Path
 
-from ddmd_jax.util import errors, files
+from ddmd_jax.util import buckets, places
 from ddmd_jax.util.text import first_line
 from ddmd_jax.weights.flat import WeightsError
-
-CACHE = 'DDMD_CACHE'  # environment variable: where files behind URLs are kept
 
 
 def local_folder(path: str, patterns: Sequence[str]) -> Path:
@@ -22,11 +18,12 @@ def local_folder(path: str, patterns: Sequence[str]) -> Path:
     Raises:
       WeightsError: there is no such folder, or it cannot be fetched.
     """
-    folder = Path(path).expanduser()
+    path = places.checked(path, places.ANY)
+    if places.is_url(path):
+        return _from_url(path, patterns)
+    folder = places.of(path, places.LOCAL)
     if folder.is_dir():
         return folder
-    if '://' in path:
-        return _from_url(path, patterns)
     if path.startswith(('.', '/', '~')) or path.count('/') != 1:
         raise WeightsError(f'no folder {path}; give a diffusers folder, a gs:// URL or a hub id '
                            '(owner/name) as config.teacher.path')
@@ -45,26 +42,11 @@ def _from_hub(name: str, patterns: Sequence[str]) -> Path:
 
 
 def _from_url(url: str, patterns: Sequence[str]) -> Path:
-    import fsspec
-
-    cache = Path(os.environ.get(CACHE, '~/.cache/ddmd_jax')).expanduser()
-    target = cache / hashlib.sha256(url.rstrip('/').encode()).hexdigest()[:16]
     try:
-        fs, root = fsspec.core.url_to_fs(url)
-        root = root.rstrip('/')
-        found = [f for f in fs.find(root) if any(
-            fnmatch.fnmatch(f[len(root) + 1:], p) for p in patterns)]
-        for file in found:
-            place = target / file[len(root) + 1:]
-            if place.exists() and place.stat().st_size == fs.size(file):
-                continue
-            place.parent.mkdir(parents=True, exist_ok=True)
-            with files.replacing(place, own=True) as scratch:  # several processes may start at once
-                fs.get_file(file, str(scratch))
-    except Exception as e:
-        errors.raise_environment(e, url)
-        raise WeightsError(f'{url} cannot be read ({first_line(e)}); check the URL and your '
-                           'access (gs:// needs `pip install gcsfs`)') from e
-    if not found:
-        raise WeightsError(f'{url} holds none of {", ".join(patterns)}; is it a diffusers folder?')
-    return target
+        return buckets.fetched(
+            url, lambda name: any(fnmatch.fnmatch(name, pattern) for pattern in patterns))
+    except buckets.NothingThere as e:
+        raise WeightsError(f'{url} holds none of {", ".join(patterns)}; is it a diffusers '
+                           'folder?') from e
+    except places.PlaceError as e:
+        raise WeightsError(str(e)) from e

@@ -12,6 +12,7 @@ from typing import Any
 import jax.numpy as jnp
 import numpy as np
 
+from ddmd_jax.util import buckets, places
 from ddmd_jax.weights import diffusers, fetch, flat, torch_files
 from ddmd_jax.weights.flat import WeightsError
 
@@ -24,20 +25,25 @@ State = dict[str, np.ndarray]
 
 
 def find(path: str, file: str | None = None) -> Path:
-    """The file or folder at `path`; what the hub has under that id, if there is neither.
+    """The file or folder at a path or a URL; what the hub has under that id, if there is neither.
 
     Of a folder, and of the hub, it is `file` if that is named and there.
 
     Raises:
+      PlaceError: a URL cannot be read.
       WeightsError: nothing there, and it cannot be fetched.
     """
-    here = Path(path).expanduser()
-    if not here.exists():
-        if path.startswith(('.', '/', '~')) or path.count('/') != 1 or here.suffix in (
-                '.safetensors', *diffusers.PICKLES):
+    named = places.checked(path, places.ANY)
+    here = Path(named)
+    one = here.suffix in ('.safetensors', *diffusers.PICKLES)
+    if places.is_url(named) and one:
+        return buckets.fetched(named)
+    if places.is_url(named) or not here.exists():
+        if not places.is_url(named) and (
+                one or named.startswith(('.', '/')) or named.count('/') != 1):
             raise WeightsError(f'no weights at {path}; give a file, a folder, or a hub id '
                                '(owner/name)')
-        here = fetch.local_folder(path, [file] if file else [
+        here = fetch.local_folder(named, [file] if file else [
             *(stem + end for stem in STEMS for end in (
                 '.safetensors', '-*.safetensors', '.safetensors.index.json')), *PICKLES])
     return here / file if file and (here / file).is_file() else here

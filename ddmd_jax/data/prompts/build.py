@@ -20,7 +20,9 @@ import ddmd_jax
 from ddmd_jax.data import DataFileError, records
 from ddmd_jax.data.prompts import files, near, text
 from ddmd_jax.data.prompts.set import CARD, FORMAT, SPLITS, PromptSet, open_set, read_card
+from ddmd_jax.util import buckets, places
 from ddmd_jax.util.files import replacing, write_json
+from ddmd_jax.util.places import Place
 
 __all__ = ['PromptSet', 'Settings', 'open_set', 'prepare', 'summary']
 EXAMPLES = 10  # pairs of near-duplicates that the card shows
@@ -42,23 +44,27 @@ class Settings:
     validation: float = 0.01
 
 
-def prepare(settings: Settings, out: Path) -> tuple[dict[str, Any], bool]:
+def prepare(settings: Settings, out: Place) -> tuple[dict[str, Any], bool]:
     """The card of the set of prompts at `out`, and whether it was there already.
 
     Raises:
       DataFileError: an input is not as it should be, no prompt is left, `out` cannot be written
         or holds something else, the disk is full.
     """
-    out = out.expanduser().resolve()
-    paths = [Path(name).expanduser() for name in settings.input]
+    out = places.of(out)
+    named = [places.of(name) for name in settings.input]
+    paths = [buckets.local(place) for place in named]
     streams = [files.read(path, settings.field) for path in paths]  # all of them are there
     asked = dataclasses.asdict(settings)
     del asked['input']  # files may be moved; their content counts
     try:
-        inputs = [{'input': str(path), 'sha256': _sha256(path)} for path in paths]
+        inputs = [{'input': str(place), 'sha256': _sha256(path)}
+                  for place, path in zip(named, paths)]
         if out.exists() and (not out.is_dir() or any(out.iterdir())):
             return _finished(out, asked, inputs), True
-        out.parent.mkdir(parents=True, exist_ok=True)
+        if not places.is_url(out):
+            out = out.resolve()
+            out.parent.mkdir(parents=True, exist_ok=True)
         found, counts = _read(settings, paths, streams)
         # Of near-duplicates that one stays whose digest is lowest, whatever order they came in.
         keys = sorted(found)
@@ -88,7 +94,8 @@ def _sha256(path: Path) -> str:
         return hashlib.file_digest(file, 'sha256').hexdigest()
 
 
-def _finished(out: Path, asked: dict[str, Any], inputs: Sequence[dict[str, Any]]) -> dict[str, Any]:
+def _finished(out: Place, asked: dict[str, Any],
+              inputs: Sequence[dict[str, Any]]) -> dict[str, Any]:
     """The card of the set that is at `out`, if its settings and inputs are these."""
     if not (out / CARD).is_file():
         raise DataFileError(f'--out {out} exists and is no set of prompts; choose another')

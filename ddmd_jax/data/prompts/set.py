@@ -3,11 +3,12 @@
 import dataclasses
 import json
 from collections.abc import Iterator, Sequence
-from pathlib import Path
 from typing import Any
 
 from ddmd_jax.data import DataFileError
 from ddmd_jax.data.records import Records
+from ddmd_jax.util import buckets, places
+from ddmd_jax.util.places import Place
 from ddmd_jax.util.text import first_line
 
 FORMAT = 'ddmd_jax prompts 2'
@@ -17,7 +18,7 @@ CURE = 'make it again with `python -m ddmd_jax.prepare prompts`'
 BATCH = 4096  # prompts that are read at a time
 
 
-def read_card(path: Path) -> dict[str, Any]:
+def read_card(path: Place) -> dict[str, Any]:
     """The card of the set of prompts at `path`.
 
     Raises:
@@ -67,13 +68,16 @@ class PromptSet(Sequence):
             yield from self.__getitems__(range(start, min(start + BATCH, len(self))))
 
 
-def open_set(path: str | Path, split: str = 'train') -> PromptSet:
+def open_set(path: str | Place, split: str = 'train') -> PromptSet:
     """The prompts of one `split` of the set at `path`; nothing but its ends is read.
+
+    One in a bucket is copied to this machine's disk first.
 
     Raises:
       DataFileError: missing, damaged or not a set of prompts; no such split.
+      PlaceError: a bucket cannot be read.
     """
-    path = Path(path).expanduser()
+    path = buckets.local(places.of(path))
     card = read_card(path)
     if split not in card['splits']:
         raise DataFileError(f'{path} has no split {split!r}; there are {", ".join(SPLITS)}')

@@ -22,6 +22,7 @@ from ddmd_jax.families.lumina import names
 from ddmd_jax.models import autoencoder_kl, flops
 from ddmd_jax.models.autoencoder_kl import AutoencoderKLConfig
 from ddmd_jax.parallel import sharding
+from ddmd_jax.util import buckets, places
 from ddmd_jax.weights import diffusers, flat
 from ddmd_jax.weights.flat import WeightsError
 
@@ -88,7 +89,7 @@ def read(path: str | Path = CODEC) -> tuple[AutoencoderKLConfig, Any, dict[str, 
     Raises:
       WeightsError: missing, damaged, or no codec of this family.
     """
-    params, metadata = flat.load(Path(path), CURE)
+    params, metadata = flat.load(buckets.local(places.of(path)), CURE)
     if metadata.get('class') != ARCHITECTURE:
         raise WeightsError(f'{path} is {metadata.get("class", "no file of this package")}, not '
                            f'{ARCHITECTURE}; {CURE}')

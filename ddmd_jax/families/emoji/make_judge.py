@@ -24,7 +24,7 @@ from tqdm import tqdm
 from ddmd_jax.evaluation import measures
 from ddmd_jax.families.emoji import judge, scenes
 from ddmd_jax.families.emoji.scenes import COLOURS, GRID, SIDE, Scene, World
-from ddmd_jax.util import commands
+from ddmd_jax.util import commands, places
 from ddmd_jax.weights import flat
 
 FLAGS = flags.FLAGS
@@ -346,14 +346,14 @@ def accuracies(path: Path, seed: int, n: int) -> dict[str, float]:
 
 
 def define_flags() -> None:
-    flags.DEFINE_string('out', str(judge.WEIGHTS), 'The file to write.')
+    commands.define_place('out', str(judge.WEIGHTS), 'The file to write.', places.LOCAL)
     flags.DEFINE_integer('steps', 2400, 'Training steps.')
     flags.DEFINE_integer('seed', 0, 'Seed of weights, scenes and noise.')
 
 
 def main(arguments: list[str]) -> None:
     commands.only_flags(arguments)
-    out = Path(FLAGS.out).absolute()
+    out = places.of(FLAGS.out, places.LOCAL)
     commands.folder('--out', out.parent)
     train(FLAGS.steps, FLAGS.seed, out)
     for part, share in accuracies(out, FLAGS.seed + UNSEEN, 4000).items():

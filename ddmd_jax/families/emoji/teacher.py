@@ -40,6 +40,7 @@ from ddmd_jax.models import flops, nextdit
 from ddmd_jax.models.layers import functional
 from ddmd_jax.models.nextdit import NextDiT, NextDiTConfig
 from ddmd_jax.models.text.caption import CaptionEncoder, CaptionEncoderConfig
+from ddmd_jax.util import buckets, places
 from ddmd_jax.weights import flat
 
 ARCHITECTURE = 'NextDiT'  # as its file names it
@@ -125,7 +126,7 @@ def read(path: str = '') -> tuple[dict[str, Any], dict[str, Any]]:
     Raises:
       WeightsError: missing, damaged, not an emoji teacher, or trained on another codec's latents.
     """
-    file = Path(path) if path else WEIGHTS
+    file = buckets.local(places.of(path)) if path else WEIGHTS
     params, meta = flat.load(file, RESTORE_HINT)
     try:
         model = json.loads(meta['model'])

@@ -5,7 +5,6 @@ import importlib.metadata
 import json
 import sys
 from collections.abc import Mapping
-from pathlib import Path
 from typing import Any
 
 import jax
@@ -18,8 +17,9 @@ import ddmd_jax
 from ddmd_jax.config import dotted, fields_of
 from ddmd_jax.train.durable import checksums
 from ddmd_jax.train.feed import Feed
-from ddmd_jax.util import errors, files
+from ddmd_jax.util import buckets, errors, files, places
 from ddmd_jax.util.errors import UserError
+from ddmd_jax.util.places import Place
 from ddmd_jax.util.text import first_line
 from ddmd_jax.weights import flat
 
@@ -83,7 +83,7 @@ def anywhere(flag: bool) -> bool:
 class UnreadableError(CheckpointError):
     """A checkpoint that should be readable is not; `reason` is Orbax's."""
 
-    def __init__(self, folder: Path, reason: str):
+    def __init__(self, folder: Place, reason: str):
         words = ('its files are what was written, so it may come from other versions: see '
                  f'`python -m ddmd_jax.checkpoints {folder.parent.parent}`'
                  if checksums.known(folder) else
@@ -105,7 +105,7 @@ def agree(error: BaseException | None, doing: str) -> None:
                                                'output says why')
 
 
-def restore(folder: Path, manifest: Mapping[str, Any], abstract: Any, shardings: Any,
+def restore(folder: Place, manifest: Mapping[str, Any], abstract: Any, shardings: Any,
             data: Feed | None = None) -> tuple[Any, list[dict[str, Any]]]:
     """(the state of the checkpoint in `folder`, read straight into `shardings`; its interval).
 
@@ -133,13 +133,19 @@ def restore(folder: Path, manifest: Mapping[str, Any], abstract: Any, shardings:
     return restored.state, interval
 
 
-def _read(folder: Path, parts: Mapping[str, Any]) -> Any:
+def _read(folder: Place, parts: Mapping[str, Any]) -> Any:
     """Items of one checkpoint, by an Orbax that looks at no other."""
+    folder = _reachable(folder)
     with ocp.Checkpointer(ocp.CompositeCheckpointHandler()) as reader:
         return reader.restore(folder, args=ocp.args.Composite(**parts))
 
 
-def manifest_of(folder: Path) -> dict[str, Any]:
+def _reachable(folder: Place) -> Place:
+    """Where Orbax can read a checkpoint: it has no arrays behind s3://, of which a copy is made."""
+    return buckets.local(folder) if places.scheme(folder) == 's3' else folder
+
+
+def manifest_of(folder: Place) -> dict[str, Any]:
     """The manifest of the checkpoint in `folder`, as Orbax has written it; needs no device.
 
     Raises:
@@ -158,7 +164,7 @@ def manifest_of(folder: Path) -> dict[str, Any]:
             f'with `python -m ddmd_jax.checkpoints {folder.parent.parent} --verify`') from e
 
 
-def check_manifest(folder: Path, manifest: Mapping[str, Any]) -> None:
+def check_manifest(folder: Place, manifest: Mapping[str, Any]) -> None:
     """Refuses another run's checkpoint, naming each difference; other versions only warn.
 
     Raises:
@@ -184,7 +190,7 @@ def check_manifest(folder: Path, manifest: Mapping[str, Any]) -> None:
              f'{"; ".join(differences(wrote, reads)).replace(VERSION, "")}')
 
 
-def set_aside(directory: Path) -> None:
+def set_aside(directory: Place) -> None:
     """Moves damaged checkpoints that are newer than the newest good one out of `directory`.
 
     Raises:
@@ -195,7 +201,7 @@ def set_aside(directory: Path) -> None:
         move_aside(directory, damaged, good)
 
 
-def newest_good(directory: Path) -> tuple[int | None, dict[int, str]]:
+def newest_good(directory: Place) -> tuple[int | None, dict[int, str]]:
     """(newest checkpoint that is not damaged, what is wrong with those after it, by step).
 
     Raises:
@@ -215,7 +221,7 @@ def newest_good(directory: Path) -> tuple[int | None, dict[int, str]]:
     return None, {}
 
 
-def damage(folder: Path) -> str:
+def damage(folder: Place) -> str:
     """The first fault in the files of a checkpoint, or ''; all processes read them together.
 
     Raises:
@@ -224,28 +230,32 @@ def damage(folder: Path) -> str:
     fault, failed = '', None
     try:
         fault = checksums.fault(folder, jax.process_index(), jax.process_count())
-    except OSError as e:
-        failed = errors.environment(e) or errors.EnvironmentFault(
-            f'{e.filename or folder} cannot be read ({e.strerror or first_line(e)}); nothing was '
-            'moved: see to it, then run the same command again')
+    except Exception as e:
+        failed = errors.environment(e, folder)
+        if failed is None and not isinstance(e, OSError):
+            raise
+        failed = failed or errors.EnvironmentFault(
+            f'{getattr(e, "filename", None) or folder} cannot be read ({first_line(e)}); nothing '
+            'was moved: see to it, then run the same command again')
     agree(failed, f'reading {folder}')
     return (fault or 'found by another process') if anywhere(bool(fault)) else ''
 
 
-def move_aside(directory: Path, damaged: Mapping[int, str], good: int) -> None:
+def move_aside(directory: Place, damaged: Mapping[int, str], good: int) -> None:
     """Process 0 moves checkpoints to ``damaged/`` beside `directory`; everybody waits for it."""
     if jax.process_index() == 0:
-        (directory.parent / 'damaged').mkdir(exist_ok=True)
+        if not places.is_url(directory):
+            (directory.parent / 'damaged').mkdir(exist_ok=True)
         for step, fault in damaged.items():
             place = _free(directory.parent / 'damaged' / str(step))
-            (directory / str(step)).rename(place)
+            files.move(directory / str(step), place)
             warn(f'checkpoint {directory / str(step)} is damaged ({fault}); moved to {place}, '
                  f'going on from step {good}')
     if jax.process_count() > 1:
         multihost_utils.sync_global_devices('damaged checkpoints moved')
 
 
-def _free(place: Path) -> Path:
+def _free(place: Place) -> Place:
     """`place`, or the first of place.1, place.2, ... that does not exist."""
     names = (place.with_name(f'{place.name}.{i}') if i else place for i in range(10**6))
     return next(name for name in names if not name.exists())
@@ -255,7 +265,7 @@ def _free(place: Path) -> Path:
 class Saved:
     """A checkpoint of a run, for commands that only read: the one way to its weights."""
 
-    folder: Path
+    folder: Place
     manifest: dict[str, Any]
 
     @property
@@ -271,7 +281,7 @@ class Saved:
         return restore_part(self.folder, name, abstract, shardings)
 
 
-def saved(workdir: Path, step: int | None = None) -> Saved:
+def saved(workdir: Place, step: int | None = None) -> Saved:
     """The checkpoint `step` of a run's folder, or its newest; reads none of its weights.
 
     Raises:
@@ -288,7 +298,7 @@ def saved(workdir: Path, step: int | None = None) -> Saved:
     return Saved(folder, manifest_of(folder))
 
 
-def checkpoints_in(workdir: Path) -> Path:
+def checkpoints_in(workdir: Place) -> Place:
     """Raises `CheckpointError` if a run's folder has no folder of checkpoints."""
     directory = workdir / 'checkpoints'
     if not directory.is_dir():
@@ -296,7 +306,7 @@ def checkpoints_in(workdir: Path) -> Path:
     return directory
 
 
-def restore_part(folder: Path, name: str, abstract: Any, shardings: Any) -> Any:
+def restore_part(folder: Place, name: str, abstract: Any, shardings: Any) -> Any:
     """One field of the state of the checkpoint in `folder`; nothing else is read.
 
     Raises:
@@ -307,6 +317,7 @@ def restore_part(folder: Path, name: str, abstract: Any, shardings: Any) -> Any:
         lambda a, s: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=s), abstract, shardings)}
     handler = ocp.PyTreeCheckpointHandler()
     try:
+        folder = _reachable(folder)
         with ocp.Checkpointer(handler) as reader:
             # A partial restore hands back the request for a leaf that is missing.
             must_match(handler.metadata(folder / 'state').tree[name], abstract)

@@ -1,57 +1,70 @@
 """sha256 and size of every file of a checkpoint, in its ``checksums.json``.
 
-Plain files and hashes: nothing here needs JAX or a device.
+In a bucket it is the store's own checksum: to read a checkpoint again costs as much as to write it,
+and the store keeps what it was given. Plain files and hashes: nothing here needs JAX or a device.
 """
 
 import functools
 import hashlib
 import json
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from ddmd_jax.util import files as files_lib
+from ddmd_jax.util import buckets, files as stored, places
+from ddmd_jax.util.places import Place
 from ddmd_jax.util.text import first_line
 
 NAME = 'checksums.json'
 ITEMS = ('state', 'data', 'manifest')
+COMMITTED = 'commit_success.txt'  # Orbax's mark of a checkpoint behind gs:// that is complete
 
 
-def steps(directory: Path) -> list[int]:
+def steps(directory: Place) -> list[int]:
     """Steps of the finished checkpoints in `directory`, ascending, damaged or not."""
     if not directory.is_dir():
         return []
-    return sorted(int(p.name) for p in directory.iterdir() if p.name.isdigit() and p.is_dir())
+    done = lambda p: (p / COMMITTED).exists() if places.scheme(p) == 'gs' else p.is_dir()
+    return sorted(int(p.name) for p in directory.iterdir() if p.name.isdigit() and done(p))
 
 
-def files(folder: Path) -> dict[str, Path]:
-    """Every file of a checkpoint by its name relative to `folder`, this module's own left out."""
-    found = {p.relative_to(folder).as_posix(): p for p in sorted(folder.rglob('*')) if p.is_file()}
-    return {name: path for name, path in found.items() if not name.startswith(NAME)}
+def sizes(folder: Place) -> dict[str, int]:
+    """Bytes of a checkpoint's files by their names in `folder`, this module's own left out."""
+    return {name: size for name, size in stored.sizes(folder).items() if not name.startswith(NAME)}
 
 
-def digest(path: Path) -> str:
+def files(folder: Place) -> dict[str, Place]:
+    """Every file of a checkpoint by its name in `folder`; see `sizes`."""
+    return {name: folder / name for name in sizes(folder)}
+
+
+def digest(path: Place) -> str:
     """sha256 of a file in hex digits."""
     with path.open('rb') as f:
         return hashlib.file_digest(f, 'sha256').hexdigest()
 
 
-def write(folder: Path) -> None:
+def write(folder: Place) -> None:
     """Writes the checksums of a finished checkpoint.
 
     Raises:
       FileNotFoundError: the checkpoint is being deleted.
     """
-    found = {name: {'sha256': digest(path), 'size': path.stat().st_size}
-             for name, path in files(folder).items()}
-    files_lib.write_json(folder / NAME, found, sync=True)
+    if places.is_url(folder):
+        found = {name: {'version': buckets.version(info), 'size': info['size']}
+                 for name, info in buckets.listing(folder).items() if not name.startswith(NAME)}
+    else:
+        found = {name: {'sha256': digest(folder / name), 'size': size}
+                 for name, size in sizes(folder).items()}
+    stored.write_json(folder / NAME, found, sync=True)
 
 
-def known(folder: Path) -> bool:
+def known(folder: Place) -> bool:
     """Whether a checkpoint has checksums."""
     return (folder / NAME).is_file()
 
 
-def fault(folder: Path, part: int = 0, parts: int = 1) -> str:
+def fault(folder: Place, part: int = 0, parts: int = 1) -> str:
     """The first fault in a checkpoint's files, or ''.
 
     Without checksums only its items are looked for. Process `part` of `parts` reads every
@@ -63,13 +76,18 @@ def fault(folder: Path, part: int = 0, parts: int = 1) -> str:
     missing = [name for name in ITEMS if not (folder / name).is_dir()]
     if not known(folder):
         return f'{missing[0]} is missing' if missing else _manifest_fault(folder)
+    content = stored.patiently((folder / NAME).read_bytes)
+    there = buckets.listing(folder) if places.is_url(folder) else {}
     try:
-        wanted: dict[str, Any] = json.loads(files_lib.patiently((folder / NAME).read_bytes))
+        wanted: dict[str, Any] = json.loads(content)
         for name in sorted(wanted)[part::parts]:
-            words = _file_fault(folder / name, wanted[name]['size'], wanted[name]['sha256'])
             # A checkpoint may come from elsewhere: a file it names must lie in it.
-            if not (folder / name).resolve().is_relative_to(folder.resolve()):
+            if places.is_url(folder):
+                words = _object_fault(folder / name, there.get(name), wanted[name])
+            elif not (folder / name).resolve().is_relative_to(folder.resolve()):
                 words = 'leads out of the checkpoint'
+            else:
+                words = _file_fault(folder / name, wanted[name])
             if words:
                 return f'{name} {words}'
     except (ValueError, KeyError, TypeError, AttributeError) as e:
@@ -77,20 +95,33 @@ def fault(folder: Path, part: int = 0, parts: int = 1) -> str:
     return ''
 
 
-def _file_fault(path: Path, size: int, sha256: str) -> str:
+def _file_fault(path: Path, wanted: Mapping[str, Any]) -> str:
     if not path.is_file():
         return 'is missing'
     found = path.stat().st_size
-    if found != size:
-        return f'has {found} bytes, not {size}'
-    found_sha256 = files_lib.patiently(functools.partial(digest, path))
-    return '' if found_sha256 == sha256 else 'is not what was written'
+    if found != wanted['size']:
+        return f'has {found} bytes, not {wanted["size"]}'
+    if 'version' in wanted:  # written to a bucket and copied here: only the size is known
+        return ''
+    found_sha256 = stored.patiently(functools.partial(digest, path))
+    return '' if found_sha256 == wanted['sha256'] else 'is not what was written'
 
 
-def _manifest_fault(folder: Path) -> str:
+def _object_fault(path: Place, found: Mapping[str, Any] | None, wanted: Mapping[str, Any]) -> str:
+    """As `_file_fault`, of an object in a bucket; `found` is what the store says of it."""
+    if found is None:
+        return 'is missing'
+    if found['size'] != wanted['size']:
+        return f'has {found["size"]} bytes, not {wanted["size"]}'
+    same = (buckets.version(dict(found)) == wanted['version'] if 'version' in wanted else
+            digest(path) == wanted['sha256'])  # written on a disk, and copied there
+    return '' if same else 'is not what was written'
+
+
+def _manifest_fault(folder: Place) -> str:
     """The fault in the manifest of a checkpoint without checksums, or ''."""
     try:
-        json.loads(files_lib.patiently((folder / 'manifest' / 'metadata').read_bytes))
+        json.loads(stored.patiently((folder / 'manifest' / 'metadata').read_bytes))
     except (FileNotFoundError, ValueError):
         return 'it has no readable manifest'
     return ''

@@ -3,7 +3,6 @@
 import contextlib
 import errno
 from collections.abc import Iterator
-from pathlib import Path
 
 import jax
 
@@ -11,6 +10,7 @@ from ddmd_jax.parallel import distributed
 from ddmd_jax.train.durable.checkpoint import anywhere, warn
 from ddmd_jax.util import files
 from ddmd_jax.util.errors import UserError
+from ddmd_jax.util.places import Place
 
 NAME = 'lock'
 NO_LOCKS = errno.ENOLCK, errno.ENOTSUP, errno.ENOSYS, errno.EINVAL
@@ -21,7 +21,7 @@ class LockError(UserError):
 
 
 @contextlib.contextmanager
-def held(workdir: Path) -> Iterator[None]:
+def held(workdir: Place) -> Iterator[None]:
     """Locks ``workdir/lock`` while inside, by process 0 for all of a run's processes.
 
     Raises:

@@ -10,7 +10,6 @@
 
 import dataclasses
 from collections.abc import Callable, Mapping
-from pathlib import Path
 from typing import Any
 
 import jax
@@ -21,6 +20,8 @@ from ddmd_jax.train.durable import checkpoint as ckpt, checksums, saving
 from ddmd_jax.train.durable.checkpoint import CheckpointError
 from ddmd_jax.train.durable.rollback import GuardError
 from ddmd_jax.train.feed import Feed
+from ddmd_jax.util import places
+from ddmd_jax.util.places import Place
 
 OWN, RESUME, INIT, SCRATCH = 'own', 'resume', 'init', 'scratch'
 WEIGHTS = ('student', 'critic', 'ema')
@@ -31,7 +32,7 @@ class Source:
     """One of the four kinds, and the folder of the checkpoint or weights it reads."""
 
     kind: str
-    path: Path | None = None
+    path: Place | None = None
 
 
 def choose(config: Any, checkpoints: saving.Checkpoints) -> Source:
@@ -59,9 +60,9 @@ def origin(config: Any) -> Source:
     return Source(SCRATCH)
 
 
-def _checkpoint(field: str, named: str) -> Path:
+def _checkpoint(field: str, named: str) -> Place:
     """The checkpoint that a field names: itself, or the newest good one of a run's folder."""
-    path = Path(named).expanduser().absolute()
+    path = places.of(named)
     if path.name.isdigit() and (path / 'state').is_dir():
         fault = ckpt.damage(path)
         if fault:
@@ -77,9 +78,9 @@ def _checkpoint(field: str, named: str) -> Path:
     return path / 'checkpoints' / str(step)
 
 
-def _weights(named: str) -> Path:
+def _weights(named: str) -> Place:
     """A checkpoint, or a folder or file of weights as the teacher's family has them."""
-    path = Path(named).expanduser().absolute()
+    path = places.of(named)
     if (path / 'checkpoints').is_dir() or (path / 'state').is_dir():
         return _checkpoint('init_from', named)
     if (path / 'transformer' / 'config.json').is_file():  # what `export` has written
@@ -90,7 +91,7 @@ def _weights(named: str) -> Path:
     return path
 
 
-def recorded(config: Any, workdir: Path, step: int | None) -> Source:
+def recorded(config: Any, workdir: Place, step: int | None) -> Source:
     """The checkpoint `step` of a run, or for None where the run once began.
 
     Raises:
@@ -142,7 +143,7 @@ def begin(source: Source, manifest: Mapping[str, Any], task: Any,
     return ckpt.restore(source.path, manifest, task.spec.shapes, task.spec.shardings, feed)
 
 
-def with_weights(state: st.TrainState, path: Path,
+def with_weights(state: st.TrainState, path: Place,
                  read_weights: Callable[[str], Any]) -> st.TrainState:
     """A fresh `state` with the weights at `path`: student, critic and EMA of a checkpoint, or
     student and EMA alone where there is no more, the critic staying the teacher's."""
@@ -169,7 +170,7 @@ def with_weights(state: st.TrainState, path: Path,
                                ema=put(found, state.ema))
 
 
-def described(source: Source, workdir: Path, step: int) -> str:
+def described(source: Source, workdir: Place, step: int) -> str:
     """Where the state came from, for the log; '' of a run from scratch."""
     if source.kind == OWN:
         return f'resumed {workdir} at step {step}'

@@ -2,7 +2,6 @@
 
 import time
 from collections.abc import Mapping, Sequence
-from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
@@ -11,6 +10,7 @@ from jax.experimental import multihost_utils
 from ddmd_jax.data.order import Order
 from ddmd_jax.util import jsonl
 from ddmd_jax.util.errors import UserError
+from ddmd_jax.util.places import Place
 
 NAME = 'bad_batches.jsonl'
 ON_NAN = ('abort', 'rollback')
@@ -56,7 +56,7 @@ def check(newest: Taken | None, checkpoints: Any) -> None:
         newest, bad, checkpoints.latest)
 
 
-def leave_out(failed: DivergedError, config: Any, workdir: Path, order: Order) -> str:
+def leave_out(failed: DivergedError, config: Any, workdir: Place, order: Order) -> str:
     """Records the batches of a failed step, which the next attempt skips; words for its log.
 
     Raises:
@@ -86,7 +86,7 @@ def _together(what: str) -> None:
         multihost_utils.sync_global_devices(what)
 
 
-def read(workdir: Path) -> list[dict[str, Any]]:
+def read(workdir: Place) -> list[dict[str, Any]]:
     """The steps that went wrong and were left out, oldest first.
 
     Each has `step`; `batches`, their numbers in the run's order; `rows` of each; `checkpoint`, the
@@ -101,7 +101,7 @@ def read(workdir: Path) -> list[dict[str, Any]]:
         raise GuardError(str(e)) from None
 
 
-def newest(workdir: Path) -> tuple[list[dict[str, Any]], dict[str, Any]]:
+def newest(workdir: Place) -> tuple[list[dict[str, Any]], dict[str, Any]]:
     """(the entries before the newest one, the newest one).
 
     Raises:

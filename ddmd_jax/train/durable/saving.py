@@ -4,12 +4,10 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-import shutil
 import sys
 import time
 from collections.abc import Mapping, Sequence
 from concurrent import futures
-from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
@@ -21,6 +19,8 @@ from ddmd_jax.train.durable import checkpoint as ckpt, checksums
 from ddmd_jax.train.durable.checkpoint import CheckpointError
 from ddmd_jax.train.durable.quiet_orbax import quiet_orbax
 from ddmd_jax.train.feed import Feed
+from ddmd_jax.util import files, places
+from ddmd_jax.util.places import Place
 from ddmd_jax.util.text import first_line
 
 STAYS_AWAY, GIVES_UP = 0.5, 5.0  # seconds; they came back .1 s after they had been deleted
@@ -88,7 +88,7 @@ class Checkpoints:
       interval: metrics of steps that had not been logged when the state restored was saved.
     """
 
-    def __init__(self, workdir: Path, manifest: Mapping[str, Any],
+    def __init__(self, workdir: Place, manifest: Mapping[str, Any],
                  retention: Retention = Retention(), timeout: float = 1800):
         self.manifest = dict(manifest) | {ckpt.FORMAT_FIELD: ckpt.FORMAT}
         self.directory = workdir / 'checkpoints'
@@ -113,7 +113,7 @@ class Checkpoints:
             preservation_policy=retention.policy()))
 
     @classmethod
-    def of(cls, config: Any, workdir: Path, manifest: Mapping[str, Any],
+    def of(cls, config: Any, workdir: Place, manifest: Mapping[str, Any],
            bad: Sequence[Mapping[str, Any]] = ()) -> Checkpoints:
         """A run's, as its config keeps them; those gone back to from `bad` steps stay."""
         c = config.checkpoint
@@ -205,11 +205,18 @@ class Checkpoints:
             return
         start = since = time.monotonic()
         while (now := time.monotonic()) - since < STAYS_AWAY and now - start < GIVES_UP:
-            if left := list(self.directory.glob(f'{step}.orbax-checkpoint-tmp*')):
+            if left := self._half_written(step):
                 since = now
             for scratch in left:
-                shutil.rmtree(scratch, ignore_errors=True)
+                files.remove(scratch)
             time.sleep(0.02)
+
+    def _half_written(self, step: int) -> list[Place]:
+        """What a save has left: a folder of another name, or behind gs:// one without its mark."""
+        if not places.is_url(self.directory):
+            return list(self.directory.glob(f'{step}.orbax-checkpoint-tmp*'))
+        folder = self.directory / str(step)
+        return [folder] if folder.is_dir() and not (folder / checksums.COMMITTED).exists() else []
 
     def _await(self, done: futures.Future) -> None:
         """Waits for a part of the save under way, no longer than that may take."""

@@ -2,6 +2,7 @@
 
 import contextlib
 import sys
+import tempfile
 import time
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
@@ -16,14 +17,15 @@ from tensorboardX.proto.event_pb2 import Event, SessionLog
 from tqdm import tqdm
 
 from ddmd_jax.train.watch import trackers
-from ddmd_jax.util import files, jsonl as lines
+from ddmd_jax.util import buckets, errors, files, jsonl as lines, places
+from ddmd_jax.util.places import Place
 from ddmd_jax.util.text import first_line
 
 KEPT = 64  # logged intervals at either end of a run that are remembered: who asks needs no more
 FLUSHED = 120  # seconds after which TensorBoard's file is brought up to date
 
 
-def record(workdir: Path, config: Any, about: Mapping[str, Any] | None) -> None:
+def record(workdir: Place, config: Any, about: Mapping[str, Any] | None) -> None:
     """``config.json`` and ``run.json``, by process 0: the config, and how it was called."""
     if jax.process_index() == 0:
         files.write_json(workdir / 'config.json', config.to_dict())
@@ -42,7 +44,7 @@ class RunLog:
         lines all the same.
     """
 
-    def __init__(self, workdir: Path, start: int, total: int, description: str,
+    def __init__(self, workdir: Place, start: int, total: int, description: str,
                  config: Any = None):
         self.active = jax.process_index() == 0
         self.history: list[dict[str, Any]] = []
@@ -100,7 +102,8 @@ class RunLog:
     def _keep(self, step: int, name: str, image: np.ndarray) -> None:
         """A PNG for reports. Disk errors are left alone: TensorBoard has warned of them."""
         with contextlib.suppress(OSError):
-            self._pictures.mkdir(exist_ok=True)
+            if not places.is_url(self._pictures):
+                self._pictures.mkdir(exist_ok=True)
             file = self._pictures / f'{name.replace("/", "_")}-{step:08d}.png'
             with files.replacing(file) as scratch:
                 Image.fromarray(image).save(scratch, 'PNG', optimize=True)
@@ -109,8 +112,8 @@ class RunLog:
         if self.active:
             tqdm.write(text, file=sys.stderr)
 
-    def attempt(self, write: Callable[[Path], Any] | None,
-                workdir: Path) -> Callable[[Path], Any] | None:
+    def attempt(self, write: Callable[[Place], Any] | None,
+                workdir: Place) -> Callable[[Place], Any] | None:
         """Has a report written, if there is to be one; the writer, or None once it has failed.
 
         No run ends for a report.
@@ -136,17 +139,25 @@ class Board:
     """A file of TensorBoard's events, written by whoever calls.
 
     No run ends for it: a write that fails is reported once, by `say`, and nothing is written
-    after it, since a reader stops at half a record. tensorboardX's own `SummaryWriter` has a
-    thread, which a full disk ends: nobody hears of it, and once its queue is full the run hangs.
+    after it, since a reader stops at half a record. In a bucket the file is brought up to date
+    every `FLUSHED` seconds. tensorboardX's own `SummaryWriter` has a thread, which a full disk
+    ends: nobody hears of it, and once its queue is full the run hangs.
     """
 
-    def __init__(self, folder: Path, start: int, say: Callable[[str], None]):
+    def __init__(self, folder: Place, start: int, say: Callable[[str], None]):
         self._folder, self._say, self._flushed = folder, say, time.monotonic()
         self._writer: EventsWriter | None = None
+        self._scratch = contextlib.ExitStack()
         with self._told():
-            folder.mkdir(parents=True, exist_ok=True)
+            if places.is_url(folder):
+                made = Path(self._scratch.enter_context(
+                    tempfile.TemporaryDirectory(prefix='ddmd_')))
+            else:
+                made = Path(folder)
+                made.mkdir(parents=True, exist_ok=True)
+            self._made = made
             # Named by the second: one that goes back within it must not write over its own.
-            self._writer = EventsWriter(str(folder / 'events'), f'.{start}')
+            self._writer = EventsWriter(str(made / 'events'), f'.{start}')
             # What an earlier go wrote from this step on is not to be shown.
             again = {'step': start + 1, 'wall_time': time.time()}
             self._writer.write_event(Event(file_version='brain.Event:2', **again))
@@ -157,9 +168,12 @@ class Board:
     def _told(self) -> Iterator[None]:
         try:
             yield
-        except OSError as e:
+        except Exception as e:
+            if not isinstance(e, OSError) and not errors.environment(e):
+                raise
             self._writer = None
-            self._say(f'warning: {self._folder} cannot be written ({e.strerror}); figures are in '
+            reason = getattr(e, 'strerror', None) or first_line(e)
+            self._say(f'warning: {self._folder} cannot be written ({reason}); figures are in '
                       'metrics.jsonl, pictures are lost until the run is started again')
 
     def add(self, step: int, value: summary.Summary) -> None:
@@ -171,11 +185,19 @@ class Board:
             if time.monotonic() - self._flushed > FLUSHED:
                 self._flushed = time.monotonic()
                 self._writer.flush()
+                self._put()
 
     def close(self) -> None:
         with self._told():
             if self._writer is not None:
                 self._writer.close()
+                self._put()
+        self._scratch.close()
+
+    def _put(self) -> None:
+        """To a bucket: its file is written whole, from what this machine's disk has."""
+        if places.is_url(self._folder):
+            buckets.put(self._made, self._folder)
 
 
 def means(metrics: list[dict[str, Any]]) -> dict[str, float]:

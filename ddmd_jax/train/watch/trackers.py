@@ -7,13 +7,14 @@ then left out; the run goes on.
 
 import json
 import secrets
+import tempfile
 from collections.abc import Callable, Mapping
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from ddmd_jax.util import files
+from ddmd_jax.util import files, places
+from ddmd_jax.util.places import Place
 from ddmd_jax.util.text import first_line
 
 PROJECT = 'ddmd_jax'  # WANDB_PROJECT names another
@@ -23,13 +24,14 @@ FILE = 'tracker.json'  # in the workdir: the tracker's run, for one that is resu
 class WandB:
     """https://docs.wandb.ai"""
 
-    def __init__(self, config: Mapping[str, Any], workdir: Path, identity: str):
+    def __init__(self, config: Mapping[str, Any], workdir: Place, identity: str):
         import wandb
 
         self._image = wandb.Image
         self._run: Any = wandb.init(
             project=wandb.env.get_project() or PROJECT, name=workdir.name, id=identity,
-            resume='allow', dir=workdir, config=dict(config),
+            resume='allow', config=dict(config),
+            dir=tempfile.mkdtemp(prefix='ddmd_') if places.is_url(workdir) else workdir,
             settings=wandb.Settings(silent=True))
 
     def scalars(self, step: int, values: Mapping[str, float]) -> None:
@@ -45,7 +47,7 @@ class WandB:
 class Trackio(WandB):
     """https://huggingface.co/docs/trackio, whose runs are W&B's in miniature."""
 
-    def __init__(self, config: Mapping[str, Any], workdir: Path, identity: str):
+    def __init__(self, config: Mapping[str, Any], workdir: Place, identity: str):
         import trackio
 
         self._image = trackio.Image
@@ -56,7 +58,7 @@ class Trackio(WandB):
 class MLflow:
     """https://mlflow.org/docs"""
 
-    def __init__(self, config: Mapping[str, Any], workdir: Path, identity: str):
+    def __init__(self, config: Mapping[str, Any], workdir: Place, identity: str):
         import mlflow
 
         self._client = mlflow.MlflowClient()
@@ -94,7 +96,7 @@ class Tracker:
     Figures are numbers by name, pictures ``[H, W, 3]`` uint8.
     """
 
-    def __init__(self, name: str, config: Any, workdir: Path, say: Callable[[str], None]):
+    def __init__(self, name: str, config: Any, workdir: Place, say: Callable[[str], None]):
         self._name, self._say = name, say
         self._made: Any = None
         if name:
@@ -123,7 +125,7 @@ class Tracker:
             self._try(made.close)
 
 
-def _identity(workdir: Path, name: str) -> str:
+def _identity(workdir: Place, name: str) -> str:
     """This run's name with a tracker: made once, and found again by a resumed run."""
     path = workdir / FILE
     known = json.loads(path.read_text()) if path.is_file() else {}
