@@ -56,6 +56,7 @@ def embed(stored: PromptSet, text: TextEncoder, mesh: Mesh, out: Place,
             raise DataFileError(f'{out} holds other embeddings; choose another --out or delete it')
         return settings['identity'], True
 
+    settings['cut'] = sources.count_cut(text, sources.chunks(stored))  # prompts
     need = int(lengths.sum()) * text.width * np.dtype(embeddings.FLOAT).itemsize
     made = Path(tempfile.gettempdir()) if places.is_url(out) else out  # what goes to a bucket
     free = shutil.disk_usage(next(p for p in (made, *made.parents) if p.exists())).free

@@ -40,6 +40,8 @@ def embed_flags() -> None:
                         'the full name of a module of yours.')
     commands.define_place('path', '', 'Its diffusers folder, URL or hub id; as '
                           'config.teacher.path.', places.ANY)
+    flags.DEFINE_string('variant', '', 'Variant of its weights, such as fp16; as '
+                        'config.teacher.variant.')
     commands.define_place('out', '', 'Folder to write; it must not exist yet.')
     flags.DEFINE_integer('batch', 64, 'Prompts encoded at a time, over all devices.', 1)
     flags.DEFINE_enum('dtype', 'bfloat16', ('bfloat16', 'float32'), "Of the encoder's products.")
@@ -81,7 +83,7 @@ def embed() -> None:
 
     mesh = sharding.make_mesh({'fsdp': -1})
     text = families.get(FLAGS.teacher).load_text(
-        families.LoadOptions(FLAGS.path, mesh, FLAGS.dtype))
+        families.LoadOptions(FLAGS.path, mesh, FLAGS.dtype, variant=FLAGS.variant))
     stored = open_set(FLAGS.prompts, FLAGS.split)
     identity, there = embedding.embed(stored, text, mesh, places.of(FLAGS.out), FLAGS.batch)
     print(f'{FLAGS.out} {"is done already" if there else "written"}: {len(stored)} prompts; '

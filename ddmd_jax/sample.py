@@ -8,10 +8,11 @@ All functions raise `UserError` where prompts, weights or places are not as they
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import json
 import os
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -33,6 +34,7 @@ if TYPE_CHECKING:  # JAX takes seconds to import: not before the flags are right
 FLAGS = flags.FLAGS
 TEACHER_STEPS = 50  # of the guided teacher, unless --steps says otherwise
 SHEET = 60  # rows and columns of a sheet: a WebP has at most 16,383 pixels a side
+MARK = '.sample.json'  # in a folder that is being written to; see `marked`
 OTHERS = ('.jpg', '.jpeg', '.gif', '.bmp', '.tif', '.tiff', '.avif')  # no names of folders
 
 
@@ -43,6 +45,7 @@ def define_flags() -> None:
     commands.define_place('prompts', '', 'More prompts: a file as `prepare prompts` takes them '
                           '(.txt: one a line), or the folder of a set of prompts.')
     flags.DEFINE_enum('split', 'train', ('train', 'validation'), 'Split of a set.')
+    flags.DEFINE_string('field', 'prompt', 'Field or column that holds the prompts; not of .txt.')
     flags.DEFINE_integer('count', 1, 'Images of each prompt.', 1)
     flags.DEFINE_integer('steps', None, 'Steps; default: those the student was trained for, or '
                          f'{TEACHER_STEPS} of the teacher.', 1)
@@ -59,6 +62,8 @@ def define_flags() -> None:
     flags.DEFINE_integer('batch', 8, 'Images drawn at a time, over all devices.', 1)
     commands.define_place('teacher_path', '', 'Path of the teacher if it moved; without '
                           "--checkpoint, its family's name or path.", places.ANY)
+    flags.DEFINE_string('variant', None, "Variant of the teacher's weights, as fp16; default: "
+                        "the run's; '' is none.")
     commands.define_place('out', '', 'Folder to write to, or one file: FILE.png or FILE.webp.')
     flags.DEFINE_enum('format', 'png', ('png', 'webp'), 'Format of files in a folder.')
     flags.DEFINE_boolean('overwrite', False, 'Replace existing files.')
@@ -88,16 +93,25 @@ def check_flags() -> None:
 def main(arguments: list[str]) -> None:
     commands.only_flags(arguments)
     check_flags()
+    from ddmd_jax.parallel import distributed
+
+    distributed.start(None, None, None, os.environ, command='sample')
+    with distributed.ending_together():
+        draw()
+
+
+def draw() -> None:
+    """What the flags ask for, by this process or by several together."""
     import jax
 
     from ddmd_jax.diffusion import drawing
-    from ddmd_jax.parallel import distributed, sharding
+    from ddmd_jax.parallel import sharding
 
-    distributed.start(None, None, None, os.environ)
-    prompts = read_prompts(FLAGS.prompt, FLAGS.prompts, FLAGS.split)
+    prompts = read_prompts(FLAGS.prompt, FLAGS.prompts, FLAGS.split, FLAGS.field)
     named = drawing.names(prompts, FLAGS.count, FLAGS.seed)
     model = find_model(FLAGS.checkpoint, FLAGS.teacher_path,
-                       tuple(map(int, FLAGS.size)) if FLAGS.size else None, FLAGS.step)
+                       tuple(map(int, FLAGS.size)) if FLAGS.size else None, FLAGS.step,
+                       FLAGS.variant)
     files, sheet = targets(places.of(FLAGS.out), named, len(prompts))
     mesh = sharding.make_mesh({'fsdp': -1})
     request = encoded(named, model, mesh)
@@ -106,15 +120,18 @@ def main(arguments: list[str]) -> None:
     columns, batch = samplers(model, teacher), drawing.filled(min(FLAGS.batch, len(named)), mesh)
     about, writes = describe(model, columns[-1], teacher), not jax.process_index()
     drawn, times = [], []
-    for sampler in columns:
-        times.append(drawing.Times())
-        batches = drawing.generate(sampler, params[sampler.model], request, batch, mesh, times[-1])
-        last = writes and sampler is columns[-1]
-        drawn.append(write(batches, named, files if last else [], about, keep=sheet is not None))
+    with marked([*files, *([sheet] if sheet else [])] if writes else []):
+        for sampler in columns:
+            times.append(drawing.Times())
+            batches = drawing.generate(sampler, params[sampler.model], request, batch, mesh,
+                                       times[-1])
+            last = writes and sampler is columns[-1]
+            drawn.append(write(batches, named, files if last else [], about,
+                               keep=sheet is not None))
+        if sheet and writes:
+            write_sheet(sheet, prompts, columns, drawn, about)
     if not writes:
         return
-    if sheet:
-        write_sheet(sheet, prompts, columns, drawn, about)
     print(f'{FLAGS.out}: {len(named)} image{"s" * (len(named) != 1)}, in batches of {batch}')
     for s, t in zip(columns, times):
         print(f'{s.model}, {s.steps} steps: {s.evaluations} network evaluations and '
@@ -125,7 +142,7 @@ def main(arguments: list[str]) -> None:
 # --- What is asked for ---
 
 
-def read_prompts(given: Sequence[str], name: str, split: str) -> list[str]:
+def read_prompts(given: Sequence[str], name: str, split: str, field: str = 'prompt') -> list[str]:
     """`given`, then those of the file or set `name` ('' is none), normalised.
 
     Empty ones of `given` are the null prompt; those of a file are left out.
@@ -136,7 +153,7 @@ def read_prompts(given: Sequence[str], name: str, split: str) -> list[str]:
     found = [normalise(text) for text in given]
     if name:
         place = buckets.local(places.of(name))
-        texts = (build.open_set(place, split) if place.is_dir() else files.read(place, 'prompt'))
+        texts = (build.open_set(place, split) if place.is_dir() else files.read(place, field))
         more = list(filter(None, map(normalise, texts)))
         if not more:
             raise UserError(f'{name} holds no prompt')
@@ -160,14 +177,15 @@ class Model:
     steps: int = 1
     sampler: str = 'renoise'
     shift: float | None = None
+    variant: str = ''
 
 
 def find_model(checkpoint: str | Path, path: str, size: tuple[int, ...] | None,
-               step: int | None = None) -> Model:
+               step: int | None = None, variant: str | None = None) -> Model:
     """The teacher and student of a run's checkpoint `step`, None the newest; reads no weights.
 
     `path` is the teacher's if it has moved, or if there is no `checkpoint`; `size` that of the
-    images, None the run's own.
+    images, None the run's own; `variant` that of the teacher's files, likewise.
     """
     from ddmd_jax import families
     from ddmd_jax.export.student import field_of, open_run
@@ -182,13 +200,14 @@ def find_model(checkpoint: str | Path, path: str, size: tuple[int, ...] | None,
             family, '' if path == family.name else path or saved.get('teacher.path', ''),
             saved.get('teacher.dtype', family.dtype), size or first or None, workdir, opened,
             saved.get('student.steps', 1), field_of(workdir, 'student.sampler') or 'renoise',
-            saved.get('method.shift'))
+            saved.get('method.shift'),
+            saved.get('teacher.variant', '') if variant is None else variant)
     else:
         family, path = families.find(path)
         if family.load is None:
             raise UserError(f'--teacher_path {path}: only the text encoder of {family.name} is '
                             'supported')
-        model = Model(family, path, family.dtype, size)
+        model = Model(family, path, family.dtype, size, variant=variant or '')
     if size and (one := model.family.one_size):
         raise UserError(f'--size: {model.family.name} has one size, {one[0]},{one[1]}')
     return model
@@ -221,6 +240,7 @@ def targets(out: Place, named: Sequence[ImageName],
         raise UserError(f'--out {out} is one file for {len(named)} images; name a folder, or '
                         'give --grid for a sheet of them')
     taken = {file.name for file in folder.iterdir()} if folder.is_dir() else set()
+    taken -= begun(folder)
     there = [file for file in (*files, grid) if file and file.name in taken]
     if there and not FLAGS.overwrite:
         more = f' and {len(there) - 1} more' if there[1:] else ''
@@ -228,6 +248,32 @@ def targets(out: Place, named: Sequence[ImageName],
                         'with --overwrite')
     commands.folder('--out', folder, places.BUCKETS)
     return files, grid
+
+
+def begun(folder: Place) -> set[str]:
+    """Names of files that a command which did not come to its end was about to write."""
+    try:
+        return {str(name) for name in json.loads((folder / MARK).read_bytes())}
+    except (OSError, ValueError, TypeError):
+        return set()
+
+
+@contextlib.contextmanager
+def marked(written: Sequence[Place]) -> Iterator[None]:
+    """Inside, a file beside what is being `written` says so: the same command may go on after it.
+
+    What is there already, and is being replaced, is not the command's own.
+    """
+    from ddmd_jax.util import files
+
+    if len(written) < 2:  # one file is there whole or not at all
+        yield
+        return
+    folder = written[0].parent
+    there = {file.name for file in folder.iterdir()} - begun(folder)
+    files.write_json(folder / MARK, sorted({file.name for file in written} - there))
+    yield
+    files.remove(folder / MARK)
 
 
 # --- With whose weights ---
@@ -239,7 +285,9 @@ def encoded(named: Sequence[ImageName], model: Model, mesh: Mesh) -> Request:
     from ddmd_jax.families import LoadOptions
     from ddmd_jax.train import prompts
 
-    text = model.family.load_text(LoadOptions(model.path, mesh, model.dtype))
+    text = model.family.load_text(LoadOptions(
+        model.path, mesh, model.dtype, variant=model.variant))
+    prompts.count_cut(text, [list(dict.fromkeys(name.prompt for name in named))])
     return drawing.Request.encoded(named, lambda texts: prompts.encode_texts(texts, text, mesh))
 
 
@@ -254,7 +302,7 @@ def load(model: Model, whose: Sequence[str], mesh: Mesh) -> tuple[Teacher, dict[
 
     # Kernels in the type of the products: predictions are the same, and half is read.
     teacher = model.family.load_teacher(LoadOptions(
-        model.path, mesh, model.dtype, model.size, param_dtype=model.dtype))
+        model.path, mesh, model.dtype, model.size, param_dtype=model.dtype, variant=model.variant))
     if teacher.latents.decode is None:
         raise UserError(f'{model.path} has no autoencoder beside its transformer; give the '
                         "pipeline's folder with --teacher_path")

@@ -290,7 +290,8 @@ def test_an_unknown_field_is_told_the_nearest(field, nearest):
 def test_an_unknown_field_like_no_other_is_told_the_known_ones():
     (line,) = config_lib.validate(changed('emoji', {'teacher.xyz': 1}))
     assert line.endswith(
-        'known here: name, path, allow_distilled, dtype, param_dtype, remat, attention')
+        'known here: name, path, variant, allow_distilled, dtype, param_dtype, remat, '
+        'attention')
 
 
 @pytest.mark.parametrize(('path', 'name'), [

@@ -8,6 +8,7 @@ import ml_dtypes
 import numpy as np
 import optax
 import pytest
+import safetensors.numpy
 import tiny
 
 from ddmd_jax import embedding
@@ -16,6 +17,7 @@ from ddmd_jax.data.batch import Batch
 from ddmd_jax.families.emoji import teacher as emoji
 from ddmd_jax.parallel import sharding
 from ddmd_jax.train import prompts as sources
+from ddmd_jax.util import errors
 from ddmd_jax.util.text import in_units
 
 WIDTH = 8
@@ -208,10 +210,37 @@ def test_the_size_is_said_first_and_a_finished_folder_is_done(tmp_path, text, me
     assert in_units(int(tokens)) in said and tokens <= size < tokens + 400 * len(TEXTS) + 2**17
 
 
+def test_prompts_that_are_cut_are_counted_and_warned_of_once(tmp_path, text, mesh, capsys):
+    longest = text.length - 1  # words beside [BOS]
+    fits, over = ' '.join(['red'] * longest), ' '.join(['red'] * (longest + 1))
+    assert text.cut([fits, over, '']).tolist() == [False, True, False]
+    for name, texts, count in (('e', [fits, over, 'a cat', over], 2), ('f', [fits, ''], 0)):
+        embedding.embed(Texts(texts), text, mesh, tmp_path / name, 8)
+        assert embeddings.Embeddings(tmp_path / name).card['cut'] == count
+        warned = [x for x in capsys.readouterr().err.splitlines() if 'lose their end' in x]
+        assert len(warned) == (count > 0)
+    embedding.embed(Texts([over]), dataclasses.replace(text, cut=None), mesh, tmp_path / 'g', 8)
+    assert embeddings.Embeddings(tmp_path / 'g').card['cut'] is None  # not known
+
+
 def test_where_there_is_no_room_nothing_is_written(tmp_path, text, mesh, stored, monkeypatch):
     monkeypatch.setattr(embedding.shutil, 'disk_usage', lambda path: type('U', (), {'free': 10}))
     with pytest.raises(DataFileError, match='10 B free: there is no room; choose another --out'):
         embedding.embed(stored, text, mesh, tmp_path / 'e', 8)
+    assert not any(tmp_path.iterdir())
+
+
+def test_a_disk_that_is_full_at_the_end_is_told_by_safetensors_own_error(
+        tmp_path, text, mesh, stored, monkeypatch):
+    """It is no OSError."""
+    def full(*args, **kwargs):
+        raise safetensors.SafetensorError('Error while serializing: I/O error: No space left on '
+                                          'device (os error 28)')
+
+    monkeypatch.setattr(safetensors.numpy, 'save_file', full)
+    with pytest.raises(safetensors.SafetensorError) as e:
+        embedding.embed(stored, text, mesh, tmp_path / 'e', 4)
+    assert 'there is no room on the disk' in str(errors.environment(e.value))
     assert not any(tmp_path.iterdir())
 
 

@@ -4,6 +4,7 @@ import http.server
 import json
 import os
 import re
+import shutil
 import subprocess
 import sys
 import threading
@@ -13,20 +14,24 @@ import jax.numpy as jnp
 import numpy as np
 import published
 import pytest
+import safetensors.numpy
 import tiny
 import yaml
 from flax import nnx
 from saved import save
 
 from ddmd_jax import families as teachers
+from ddmd_jax.export import card, write
 from ddmd_jax.export.write import Wanted, export
 from ddmd_jax.families import LoadOptions
 from ddmd_jax.families.lumina import teacher as lumina
 from ddmd_jax.models.layers import abstract_params
 from ddmd_jax.models.nextdit import NextDiT
 from ddmd_jax.parallel import sharding
+from ddmd_jax.train import distillation
 from ddmd_jax.train.durable import checkpoint as ckpt, checksums, resume
 from ddmd_jax.train.durable.checkpoint import CheckpointError
+from ddmd_jax.util import errors, files, processes
 from ddmd_jax.weights.flat import WeightsError
 
 CONFIG = {'_class_name': lumina.TRANSFORMER, **published.TRANSFORMER}
@@ -114,6 +119,113 @@ def test_a_bare_transformer_stays_one_and_says_so(run, tmp_path, capfd):
     export(run, tmp_path / 'out')
     assert 'is a bare transformer, and so is the student written' in capfd.readouterr().err
     assert sorted(p.name for p in (tmp_path / 'out').iterdir()) == ['README.md', 'transformer']
+
+
+# --- What does not come to its end ---
+
+
+@pytest.fixture
+def pipeline(tmp_path):
+    """A teacher's folder with everything that is copied beside its transformer."""
+    for name, content in {
+            'model_index.json': {'vae': ['diffusers', 'V'], 'tokenizer': ['transformers', 'T']},
+            'transformer/config.json': CONFIG, 'scheduler/scheduler_config.json': {'shift': 6.0},
+            'vae/config.json': {}, 'text_encoder/config.json': {}, 'tokenizer/t.json': {}}.items():
+        file = tmp_path / 'pipeline' / name
+        file.parent.mkdir(parents=True, exist_ok=True)
+        file.write_text(json.dumps(content))
+    return str(tmp_path / 'pipeline')
+
+
+def contents(folder):
+    return {p.relative_to(folder).as_posix(): p.read_bytes()
+            for p in sorted(folder.rglob('*')) if p.is_file()}
+
+
+class Killed(BaseException):
+    """Stands for SIGKILL, of which nothing that tidies up hears."""
+
+
+def killed_at(moment, monkeypatch, act):
+    """Whether `act` was killed at its `moment`-th rename, from which on nothing is tidied up."""
+    seen, own = [], (os.replace, files.remove)
+
+    def replace(*args):
+        seen.append(args)
+        if len(seen) > moment:
+            raise Killed
+        own[0](*args)
+
+    with monkeypatch.context() as m:
+        m.setattr(files.os, 'replace', replace)
+        m.setattr(files, 'remove', lambda path: own[1](path) if len(seen) <= moment else None)
+        try:
+            act()
+        except Killed:
+            return True
+    return False
+
+
+def test_an_export_that_is_killed_at_any_moment_is_begun_anew_by_the_same_command(
+        run, pipeline, tmp_path, monkeypatch):
+    wanted, out, kills = Wanted(teacher=pipeline), tmp_path / 'out', 0
+    export(run, tmp_path / 'whole' / 'out', wanted)
+    want = contents(tmp_path / 'whole' / 'out')
+    assert {'transformer/config.json', 'vae/config.json', 'README.md'} < want.keys()
+    assert write.MARK not in want
+    while killed_at(kills, monkeypatch, lambda: export(run, out, wanted)):
+        half, kills = contents(out), kills + 1
+        export(run, out, wanted)
+        assert contents(out) == want != half
+        shutil.rmtree(out)
+    assert kills >= 8 and contents(out) == want  # the mark, every file and folder, the card
+    with pytest.raises(WeightsError, match='transformer exists already'):  # it had come to its end
+        export(run, out, wanted)
+
+
+def test_what_orbax_had_half_written_goes_too(run, pipeline, tmp_path):
+    out = tmp_path / 'out'
+    (out / 'params.orbax-checkpoint-tmp-7').mkdir(parents=True)
+    (out / 'mine').write_text('')
+    mark = {'names': ['params', 'README.md', '../pipeline'], 'machine': 'another', 'process': 1}
+    (out / write.MARK).write_text(json.dumps(mark))
+    export(run, out, Wanted('orbax', teacher=pipeline))
+    assert sorted(p.name for p in out.iterdir()) == ['README.md', 'mine', 'params']
+    assert (tmp_path / 'pipeline').is_dir()  # no name leads out of the folder
+
+
+@pytest.mark.parametrize(('mark', 'words'), [
+    ('{"names": [], "machine": MACHINE, "process": PARENT}', 'is being written by process'),
+    ('{', 'cannot be read .*; choose another place or delete')])
+def test_what_may_be_another_s_is_left(run, pipeline, tmp_path, mark, words):
+    mark = mark.replace('MACHINE', json.dumps(processes.machine())).replace(
+        'PARENT', str(os.getppid()))
+    (tmp_path / 'out').mkdir()
+    (tmp_path / 'out' / write.MARK).write_text(mark)
+    with pytest.raises(WeightsError, match=words) as e:
+        export(run, tmp_path / 'out', Wanted(teacher=pipeline))
+    assert len(str(e.value).splitlines()) == 1
+    assert contents(tmp_path / 'out') == {write.MARK: mark.encode()}
+
+
+@pytest.mark.parametrize(('where', 'error'), [
+    ((safetensors.numpy, 'save_file'), safetensors.SafetensorError(
+        'Error while serializing: I/O error: No space left on device (os error 28)')),
+    ((files.shutil, 'copyfile'), OSError(28, 'No space left on device')),
+    ((card, 'write'), OSError(28, 'No space left on device'))])
+def test_a_full_disk_leaves_no_half_of_an_export(run, pipeline, tmp_path, monkeypatch, where,
+                                                 error):
+    def full(*args, **kwargs):
+        raise error
+
+    with monkeypatch.context() as m:
+        m.setattr(*where, full)
+        with pytest.raises(type(error)) as e:
+            export(run, tmp_path / 'out', Wanted(teacher=pipeline))
+    assert 'there is no room on the disk; make some, then run the same' in str(
+        errors.environment(e.value))
+    assert not contents(tmp_path / 'out')
+    export(run, tmp_path / 'out', Wanted(teacher=pipeline))
 
 
 # --- The embedded teacher, other formats, the card ---
@@ -218,6 +330,31 @@ def test_the_run_says_how_it_draws_and_figures_are_of_what_is_exported(
     card = (tmp_path / 'out/README.md').read_text().replace('| student', '|student')
     assert words in card
     assert (tmp_path / 'out/samples.png').exists() == ('None: ' not in card)
+
+
+@pytest.mark.parametrize(('family', 'network'), [
+    ('emoji', 'student.safetensors'), ('lumina', 'transformer'), ('sdxl', 'unet'),
+    ('zimage', 'transformer')])
+def test_what_is_exported_is_found_by_init_from(tmp_path, family, network):
+    """The folder that `export` was given will do, for whichever family."""
+    names = teachers.get(family).export.names['safetensors']
+    assert names[0] == network
+    find = lambda path: distillation.network_at(teachers.get(family), str(path))
+    assert find(tmp_path) == str(tmp_path)
+    (tmp_path / network).mkdir()
+    assert find(tmp_path) == find(tmp_path / network) == str(tmp_path / network)
+
+
+def test_a_run_starts_from_the_folder_of_an_emoji_student(emoji_run, tmp_path):
+    export(emoji_run[2], tmp_path / 'one', Wanted('safetensors'))
+    export(emoji_run[2], tmp_path / 'pipe')
+    config = tiny.load_config('emoji')
+    read = lambda folder: distillation.load_teacher(config, one_device(), distillation.network_at(
+        teachers.get('emoji'), str(folder))).params
+    jax.tree.map(np.testing.assert_array_equal, read(tmp_path / 'one'), emoji_run[1])
+    with pytest.raises(WeightsError, match='pipe is a folder, .* one file; give that, such as '
+                       'the student.safetensors that `export --format=safetensors` writes'):
+        read(tmp_path / 'pipe')
 
 
 @pytest.mark.parametrize('name', ['samples.png', 'README.md'])

@@ -3,6 +3,8 @@
 import json
 import os
 import re
+import subprocess
+import sys
 
 import jax
 import jax.numpy as jnp
@@ -144,6 +146,24 @@ def test_two_processes_draw_the_same_images_and_one_writes_them(run, three, tmp_
         close(tmp_path / file.name, file)
 
 
+@pytest.mark.slow
+def test_what_one_of_two_processes_refuses_ends_both(run, tmp_path):
+    """As a checkpoint that only one of them can read."""
+    environ = os.environ | {'SLURM_JOB_ID': str(os.getpid() % 4096), 'SLURM_NTASKS': '2',
+                            'SLURM_STEP_NODELIST': 'localhost'}
+    started = [subprocess.Popen(
+        [sys.executable, '-m', 'ddmd_jax.sample', f'--checkpoint={run}', '--prompt=a cat',
+         f'--out={tmp_path / "out"}', *(['--step=99'] if i else [])], cwd=tiny.ROOT, text=True,
+        env=environ | {'SLURM_PROCID': str(i), 'SLURM_LOCALID': str(i)}, stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE) for i in range(2)]
+    said = [p.communicate(timeout=300)[1] for p in started]
+    assert [p.returncode for p in started] == [1, 1] and 'Traceback' not in ''.join(said), said
+    lines = [[x for x in text.splitlines() if x.startswith('sample: ')] for text in said]
+    assert 'has no step 99; there are 7' in lines[1][0], said
+    assert 'process 1 has failed (its own output says why)' in lines[0][-1], said
+    assert not list((tmp_path / 'out').glob('*.png'))
+
+
 def test_another_seed_is_another_image(run, command, three, tmp_path):
     command(f'--checkpoint={run}', *asking(PROMPTS[0]), '--seed=1', f'--out={tmp_path}')
     name = '0000-a-red-apple.png'
@@ -277,14 +297,63 @@ def test_names_of_files_are_safe(prompt, slug):
 def test_prompts_come_from_flags_and_files(tmp_path):
     (tmp_path / 'p.txt').write_text('a  cat\n\n a dog \n')
     (tmp_path / 'p.jsonl').write_text('{"prompt": "a bird"}\n')
+    (tmp_path / 'p.csv').write_text('caption\na fish\n')
     read = lambda *given, name='': sample.read_prompts(
         given, name and str(tmp_path / name), 'train')
     assert read('', ' a\tb ') == ['', 'a b']
     assert read('one', name='p.txt') == ['one', 'a cat', 'a dog']
     assert read(name='p.jsonl') == ['a bird']
+    assert sample.read_prompts([], str(tmp_path / 'p.csv'), 'train', 'caption') == ['a fish']
     prompts.prepare(prompts.Settings((str(tmp_path / 'p.txt'),), near_threshold=1.0,
                                      validation=0.0), tmp_path / 'set')
     assert sorted(read(name='set')) == ['a cat', 'a dog']
+
+
+def test_a_full_disk_is_one_line_and_the_same_command_goes_on(run, command, tmp_path, monkeypatch):
+    out, own = tmp_path / 'out', pictures.save
+    out.mkdir()
+    args = [f'--checkpoint={run}', *asking('a red apple', 'a dog'), f'--out={out}']
+
+    def full(image, file, about):
+        if '0001' in file.name:
+            raise OSError(28, 'No space left on device')
+        own(image, file, about)
+
+    with monkeypatch.context() as m:
+        m.setattr(pictures, 'save', full)
+        with pytest.raises(SystemExit, match='there is no room on the disk; make some, then run'):
+            command(*args)
+    assert sorted(p.name for p in out.iterdir()) == [sample.MARK, '0000-a-red-apple.png']
+    command(*args)
+    assert sorted(p.name for p in out.iterdir()) == ['0000-a-red-apple.png', '0001-a-dog.png']
+    with pytest.raises(SystemExit, match='exists already and 1 more'):
+        command(*args)
+
+
+def test_a_file_that_was_there_is_not_taken_for_a_half_of_ours(tmp_path):
+    mine, new = tmp_path / 'mine.png', tmp_path / 'new.png'
+    mine.touch()
+    with pytest.raises(KeyboardInterrupt), sample.marked([mine, new]):
+        raise KeyboardInterrupt
+    assert sample.begun(tmp_path) == {'new.png'}
+    new.touch()
+    with pytest.raises(KeyboardInterrupt), sample.marked([mine, new]):  # again, and not the last
+        raise KeyboardInterrupt
+    assert sample.begun(tmp_path) == {'new.png'}
+    with sample.marked([mine, new]):
+        pass
+    assert not sample.begun(tmp_path) and sample.begun(tmp_path / 'nowhere') == set()
+    (tmp_path / sample.MARK).write_text('7')
+    assert sample.begun(tmp_path) == set()
+
+
+def test_prompts_that_are_cut_are_warned_of_once(run, capsys):
+    named = drawing.names(['red ' * 200, 'a red apple', 'blue ' * 200], 2, 0)
+    mesh = sharding.make_mesh({}, jax.devices()[:1])
+    sample.encoded(named, sample.find_model(run, '', None), mesh)
+    (line,) = [x for x in capsys.readouterr().err.splitlines() if x.startswith('warning:')]
+    assert line.startswith('warning: 2 of 3 prompts are longer than the ')
+    assert "lose their end; the first begins 'red red" in line
 
 
 # --- Lumina ---

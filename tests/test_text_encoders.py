@@ -234,6 +234,20 @@ def test_zimage_reads_the_chat_template(encoders):
     assert words == [frame.format('a taco'), frame.format('')]
 
 
+@pytest.mark.parametrize('family', published.PIPELINES)
+def test_who_loses_an_end_is_who_has_more_tokens_than_the_encoder_takes(encoders, family):
+    """Whatever stands around the prompt counts; one more letter than fits is a token too many."""
+    encoder, prompt = encoders[family], 'x'
+    while not encoder.cut([prompt + ' x'])[0]:
+        prompt += ' x'
+    whole, cut = (encoder.tokenize([text]) for text in (prompt, prompt + ' x'))
+    assert encoder.cut(['', prompt, prompt + ' x', prompt * 9]).tolist() == [False] * 2 + [True] * 2
+    assert whole['mask'].shape == (1, encoder.length)
+    if encoder.cuts:  # else the mask does not tell
+        assert whole['mask'].sum() in (encoder.length, encoder.length - 1)
+        assert cut['mask'].all()
+
+
 def test_sdxl_reads_all_places_of_both_tokenizers(encoders):
     tokens = encoders['sdxl'].tokenize(['a taco', ''])
     assert tokens['mask'].all()

@@ -1,8 +1,11 @@
 """Files that are whole or not there, and text for people."""
 
 import os
+import subprocess
+import sys
 
 import pytest
+import tiny
 
 from ddmd_jax.util import files, text
 
@@ -32,6 +35,22 @@ def test_two_processes_may_write_one_file(tmp_path):
     with files.replacing(tmp_path / 'a', own=True) as scratch:
         assert str(os.getpid()) in scratch.name
         scratch.touch()
+
+
+def test_what_a_killed_process_has_left_goes_and_what_another_writes_stays(tmp_path):
+    code = ('import os, sys; from pathlib import Path; from ddmd_jax.util import files\n'
+            'with files.replacing(Path(sys.argv[1]), own=True) as scratch:\n'
+            '    scratch.mkdir(); (scratch / "half").touch(); os.kill(os.getpid(), 9)')
+    done = subprocess.run([sys.executable, '-c', code, str(tmp_path / 'a')], cwd=tiny.ROOT)
+    assert done.returncode == -9
+    (left,) = tmp_path.iterdir()
+    _, tag, process, _ = left.name.split('.')
+    (tmp_path / f'a.{tag}.{os.getppid()}.tmp').touch()  # of a process that runs
+    (tmp_path / f'a.0123abcd.{process}.tmp').touch()  # of another machine
+    with files.replacing(tmp_path / 'a', own=True) as scratch:
+        scratch.touch()
+    assert sorted(os.listdir(tmp_path)) == sorted(
+        ['a', f'a.{tag}.{os.getppid()}.tmp', f'a.0123abcd.{process}.tmp'])
 
 
 @pytest.mark.parametrize('message, line', [

@@ -100,6 +100,7 @@ COMMON = (
 
 DISTILL = (
     Field('teacher.path', r.TEXT, '', FREE, 'weights: a file, a folder, a URL or a hub id; empty: those that ship; their content counts'),
+    Field('teacher.variant', r.VARIANT, '', FREE, 'of its files, as diffusers has it: `fp16` reads `*.fp16.safetensors`; their content counts'),
     Field('teacher.allow_distilled', r.FLAG, False, FREE, 'whether a teacher is taken that guidance was distilled into, of which CA has nothing to learn'),
     Field('teacher.dtype', r.DTYPE, 'float32', FIXED, 'dtype of activations and matrix products of all three networks'),
     Field('teacher.param_dtype', r.DTYPE, 'float32', FIXED, "dtype of the frozen teacher's kernels; student and critic are kept in fp32"),

@@ -10,6 +10,7 @@ import functools
 import math
 import numbers
 import operator
+import re
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -112,6 +113,8 @@ POSITIVE = number(above=0)
 DECAY = number(at_least=0, below=1)
 FLAG = Rule('True or False', lambda value: isinstance(value, bool))
 TEXT = Rule('a string', lambda value: isinstance(value, str))
+VARIANT = Rule("'' or a part of a file's name, such as 'fp16'",
+               lambda value: isinstance(value, str) and bool(re.fullmatch(r'(\w[\w-]*)?', value)))
 DTYPE = choice('float32', 'bfloat16')
 REMAT = choice('none', 'full', 'dots')
 AXIS = Rule('a whole number at least 1, or -1 for whatever is left',

@@ -116,6 +116,12 @@ def teacher_given(path: str, family: Family) -> str | None:
         return f'must name a diffusers folder, gs:// URL or hub id: {family.name} does not ship'
 
 
+@about('teacher.variant', 'family')
+def variant_read(variant: str, family: Family) -> str | None:
+    if variant and not family.variants:
+        return f"must be '' for {family.name}, whose weights have no variants"
+
+
 @about('log.judge', 'eval.suite', 'family')
 def judge_known(prompts: int, suite: str, family: Family) -> str | None:
     if prompts and not suite and not (family.suite and family.suite.watched):

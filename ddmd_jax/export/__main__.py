@@ -24,6 +24,8 @@ def define_flags() -> None:
     flags.DEFINE_enum('sampler', '', ('', 'renoise', 'deterministic'),
                       "Sampler of the pipeline's scheduler; default: the run's.")
     commands.define_place('teacher', '', 'Path of the teacher if it moved.', places.ANY)
+    flags.DEFINE_string('variant', None, "Variant of the teacher's weights, as fp16; default: "
+                        "the run's; '' is none.")
     flags.DEFINE_string('push', '', 'OWNER/NAME on the hub to upload the folder to.')
     flags.DEFINE_boolean('private', False, 'Make the pushed repository private.')
 
@@ -37,7 +39,7 @@ def main(arguments: list[str]) -> None:
 
     out = commands.folder('--out', FLAGS.out, places.BUCKETS)
     wanted = write.Wanted(FLAGS.format, FLAGS.dtype, FLAGS.ema, FLAGS.sampler, FLAGS.teacher,
-                          FLAGS.step)
+                          FLAGS.step, FLAGS.variant)
     workdir = places.of(FLAGS.checkpoint)
     print('\n'.join(map(str, write.export(workdir, out, wanted))))
     if FLAGS.push:

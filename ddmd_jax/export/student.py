@@ -106,10 +106,11 @@ def open_run(workdir: Place, step: int | None = None) -> tuple[ckpt.Saved, Famil
         raise ckpt.CheckpointError(f'{workdir} distils a teacher that is unknown here: {e}') from e
 
 
-def open_student(workdir: Place, teacher: str, ema: bool, step: int | None = None) -> Student:
+def open_student(workdir: Place, teacher: str, ema: bool, step: int | None = None,
+                 variant: str | None = None) -> Student:
     """The student of a run's checkpoint `step`, None the newest; reads none of its weights.
 
-    `teacher` is the teacher's path if it has moved.
+    `teacher` is the teacher's path if it has moved, `variant` that of its files, None the run's.
 
     Raises:
       CheckpointError: see `open_run`; or the run distils another teacher.
@@ -117,7 +118,10 @@ def open_student(workdir: Place, teacher: str, ema: bool, step: int | None = Non
     """
     saved, family = open_run(workdir, step)
     export = family.export or plain_export(family)
-    source = export.open_source(teacher or saved.manifest.get('teacher.path', ''))
+    if variant is None:
+        variant = saved.manifest.get('teacher.variant', '')
+    source = export.open_source(teacher or saved.manifest.get('teacher.path', ''),
+                                *family.of_variant(variant))
     check_teacher(saved, source.identity, '--teacher')
     return Student(workdir, saved, family.name, export, source, ema,
                    sharding.make_mesh({'fsdp': -1}))
@@ -135,8 +139,8 @@ def check_teacher(saved: ckpt.Saved, identity: str | None, flag: str) -> None:
 
 def plain_export(family: Family) -> Export:
     """Of a family that brings none of its own: safetensors and Orbax, by the names it has here."""
-    def open_source(path: str) -> Source:
-        teacher = family.load_teacher(LoadOptions(path))
+    def open_source(path: str, variant: str = '') -> Source:
+        teacher = family.load_teacher(LoadOptions(path, variant=variant))
         shapes = jax.eval_shape(lambda: teacher.params)
         return Source(teacher.identity, shapes, teacher.rules, teacher.time)
 

@@ -1,6 +1,10 @@
 """Exports a student of a run, and pushes what was exported to a hub."""
 
+import contextlib
 import dataclasses
+import json
+import os
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import jax
@@ -10,7 +14,7 @@ from ddmd_jax.export import card
 from ddmd_jax.export.student import open_student
 from ddmd_jax.families.family import Exported
 from ddmd_jax.parallel import sharding
-from ddmd_jax.util import buckets, files, places
+from ddmd_jax.util import buckets, files, places, processes
 from ddmd_jax.util.errors import UserError
 from ddmd_jax.util.places import Place
 from ddmd_jax.util.text import first_line
@@ -18,6 +22,8 @@ from ddmd_jax.weights import flat
 from ddmd_jax.weights.flat import WeightsError
 
 COMMITTED = 'commit_success.txt'  # Orbax's mark of a checkpoint in a bucket that is complete
+
+MARK = '.export.json'  # in a folder that an export is still writing to
 
 
 @dataclasses.dataclass(frozen=True)
@@ -30,6 +36,7 @@ class Wanted:
     sampler: str = ''  # of the pipeline's scheduler, of `sampling.STUDENT_MODES`; '' is the run's
     teacher: str = ''  # path of the teacher if it moved
     step: int | None = None  # checkpoint; None is the newest
+    variant: str | None = None  # of the teacher's files; None is the run's
 
 
 def export(workdir: Place, out: Place, wanted: Wanted = Wanted()) -> list[Place]:
@@ -43,7 +50,7 @@ def export(workdir: Place, out: Place, wanted: Wanted = Wanted()) -> list[Place]
         family has no such format.
     """
     sharding.all_devices()
-    student = open_student(workdir, wanted.teacher, wanted.ema, wanted.step)
+    student = open_student(workdir, wanted.teacher, wanted.ema, wanted.step, wanted.variant)
     family, form = student.export, wanted.format
     write = {'diffusers': family.write_pipeline, 'safetensors': family.write_weights,
              'orbax': _write_orbax}[form]
@@ -51,17 +58,60 @@ def export(workdir: Place, out: Place, wanted: Wanted = Wanted()) -> list[Place]
     if write is None or form not in names:
         raise WeightsError(f'students of {student.family} are not written as {form}; give --format='
                            f'{" or ".join(names)}')
+    _clear(out)
     for name in (*names[form], *card.NAMES):  # before anything large is read
         if (out / name).exists():
             raise WeightsError(f'{out / name} exists already; choose another place or delete it')
     exported = Exported(student.read(), student.source, student.step, student.steps, student.time,
                         wanted.dtype, wanted.sampler or student.sampler)
-    with files.filled(out) as folder:
+    with _marked(out, [*names[form], *card.NAMES]), files.filled(out) as folder:
         write(exported, folder)
         card.write(student, folder, form, exported)
         if form == 'orbax' and places.is_url(out):  # without it Orbax takes it for half written
             (folder / 'params' / COMMITTED).touch()
         return [out / name for name in (*names[form], card.README) if (folder / name).exists()]
+
+
+@contextlib.contextmanager
+def _marked(out: Place, names: list[str]) -> Iterator[None]:
+    """Inside, a file in `out` says what is being written there, by whom: see `_clear`."""
+    out.mkdir(parents=True, exist_ok=True)
+    files.write_json(out / MARK, {'names': names, **processes.name()})
+    try:
+        yield
+    except BaseException:
+        _remove(out, names)
+        raise
+    (out / MARK).unlink()
+
+
+def _clear(out: Place) -> None:
+    """Takes away what an export that did not come to its end has left in `out`.
+
+    Raises:
+      WeightsError: it is still at it.
+    """
+    try:
+        found = json.loads((out / MARK).read_bytes())
+        names = [name for name in found['names'] if Path(name).name == name]
+    except FileNotFoundError:
+        return
+    except (ValueError, KeyError, TypeError) as e:
+        raise WeightsError(f'{out / MARK} is of an export that did not end, and cannot be read '
+                           f'({first_line(e)}); choose another place or delete {out}') from e
+    if processes.running(found) and found['process'] != os.getpid():
+        raise WeightsError(f'{out} is being written by process {found["process"]}; wait for it, or '
+                           'choose another place')
+    _remove(out, names)
+
+
+def _remove(out: Place, names: Sequence[str]) -> None:
+    # And what is called so until it is whole: `files.replacing`'s, Orbax's.
+    for path in list(out.iterdir()) if out.is_dir() else []:
+        if path.name in names or path.name.startswith(tuple(
+                f'{name}{end}' for name in names for end in ('.tmp', '.orbax-checkpoint-tmp'))):
+            files.remove(path)
+    files.remove(out / MARK)
 
 
 def _write_orbax(student: Exported, out: Path) -> None:

@@ -85,7 +85,7 @@ def _class_name(path: str) -> str | None:
 
 
 def load_teacher(path_or_name: str, mesh: Mesh | None = None, dtype: str = 'float32',
-                 size: Sequence[int] | None = None) -> Teacher:
+                 size: Sequence[int] | None = None, variant: str = '') -> Teacher:
     """A frozen teacher: ``teacher.predict_clean(teacher.params, x_t, t, cond)`` is x_hat.
 
     Args:
@@ -95,6 +95,7 @@ def load_teacher(path_or_name: str, mesh: Mesh | None = None, dtype: str = 'floa
       mesh: where the weights go, in the family's layout; None is one device.
       dtype: of activations and matrix products.
       size: pixels, height first; None takes the family's own.
+      variant: of its files, as diffusers has it: 'fp16' reads ``*.fp16.safetensors``.
 
     Raises:
       UnknownFamily: no family of that name ships its weights.
@@ -106,7 +107,7 @@ def load_teacher(path_or_name: str, mesh: Mesh | None = None, dtype: str = 'floa
       >>> x_hat = teacher.predict_clean(teacher.params, noise, jnp.zeros(1), cond)
     """
     family, path = find(path_or_name)
-    return family.load_teacher(LoadOptions(path, mesh, dtype, size))
+    return family.load_teacher(LoadOptions(path, mesh, dtype, size, variant=variant))
 
 
 __all__ = ['Cond', 'DataSet', 'Export', 'Family', 'Latents', 'LoadOptions', 'NAMES', 'Teacher',

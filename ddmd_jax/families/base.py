@@ -43,6 +43,7 @@ class TextEncoder:
     be cut to the longest prompt of a batch where `cuts` is True: no token sees padding behind it.
     `width` is D of the embeds, `rules` lay `params` out over a mesh, `identity` names the weights.
     `flops(tokens)` is what a row of so many costs, `ids` are the names of its ids: the planner's.
+    `cut(prompts)` says which lose their end, ``[n]`` bool; None of an encoder that does not tell.
     """
 
     name: str
@@ -56,6 +57,7 @@ class TextEncoder:
     cuts: bool = True
     flops: Callable[[int], int] | None = None
     ids: tuple[str, ...] = ('ids',)
+    cut: Callable[[Sequence[str]], np.ndarray] | None = None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -142,6 +144,7 @@ class LoadOptions:
       remat: what the network's gradient recomputes, a key of `layers.REMAT_POLICIES` or 'none'.
       attention: one of `attention.KINDS`; 'auto' takes the kernel where the mesh has one.
       param_dtype: of the stored kernels. A student of them starts as their fp32 copy.
+      variant: of the files, as diffusers has it: 'fp16' reads ``*.fp16.safetensors``.
     """
 
     path: str = ''
@@ -151,6 +154,7 @@ class LoadOptions:
     remat: str = 'none'
     attention: str = 'auto'
     param_dtype: str = 'float32'
+    variant: str = ''
 
     @property
     def devices(self) -> Mesh:

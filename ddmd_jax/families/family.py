@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 from jax.sharding import Mesh
 
+from ddmd_jax.config import rules
 from ddmd_jax.diffusion.time import Shift, TimeMap
 from ddmd_jax.families.base import LoadOptions, Teacher, TextEncoder
 from ddmd_jax.parallel.sharding import Rules
@@ -79,7 +80,8 @@ class Export:
     ``{folder}``, ``{dtype}`` and ``{steps}`` are filled in.
     """
 
-    open_source: Callable[[str], Source]  # of the teacher's path; raises `WeightsError`
+    # Of the teacher's path, and of its variant if there is one; raises `WeightsError`.
+    open_source: Callable[..., Source]
     write_weights: Callable[[Exported, Path], None]  # the network alone, into a folder
     names: Mapping[str, tuple[str, ...]]
     alone: str
@@ -94,8 +96,9 @@ class Family:
     name: str  # a built-in one's folder, or a module's full name (``__name__``)
     load: Callable[[LoadOptions], Teacher] | None = None  # None: the text encoder alone
     text: Callable[[LoadOptions], TextEncoder] | None = None  # None: it comes with the teacher
-    # `TextEncoder.identity` by the teacher's path; its answer is None where it cannot be known.
-    text_identity: Callable[[str], str | None] | None = None
+    # `TextEncoder.identity` by the teacher's path, and by its variant if there is one; None where
+    # it cannot be known.
+    text_identity: Callable[..., str | None] | None = None
     # As `load`, with shapes for weights, and with its text side: to compile for, not to run.
     # None: the planner loads the teacher.
     abstract: Callable[[LoadOptions], Teacher] | None = None
@@ -104,6 +107,7 @@ class Family:
     distilled: Callable[[str], str] | None = None
     class_names: tuple[str, ...] = ()  # of pipelines and networks, in a folder's or file's metadata
     ships: bool = False  # weights come with the package: `path` may be empty
+    variants: bool = False  # reads `LoadOptions.variant`
     one_size: tuple[int, int] | None = None  # (height, width) in pixels if there is no other
     attention: tuple[str, ...] = ('auto', 'xla')  # of `attention.KINDS`
     dtype: str = 'float32'  # of activations where no run says it
@@ -117,14 +121,30 @@ class Family:
     pretraining: Callable[[Any], Pretraining] | None = None  # of a config; None: it comes trained
     codec: Callable[[Any], CodecTraining] | None = None  # of a config; None: it comes trained
 
+    def of_variant(self, variant: str) -> tuple[str, ...]:
+        """The arguments after a path that name a variant of its files; '' is none.
+
+        Raises:
+          WeightsError: the family's files have no variants, or this is no name of one.
+        """
+        if variant and not self.variants:
+            raise WeightsError(f'weights of {self.name} have no variants; leave out {variant} '
+                               '(config.teacher.variant, --variant)')
+        if not rules.VARIANT.ok(variant):
+            raise WeightsError(f'variant {variant!r} must be {rules.VARIANT.allowed} '
+                               '(config.teacher.variant, --variant)')
+        return (variant,) if variant else ()
+
     def load_teacher(self, options: LoadOptions) -> Teacher:
         """The teacher; raises `WeightsError`."""
+        self.of_variant(options.variant)
         if self.load is None:
             raise WeightsError(f'only the text encoder of {self.name} is supported')
         return self.load(options)
 
     def load_text(self, options: LoadOptions) -> TextEncoder:
         """The text side, loaded apart or with its teacher; raises `WeightsError`."""
+        self.of_variant(options.variant)
         text = self.text(options) if self.text else self.load_teacher(options).text
         if text is None:
             raise WeightsError(f'{self.name} has no text side')

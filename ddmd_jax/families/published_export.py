@@ -1,5 +1,6 @@
 """Students of `published_flow` teachers: the teacher's pipeline, another transformer, scheduler."""
 
+import dataclasses
 import functools
 import sys
 from collections.abc import Sequence
@@ -13,7 +14,7 @@ from ddmd_jax.families import published_flow
 from ddmd_jax.families.family import Export, Exported, Source
 from ddmd_jax.families.published_flow import Flow
 from ddmd_jax.util import files
-from ddmd_jax.weights import diffusers, fetch, scheduler
+from ddmd_jax.weights import diffusers, fetch, scheduler, transformers
 
 ABSENT = [None, None]  # a component that a pipeline does without
 COPIED = ('vae', 'text_encoder', 'tokenizer')  # as they are
@@ -44,21 +45,30 @@ def export_of(flow: Flow, no_guidance: float) -> Export:
         use=USE.replace('GUIDANCE', str(no_guidance)))
 
 
-def open_source(flow: Flow, path: str) -> Source:
+@dataclasses.dataclass(frozen=True)
+class Pipeline:
+    """A teacher's folder, and the variant of its weights ('' for files without one)."""
+
+    folder: Path
+    variant: str = ''
+
+
+def open_source(flow: Flow, path: str, variant: str = '') -> Source:
     """Raises `WeightsError`: no such folder, or no config of such a transformer in it."""
     folder = fetch.local_folder(path, FILES)
     component = published_flow.transformer_folder(folder)
     published = diffusers.read_json(component / 'config.json')
     abstract = published_flow.abstract_network(flow, published_flow.model_config(flow, published))
-    return Source(_identity(flow, component), abstract, flow.rules,
-                  Shift(published_flow.shift_of(flow, folder)), published, own=folder)
+    return Source(_identity(flow, component, variant), abstract, flow.rules,
+                  Shift(published_flow.shift_of(flow, folder)), published,
+                  Pipeline(folder, variant))
 
 
-def _identity(flow: Flow, component: Path) -> str | None:
+def _identity(flow: Flow, component: Path, variant: str) -> str | None:
     """The weights', if they are there: for a student's shape their config is enough."""
     if not list(component.glob('*.safetensors')):
         return None
-    return diffusers.identity(diffusers.open_folder(component, flow.transformer))
+    return diffusers.identity(diffusers.open_folder(component, flow.transformer, variant))
 
 
 def write_weights(flow: Flow, student: Exported, out: Path) -> None:
@@ -73,7 +83,7 @@ def write_pipeline(flow: Flow, student: Exported, out: Path) -> None:
     source = student.source.own
     if is_bare(source, 'transformer'):
         return
-    base = source / 'scheduler' / 'scheduler_config.json'
+    base = source.folder / 'scheduler' / 'scheduler_config.json'
     scheduler.write(out / 'scheduler', student.shift, student.sampler,
                     diffusers.read_json(base))
     scheduler.write_index(out, flow.class_names[0], {
@@ -81,22 +91,38 @@ def write_pipeline(flow: Flow, student: Exported, out: Path) -> None:
         'scheduler': ['diffusers', scheduler.CLASS], **copied(source, out, COPIED)})
 
 
-def is_bare(source: Path, network: str) -> bool:
+def is_bare(source: Pipeline, network: str) -> bool:
     """Whether a teacher's folder is its `network` alone; then a line says what is not written."""
-    if (source / 'model_index.json').is_file():
+    if (source.folder / 'model_index.json').is_file():
         return False
-    print(f'warning: {source} is a bare {network}, and so is the student written; give the '
+    print(f'warning: {source.folder} is a bare {network}, and so is the student written; give the '
           "whole pipeline's folder with --teacher for one that draws", file=sys.stderr)
     return True
 
 
-def copied(source: Path, out: Path, names: Sequence[str]) -> dict[str, list[Any]]:
-    """Copies those components of a pipeline's folder that it has; the index's line of each name."""
-    index = diffusers.read_json(source / 'model_index.json')
+def copied(source: Pipeline, out: Path, names: Sequence[str]) -> dict[str, list[Any]]:
+    """Copies those components of a pipeline's folder that it has; the index's line of each name.
+
+    Of a component's weights come those that the teacher's were read from, called as files without
+    a variant are: what is exported needs none to be named.
+    """
+    index = diffusers.read_json(source.folder / 'model_index.json')
     found = {}
     for name in names:
-        there = (source / name).is_dir()
+        there = (source.folder / name).is_dir()
         if there:
-            files.copy_folder(source / name, out / name, SUFFIXES)
+            called = functools.partial(_called, source.folder / name, source.variant)
+            files.copy_folder(source.folder / name, out / name, called)
         found[name] = index.get(name, ABSENT) if there else ABSENT
     return found
+
+
+def _called(folder: Path, variant: str, name: str) -> str:
+    """How a component's file is called in a student's pipeline; '' if it is not copied."""
+    if not name.endswith(SUFFIXES):
+        return ''
+    for stem in (diffusers.STEM, transformers.STEM):
+        found = diffusers.variants(folder, stem)
+        if found and name.startswith((f'{stem}.', f'{stem}-')):
+            return diffusers.plain_name(name, stem, variant if variant in found else '')
+    return name

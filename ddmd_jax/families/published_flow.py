@@ -46,7 +46,7 @@ from ddmd_jax.weights.flat import WeightsError
 FILES = ('model_index.json', 'scheduler/*.json', 'transformer/*.json', 'transformer/*.safetensors',
          'vae/*.json', 'vae/*.safetensors',
          # Of a bare transformer.
-         'config.json', f'{diffusers.STEM}*.safetensors', f'{diffusers.STEM}*.index.json')
+         'config.json', f'{diffusers.STEM}*.safetensors', f'{diffusers.STEM}*.json')
 SIZE = (1024, 1024)  # pixels, height first
 FACTOR = 8  # pixels a latent, likewise
 LIMIT = 4.0  # standard deviations: latents are scaled to about one
@@ -147,17 +147,17 @@ def shift_of(flow: Flow, folder: Path) -> float:
     return _scheduler_shift(flow, scheduler) if scheduler.is_dir() else flow.shift
 
 
-def _open(flow: Flow,
-          folder: Path) -> tuple[diffusers.Checkpoint, diffusers.Checkpoint | None, float]:
+def _open(flow: Flow, folder: Path, variant: str = ''
+          ) -> tuple[diffusers.Checkpoint, diffusers.Checkpoint | None, float]:
     """(transformer, autoencoder, shift) of a pipeline's folder, or of a bare transformer's."""
     if not (folder / 'model_index.json').exists():
-        return diffusers.open_folder(folder, flow.transformer), None, flow.shift
+        return diffusers.open_folder(folder, flow.transformer, variant), None, flow.shift
     found = diffusers.read_json(folder / 'model_index.json').get('_class_name')
     if found not in flow.class_names:
         raise WeightsError(f'{folder} is a {found}, not {flow.class_names[0]}; give a folder of '
                            f'{flow.title}')
-    return (diffusers.open_folder(folder / 'transformer', flow.transformer),
-            diffusers.open_folder(folder / 'vae', published_vae.AUTOENCODER),
+    return (diffusers.open_folder(folder / 'transformer', flow.transformer, variant),
+            published_vae.open_folder(folder / 'vae', variant),
             _scheduler_shift(flow, folder / 'scheduler'))
 
 
@@ -181,7 +181,8 @@ def load(flow: Flow, options: LoadOptions) -> Teacher:
       ShardingError: a parameter does not divide over the mesh.
     """
     mesh = options.devices
-    transformer, vae, shift = _open(flow, fetch.local_folder(options.path, FILES))
+    transformer, vae, shift = _open(flow, fetch.local_folder(options.path, FILES),
+                                    options.variant)
     kind = resolve(options.attention, mesh.devices.flat[0].platform)
     cfg = model_config(flow, transformer.config, options.dtype, options.remat, kind)
     abstract = abstract_network(flow, cfg, options.param_dtype)

@@ -8,6 +8,7 @@ given a published config refuses fields that it does not know.
 import dataclasses
 import functools
 import hashlib
+import importlib.util
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -102,18 +103,23 @@ def load(pipeline: Pipeline, options: LoadOptions) -> TextEncoder:
       ShardingError: a parameter does not divide over the mesh.
     """
     mesh, parts = options.devices, pipeline.components
-    # No variants (``model.fp16.safetensors``).
-    files = ('*.json', f'{folders.STEM}.safetensors', f'{folders.STEM}-*.safetensors')
+    # Of the variants (``model.fp16.safetensors``) the one that is asked for, or none.
+    files = ('*.json', *diffusers.patterns(folders.STEM, options.variant))
     folder = fetch.local_folder(options.path, [
         'model_index.json', *(f'{c.tokenizer}/*' for c in parts),
         *(f'{c.folder}/{name}' for c in parts for name in files)])
+    absent = [c for c in parts if options.variant
+              and options.variant not in diffusers.variants(folder / c.folder, folders.STEM)]
+    if absent:  # an encoder that comes without, as diffusers reads it then
+        folder = fetch.local_folder(options.path, [
+            f'{c.folder}/{name}' for c in absent for name in diffusers.patterns(folders.STEM)])
     found = diffusers.read_json(folder / 'model_index.json').get('_class_name')
     if found not in pipeline.class_names:
         raise WeightsError(f'{folder} is a {found}, not {pipeline.class_names[0]}; give the folder '
                            'of a pipeline of this family')
     tokenizers = [_tokenizer(folder / c.tokenizer, pipeline) for c in parts]
     # Everything is checked before the first byte of weights goes to a device.
-    opened = [_open(folder / c.folder, c, options.dtype) for c in parts]
+    opened = [_open(folder / c.folder, c, options) for c in parts]
     for c, tokenizer, (_, cfg) in zip(parts, tokenizers, opened):
         if (last := max(tokenizer.get_vocab().values())) >= cfg.vocab_size:
             raise WeightsError(
@@ -129,10 +135,10 @@ def load(pipeline: Pipeline, options: LoadOptions) -> TextEncoder:
         pipeline.family, params, functools.partial(_tokenize, pipeline, tokenizers),
         _apply(parts, configs, mesh), pipeline.length, sum(cfg.hidden_size for cfg in configs),
         pipeline.rules, _identity([checkpoint for checkpoint, _ in opened]), pipeline.cuts,
-        ids=IDS[:len(parts)])
+        ids=IDS[:len(parts)], cut=functools.partial(_cut, pipeline, tokenizers))
 
 
-def identity(pipeline: Pipeline, path: str) -> str | None:
+def identity(pipeline: Pipeline, path: str, variant: str = '') -> str | None:
     """`TextEncoder.identity` of the pipeline in a folder, loading nothing; None where its encoders
     are not on this disk: embeddings are there to do without them.
 
@@ -143,8 +149,13 @@ def identity(pipeline: Pipeline, path: str) -> str | None:
     components = [Path(named) / c.folder for c in pipeline.components]
     if places.is_url(named) or not all(list(x.glob('*.safetensors')) for x in components):
         return None
-    return _identity([folders.open_folder(folder, c.published)
+    return _identity([_checkpoint(folder, c, variant)
                       for folder, c in zip(components, pipeline.components)])
+
+
+def _checkpoint(folder: Path, component: Component, variant: str) -> diffusers.Checkpoint:
+    return folders.open_folder(folder, component.published,
+                               diffusers.variant_in(folder, folders.STEM, variant))
 
 
 def _identity(opened: Sequence[diffusers.Checkpoint]) -> str:
@@ -170,9 +181,10 @@ def abstract(pipeline: Pipeline, configs: Sequence[Any], options: LoadOptions) -
         IDS[:len(parts)])
 
 
-def _open(folder: Path, component: Component, dtype: str) -> tuple[diffusers.Checkpoint, Any]:
+def _open(folder: Path, component: Component,
+          options: LoadOptions) -> tuple[diffusers.Checkpoint, Any]:
     """(the checked folder of an encoder, our config of it); reads no weights."""
-    checkpoint = folders.open_folder(folder, component.published)
+    checkpoint, dtype = _checkpoint(folder, component, options.variant), options.dtype
     try:
         cfg = component.config(checkpoint.config, dtype)
     except (KeyError, TypeError, ValueError) as e:
@@ -235,6 +247,12 @@ def _tokenizer(folder: Path, pipeline: Pipeline) -> Any:
         _tokenize(pipeline, [found], [''])  # a missing pad token or chat template fails here
     except Exception as e:  # no common ancestor: of JSON, of files, of templates, of Rust
         errors.raise_environment(e, folder)
+        models = sorted(folder.glob('*.model'))
+        if (models and not (folder / 'tokenizer.json').exists()
+                and importlib.util.find_spec('sentencepiece') is None):
+            raise WeightsError(f'{models[0]} is read by sentencepiece, which is not installed: pip '
+                               'install sentencepiece protobuf, or give a folder with a '
+                               'tokenizer.json') from e
         raise WeightsError(f'no tokenizer can be made of {folder} ({first_line(e)}); {CURE}') from e
     return found
 
@@ -248,3 +266,10 @@ def _tokenize(pipeline: Pipeline, tokenizers: Sequence[Any],
     tokens = {name: f['input_ids'].astype(np.int32) for name, f in zip(IDS, found)}
     mask = found[0]['attention_mask'].astype(bool)
     return tokens | {'mask': mask if pipeline.cuts else np.ones_like(mask)}
+
+
+def _cut(pipeline: Pipeline, tokenizers: Sequence[Any], prompts: Sequence[str]) -> np.ndarray:
+    """`TextEncoder.cut` of a pipeline: of two tokenizers either may cut."""
+    whole = [t([pipeline.text(t, p) for p in prompts], verbose=False)['input_ids']
+             for t in tokenizers]
+    return np.any([[len(ids) > pipeline.length for ids in rows] for rows in whole], axis=0)

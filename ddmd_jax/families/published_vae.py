@@ -3,6 +3,7 @@
 import dataclasses
 import functools
 from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import Any
 
 import jax
@@ -31,6 +32,12 @@ def entry(path: str) -> Entry:
     layout = 'same' if leaf != 'kernel' else 'linear' if modules[-1].startswith('to_') else 'conv'
     leaf = 'bias' if leaf == 'bias' else 'weight'
     return Entry('.'.join(['to_out.0' if m == 'to_out' else m for m in modules] + [leaf]), layout)
+
+
+def open_folder(folder: Path, variant: str = '') -> diffusers.Checkpoint:
+    """Opens a pipeline's ``vae``, in `variant` if it comes in it; see `diffusers.open_folder`."""
+    return diffusers.open_folder(folder, AUTOENCODER,
+                                 diffusers.variant_in(folder, diffusers.STEM, variant))
 
 
 def vae_config(published: dict[str, Any], dtype: str) -> AutoencoderKLConfig:

@@ -18,12 +18,12 @@ import sys
 import threading
 import time
 import traceback
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import jax
 
-from ddmd_jax.util import places
+from ddmd_jax.util import errors, places
 from ddmd_jax.util.errors import UserError
 from ddmd_jax.util.places import Place
 from ddmd_jax.util.text import first_line
@@ -58,7 +58,7 @@ def launcher_in(environ: Mapping[str, str]) -> str | None:
 
 
 def start(coordinator: str | None, num_processes: int | None, process_id: int | None,
-          environ: Mapping[str, str], peer_timeout: int = 100) -> None:
+          environ: Mapping[str, str], peer_timeout: int = 100, command: str = 'main') -> None:
     """Initialises `jax.distributed` if this process is one of several; before any other JAX call.
 
     Args:
@@ -66,6 +66,7 @@ def start(coordinator: str | None, num_processes: int | None, process_id: int | 
       num_processes, process_id: how many there are and which this is; go with `coordinator`.
       environ: `os.environ`.
       peer_timeout: seconds after which a process that is not heard of counts as dead.
+      command: begins the line in which a process ends.
 
     Raises:
       DistributedError: flags that do not go together, or nobody answers.
@@ -90,7 +91,7 @@ def start(coordinator: str | None, num_processes: int | None, process_id: int | 
               'them were started with one coordinator')
     # JAX, too, would give up, but by aborting.
     late = threading.Timer(JOINING, lambda: _exit(
-        'main: ' + cannot.format(f'not all of them came within {JOINING} s')))
+        f'{command}: ' + cannot.format(f'not all of them came within {JOINING} s')))
     late.daemon = True
     late.start()
     try:
@@ -105,7 +106,7 @@ def start(coordinator: str | None, num_processes: int | None, process_id: int | 
     global _peers
     # Before anybody asks for a device: that waits for the others as well.
     _peers = Peers(joined.global_state.client, joined.global_state.process_id,
-                   joined.global_state.num_processes, peer_timeout)
+                   joined.global_state.num_processes, peer_timeout, command)
     _peers.start()
 
 
@@ -119,8 +120,9 @@ class Peers:
 
     FOLDER, DONE, FAILED = 'ddmd_jax/alive/', 'done', 'failed'
 
-    def __init__(self, client: Any, me: int, count: int, timeout: float):
+    def __init__(self, client: Any, me: int, count: int, timeout: float, command: str = 'main'):
         self._client, self.me, self._timeout, self._asked = client, me, timeout, 0
+        self.command = command
         self.beat = min(2.0, timeout / 4)  # seconds between two counts
         self._seen = {i: ('', time.monotonic()) for i in range(count) if i != me}
         self._leaving, self._writing = threading.Event(), threading.Lock()
@@ -244,7 +246,7 @@ _exiting = threading.Lock()
 def exit_now(reason: str) -> None:
     """Ends this process of several with code 1 and one line that names it; tells the others."""
     # On a line of its own: a progress bar may stand on this one.
-    _exit(f'\nmain: process {_peers.me if _peers else 0}: {reason}')
+    _exit(f'\n{_command()}: process {_peers.me if _peers else 0}: {reason}')
 
 
 def _exit(line: str) -> None:
@@ -267,7 +269,30 @@ def fail(reason: str, at_once: bool = False) -> None:
     if _peers is None and not at_once:
         sys.exit(f'main: {reason}')
     sys.stdout.flush()
-    _exit(f'main: {reason}')
+    _exit(f'{_command()}: {reason}')
+
+
+@contextlib.contextmanager
+def ending_together() -> Iterator[None]:
+    """Inside, what goes wrong in one process of several ends them all, in a line each.
+
+    A process alone raises what it raises.
+    """
+    try:
+        yield
+    except Exception as e:
+        if _peers is None:
+            raise
+        if isinstance(e, UserError):
+            fail(str(e))
+        exit_if_lost(e)
+        if fault := errors.environment(e):
+            fail(str(fault))
+        exit_if_distributed(e)
+
+
+def _command() -> str:
+    return _peers.command if _peers else 'main'
 
 
 def exit_if_lost(error: Exception) -> None:

@@ -43,7 +43,7 @@ def parts_for(config: Any, mesh: Any) -> tuple[Any, Any, int, Any]:
 
     t, family = config.teacher, families.get(config.teacher.name)
     options = families.LoadOptions(t.path, mesh, t.dtype, _largest(config), t.remat, t.attention,
-                                   t.param_dtype)
+                                   t.param_dtype, t.variant)
     if family.abstract:
         teacher = family.abstract(options)
     else:  # no array can lie on devices that are only described

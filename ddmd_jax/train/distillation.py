@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import os
 from collections.abc import Callable
 from typing import Any
 
@@ -34,6 +35,7 @@ from ddmd_jax.train.startup import Compiling, Startup
 from ddmd_jax.train.state import StateSpec, TrainState, fresh
 from ddmd_jax.train.update import Frozen, Mechanics, Program, Updates
 from ddmd_jax.train.watch.logs import RunLog, means
+from ddmd_jax.util import places
 from ddmd_jax.weights.flat import WeightsError
 
 GRID = 8  # prompts of the picture that is logged during training
@@ -109,7 +111,19 @@ def load_teacher(config: Any, mesh: Mesh, path: str = '') -> Teacher:
     size = next(iter(config.data.get('sizes', ())), None)  # of the images that are shown
     return families.get(t.name).load_teacher(LoadOptions(
         path or t.path, mesh, t.dtype, size, t.remat, t.attention,
-        'float32' if path else t.param_dtype))
+        'float32' if path else t.param_dtype, '' if path else t.variant))
+
+
+def network_at(family: Family, path: str) -> str:
+    """Where a student's network lies in what `export` has written, a pipeline or it alone.
+
+    Any other path is its own.
+    """
+    if family.export:
+        network = places.of(path) / family.export.names['safetensors'][0]
+        if network.exists():
+            return os.fspath(network)
+    return path
 
 
 def _refuse_distilled(family: Family, path: str) -> None:
@@ -186,7 +200,8 @@ class Distillation:
         return Feed(read, prompt_sources.placer(self.prompts, self.spec.mesh), skip)
 
     def read_weights(self, path: str) -> Any:
-        return load_teacher(self.config, self.spec.mesh, path).params
+        network = network_at(families.get(self.config.teacher.name), path)
+        return load_teacher(self.config, self.spec.mesh, network).params
 
     # --- A step ---
 

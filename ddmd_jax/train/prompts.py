@@ -7,7 +7,7 @@ encoder on the mesh, a jitted program of its own, as batches are needed (online)
 
 import dataclasses
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any
 
 import jax
@@ -23,6 +23,7 @@ from ddmd_jax.data.conditioning import Prompts
 from ddmd_jax.data.prompts import build as prompt_sets
 from ddmd_jax.families import Teacher, TextEncoder
 from ddmd_jax.parallel import sharding
+from ddmd_jax.train.durable import checkpoint as ckpt
 
 CHUNK = 4096  # texts tokenised at a time
 TEXT_ROWS = 8  # prompts of images encoded at a time
@@ -40,7 +41,8 @@ def load(config: Any, teacher: Teacher, mesh: Mesh) -> Prompts:
         return family.data_sets[config.data.name].load(config, teacher, mesh)
     if config.data.name == 'embeddings':
         own = teacher.text.identity if teacher.text else None
-        encoder = family.text_identity(config.teacher.path) if family.text_identity else own
+        named = (config.teacher.path, *family.of_variant(config.teacher.variant))
+        encoder = family.text_identity(*named) if family.text_identity else own
         found = conditioning.open_embeddings(config.data.path, teacher.cond.width, encoder)
     else:
         found = online(config.data.path, text_of(config, teacher, mesh), mesh,
@@ -75,9 +77,32 @@ def online(path: str, text: TextEncoder, mesh: Mesh, measure: bool = False) -> P
 
 def token_counts(text: TextEncoder, stored: Any) -> np.ndarray:
     """True lengths ``[N]`` int32 of every prompt of a set."""
-    parts = [text.tokenize(stored.__getitems__(list(range(i, min(i + CHUNK, len(stored))))))
-             for i in range(0, len(stored), CHUNK)]
-    return np.concatenate([part['mask'].sum(1) for part in parts]).astype(np.int32)
+    return np.concatenate([text.tokenize(part)['mask'].sum(1)
+                           for part in chunks(stored)]).astype(np.int32)
+
+
+def chunks(stored: Any) -> Iterator[list[str]]:
+    """The texts of a set, `CHUNK` at a time."""
+    for i in range(0, len(stored), CHUNK):
+        yield stored.__getitems__(list(range(i, min(i + CHUNK, len(stored)))))
+
+
+def count_cut(text: TextEncoder, parts: Iterable[Sequence[str]]) -> int | None:
+    """How many prompts lose their end at the encoder's limit; a warning says so, once.
+
+    None where the encoder does not tell.
+    """
+    if text.cut is None:
+        return None
+    total, lost, first = 0, 0, ''
+    for part in parts:
+        cut = text.cut(part)
+        first = first or next((prompt for prompt, over in zip(part, cut) if over), '')
+        total, lost = total + len(part), lost + int(cut.sum())
+    if lost:
+        ckpt.warn(f'{lost} of {total} prompts are longer than the {text.length} tokens that '
+                  f'{text.name} reads, and lose their end; the first begins {first[:40]!r}')
+    return lost
 
 
 def make_encoder(text: TextEncoder, mesh: Mesh, whole: bool = False) -> Callable[[Any], Cond]:
@@ -114,7 +139,7 @@ def text_of(config: Any, teacher: Teacher, mesh: Mesh) -> TextEncoder:
       WeightsError: it cannot be read.
     """
     return teacher.text or teachers.get(config.teacher.name).load_text(teachers.LoadOptions(
-        config.teacher.path, mesh, config.teacher.dtype))
+        config.teacher.path, mesh, config.teacher.dtype, variant=config.teacher.variant))
 
 
 def encoder_program(text: TextEncoder, mesh: Mesh, whole: bool = False) -> tuple[Any, Any]:

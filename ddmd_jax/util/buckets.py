@@ -24,7 +24,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path, PurePosixPath
 from typing import Any
 
-from ddmd_jax.util import errors, places
+from ddmd_jax.util import errors, places, processes
 from ddmd_jax.util.places import Place, PlaceError
 from ddmd_jax.util.text import first_line
 
@@ -209,13 +209,13 @@ class Lease:
         deadline, seen = time.monotonic() + LEASE, None
         while not self._create():
             found = self._read()
-            if seen is None and found and not _dead(found):
+            if seen is None and found and processes.running(found) is not False:
                 print(f'{self._place} is there ({self._words(found)}): looking for {LEASE:g} s '
                       'whether its holder is alive', file=sys.stderr)
             if seen is not None and found and found != seen:
                 return self._words(found)  # it has moved: somebody is alive
             seen = seen if found is None else found
-            if _dead(found or {}) or time.monotonic() > deadline:
+            if processes.running(found or {}) is False or time.monotonic() > deadline:
                 with contextlib.suppress(FileNotFoundError):
                     self._fs.rm_file(self._path)
                 if self._create():
@@ -241,7 +241,7 @@ class Lease:
         self._count += 1
         return json.dumps({
             'token': self._token, 'count': self._count, 'host': socket.gethostname(),
-            'machine': _machine(), 'process': os.getpid(),
+            **processes.name(),
             'time': time.strftime('%Y-%m-%d %H:%M:%S %z')}).encode()
 
     def _create(self) -> bool:
@@ -275,25 +275,3 @@ class Lease:
                     os.kill(os.getpid(), signal.SIGTERM)
                     return
                 self._fs.pipe_file(self._path, self._content())
-
-
-def _machine() -> str:
-    """Names the kernel that runs, and whose processes this one sees: hosts may share a name."""
-    try:
-        boot = Path('/proc/sys/kernel/random/boot_id').read_text().strip()
-        return f'{boot} {os.readlink("/proc/self/ns/pid")}'
-    except OSError:
-        return secrets.token_hex(8)  # another each time: nobody is known to be dead
-
-
-def _dead(found: dict[str, Any]) -> bool:
-    """Whether a lock's holder was a process of this machine that is no more."""
-    if found.get('machine') != _machine() or not isinstance(found.get('process'), int):
-        return False
-    try:
-        os.kill(found['process'], 0)
-    except ProcessLookupError:
-        return True
-    except OSError:
-        pass
-    return False

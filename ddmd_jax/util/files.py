@@ -3,17 +3,19 @@
 import contextlib
 import errno
 import fcntl
+import glob
+import hashlib
 import json
 import os
 import shutil
 import socket
 import tempfile
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, Protocol, TypeVar
 
-from ddmd_jax.util import buckets, places
+from ddmd_jax.util import buckets, places, processes
 from ddmd_jax.util.places import Place
 
 T = TypeVar('T')
@@ -39,8 +41,17 @@ def replacing(path: Place, sync: bool = False, own: bool = False) -> Iterator[Pa
             yield scratch
         return
     path = Path(path)
-    scratch = path.with_name(f'{path.name}.{os.getpid()}.tmp' if own else f'{path.name}.tmp')
-    remove(scratch)  # of a process that was killed
+    # Of processes that were killed nothing stays.
+    if own:
+        tag = hashlib.sha256(processes.machine().encode()).hexdigest()[:8]
+        scratch = path.with_name(f'{path.name}.{tag}.{os.getpid()}.tmp')
+        for other in path.parent.glob(f'{glob.escape(path.name)}.{tag}.*.tmp'):
+            process = int(other.name.split('.')[-2])
+            if not processes.running(processes.name() | {'process': process}):
+                remove(other)
+    else:
+        scratch = path.with_name(f'{path.name}.tmp')
+    remove(scratch)
     try:
         yield scratch
         for file in [scratch, *scratch.rglob('*')] if sync else []:
@@ -53,13 +64,16 @@ def replacing(path: Place, sync: bool = False, own: bool = False) -> Iterator[Pa
         raise
 
 
-def copy_folder(source: Path, target: Path, suffixes: Sequence[str]) -> None:
-    """The files of a folder that end in one of `suffixes`, all or none; links become files."""
+def copy_folder(source: Path, target: Path, called: Callable[[str], str]) -> None:
+    """The files of a folder, all or none; links become files.
+
+    `called` gives the name of a file's copy, '' for one that is left out.
+    """
     with replacing(target) as scratch:
         scratch.mkdir(parents=True)
         for file in sorted(source.iterdir()):
-            if file.suffix in suffixes and file.is_file():
-                shutil.copyfile(file, scratch / file.name)
+            if (name := called(file.name)) and file.is_file():
+                shutil.copyfile(file, scratch / name)
 
 
 def write(path: Place, content: str | bytes, sync: bool = False) -> None:

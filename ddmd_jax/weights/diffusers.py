@@ -8,6 +8,8 @@ import dataclasses
 import hashlib
 import json
 import math
+import re
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -61,31 +63,33 @@ def read_json(file: Path) -> dict[str, Any]:
         raise WeightsError(f'{file} cannot be read ({e}); fetch it again') from e
 
 
-def open_folder(folder: Path, expected: str) -> Checkpoint:
+def open_folder(folder: Path, expected: str, variant: str = '') -> Checkpoint:
     """Opens a component whose ``config.json`` names the class `expected`; reads headers only.
 
+    `variant` is as diffusers has it: 'fp16' stands for ``*.fp16.safetensors``.
+
     Raises:
-      WeightsError: another class, a missing or truncated file, pickles only, or tensors of a
-        type that is not trained on (fp8, int8).
+      WeightsError: another class, a missing or truncated file, no such variant, pickles only, or
+        tensors of a type that is not trained on (fp8, int8).
     """
     config = read_json(folder / 'config.json')
     found = config.get('_class_name', 'something without a class name')
     if found != expected:
         raise WeightsError(f'{folder} is {found}, not {expected}; give the folder of a teacher '
                            'of this family')
-    tensors = headers(folder, STEM)
+    tensors = headers(folder, STEM, variant)
     check_types(folder, tensors)
     return Checkpoint(folder, config, tensors)
 
 
-def headers(folder: Path, stem: str) -> dict[str, Tensor]:
+def headers(folder: Path, stem: str, variant: str = '') -> dict[str, Tensor]:
     """Every tensor of the safetensors files of a component, by name; `stem` begins theirs.
 
     Raises:
-      WeightsError: a missing or truncated file, or pickles only.
+      WeightsError: a missing or truncated file, no such variant, or pickles only.
     """
     tensors: dict[str, Tensor] = {}
-    for file in _files(folder, stem):
+    for file in _files(folder, stem, variant):
         opened = flat.open_file(file, REFETCH)
         for name in opened.keys():  # noqa: SIM118  (not a dict)
             part = opened.get_slice(name)
@@ -102,11 +106,63 @@ def check_types(folder: Path, tensors: dict[str, Tensor]) -> None:
                            'a folder in float32, float16 or bfloat16')
 
 
-def _files(folder: Path, stem: str) -> list[Path]:
+def patterns(stem: str, variant: str = '') -> tuple[str, ...]:
+    """Of the files that hold a component's weights in a variant; its indices are JSON."""
+    called = f'{stem}.{variant}' if variant else stem
+    # The last is how diffusers called the parts of a variant before it did as transformers does.
+    return (f'{called}.safetensors', f'{called}-*.safetensors',
+            *([f'{stem}-*.{variant}.safetensors'] if variant else []))
+
+
+def variants(folder: Path, stem: str) -> list[str]:
+    """The variants of its weights that a component comes in, '' for those without a name."""
+    found = (_variant_of(file.name, stem) for file in folder.glob('*.safetensors'))
+    return sorted({variant for variant in found if variant is not None})
+
+
+def _variant_of(name: str, stem: str) -> str | None:
+    """Of a file of weights, '' if it has none; None of any other file."""
+    found = re.fullmatch(re.escape(stem) + r'(?:\.([\w-]+?))?(?:-\d+-of-\d+)?(?:\.([\w-]+))?'
+                         r'\.safetensors', name)
+    return found and (found[1] or found[2] or '')
+
+
+def plain_name(name: str, stem: str, variant: str) -> str:
+    """How a file of weights in a variant is called in a folder that has them without one.
+
+    '' if it is of another variant. Parts keep their names, which their index has.
+    """
+    single, indices = _names(stem, variant)
+    if name == single:
+        return f'{stem}.safetensors'
+    if name in indices:
+        return f'{stem}.safetensors.index.json'
+    return name if _variant_of(name, stem) == variant else ''
+
+
+def _names(stem: str, variant: str) -> tuple[str, tuple[str, ...]]:
+    """The names of a component's file in a variant, and of its index; the last is an old one."""
+    dot = f'.{variant}' if variant else ''
+    return f'{stem}{dot}.safetensors', (f'{stem}.safetensors.index{dot}.json',
+                                        f'{stem}.safetensors{dot}.index.json')
+
+
+def variant_in(folder: Path, stem: str, variant: str) -> str:
+    """`variant`, or '' with a warning where a component does not come in it, as diffusers does."""
+    found = variants(folder, stem)
+    if variant in found or '' not in found:
+        return variant
+    print(f'warning: {folder} has no variant {variant}; what is read is {stem}.safetensors',
+          file=sys.stderr)
+    return ''
+
+
+def _files(folder: Path, stem: str, variant: str = '') -> list[Path]:
     """The safetensors files of a component: one, or those that its index names."""
-    index = folder / f'{stem}.safetensors.index.json'
-    single = folder / f'{stem}.safetensors'
-    if index.exists():
+    name, indices = _names(stem, variant)
+    single = folder / name
+    index = next((folder / x for x in indices if (folder / x).exists()), None)
+    if index:
         names = sorted({str(n) for n in dict(read_json(index).get('weight_map', {})).values()})
         # A name with a folder in it could reach for any file.
         bad = [n for n in names if Path(n).name != n or not (folder / n).is_file()]
@@ -121,7 +177,17 @@ def _files(folder: Path, stem: str) -> list[Path]:
         raise WeightsError(f'{folder} holds only {pickles[0]}, a pickle: loading one runs whatever '
                            'code it contains; convert it (diffusers: save_pretrained writes '
                            'safetensors)')
-    raise WeightsError(f'{folder} has no {single.name}; fetch the folder again')
+    others = variants(folder, stem)
+    if variant and others:
+        raise WeightsError(f'{folder} has no variant {variant}: it comes in '
+                           f'{" and ".join(x or "one without a name" for x in others)}; name that, '
+                           "or '' for none (config.teacher.variant, --variant)")
+    if others and others != ['']:
+        raise WeightsError(f'{folder} has no {single.name}, but {stem}.{others[0]}.safetensors: '
+                           f'name the variant (config.teacher.variant={others[0]}, or '
+                           f'--variant={others[0]}), or give a copy where files are called so')
+    raise WeightsError(f'{folder} has no {single.name}; fetch the folder again, or name the '
+                       'variant if it comes in one only (config.teacher.variant, --variant)')
 
 
 def _slices(checkpoint: Checkpoint) -> dict[str, Any]:

@@ -56,7 +56,7 @@ def decoder_entry(path: str, norms: Mapping[str, str]) -> Entry:
     return Entry(f'layers.{{}}.{theirs}.weight', 'linear' if leaf == 'kernel' else 'same')
 
 
-def open_folder(folder: Path, published: Published) -> Checkpoint:
+def open_folder(folder: Path, published: Published, variant: str = '') -> Checkpoint:
     """Opens a component whose ``config.json`` names one of the classes; reads headers only.
 
     Raises:
@@ -69,7 +69,7 @@ def open_folder(folder: Path, published: Published) -> Checkpoint:
         raise WeightsError(f'{folder} is {found}, not {published.classes[0]}; give the folder of a '
                            'teacher of this family')
     kept: dict[str, Tensor] = {}  # by name without prefix, without those that are unused
-    for tensor in diffusers.headers(folder, STEM).values():
+    for tensor in diffusers.headers(folder, STEM, variant).values():
         name = tensor.name.removeprefix(published.prefix)
         if any(re.fullmatch(pattern, name) for pattern in published.unused):
             continue

@@ -20,6 +20,7 @@ import tensorflow_datasets as tfds
 from PIL import Image
 
 from ddmd_jax.families.emoji.drawings import DRAWINGS, EDGE, OBJECTS, SETS, VERSION, IconSet
+from ddmd_jax.util import files
 from ddmd_jax.util.errors import UserError
 from ddmd_jax.util.text import first_line
 
@@ -73,7 +74,8 @@ def make(packages: Path, out: Path) -> int:
         # Insertion order is the order of a fixed hash of the keys: the same on every machine.
         builder.download_and_prepare()
         shutil.copyfile(DRAWINGS / NOTICE, Path(builder.data_dir) / NOTICE)
-        shutil.copytree(builder.data_dir, out)
+        with files.replacing(out) as whole:
+            shutil.copytree(builder.data_dir, whole)
     return len(rows)
 
 

@@ -97,7 +97,8 @@ def text_encoder(model: dict[str, Any], params: Any, identity: str) -> TextEncod
 
     return TextEncoder('emoji', params, tokenize, lambda p, x: run(p, x['ids'], x['mask']),
                        cfg.max_length, cfg.dim, RULES, identity,
-                       flops=functools.partial(flops.caption_forward, cfg))
+                       flops=functools.partial(flops.caption_forward, cfg),
+                       cut=functools.partial(words.cut, length=cfg.max_length))
 
 
 def teacher_from(model: dict[str, Any], params: dict[str, Any], latents: Latents) -> Teacher:
@@ -127,6 +128,10 @@ def read(path: str = '') -> tuple[dict[str, Any], dict[str, Any]]:
       WeightsError: missing, damaged, not an emoji teacher, or trained on another codec's latents.
     """
     file = buckets.local(places.of(path)) if path else WEIGHTS
+    if file.is_dir():
+        raise flat.WeightsError(f'{file} is a folder, and an emoji teacher or student one file; '
+                                'give that, such as the student.safetensors that `export '
+                                '--format=safetensors` writes')
     params, meta = flat.load(file, RESTORE_HINT)
     try:
         model = json.loads(meta['model'])

@@ -35,3 +35,9 @@ def encode(texts: Sequence[str], length: int) -> tuple[np.ndarray, np.ndarray]:
         kept = encoding.ids[:length]
         ids[row, :len(kept)], mask[row, :len(kept)] = kept, True
     return ids, mask
+
+
+def cut(texts: Sequence[str], length: int) -> np.ndarray:
+    """Which texts `encode` cuts, ``[n]`` bool."""
+    return np.asarray([len(encoding.ids) > length
+                       for encoding in load().encode_batch(list(texts))], bool)

@@ -21,7 +21,13 @@ from flax import nnx
 
 from ddmd_jax.diffusion.time import StepTable
 from ddmd_jax.families.family import Export, Exported, Source
-from ddmd_jax.families.published_export import ABSENT, SUFFIXES, copied, is_bare
+from ddmd_jax.families.published_export import (
+    ABSENT,
+    SUFFIXES,
+    Pipeline,
+    copied,
+    is_bare,
+)
 from ddmd_jax.families.sdxl import teacher as sdxl, text
 from ddmd_jax.models.layers import abstract_params
 from ddmd_jax.models.unet import UNet
@@ -44,16 +50,16 @@ unet = UNet2DConditionModel.from_pretrained('{folder}/unet')
 """
 
 
-def open_source(path: str) -> Source:
+def open_source(path: str, variant: str = '') -> Source:
     """Raises `WeightsError`: no such folder, or no config of such a UNet in it."""
     folder = fetch.local_folder(path, FILES)
     opened = sdxl.open_folder(folder)
     cfg = sdxl.model_config(opened.published)
     identity = None  # for a student's shape the config is enough
     if list(opened.unet.glob('*.safetensors')):
-        identity = diffusers.identity(diffusers.open_folder(opened.unet, sdxl.UNET))
+        identity = diffusers.identity(diffusers.open_folder(opened.unet, sdxl.UNET, variant))
     return Source(identity, abstract_params(lambda: UNet(cfg, nnx.Rngs(0))), sdxl.RULES,
-                  opened.time, opened.published, own=folder)
+                  opened.time, opened.published, Pipeline(folder, variant))
 
 
 def write_weights(student: Exported, out: Path) -> None:
@@ -96,7 +102,7 @@ def write_pipeline(student: Exported, out: Path) -> None:
     source = student.source.own
     if is_bare(source, 'UNet'):
         return
-    index = diffusers.read_json(source / 'model_index.json')
+    index = diffusers.read_json(source.folder / 'model_index.json')
     (out / 'scheduler').mkdir()
     files.write(out / 'scheduler' / 'scheduler_config.json', json.dumps(config, indent=2) + '\n')
     kept = {name: index[name] for name in ('force_zeros_for_empty_prompt',) if name in index}

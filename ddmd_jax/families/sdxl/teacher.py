@@ -46,7 +46,7 @@ from ddmd_jax.weights.flat import WeightsError
 UNET = 'UNet2DConditionModel'
 FILES = ('model_index.json', 'scheduler/*.json', 'unet/*.json', 'unet/*.safetensors',
          'vae/*.json', 'vae/*.safetensors', 'text_encoder_2/config.json', 'config.json',
-         f'{diffusers.STEM}*.safetensors', '*.index.json')
+         f'{diffusers.STEM}*.safetensors', f'{diffusers.STEM}*.json')
 SIZE = (1024, 1024)  # pixels, height first
 FACTOR = 8  # pixels a latent, likewise
 LIMIT = 4.0  # standard deviations: latents are scaled to about one
@@ -297,14 +297,14 @@ def load(options: LoadOptions) -> Teacher:
     opened = open_folder(fetch.local_folder(options.path, FILES))
     kind = resolve(options.attention, mesh.devices.flat[0].platform)
     cfg = model_config(opened.published, options.dtype, options.remat, kind)
-    checkpoint = diffusers.open_folder(opened.unet, UNET)
+    checkpoint = diffusers.open_folder(opened.unet, UNET, options.variant)
     shapes = _abstract_params(cfg, options.param_dtype)
     layout = sharding.shard_tree(shapes, RULES, mesh)
     diffusers.check(checkpoint, shapes, names.unet)
     # Everything is checked before the first byte of weights goes to a device.
     factor, decode = FACTOR, None
     if opened.vae:
-        vae = diffusers.open_folder(opened.vae, published_vae.AUTOENCODER)
+        vae = published_vae.open_folder(opened.vae, options.variant)
         factor, decode = published_vae.decoder(vae, mesh)
     latents = Latents(_latent_shape(options.size or SIZE, cfg, factor), decode, LIMIT,
                       functools.partial(_latent_shape, cfg=cfg, factor=factor), moments=MOMENTS)

@@ -68,6 +68,6 @@ def null_is_zeros(folder: str | Path) -> bool:
     return bool(index.get('force_zeros_for_empty_prompt', True))  # the pipeline's own default
 
 
-def identity(path: str) -> str | None:
+def identity(path: str, variant: str = '') -> str | None:
     """Raises `WeightsError`: see `published_text.identity`."""
-    return published_text.identity(PIPELINE, path)
+    return published_text.identity(PIPELINE, path, variant)

@@ -5,7 +5,7 @@ from ddmd_jax.families.published_export import export_of
 from ddmd_jax.families.zimage import teacher, text
 
 FAMILY = Family(
-    'zimage', load=teacher.load, text=text.load, text_identity=text.identity,
+    'zimage', load=teacher.load, text=text.load, text_identity=text.identity, variants=True,
     abstract=teacher.abstract, distilled=teacher.distilled,
     class_names=(*text.PIPELINE.class_names, teacher.TRANSFORMER),
     attention=('auto', 'xla', 'splash'), dtype='bfloat16', guidance=6.0,

@@ -61,6 +61,6 @@ def load(options: LoadOptions) -> TextEncoder:
     return published_text.load(PIPELINE, options)
 
 
-def identity(path: str) -> str | None:
+def identity(path: str, variant: str = '') -> str | None:
     """Raises `WeightsError`: see `published_text.identity`."""
-    return published_text.identity(PIPELINE, path)
+    return published_text.identity(PIPELINE, path, variant)

@@ -26,7 +26,8 @@ from ddmd_jax.weights import flat
 PACKAGES = ('jax', 'flax', 'optax', 'orbax-checkpoint')
 FORMAT_FIELD, FORMAT = 'format', 2  # of the state's tree; a manifest without it has format 1
 INTERVAL = 'interval'  # beside the data's state: metrics that had not been logged yet
-PLACES = ('teacher.path',)  # in a manifest for those who look for it: what lies there counts
+# In a manifest for those who look for it: what lies there counts.
+PLACES = ('teacher.path', 'teacher.variant')
 VERSION = 'version.'  # in front of a package's name in a manifest; these only warn
 
 

@@ -83,8 +83,6 @@ def _weights(named: str) -> Place:
     path = places.of(named)
     if (path / 'checkpoints').is_dir() or (path / 'state').is_dir():
         return _checkpoint('init_from', named)
-    if (path / 'transformer' / 'config.json').is_file():  # what `export` has written
-        return path / 'transformer'
     if not path.exists():
         raise CheckpointError(f'config.init_from: no {path}; give the --workdir of a run, one of '
                               'its checkpoints, or weights such as `export` writes')
