@@ -178,7 +178,7 @@ def main(argv: list[str]) -> None:
         distributed.agree('config', shared(_CONFIG.value))
         sharding.all_devices()
     except UserError as e:
-        sys.exit(f'main: {e}')
+        distributed.fail(str(e))  # the other processes, too, if there are any yet
 
     from ddmd_jax.train.durable import lock, signals
     from ddmd_jax.train.durable.saving import HungError

@@ -41,13 +41,16 @@ class Commands:
 
 
 def become(module, args, out, err):
-    """Runs a module in this process as ``python -m`` does, and ends the process."""
+    """Runs a module in this process as ``python -m`` does, or a file, and ends the process."""
     for name, number in ((os.devnull, 0), (out, 1), (err, 2)):
         os.dup2(os.open(name, os.O_RDWR | os.O_CREAT), number)
-    sys.argv = [module, *args]
+    sys.argv = [str(module), *args]
     code = 0
     try:
-        runpy.run_module(module, run_name='__main__', alter_sys=True)
+        if isinstance(module, Path):
+            runpy.run_path(str(module), run_name='__main__')
+        else:
+            runpy.run_module(module, run_name='__main__', alter_sys=True)
     except SystemExit as e:
         if isinstance(e.code, str):
             print(e.code, file=sys.stderr)

@@ -16,9 +16,12 @@
     NAN=N                 the batch with this number is NaN, in this process
     BREAK=N               a device fails in step N
     CLOCK=N               from step N on the clock shows a day less
+    IDENTITY=X            the data are called X
+    UNREADABLE=1          no file of a checkpoint can be read just now, in this process
 """
 
 import contextlib
+import errno
 import hashlib
 import itertools
 import os
@@ -120,6 +123,10 @@ def trap_items(traps, pipe):
     JsonCheckpointHandler._save_fn = half
 
 
+def unreadable(path):
+    raise OSError(errno.EIO, os.strerror(errno.EIO), str(path))
+
+
 def each_step(environ):
     """A function to be called before each step."""
     number, clock, filler = itertools.count(1), time.time, Path(environ.get('FILL', ''))
@@ -159,6 +166,8 @@ def hook(environ):
 
     def prepared(config):
         task = prepare(config)
+        if environ.get('IDENTITY'):
+            task.identities = task.identities | {'data_identity': environ['IDENTITY']}
         patch(task, 'step', lambda *args: (at('step'), step()))
         return task
 
@@ -173,6 +182,8 @@ def hook(environ):
         tell = lambda what, state: print('digest', what, int(state.step), digest(state), flush=True)
         patch(resume, 'start', after=lambda state: tell('start', state))
         patch(train, 'fit', after=lambda result: tell('end', result[0]))
+    if environ.get('UNREADABLE'):
+        checksums.digest = unreadable
     if 'NAN' in environ:
         poison(int(environ['NAN']))
 
