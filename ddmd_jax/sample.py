@@ -294,9 +294,8 @@ def encoded(named: Sequence[ImageName], model: Model, mesh: Mesh) -> Request:
 def load(model: Model, whose: Sequence[str], mesh: Mesh) -> tuple[Teacher, dict[str, Any]]:
     """(the teacher without its weights, parameters on `mesh` by 'student' and 'teacher')."""
     import jax
-    import jax.numpy as jnp
 
-    from ddmd_jax.export.student import check_teacher
+    from ddmd_jax.export.student import binding_of, check_teacher, trained_shapes
     from ddmd_jax.families import LoadOptions
     from ddmd_jax.parallel import sharding
 
@@ -308,14 +307,18 @@ def load(model: Model, whose: Sequence[str], mesh: Mesh) -> tuple[Teacher, dict[
                         "pipeline's folder with --teacher_path")
     if model.saved and 'student' in whose:
         check_teacher(model.saved, teacher.identity, '--teacher_path')
-    abstract = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, jnp.float32), teacher.params)
-    layout = sharding.shard_tree(abstract, teacher.rules, mesh)
-    params = {}
-    if 'teacher' in whose:
-        params['teacher'] = jax.device_put(teacher.params, layout)
+    lay_out = lambda tree: sharding.shard_tree(tree, teacher.rules, mesh)
+    binding = binding_of(model.saved.manifest if model.saved else {})
+    shapes = jax.eval_shape(lambda: teacher.params)
+    params, base = {}, None
+    if 'teacher' in whose or binding.leans:
+        base = jax.device_put(teacher.params, lay_out(shapes))
     teacher = dataclasses.replace(teacher, params=None)  # no longer held on to
+    if 'teacher' in whose:
+        params['teacher'] = base
     if model.saved and 'student' in whose:
-        params['student'] = model.saved.part('ema', abstract, layout)
+        trained = trained_shapes(binding, shapes)
+        params['student'] = binding.bind(base, model.saved.part('ema', trained, lay_out(trained)))
     return teacher, params
 
 

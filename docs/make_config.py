@@ -28,7 +28,7 @@ LINE = '| {} | {} | {} | {} | {} |'
 
 
 def _value(value: Any) -> str:
-    return 'required' if value is REQUIRED else f'`{value!r}`'
+    return 'required' if value is REQUIRED else f'`{value!r}`'.replace('|', r'\|')
 
 
 def table(listed: Iterable[Field]) -> str:

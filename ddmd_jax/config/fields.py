@@ -69,6 +69,13 @@ OPTIMISER = (
     Field('chain', r.CHAIN, (), FIXED, 'if not empty it stands for all of the above'),
 )
 
+ADAPTER = (
+    Field('kind', r.choice('full', 'lora'), 'full', FIXED, 'what is trained: everything, or low-rank adapters over the one copy of the teacher'),
+    Field('rank', r.COUNT, 16, FIXED, "adapters' rank; like what follows, not read where everything is trained"),
+    Field('alpha', r.or_none(r.POSITIVE), None, FIXED, 'their product is scaled by alpha / rank; None: alpha is the rank'),
+    Field('targets', r.PATTERNS, ('(to_q|to_k|to_v|to_out)$', '(feed_forward|ff)/'), FIXED, "regular expressions searched in modules' paths, the first found decides: adapted, or left out if it begins with `-`"),
+)
+
 COMMON = (
     Field('task', r.choice('distill', 'pretrain', 'codec'), REQUIRED, FIXED, 'what the run does'),
     Field('seed', r.SEED, 0, FIXED, 'root of all randomness'),
@@ -108,6 +115,8 @@ DISTILL = (
     Field('teacher.attention', r.choice('auto', 'xla', 'splash'), 'auto', FREE, "XLA's attention or the Pallas kernel for TPUs; `auto`: the kernel on a TPU"),
     Field('student.steps', r.whole(at_least=1, at_most=64), 4, FIXED, 'N, network evaluations of the student'),
     Field('student.sampler', r.choice('renoise', 'deterministic'), 'renoise', FREE, 'sampler of the evaluation'),
+    *under('student.adapter', ADAPTER),
+    *under('critic.adapter', ADAPTER),
     Field('critic.updates', r.NATURAL, 5, FIXED, "critic updates for each of the student's"),
     Field('critic.warmup', r.NATURAL, 0, FIXED, 'further critic updates before the first step'),
     Field('critic.weighting', r.choice('velocity', 'clean'), 'velocity', FIXED, 'weighting of the denoising loss'),

@@ -91,6 +91,16 @@ def _chain_fault(chain: Any) -> str:
     return ''
 
 
+def _pattern_fault(patterns: Any) -> str:
+    """Which pattern is no regular expression, and why; '' if all are."""
+    for pattern in patterns if is_sequence(patterns) else ():
+        try:
+            re.compile(pattern)
+        except (re.error, TypeError) as e:
+            return f'; {pattern!r}: {e}'
+    return ''
+
+
 def _is_size(value: Any) -> bool:
     return is_sequence(value) and len(value) == 2 and all(map(COUNT.ok, value))
 
@@ -136,3 +146,6 @@ CHAIN = Rule('a sequence of (name in optax, its keyword arguments)',
              lambda value: is_sequence(value) and not _chain_fault(value),
              _chain_fault)
 NAMES = Rule('a sequence of names', lambda value: is_sequence(value) and all(map(_is_name, value)))
+PATTERNS = Rule('a sequence of one or more regular expressions',
+                lambda value: is_sequence(value) and bool(value) and all(map(_is_name, value))
+                and not _pattern_fault(value), _pattern_fault)

@@ -202,6 +202,16 @@ def critic_needed(updates: int, weight_dm: float, regularisers: Active) -> str |
                 'follow the student')
 
 
+@about('critic.merge', *(f'{whose}.adapter.{name}' for whose in ('student', 'critic')
+                         for name in ('kind', 'rank', 'alpha', 'targets')))
+def merges(decay: float, *adapters: Any) -> str | None:
+    student, critic = adapters[:4], adapters[4:]
+    full = student[0] == critic[0] == 'full'
+    if decay != 1 and not full and list(student) != list(critic):
+        return ('must be 1 while student.adapter and critic.adapter differ: there is nothing of '
+                'the student that the critic could be moved towards')
+
+
 @about('log.tracker')
 def tracker_there(name: str) -> str | None:
     # A folder of that name that lies here has no loader.

@@ -1,7 +1,8 @@
 """``python -m ddmd_jax.export --checkpoint=WORKDIR --out=DIR``: a student for others to load.
 
-Writes the EMA student of a run: as a pipeline that diffusers loads, as safetensors or as an
-Orbax checkpoint, with a model card. Exit code 1, and one line on stderr, if it cannot.
+Writes the EMA student of a run: as a pipeline that diffusers loads, as safetensors, as an Orbax
+checkpoint, or its adapters as a LoRA, with a model card. Exit code 1, and one line on stderr, if
+it cannot.
 """
 
 from absl import flags
@@ -16,8 +17,10 @@ def define_flags() -> None:
     commands.define_place('checkpoint', None, 'Folder of the run (its --workdir).')
     flags.DEFINE_integer('step', None, 'Checkpoint to export; default: the newest.', 1)
     commands.define_place('out', None, 'Folder to write; nothing in it is overwritten.')
-    flags.DEFINE_enum('format', 'diffusers', ('diffusers', 'safetensors', 'orbax'),
-                      'Format to write.')
+    flags.DEFINE_enum('format', 'diffusers', ('diffusers', 'safetensors', 'orbax', 'lora'),
+                      'Format to write; all but lora merge adapters into the teacher.')
+    flags.DEFINE_enum('naming', 'diffusers', ('diffusers', 'comfyui'),
+                      "Whose names a LoRA's tensors have.")
     flags.DEFINE_enum('dtype', 'float32', ('float32', 'bfloat16', 'float16'),
                       'Type of the tensors written.')
     flags.DEFINE_boolean('ema', True, 'The EMA student; --noema is the raw student.')
@@ -33,13 +36,15 @@ def define_flags() -> None:
 def main(arguments: list[str]) -> None:
     commands.only_flags(arguments)
     commands.need(checkpoint='name the --workdir of a run', out='name a folder to write')
+    if FLAGS['naming'].present and FLAGS.format != 'lora':
+        raise UserError('--naming is a LoRA\'s; give --format=lora with it')
     if FLAGS.push and FLAGS.push.count('/') != 1:
         raise UserError(f'--push={FLAGS.push} is not OWNER/NAME')
     from ddmd_jax.export import write  # JAX takes seconds to import: not before the flags are right
 
     out = commands.folder('--out', FLAGS.out, places.BUCKETS)
     wanted = write.Wanted(FLAGS.format, FLAGS.dtype, FLAGS.ema, FLAGS.sampler, FLAGS.teacher,
-                          FLAGS.step, FLAGS.variant)
+                          FLAGS.step, FLAGS.variant, FLAGS.naming)
     workdir = places.of(FLAGS.checkpoint)
     print('\n'.join(map(str, write.export(workdir, out, wanted))))
     if FLAGS.push:

@@ -1,5 +1,6 @@
 """The model card: what the student is, how to draw with it, what it was trained on, figures."""
 
+import json
 import os
 from pathlib import Path
 
@@ -11,7 +12,6 @@ from ddmd_jax.export.student import Student
 from ddmd_jax.families.family import Exported
 from ddmd_jax.method import health
 from ddmd_jax.util import files, jsonl, places, text
-from ddmd_jax.weights import flat
 
 NAMES = README, PICTURE = 'README.md', 'samples.png'
 # Fields of the config that say how a student was trained; no places on its machine.
@@ -22,13 +22,16 @@ params = ocp.StandardCheckpointer().restore('{folder}/params')  # an absolute pa
 """
 
 
-def write(student: Student, out: Path, form: str, exported: Exported) -> None:
-    """``README.md``, and the picture of the run that it shows."""
-    evaluation, why = _figures(student, exported)
+def write(student: Student, out: Path, form: str, exported: Exported, weights: str) -> None:
+    """``README.md``, and the picture of the run that it shows; `weights` names what was trained."""
+    evaluation, why = _figures(student, exported, weights)
     if picture := not why and (student.workdir / PICTURE).is_file():
         (out / PICTURE).write_bytes((student.workdir / PICTURE).read_bytes())
     whole = (out / 'model_index.json').is_file()
-    use = ORBAX if form == 'orbax' else student.export.use if whole else student.export.alone
+    use = {'orbax': ORBAX, 'lora': student.export.use_adapters}.get(
+        form, student.export.use if whole else student.export.alone)
+    config = out / 'scheduler' / 'scheduler_config.json'
+    scheduler = json.loads(config.read_text())['_class_name'] if config.is_file() else ''
     # The teacher as the hub knows it, or ''.
     base = student.manifest.get('teacher.path', '')
     if (base.count('/') != 1 or base.startswith(('.', '/', '~', '$'))
@@ -45,8 +48,11 @@ def write(student: Student, out: Path, form: str, exported: Exported) -> None:
     template = environment.from_string(Path(__file__).with_name('card.md.jinja').read_text())
     card = template.render(
         student=student, dtype=exported.dtype, sampler=exported.sampler, picture=picture,
-        version=ddmd_jax.__version__, library='diffusers' if whole else 'ddmd_jax', base=base,
-        use=use.format(folder=out.name, dtype=exported.dtype, steps=student.steps).strip(),
+        version=ddmd_jax.__version__, base=base,
+        library='diffusers' if whole or form == 'lora' else 'ddmd_jax',
+        relation='adapter' if form == 'lora' else 'finetune',
+        use=use.format(folder=out.name, dtype=exported.dtype, steps=student.steps,
+                       base=base or 'TEACHER', scheduler=scheduler).strip(),
         evaluation=evaluation, why=why, before=health.before(history),
         health=history[-1] if 'health' in history[-1] else None,
         settings=[item for item in sorted(student.manifest.items()) if item[0].startswith(SHOWN)],
@@ -54,7 +60,7 @@ def write(student: Student, out: Path, form: str, exported: Exported) -> None:
     files.write(out / README, card.rstrip('\n') + '\n')
 
 
-def _figures(student: Student, exported: Exported) -> tuple[str, str]:
+def _figures(student: Student, exported: Exported, weights: str) -> tuple[str, str]:
     """(``eval.json``'s table, why the run has judged something else than is exported, or '')."""
     found = student.file('eval.json')
     judged = (found or {}).get('step', student.step)
@@ -66,8 +72,7 @@ def _figures(student: Student, exported: Exported) -> tuple[str, str]:
         return '', f'the run judged its weights at step {judged}, these are of {student.step}'
     if not found:
         return '', 'the run was not evaluated'
-    mine = flat.corner_identity(exported.params, student.mesh)
-    if found.get('weights', mine) != mine:
+    if found.get('weights', weights) != weights:
         return '', 'the run judged other weights of this step'
     heads = [name for name in found['rows'][0] if name != 'name']
     show = lambda v: '' if v is None else f'{v:.3f}' if isinstance(v, float) else str(v)

@@ -1,19 +1,21 @@
 """The student of a run's checkpoint, and what the run says of it."""
 
 import dataclasses
+import functools
 import json
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 from jax.sharding import Mesh
 
 from ddmd_jax import config as config_lib, families
 from ddmd_jax.diffusion import time as time_maps
 from ddmd_jax.families import Family, LoadOptions
 from ddmd_jax.families.family import Export, Exported, Source
+from ddmd_jax.models import adapters
+from ddmd_jax.models.adapters import Binding
 from ddmd_jax.parallel import sharding
 from ddmd_jax.train.durable import checkpoint as ckpt
 from ddmd_jax.util.places import Place
@@ -37,6 +39,12 @@ class Student:
     source: Source
     ema: bool
     mesh: Mesh
+    teacher: str  # path
+
+    @functools.cached_property
+    def binding(self) -> Binding:
+        """How what the run trained becomes its student."""
+        return binding_of(self.manifest)
 
     @property
     def step(self) -> int:
@@ -63,15 +71,27 @@ class Student:
         return time_maps.chosen(self.source.time, self.manifest.get('method.shift'))
 
     def read(self) -> Any:
-        """The weights, fp32, over the mesh.
+        """What was trained, fp32, over the mesh: of a fully fine-tuned student its weights.
 
         Raises:
           CheckpointError: damaged, or of another shape than the teacher.
         """
-        like = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, jnp.float32),
-                            self.source.abstract)
+        like = trained_shapes(self.binding, self.source.abstract)
         return self.saved.part('ema' if self.ema else 'student', like,
                                sharding.shard_tree(like, self.source.rules, self.mesh))
+
+    def network(self, trained: Any) -> Any:
+        """The student's own weights, fp32: adapters are merged into the teacher's, read for it.
+
+        Raises:
+          WeightsError: the teacher's are not there.
+        """
+        if not self.binding.leans:
+            return trained
+        base = families.get(self.family).load_teacher(LoadOptions(self.teacher, self.mesh)).params
+        merge = lambda base, trained: adapters.materialised(self.binding.bind(base, trained))
+        layout = sharding.shard_tree(jax.eval_shape(lambda: base), self.source.rules, self.mesh)
+        return jax.jit(merge, out_shardings=layout)(base, trained)
 
     def file(self, name: str) -> Any:
         """JSON that the run has left in its folder, or None."""
@@ -81,6 +101,19 @@ class Student:
     def field(self, name: str) -> Any:
         """A field of the run's config as it was last; None if it is not there."""
         return field_of(self.workdir, name)
+
+
+def binding_of(manifest: Mapping[str, Any]) -> Binding:
+    """How what a run trained becomes its student, by its manifest."""
+    prefix = 'student.adapter.'
+    fields = {name.removeprefix(prefix).replace('.', '/'): value
+              for name, value in manifest.items() if name.startswith(prefix)}
+    return adapters.from_section(flat.unflatten(fields))
+
+
+def trained_shapes(binding: Binding, base: Any) -> Any:
+    """Of what a run trains of its student, fp32, given arrays or shapes of the teacher."""
+    return jax.eval_shape(lambda base: binding.init(base, jax.random.key(0)), base)
 
 
 def field_of(workdir: Place, name: str) -> Any:
@@ -120,11 +153,11 @@ def open_student(workdir: Place, teacher: str, ema: bool, step: int | None = Non
     export = family.export or plain_export(family)
     if variant is None:
         variant = saved.manifest.get('teacher.variant', '')
-    source = export.open_source(teacher or saved.manifest.get('teacher.path', ''),
-                                *family.of_variant(variant))
+    path = teacher or saved.manifest.get('teacher.path', '')
+    source = export.open_source(path, *family.of_variant(variant))
     check_teacher(saved, source.identity, '--teacher')
     return Student(workdir, saved, family.name, export, source, ema,
-                   sharding.make_mesh({'fsdp': -1}))
+                   sharding.make_mesh({'fsdp': -1}), path)
 
 
 def check_teacher(saved: ckpt.Saved, identity: str | None, flag: str) -> None:

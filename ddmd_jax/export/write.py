@@ -2,23 +2,26 @@
 
 import contextlib
 import dataclasses
+import functools
 import json
 import os
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import jax
+import jax.numpy as jnp
 import orbax.checkpoint as ocp
 
 from ddmd_jax.export import card
-from ddmd_jax.export.student import open_student
+from ddmd_jax.export.student import Student, open_student
 from ddmd_jax.families.family import Exported
+from ddmd_jax.models.adapters import LoRA
 from ddmd_jax.parallel import sharding
 from ddmd_jax.util import buckets, files, places, processes
 from ddmd_jax.util.errors import UserError
 from ddmd_jax.util.places import Place
 from ddmd_jax.util.text import first_line
-from ddmd_jax.weights import flat
+from ddmd_jax.weights import flat, lora
 from ddmd_jax.weights.flat import WeightsError
 
 COMMITTED = 'commit_success.txt'  # Orbax's mark of a checkpoint in a bucket that is complete
@@ -30,13 +33,14 @@ MARK = '.export.json'  # in a folder that an export is still writing to
 class Wanted:
     """How a student is exported."""
 
-    format: str = 'diffusers'  # or 'safetensors', 'orbax'
+    format: str = 'diffusers'  # or 'safetensors', 'orbax', 'lora'
     dtype: str = 'float32'  # of the tensors, or 'bfloat16', 'float16'
     ema: bool = True  # the EMA student, or the raw one
     sampler: str = ''  # of the pipeline's scheduler, of `sampling.STUDENT_MODES`; '' is the run's
     teacher: str = ''  # path of the teacher if it moved
     step: int | None = None  # checkpoint; None is the newest
     variant: str | None = None  # of the teacher's files; None is the run's
+    naming: str = 'diffusers'  # of a LoRA's tensors, of `lora.NAMINGS`
 
 
 def export(workdir: Place, out: Place, wanted: Wanted = Wanted()) -> list[Place]:
@@ -53,8 +57,17 @@ def export(workdir: Place, out: Place, wanted: Wanted = Wanted()) -> list[Place]
     student = open_student(workdir, wanted.teacher, wanted.ema, wanted.step, wanted.variant)
     family, form = student.export, wanted.format
     write = {'diffusers': family.write_pipeline, 'safetensors': family.write_weights,
-             'orbax': _write_orbax}[form]
+             'orbax': _write_orbax, 'lora': None}[form]
     names = {**family.names, 'orbax': ('params',)}
+    if student.binding.leans and family.adapters:
+        names['lora'] = (lora.FILE, 'scheduler')
+        if form == 'lora':
+            write = functools.partial(_write_lora, student, wanted.naming)
+    elif form == 'lora':
+        raise WeightsError(f'{workdir} trained all of its student, which has no adapters; give '
+                           '--format=diffusers' if not student.binding.leans else
+                           f'{student.family} has no published names, as a LoRA needs; give '
+                           '--format=safetensors, which merges it')
     if write is None or form not in names:
         raise WeightsError(f'students of {student.family} are not written as {form}; give --format='
                            f'{" or ".join(names)}')
@@ -62,11 +75,14 @@ def export(workdir: Place, out: Place, wanted: Wanted = Wanted()) -> list[Place]
     for name in (*names[form], *card.NAMES):  # before anything large is read
         if (out / name).exists():
             raise WeightsError(f'{out / name} exists already; choose another place or delete it')
-    exported = Exported(student.read(), student.source, student.step, student.steps, student.time,
-                        wanted.dtype, wanted.sampler or student.sampler)
+    trained = student.read()
+    exported = Exported(trained if form == 'lora' else student.network(trained), student.source,
+                        student.step, student.steps, student.time, wanted.dtype,
+                        wanted.sampler or student.sampler)
+    weights = flat.corner_identity(trained, student.mesh)
     with _marked(out, [*names[form], *card.NAMES]), files.filled(out) as folder:
         write(exported, folder)
-        card.write(student, folder, form, exported)
+        card.write(student, folder, form, exported, weights)
         if form == 'orbax' and places.is_url(out):  # without it Orbax takes it for half written
             (folder / 'params' / COMMITTED).touch()
         return [out / name for name in (*names[form], card.README) if (folder / name).exists()]
@@ -112,6 +128,15 @@ def _remove(out: Place, names: Sequence[str]) -> None:
                 f'{name}{end}' for name in names for end in ('.tmp', '.orbax-checkpoint-tmp'))):
             files.remove(path)
     files.remove(out / MARK)
+
+
+def _write_lora(student: Student, naming: str, exported: Exported, out: Path) -> None:
+    """The adapters, and the scheduler that takes the student's steps if it has one."""
+    assert student.export.adapters and isinstance(student.binding, LoRA)
+    if student.export.write_scheduler:
+        student.export.write_scheduler(exported, out)  # may refuse
+    lora.write(out / lora.FILE, lora.on_host(exported.params, student.binding.scale),
+               student.export.adapters, naming, jnp.dtype(exported.dtype))
 
 
 def _write_orbax(student: Exported, out: Path) -> None:

@@ -20,6 +20,7 @@ from ddmd_jax.diffusion.time import Shift, TimeMap
 from ddmd_jax.families.base import LoadOptions, Teacher, TextEncoder
 from ddmd_jax.parallel.sharding import Rules
 from ddmd_jax.weights.flat import WeightsError
+from ddmd_jax.weights.lora import Names
 
 if TYPE_CHECKING:
     from ddmd_jax.config.fields import Field
@@ -54,7 +55,7 @@ class Source:
 class Exported:
     """A student about to be written."""
 
-    params: Any  # fp32, over the mesh
+    params: Any  # fp32, over the mesh; None where adapters are written
     source: Source  # its teacher
     step: int  # student updates
     steps: int  # network evaluations of an image
@@ -78,6 +79,10 @@ class Export:
     `names` are files and folders written, by format ('safetensors', 'diffusers'), the model's
     first. `alone` and `use` are programs that load the network alone, and draw with the pipeline;
     ``{folder}``, ``{dtype}`` and ``{steps}`` are filled in.
+
+    `adapters` are the names of a LoRA's tensors. Beside it `write_scheduler` writes
+    ``FOLDER/scheduler``, which takes the student's steps; `use_adapters` is a program that draws
+    with both, where ``{base}`` is the teacher, and ``{scheduler}`` the scheduler's class.
     """
 
     # Of the teacher's path, and of its variant if there is one; raises `WeightsError`.
@@ -87,6 +92,9 @@ class Export:
     alone: str
     write_pipeline: Callable[[Exported, Path], None] | None = None  # diffusers', if there is one
     use: str = ''
+    adapters: Names | None = None
+    write_scheduler: Callable[[Exported, Path], None] | None = None
+    use_adapters: str = ''
 
 
 @dataclasses.dataclass(frozen=True)

@@ -15,6 +15,7 @@ from ddmd_jax.families.family import Export, Exported, Source
 from ddmd_jax.families.published_flow import Flow
 from ddmd_jax.util import files
 from ddmd_jax.weights import diffusers, fetch, scheduler, transformers
+from ddmd_jax.weights.lora import Names
 
 ABSENT = [None, None]  # a component that a pipeline does without
 COPIED = ('vae', 'text_encoder', 'tokenizer')  # as they are
@@ -26,14 +27,25 @@ from diffusers import DiffusionPipeline
 pipe = DiffusionPipeline.from_pretrained('{folder}', torch_dtype=torch.{dtype}).to('cuda')
 image = pipe('a red fox', num_inference_steps={steps}, guidance_scale=GUIDANCE).images[0]
 """
+USE_ADAPTERS = """import torch
+from diffusers import DiffusionPipeline, {scheduler}
+
+pipe = DiffusionPipeline.from_pretrained('{base}', torch_dtype=torch.{dtype}).to('cuda')
+pipe.load_lora_weights('{folder}')
+pipe.scheduler = {scheduler}.from_pretrained('{folder}', subfolder='scheduler')
+image = pipe('a red fox', num_inference_steps={steps}, guidance_scale=GUIDANCE).images[0]
+"""
 ALONE = """from diffusers import TRANSFORMER
 
 transformer = TRANSFORMER.from_pretrained('{folder}/transformer')
 """
 
 
-def export_of(flow: Flow, no_guidance: float) -> Export:
-    """How students of a family are written; `no_guidance` is its pipeline's scale for none."""
+def export_of(flow: Flow, no_guidance: float, comfyui: str = '') -> Export:
+    """How students of a family are written.
+
+    `no_guidance` is its pipeline's scale for none; `comfyui` see `lora.Names`.
+    """
     return Export(
         functools.partial(open_source, flow), functools.partial(write_weights, flow),
         names={
@@ -42,7 +54,9 @@ def export_of(flow: Flow, no_guidance: float) -> Export:
             'safetensors': ('transformer',)},
         alone=ALONE.replace('TRANSFORMER', flow.transformer),
         write_pipeline=functools.partial(write_pipeline, flow),
-        use=USE.replace('GUIDANCE', str(no_guidance)))
+        use=USE.replace('GUIDANCE', str(no_guidance)),
+        adapters=Names('transformer', flow.entry, comfyui), write_scheduler=write_scheduler,
+        use_adapters=USE_ADAPTERS.replace('GUIDANCE', str(no_guidance)))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -83,12 +97,17 @@ def write_pipeline(flow: Flow, student: Exported, out: Path) -> None:
     source = student.source.own
     if is_bare(source, 'transformer'):
         return
-    base = source.folder / 'scheduler' / 'scheduler_config.json'
-    scheduler.write(out / 'scheduler', student.shift, student.sampler,
-                    diffusers.read_json(base))
+    write_scheduler(student, out)
     scheduler.write_index(out, flow.class_names[0], {
         'transformer': ['diffusers', flow.transformer],
         'scheduler': ['diffusers', scheduler.CLASS], **copied(source, out, COPIED)})
+
+
+def write_scheduler(student: Exported, out: Path) -> None:
+    """``OUT/scheduler``, the teacher's but for what the student's steps need."""
+    base = student.source.own.folder / 'scheduler' / 'scheduler_config.json'
+    scheduler.write(out / 'scheduler', student.shift, student.sampler,
+                    diffusers.read_json(base) if base.is_file() else None)
 
 
 def is_bare(source: Pipeline, network: str) -> bool:

@@ -13,6 +13,7 @@ import numpy as np
 from flax import nnx
 from jax.sharding import Mesh, NamedSharding, PartitionSpec as P
 
+from ddmd_jax.models.adapters import Adapted
 from ddmd_jax.parallel import sharding
 from ddmd_jax.weights import flat
 
@@ -174,15 +175,19 @@ def gather_kernels(params: Any, rules: sharding.Rules, mesh: Mesh | None, dtype:
     if mesh is None or mesh.shape['fsdp'] == 1:
         return params
 
-    def one(path: Any, leaf: Array) -> Array:
+    def one(path: Any, leaf: Array | Adapted) -> Array | Adapted:
         name = jax.tree_util.keystr(path, simple=True, separator='/').removesuffix('/value')
         if not name.endswith('kernel'):
             return leaf
         spec = sharding.spec_for(name, leaf.shape, rules, mesh)
         whole = P(*(None if axis == 'fsdp' else axis for axis in spec))
-        return _gather(leaf, dtype, NamedSharding(mesh, whole), NamedSharding(mesh, spec))
+        split = NamedSharding(mesh, spec)
+        if isinstance(leaf, Adapted):  # each device adds its own part, and that is gathered
+            leaf = jax.lax.with_sharding_constraint(leaf.merged(), split)
+        return _gather(leaf, dtype, NamedSharding(mesh, whole), split)
 
-    return jax.tree_util.tree_map_with_path(one, params)
+    return jax.tree_util.tree_map_with_path(
+        one, params, is_leaf=lambda leaf: isinstance(leaf, Adapted))
 
 
 def functional(make: Callable[[], nnx.Module], method: str = '__call__') -> Callable:

@@ -3,7 +3,8 @@
 One ordered list of (regex, spec) lays out student, critic, EMA, optimiser moments and
 teacher alike: a rule is searched in a leaf's path, so that `.../mu/layers/attn/to_q/kernel`
 follows `layers/attn/to_q/kernel`. A spec names mesh axes for a leaf's *last* dimensions;
-stacked layers add dimensions in front, which stay whole.
+stacked layers add dimensions in front, which stay whole. The two factors of a kernel's low-rank
+adapter lie under its path and are split as it is: A along its inputs, B along its outputs.
 """
 
 import math
@@ -21,6 +22,7 @@ from ddmd_jax.util.text import first_line
 
 AXES = ('data', 'fsdp', 'tensor')
 BATCH = P(('data', 'fsdp'))
+FACTORS = ('lora_A', 'lora_B')  # [..., in, rank] and [..., rank, out]; the rank is whole
 Rules = Sequence[tuple[str, tuple[str | None, ...]]]
 
 
@@ -104,10 +106,16 @@ def spec_for(path: str, shape: tuple[int, ...], rules: Rules, mesh: Mesh) -> P:
     """
     if math.prod(shape) == 1:
         return P()
-    rule = next((r for r in rules if re.search(r[0], path)), None)
+    whose, _, name = path.rpartition('/')
+    kernel = whose if name in FACTORS else path
+    rule = next((r for r in rules if re.search(r[0], kernel)), None)
     if rule is None:
         raise ShardingError(f'no sharding rule matches {path} {shape}')
     pattern, spec = rule
+    if name == FACTORS[0]:
+        spec = (*spec[:-1], None) if spec else ()
+    elif name == FACTORS[1]:
+        spec = spec[-1:]
     if len(spec) > len(shape):
         raise ShardingError(f'rule {pattern!r} has {len(spec)} axes for {path} {shape}')
     full = (None,) * (len(shape) - len(spec)) + tuple(spec)

@@ -13,6 +13,7 @@ from ddmd_jax import families as teachers
 from ddmd_jax.parallel import sharding
 from ddmd_jax.train import distillation
 from ddmd_jax.util import text
+from ddmd_jax.weights import flat
 
 REST = 'counters, null prompt'
 
@@ -77,7 +78,9 @@ def layout(config: Any, teacher: teachers.Teacher, mesh: Mesh, tokens: int,
     shapes = fields(p.spec.shapes) | fields(jax.eval_shape(lambda: p.frozen))
     rows = rows_of(shapes, fields(p.spec.shardings) | fields(p.frozen_shardings))
     params = rows_of(p.spec.shapes.student, p.spec.shardings.student)
-    trees = by_tree(rows, {row.path for row in params})
+    # Of a tree that is not the student's, as where adapters are trained, by the teacher's names.
+    networks = (p.spec.shapes.student, p.spec.shapes.critic, p.frozen.teacher)
+    trees = by_tree(rows, {path for tree in networks for path in flat.flatten(tree)})
     if encoder:
         trees['text encoder'] = rows_of(
             encoder.params, sharding.shard_tree(encoder.params, encoder.rules, mesh))

@@ -140,7 +140,8 @@ def programs(config: Any, teacher: teachers.Teacher, mesh: Mesh, tokens: int,
         'critic_step': Program(lambda: p.program.critic.lower(frozen, state, batch), with_batch,
                                share(rows * count['critic_step'], once), rows),
         'sample': Program(
-            lambda: sampler.lower(placed(state.ema, p.spec.shardings.ema),
+            lambda: sampler.lower(p.student.bind(placed(frozen.teacher, p.frozen_shardings.teacher),
+                                                 placed(state.ema, p.spec.shardings.ema)),
                                   placed(cond(drawn), split), placed(cond(1), whole), words),
             resident + bytes_per_device(cond(drawn), split),
             share(drawn * config.student.steps, once), drawn)}

@@ -70,6 +70,7 @@ def looked_at(config: Any, teacher: Teacher, mesh: Mesh,
     part = lambda name: ckpt.restore_part(folder, name, getattr(plan.spec.shapes, name),
                                           getattr(plan.spec.shardings, name))
     frozen = jax.device_put(teacher.params, plan.frozen_shardings.teacher)
+    student = lambda name: plan.student.bind(frozen, part(name))
 
     request = distillation.request_of(prompts, COUNT, 0)
     draw = drawing.drawer(drawing.of_student(
@@ -78,10 +79,10 @@ def looked_at(config: Any, teacher: Teacher, mesh: Mesh,
     guide = drawing.drawer(
         drawing.of_teacher(teacher, GUIDED_STEPS, config.method.alpha), request, mesh)
     predict = distillation.noised_predictor(teacher, plan.recipe, request, mesh)
-    live_x = draw(part('student'))
+    live_x = draw(student('student'))
     start, live, ema, guided, real, fake = map(np.asarray, (
-        draw(frozen), live_x, draw(part('ema')), guide(frozen), predict(frozen, live_x),
-        predict(part('critic'), live_x)))
+        draw(frozen), live_x, draw(student('ema')), guide(frozen), predict(frozen, live_x),
+        predict(plan.critic.bind(frozen, part('critic')), live_x)))
 
     change = live - start
     found = {'std_ratio': float(image_std(live) / image_std(start)),

@@ -9,6 +9,7 @@ import dataclasses
 import functools
 import os
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import jax
@@ -28,6 +29,8 @@ from ddmd_jax.evaluation.suites import Suite
 from ddmd_jax.families import Family, LoadOptions, Teacher
 from ddmd_jax.method import health, recipe as recipes
 from ddmd_jax.method.recipe import Recipe
+from ddmd_jax.models import adapters
+from ddmd_jax.models.adapters import AdapterError, Binding, Full
 from ddmd_jax.parallel import sharding
 from ddmd_jax.train import optim, prompts as prompt_sources
 from ddmd_jax.train.feed import Feed
@@ -36,6 +39,7 @@ from ddmd_jax.train.state import StateSpec, TrainState, fresh
 from ddmd_jax.train.update import Frozen, Mechanics, Program, Updates
 from ddmd_jax.train.watch.logs import RunLog, means
 from ddmd_jax.util import places
+from ddmd_jax.weights import flat, lora
 from ddmd_jax.weights.flat import WeightsError
 
 GRID = 8  # prompts of the picture that is logged during training
@@ -53,6 +57,7 @@ class Plan:
       spec: of its state.
       frozen: teacher and null prompt, arrays or shapes, and `frozen_shardings` where they lie.
       program: the two jitted updates.
+      student, critic: how what is trained of each becomes its network's.
     """
 
     recipe: Recipe
@@ -60,12 +65,17 @@ class Plan:
     frozen: Frozen
     frozen_shardings: Frozen
     program: Program
+    student: Binding = Full()
+    critic: Binding = Full()
 
 
 def plan(config: Any, teacher: Teacher, null: Any, mesh: Mesh) -> Plan:
     """Recipe, state and updates of a config for a teacher and null prompt, arrays or shapes.
 
     `null` is the encoded empty text; `method.null` says what is made of it.
+
+    Raises:
+      AdapterError: `student.adapter` or `critic.adapter` does not fit the teacher's network.
     """
     recipe, c = recipes.from_config(config, teacher), config
     null = NULLS[c.method.get('null', 'encoded')](null)
@@ -74,15 +84,18 @@ def plan(config: Any, teacher: Teacher, null: Any, mesh: Mesh) -> Plan:
         c.optim.critic, c.train.steps * c.critic.updates + c.critic.warmup)
     mechanics = Mechanics(
         student_tx, critic_tx, c.seed, c.train.accumulate, c.student.ema, c.student.ema_ramp,
-        c.critic.merge, c.train.teacher_passes)
+        c.critic.merge, c.train.teacher_passes, adapters.from_section(c.student.get('adapter')),
+        adapters.from_section(c.critic.get('adapter')))
 
     def make(params: Any) -> TrainState:
         # Student and critic both start at the teacher (Algorithm 1, line 1).
-        root = jax.random.fold_in(jax.random.key(c.seed), 2)  # 0 and 1 are the updates'
+        root, of_student, of_critic = initial_keys(c.seed)
         extra = {name: r.init(jax.random.fold_in(root, place))
                  for place, (name, r) in enumerate(recipe.regularisers.items())}
-        return fresh(mechanics.student.init(params), student_tx, mechanics.critic.init(params),
-                     critic_tx, {name: x for name, x in extra.items() if x is not None})
+        student = _begun('student', mechanics.student, params, of_student)
+        critic = _begun('critic', mechanics.critic, params, of_critic)
+        return fresh(student, student_tx, critic, critic_tx,
+                     {name: x for name, x in extra.items() if x is not None})
 
     # A regulariser's rules are for its own parameters, and for nothing else in the state.
     own = [(rf'^extra(_opt/.*)?/{name}/.*(?:{pattern})', axes)
@@ -96,7 +109,21 @@ def plan(config: Any, teacher: Teacher, null: Any, mesh: Mesh) -> Plan:
         layout = dataclasses.replace(layout, teacher=sharding.in_host_memory(layout.teacher))
     updates = Updates(teacher.predict_clean, recipe, mechanics)
     return Plan(recipe, spec, Frozen(teacher.params, null), layout,
-                updates.jitted(mesh, spec.shardings, layout))
+                updates.jitted(mesh, spec.shardings, layout), mechanics.student, mechanics.critic)
+
+
+def _begun(whose: str, binding: Binding, base: Any, key: jax.Array) -> Any:
+    """`Binding.init`; an `AdapterError` says in which section of the config it is to be mended."""
+    try:
+        return binding.init(base, key)
+    except AdapterError as e:
+        raise AdapterError(f'config.{whose}.{e}') from e
+
+
+def initial_keys(seed: int) -> tuple[jax.Array, ...]:
+    """Of a run's initial values: the regularisers', the student's adapters', the critic's."""
+    key = jax.random.key(seed)  # 0 and 1 are the updates'
+    return tuple(jax.random.fold_in(key, place) for place in (2, 3, 4))
 
 
 def load_teacher(config: Any, mesh: Mesh, path: str = '') -> Teacher:
@@ -153,6 +180,7 @@ class Distillation:
                  planned: Plan, startup: Startup):
         self.config, self.teacher, self.prompts, self.order = config, teacher, prompts, order
         self.recipe, self.startup = planned.recipe, startup
+        self.bindings = {'student': planned.student, 'critic': planned.critic}
         if not any(r.needs_real for r in self.recipe.regularisers.values()):
             self.prompts = dataclasses.replace(prompts, real=None)
         self.frozen = jax.device_put(planned.frozen, planned.frozen_shardings)
@@ -200,8 +228,37 @@ class Distillation:
         return Feed(read, prompt_sources.placer(self.prompts, self.spec.mesh), skip)
 
     def read_weights(self, path: str) -> Any:
-        network = network_at(families.get(self.config.teacher.name), path)
-        return load_teacher(self.config, self.spec.mesh, network).params
+        """What a student that begins at `path` trains at its step 0, in any layout.
+
+        `path` is a student's weights, or a LoRA over the teacher's: that becomes the adapters, or
+        is merged where everything is trained.
+
+        Raises:
+          WeightsError: it cannot be read, or is of another base.
+          AdapterError: a LoRA of other modules, or of a higher rank, than the run's.
+        """
+        place = places.of(path, places.ANY)
+        if places.is_url(place) or not (file := lora.find(place)):
+            network = network_at(families.get(self.config.teacher.name), path)
+            return load_teacher(self.config, self.spec.mesh, network).params
+        base, binding = self.frozen.teacher, self.bindings['student']
+        export = families.get(self.config.teacher.name).export
+        if not (export and export.adapters):
+            raise WeightsError(f'{path} is a LoRA, whose names are not known of the family '
+                               f'{self.teacher.family}; merge it into its base')
+        kernels = {name: leaf.shape for name, leaf in flat.flatten(base).items()
+                   if name.endswith(adapters.KERNEL)}
+        given = lora.read(file, kernels, export.adapters)
+        key = initial_keys(self.config.seed)[1]
+        try:
+            if isinstance(binding, adapters.LoRA):
+                # On the host, as each process of a run has all of it.
+                return jax.device_get(binding.start(base, key, given))
+        except AdapterError as e:
+            raise AdapterError(f'config.init_from: {file}: {e}') from e
+        merge = lambda base, given: adapters.materialised(
+            adapters.over(sharding.on_device(base), given))
+        return jax.jit(merge)(base, given)
 
     # --- A step ---
 
@@ -231,6 +288,10 @@ class Distillation:
         return self._programs[kind, batch.signature](self.frozen, state, batch)
 
     # --- Figures and images of the EMA student ---
+
+    def network(self, trained: Any, whose: str = 'student') -> Any:
+        """A network's parameters, given what is trained of it: the student's or the critic's."""
+        return self.bindings[whose].bind(self.frozen.teacher, trained)
 
     def _watch(self) -> None:
         """Builds the samplers of fixed prompts and noise, for figures and images."""
@@ -263,9 +324,11 @@ class Distillation:
             # Compared with the teacher's weights, so that a resumed run finds the same start.
             if self._start is None:
                 self._start = self._probed(self.frozen.teacher)
-            values = values | means([self._probe(self._probed(state.ema), self._start)])
+            drawn = self._probed(self.network(state.ema))
+            values = values | means([self._probe(drawn, self._start)])
         if self._judged:
-            images = np.asarray(self.teacher.latents.decode(self._judged(state.ema)))
+            drawn = self._judged(self.network(state.ema))
+            images = np.asarray(self.teacher.latents.decode(drawn))
             values = values | self._examples.measure(np.clip(images, -1, 1))
         word, reason = health.verdict([*history, values], self.teacher.latents.std)
         values = values | {'health': word, 'health_reason': reason}
@@ -277,8 +340,9 @@ class Distillation:
         """Images of the EMA student; what teacher and critic predict of them re-noised."""
         if not self.teacher.latents.decode:
             return
-        x = self._drawn(state.ema)
-        real, fake = (self._noised(params, x) for params in (self.frozen.teacher, state.critic))
+        x = self._drawn(self.network(state.ema))
+        real, fake = (self._noised(params, x) for params in (
+            self.frozen.teacher, self.network(state.critic, 'critic')))
         x, real, fake = (np.asarray(self.teacher.latents.decode(z)) for z in (x, real, fake))
         log.image(step, 'panels/student_real_fake_difference',
                   pictures.rows_of_images([x, real, fake, real - fake]))

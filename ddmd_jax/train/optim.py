@@ -8,7 +8,10 @@ import jax.numpy as jnp
 import optax
 import optax.contrib
 
+from ddmd_jax.parallel.sharding import FACTORS
+
 NAMES = 'adamw', 'muon'
+MATRICES = ('kernel', *FACTORS)  # last names of what weight decay and Muon are for
 RULES = ((r'ns_coeffs$', ()),)  # Muon keeps its three coefficients in its state
 
 
@@ -32,9 +35,10 @@ def learning_rate(cfg: Mapping[str, Any], steps: int | jax.Array) -> optax.Sched
 
 
 def _matrices(params: Any) -> Any:
-    """Mask of the kernels: what weight decay is for (biases, norms, embeddings are left)."""
+    """Mask of kernels and of their adapters' factors: what weight decay is for (biases, norms,
+    embeddings are left)."""
     def is_kernel(path, leaf):
-        return jax.tree_util.keystr(path, simple=True, separator='/').endswith('kernel')
+        return jax.tree_util.keystr(path, simple=True, separator='/').endswith(MATRICES)
     return jax.tree_util.tree_map_with_path(is_kernel, params)
 
 
@@ -43,7 +47,7 @@ def _stacked(params: Any) -> Any:
     the nearest orthogonal matrix by itself; None elsewhere, where AdamW goes on."""
     def axes(path, leaf):
         name = jax.tree_util.keystr(path, simple=True, separator='/')
-        stacked = name.endswith('kernel') and leaf.ndim == 3
+        stacked = name.endswith(MATRICES) and leaf.ndim == 3
         return optax.contrib.MuonDimensionNumbers(1, 2) if stacked else None
     return jax.tree_util.tree_map_with_path(axes, params)
 

@@ -111,7 +111,7 @@ def distill(config: Any, workdir: Place, options: Options = NOTHING_ELSE) -> Non
     # -------------------------------------------------------------------------------- evaluation
     ema, step = state.ema, int(state.step)
     del state  # critic and optimisers make room for images
-    compared = evaluation.Comparison(config, task.teacher, ema, step, task.spec.mesh,
+    compared = evaluation.Comparison(config, task.teacher, task.network(ema), step, task.spec.mesh,
                                      flat.corner_identity(ema, task.spec.mesh))
     suite = suite_of(config)
     timings = lambda: {**seconds._asdict(), 'total': time.monotonic() - started}

@@ -116,6 +116,8 @@ class Updates:
         m = self.mechanics
         key = jax.random.fold_in(
             jax.random.fold_in(jax.random.key(m.seed), 1), state.critic_step)
+        if m.student.leans or m.critic.leans:  # else it stays where `train.offload` keeps it
+            frozen = sharding.on_device(frozen)
         student = m.student.bind(frozen.teacher, state.student)
 
         def loss_fn(params: Any, batch: Batch, key: Array) -> tuple[Array, Metrics]:

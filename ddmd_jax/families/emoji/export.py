@@ -11,9 +11,10 @@ import jax.numpy as jnp
 from ddmd_jax.diffusion.time import Shift
 from ddmd_jax.families.emoji import codec, teacher as emoji, words
 from ddmd_jax.families.family import Export, Exported, Source
-from ddmd_jax.families.lumina import teacher as lumina
+from ddmd_jax.families.lumina import names, teacher as lumina
 from ddmd_jax.util import files
 from ddmd_jax.weights import diffusers, flat, scheduler
+from ddmd_jax.weights.lora import Names
 from ddmd_jax.weights.names import Entry
 
 CODE = Path(__file__).with_name('code')
@@ -27,6 +28,10 @@ ALONE = """# Euler steps, the deterministic sampler; of the run: `sample --check
 python -m ddmd_jax.sample --teacher --teacher_path={folder}/student.safetensors \\
     --steps={steps} --guidance=1 --out=cat.png \\
     --prompt='a cat left of a red apple on a teal background'
+"""
+USE_ADAPTERS = """# A run that begins at it; of the run that made it: `sample --checkpoint=WORKDIR`.
+python -m ddmd_jax.main --config=emoji --config.student.adapter.kind=lora \\
+    --config.init_from={folder} --workdir=DIR
 """
 # Fields of the architecture under their published names; the rest are the published defaults.
 FIELDS = ('patch_size', 'in_channels', 'hidden_size', 'num_layers', 'num_refiner_layers',
@@ -64,7 +69,7 @@ def write_pipeline(student: Exported, out: Path) -> None:
     shutil.copyfile(CODE / 'caption_encoder.py', out / 'text_encoder' / 'caption_encoder.py')
     shutil.copyfile(CODE / 'pipeline.py', out / 'pipeline.py')
     _write_tokenizer(out / 'tokenizer', text_cfg.max_length)
-    scheduler.write(out / 'scheduler', student.shift, student.sampler)
+    write_scheduler(student, out)
     scheduler.write_index(out, ['pipeline', 'EmojiPipeline'], {
         'transformer': ['diffusers', lumina.TRANSFORMER],
         'vae': ['diffusers', 'AutoencoderKL'],
@@ -72,6 +77,10 @@ def write_pipeline(student: Exported, out: Path) -> None:
         'tokenizer': ['transformers', 'PreTrainedTokenizerFast'],
         'scheduler': ['diffusers', scheduler.CLASS]},
         steps=student.steps, time_scale=emoji.TIME_SCALE)
+
+
+def write_scheduler(student: Exported, out: Path) -> None:
+    scheduler.write(out / 'scheduler', student.shift, student.sampler)
 
 
 def _write_tokenizer(folder: Path, length: int) -> None:
@@ -99,4 +108,6 @@ EXPORT = Export(
         'diffusers': ('transformer', 'vae', 'text_encoder', 'tokenizer', 'scheduler',
                       'pipeline.py', 'model_index.json'),
         'safetensors': ('student.safetensors',)},
-    alone=ALONE, write_pipeline=write_pipeline, use=USE)
+    alone=ALONE, write_pipeline=write_pipeline, use=USE,
+    adapters=Names('transformer', names.transformer), write_scheduler=write_scheduler,
+    use_adapters=USE_ADAPTERS)

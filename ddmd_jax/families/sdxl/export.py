@@ -24,16 +24,18 @@ from ddmd_jax.families.family import Export, Exported, Source
 from ddmd_jax.families.published_export import (
     ABSENT,
     SUFFIXES,
+    USE_ADAPTERS,
     Pipeline,
     copied,
     is_bare,
 )
-from ddmd_jax.families.sdxl import teacher as sdxl, text
+from ddmd_jax.families.sdxl import names, teacher as sdxl, text
 from ddmd_jax.models.layers import abstract_params
 from ddmd_jax.models.unet import UNet
 from ddmd_jax.util import files
 from ddmd_jax.weights import diffusers, fetch, scheduler
 from ddmd_jax.weights.flat import WeightsError
+from ddmd_jax.weights.lora import KOHYA, Names
 
 COPIED = ('vae', 'text_encoder', 'text_encoder_2', 'tokenizer', 'tokenizer_2')  # as they are
 FILES = (*sdxl.FILES, *(f'{part}/*{suffix}' for part in COPIED for suffix in SUFFIXES))
@@ -95,16 +97,22 @@ def scheduler_config(student: Exported) -> dict[str, Any]:
     return config | own
 
 
+def write_scheduler(student: Exported, out: Path) -> None:
+    """``OUT/scheduler``; raises as `scheduler_config`."""
+    config = scheduler_config(student)
+    (out / 'scheduler').mkdir()
+    files.write(out / 'scheduler' / 'scheduler_config.json', json.dumps(config, indent=2) + '\n')
+
+
 def write_pipeline(student: Exported, out: Path) -> None:
     """The whole pipeline; the UNet alone, with a warning, where the teacher is no more."""
-    config = scheduler_config(student)  # before anything large is written
+    config = scheduler_config(student)  # may refuse: before anything large is written
     write_weights(student, out)
     source = student.source.own
     if is_bare(source, 'UNet'):
         return
     index = diffusers.read_json(source.folder / 'model_index.json')
-    (out / 'scheduler').mkdir()
-    files.write(out / 'scheduler' / 'scheduler_config.json', json.dumps(config, indent=2) + '\n')
+    write_scheduler(student, out)
     kept = {name: index[name] for name in ('force_zeros_for_empty_prompt',) if name in index}
     scheduler.write_index(out, text.PIPELINE.class_names[0], {
         'unet': ['diffusers', sdxl.UNET], 'scheduler': ['diffusers', config['_class_name']],
@@ -115,4 +123,6 @@ def write_pipeline(student: Exported, out: Path) -> None:
 EXPORT = Export(
     open_source, write_weights, names={
         'diffusers': ('unet', 'scheduler', *COPIED, 'model_index.json'), 'safetensors': ('unet',)},
-    alone=ALONE, write_pipeline=write_pipeline, use=USE)
+    alone=ALONE, write_pipeline=write_pipeline, use=USE,
+    adapters=Names('unet', names.unet, KOHYA, names.of_sgm), write_scheduler=write_scheduler,
+    use_adapters=USE_ADAPTERS.replace('GUIDANCE', '1.0'))

@@ -9,4 +9,4 @@ FAMILY = Family(
     abstract=teacher.abstract, distilled=teacher.distilled,
     class_names=(*text.PIPELINE.class_names, teacher.TRANSFORMER),
     attention=('auto', 'xla', 'splash'), dtype='bfloat16', guidance=6.0,
-    export=export_of(teacher.FLOW, no_guidance=0.0))
+    export=export_of(teacher.FLOW, no_guidance=0.0, comfyui='diffusion_model.'))

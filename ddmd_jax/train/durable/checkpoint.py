@@ -50,7 +50,10 @@ def comparable(config: Mapping[str, Any]) -> dict[str, Any]:
     fields = dotted(config)
     # How long, how loud, how often, on which mesh: all else would silently be another experiment.
     free = {f.path for f in fields_of(json.loads(json.dumps(config))) if f.may_change}
-    return {k: v for k, v in fields.items() if k not in free}
+    # Where everything is trained, nothing is said of adapters: as before there were any.
+    silent = tuple(f'{whose}.adapter.' for whose in ('student', 'critic')
+                   if fields.get(f'{whose}.adapter.kind', 'full') == 'full')
+    return {k: v for k, v in fields.items() if k not in free and not k.startswith(silent)}
 
 
 def differences(saved: Mapping[str, Any], current: Mapping[str, Any]) -> list[str]:
