@@ -4,6 +4,7 @@
 """
 
 import dataclasses
+import functools
 import json
 import sys
 
@@ -513,6 +514,7 @@ def test_names_of_stabilitys_own_code(theirs, ours):
     assert ours in sdxl_modules()
 
 
+@functools.cache
 def sdxl_modules():
     shapes = flat.flatten(abstract_params(lambda: UNet(UNetConfig(), nnx.Rngs(0))))
     return {name.removesuffix('.weight').replace('.', '_') for path, leaf in shapes.items()
