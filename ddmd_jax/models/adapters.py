@@ -144,13 +144,13 @@ class LoRA:
             raise AdapterError(f'it adapts {other[0].removesuffix(KERNEL)}, which adapter.targets '
                                'leave out')
         tree = flat.flatten(self.init(base, key))
-        for path, (a, b) in given.items():
-            if (rank := a.shape[-1]) > self.rank:
+        for path, (down, up) in given.items():
+            if (rank := down.shape[-1]) > self.rank:
                 raise AdapterError(f'it has rank {rank} at {path.removesuffix(KERNEL)}, '
                                    f'adapter.rank is {self.rank}')
             fresh = tree[f'{path}/{A}']
-            a = jnp.zeros_like(fresh).at[..., :rank].set(a)
-            b = jnp.zeros_like(tree[f'{path}/{B}']).at[..., :rank, :].set(b / self.scale)
+            a = jnp.zeros_like(fresh).at[..., :rank].set(down)
+            b = jnp.zeros_like(tree[f'{path}/{B}']).at[..., :rank, :].set(up / self.scale)
             inputs = tuple(range(stacked(fresh), a.ndim - 1))
             outputs = tuple(axis for axis in range(stacked(fresh), b.ndim) if axis != b.ndim - 2)
             given_here = jnp.any(a != 0, inputs) | jnp.any(b != 0, outputs)  # [(layers,) rank]
