@@ -197,9 +197,13 @@ def _inside(known: Mapping[str, Field], section: str) -> list[str]:
 
 
 def _nearest(path: str, known: Mapping[str, Field]) -> str:
-    """The field that `path` was likely meant to be: spelt alike there, or the same elsewhere."""
+    """The field that `path` was likely meant to be: spelt alike there, or the same elsewhere.
+
+    Of several elsewhere it is one of the least deep.
+    """
     section, _, name = path.rpartition('.')
     near = [f'{section}.{found}'.lstrip('.')
             for found in difflib.get_close_matches(name, _inside(known, section), 1)]
-    near += [other for other in known if other.rpartition('.')[2] == name]
+    near += sorted((other for other in known if other.rpartition('.')[2] == name),
+                   key=lambda other: other.count('.'))
     return near[0] if near else ''
