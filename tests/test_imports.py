@@ -20,7 +20,7 @@ LAYERS = (  # from the bottom
     {'config'},  # its conditions on several fields ask everything below
     {'train'},
     {'planner', 'study', 'report', 'export', 'embedding'},
-    {'main', 'sample', 'prepare', 'plan', 'checkpoints'},
+    {'main', 'sample', 'evaluate', 'prepare', 'plan', 'checkpoints'},
 )
 RANK = {f'ddmd_jax.{name}': rank for rank, names in enumerate(LAYERS) for name in names}
 # Edges that go up all the same, and why.

@@ -185,7 +185,15 @@ class Request:
 
     def first(self, count: int) -> Request:
         """The first `count` of its images."""
-        return Request(self.names[:count], jax.tree.map(lambda x: x[:count], self.cond), self.null)
+        return self.pick(range(min(count, len(self.names))))
+
+    def pick(self, rows: Sequence[int]) -> Request:
+        """Those of its images; itself, if it is all of them."""
+        if list(rows) == list(range(len(self.names))):
+            return self
+        at = np.asarray(rows, int)
+        return Request([self.names[row] for row in at],
+                       jax.tree.map(lambda x: x[at], self.cond), self.null)
 
 
 def _rounded(x: Any) -> np.ndarray:
@@ -219,34 +227,41 @@ def generate(sampler: Sampler, params: Any, request: Request, batch: int, mesh: 
     """Images ``[<= batch, H', W', 3]`` in [-1, 1] of `request`, in its order, batch by batch.
 
     Every process of a run draws them together, and every one has them all; process 0 shows a
-    progress bar on stderr.
+    progress bar on stderr. A device draws one image at a time, and each is decoded alone: sums are
+    then made in one order, and an image has the same bits whatever the batch, and on any number of
+    devices that hold all of the parameters.
 
     Args:
       sampler, params: how, and with whose parameters, placed on `mesh`.
       request: what.
-      batch: images at a time, raised to a multiple of what `mesh` splits; the last batch is filled.
+      batch: images at a time, raised to a multiple of what `mesh` splits.
       mesh: over which a batch is split.
       times: added to.
     """
     assert sampler.decode is not None
     count, times, run = len(request.names), times or Times(), None
-    batch = filled(batch, mesh)
+    ways, batch = sharding.batch_ways(mesh), filled(batch, mesh)
     with tqdm(desc=sampler.title.replace('\n', ', '), total=count, unit=' images', bar_format=BAR,
               file=sys.stderr, disable=jax.process_index() != 0, dynamic_ncols=True) as bar:
         for start in range(0, count, batch):
             at = np.arange(start, min(start + batch, count))
-            cond, words = _split(request, np.resize(at, batch), mesh)
-            clock = time.monotonic()
-            if run is None:
-                run = program(sampler, mesh, batch).lower(
-                    params, cond, request.null, words).compile()
-                times.compiling += time.monotonic() - clock
-                clock = time.monotonic()
-            latents = np.asarray(run(params, cond, request.null, words))[:len(at)]
+            drawn, clock = [], time.monotonic()
+            for first in range(0, len(at), ways):
+                rows = at[first:first + ways]
+                cond, words = _split(request, np.resize(rows, ways), mesh)
+                if run is None:
+                    clock = time.monotonic()
+                    run = program(sampler, mesh, ways).lower(
+                        params, cond, request.null, words).compile()
+                    times.compiling += time.monotonic() - clock
+                    clock = time.monotonic()
+                drawn.append((run(params, cond, request.null, words), len(rows)))
+            latents = np.concatenate([np.asarray(x)[:n] for x, n in drawn])
             times.drawing += time.monotonic() - clock
             clock = time.monotonic()
             # What is judged and saved is what a screen would show.
-            images = np.clip(np.asarray(sampler.decode(latents)), -1, 1)
+            images = np.clip(np.concatenate(
+                [np.asarray(sampler.decode(one[None])) for one in latents]), -1, 1)
             times.decoding += time.monotonic() - clock
             times.images += len(at)
             bar.update(len(at))

@@ -1,4 +1,8 @@
-"""The end of a run: its student beside its teacher, on the same prompts and the same noise."""
+"""Rows of a table: drawn on the same prompts and the same noise, measured, shown side by side.
+
+At a run's end they are its student beside its teacher; ``python -m ddmd_jax.evaluate`` draws the
+same ones, or others, by the same functions.
+"""
 
 from __future__ import annotations
 
@@ -14,9 +18,10 @@ from jax.sharding import Mesh
 from tqdm import tqdm
 
 from ddmd_jax.diffusion import drawing, time as time_maps
-from ddmd_jax.diffusion.drawing import Request, Sampler
+from ddmd_jax.diffusion.drawing import Request, Sampler, Times
 from ddmd_jax.evaluation import pictures, tables
-from ddmd_jax.evaluation.suites import Suite
+from ddmd_jax.evaluation.kept import Held, Kept
+from ddmd_jax.evaluation.suites import Examples, Images, Suite
 from ddmd_jax.util import files
 from ddmd_jax.util.errors import UserError
 from ddmd_jax.util.places import Place
@@ -64,12 +69,60 @@ class Comparison:
             'teacher_in_student_sampler': dataclasses.replace(few_steps, model='teacher'),
             'student': few_steps}
 
-    def images(self, request: Request) -> dict[str, np.ndarray]:
-        """``[n, H, W, 3]`` by the name of their row."""
+    def entries(self) -> dict[str, Entry]:
+        """What is drawn, by the name of its row."""
         params = {'teacher': self.teacher.params, 'student': self.student}
-        return {name: np.concatenate(list(drawing.generate(
-            sampler, params[sampler.model], request, self.config.eval.batch, self.mesh)))
-            for name, sampler in self.samplers().items()}
+        return {name: Entry(sampler, params[sampler.model])
+                for name, sampler in self.samplers().items()}
+
+
+@dataclasses.dataclass(frozen=True)
+class Entry:
+    """A row to be drawn: how, and with whose parameters, which lie on the mesh."""
+
+    sampler: Sampler
+    params: Any
+
+
+def missing(images: Mapping[str, Held | Kept]) -> dict[str, list[int]]:
+    """Numbers of the images of each row that are still to be drawn, as process 0 sees them."""
+    found = {name: one.missing() for name, one in images.items()}
+    if jax.process_count() == 1:
+        return found
+    from jax.experimental import multihost_utils
+
+    masks = {name: np.isin(np.arange(len(images[name])), rows) for name, rows in found.items()}
+    agreed = multihost_utils.broadcast_one_to_all(masks)
+    return {name: np.flatnonzero(mask).tolist() for name, mask in agreed.items()}
+
+
+def draw(entries: Mapping[str, Entry], images: Mapping[str, Held | Kept], request: Request,
+         batch: int, mesh: Mesh) -> dict[str, Times]:
+    """Draws what is missing of each row; THE way to draw for a table, a run's own or any other.
+
+    Every process takes part; process 0 keeps the images, batch by batch.
+
+    Args:
+      entries: the rows.
+      images: where theirs are kept.
+      request: at least what is missing of any row; names are unique.
+      batch: images at a time, over all devices.
+      mesh: on which the parameters lie.
+    """
+    place = {name: row for row, name in enumerate(request.names)}
+    found = missing(images)
+    times: dict[str, Times] = {}
+    for row, entry in entries.items():
+        kept, left, times[row] = images[row], found[row], Times()
+        named = kept.named
+        part = request.pick([place[named[i]] for i in left])
+        for drawn in drawing.generate(entry.sampler, entry.params, part, batch, mesh, times[row]):
+            if jax.process_index() == 0:
+                kept.add(left[:len(drawn)], pictures.to_uint8(drawn))
+            left = left[len(drawn):]
+        if jax.process_index() == 0:
+            kept.finish()
+    return times
 
 
 def evaluate(compared: Comparison, suite: Suite, encode: Callable[[Sequence[str]], Any],
@@ -78,46 +131,85 @@ def evaluate(compared: Comparison, suite: Suite, encode: Callable[[Sequence[str]
 
     Args:
       compared: what is drawn.
-      suite: of which prompts, and how it is measured.
+      suite: of which prompts, and how it is measured; one with `examples`.
       encode: ``texts -> conditioning``, arrays in the host's memory.
       workdir: where to write.
       seconds: what the run took so far, by part; called at the end.
     """
-    config = compared.config
+    config, entries = compared.config, compared.entries()
+    assert suite.examples is not None
     examples = suite.examples(config.eval.prompts, config.eval.held_out, config.seed)
     names = drawing.names(examples.captions, 1, config.seed)
-    drawn = compared.images(Request.encoded(names, encode))
-    images = drawn if examples.real is None else {'real': examples.real, **drawn}
+    images = {name: Held(names) for name in entries}
+    draw(entries, images, Request.encoded(names, encode), config.eval.batch, compared.mesh)
     if jax.process_index() != 0:
         return
-    rows = [{'name': name, **_settings(compared.samplers().get(name)), **examples.measure(x)}
-            for name, x in tqdm(images.items(), 'measuring', unit=' rows', file=sys.stderr,
-                                dynamic_ncols=True)]
-    for row in rows:
-        if bad := [n for n, v in row.items() if isinstance(v, float) and not math.isfinite(v)]:
-            raise UserError(f'{bad[0]} of {row["name"]} is {row[bad[0]]}, no figure; '
-                            f'{workdir / RESULT} was not written')
-    held = np.zeros(len(names), bool) if examples.held_out is None else examples.held_out
-    shown = _shown(examples.captions, held)
-    captions = [examples.captions[i] + ' *' * bool(held[i]) for i in shown[:, 0]]
-    _draw_sheet(compared, captions, {name: x[shown] for name, x in images.items()}, workdir)
+    settings = {name: settings_of(entry.sampler) for name, entry in entries.items()}
+    rows, _, gaps = measured(examples, images, settings)
+    for why in gaps:
+        raise UserError(f'{why}; {workdir / RESULT} was not written')
+    samples(examples, images, {name: e.sampler.title for name, e in entries.items()},
+            workdir / SHEET)
     files.write_json(workdir / RESULT, {'rows': rows, 'seconds': dict(seconds()),
                                         'seed': config.seed, 'step': compared.step,
                                         'weights': compared.weights,
                                         'config': config.to_dict()})
+    held = examples.held_out is not None and bool(examples.held_out.any())
     print(f'{tables.terminal(rows, suite.columns)}\n\n{workdir / RESULT}\n{workdir / SHEET}'
-          + '  (* prompt held out of all training)' * bool(held.any()))
+          + '  (* prompt held out of all training)' * held)
+
+
+def measured(examples: Examples, images: Mapping[str, Images],
+             settings: Mapping[str, Mapping[str, Any]],
+             ) -> tuple[list[dict[str, Any]], dict[str, dict[str, np.ndarray]], list[str]]:
+    """(rows of the table, numbers of each image by row, what is no figure, a line each)."""
+    every = dict(images)
+    if examples.real is not None:
+        every = {'real': pictures.to_uint8(examples.real), **every}
+    rows: list[dict[str, Any]] = []
+    each: dict[str, dict[str, np.ndarray]] = {}
+    gaps: list[str] = []
+    for name, found in tqdm(every.items(), 'measuring', unit=' rows', file=sys.stderr,
+                            dynamic_ncols=True):
+        figures, each[name] = examples.look(found)
+        for figure, value in figures.items():
+            if isinstance(value, float) and not math.isfinite(value):
+                gaps.append(f'{figure} of {name} is {value}, no figure')
+                figures[figure] = None
+        rows.append({'name': name, **settings.get(name, settings_of(None)), **figures})
+    return rows, each, gaps
+
+
+def samples(examples: Examples, images: Mapping[str, Images], titles: Mapping[str, str],
+            path: Place) -> None:
+    """``samples.png``: some of the prompts, a column a row of the table."""
+    held = (np.zeros(len(examples.captions), bool) if examples.held_out is None
+            else examples.held_out)
+    shown = _shown(examples.captions, held)
+    captions = [examples.captions[i] + ' *' * bool(held[i]) for i in shown[:, 0]]
+    every = dict(images) if examples.real is None else {
+        'real': pictures.to_uint8(examples.real), **images}
+    columns = [found[shown.reshape(-1)] for found in every.values()]
+    pictures.captioned_sheet(
+        captions, [titles.get(name, name) for name in every],
+        [x.reshape(*shown.shape, *x.shape[1:]) for x in columns], path)
 
 
 def sheet(compared: Comparison, request: Request, workdir: Place) -> None:
     """Writes ``samples.png`` alone: for a family without a suite."""
-    images = compared.images(request)
+    entries = compared.entries()
+    images = {name: Held(request.names) for name in entries}
+    draw(entries, images, request, compared.config.eval.batch, compared.mesh)
     if jax.process_index() == 0:
-        _draw_sheet(compared, [name.prompt for name in request.names], images, workdir)
+        rows = np.arange(len(request.names))
+        pictures.captioned_sheet(
+            [name.prompt for name in request.names],
+            [entry.sampler.title for entry in entries.values()],
+            [found[rows] for found in images.values()], workdir / SHEET)
         print(workdir / SHEET)
 
 
-def _settings(sampler: Sampler | None) -> dict[str, Any]:
+def settings_of(sampler: Sampler | None) -> dict[str, Any]:
     """How a row was drawn; real images were not."""
     return {name: getattr(sampler, name, None) for name in tables.SETTINGS}
 
@@ -136,10 +228,3 @@ def _shown(captions: Sequence[str], held_out: np.ndarray) -> np.ndarray:
     seen, unseen = choice[~held_out[choice[:, 0]]], choice[held_out[choice[:, 0]]]
     few = min(len(unseen), most // 3)
     return np.concatenate([seen[:most - few], unseen[:few]])
-
-
-def _draw_sheet(compared: Comparison, captions: Sequence[str], images: Mapping[str, np.ndarray],
-                workdir: Place) -> None:
-    samplers = compared.samplers()
-    titles = [samplers[name].title if name in samplers else name for name in images]
-    pictures.captioned_sheet(captions, titles, list(images.values()), workdir / SHEET)

@@ -1,5 +1,6 @@
 """Grids and captioned sheets as uint8 arrays; files that say what is in them."""
 
+import io
 import json
 import math
 import textwrap
@@ -21,11 +22,13 @@ SUFFIXES = ('.png', '.webp')  # of the files that `save` writes
 
 
 def to_uint8(images: np.ndarray) -> np.ndarray:
-    """[-1, 1] -> 0..255, clipped.
+    """[-1, 1] -> 0..255, clipped; uint8 as it is.
 
     Raises:
       UserError: a value is not finite, which would be a black spot.
     """
+    if images.dtype == np.uint8:
+        return images
     if not (finite := np.isfinite(images)).all():
         raise UserError(f'{np.size(finite) - np.sum(finite)} of {np.size(finite)} values of images '
                         'are not finite; the weights that draw them are spoilt, or their dtype is '
@@ -39,15 +42,27 @@ def save(image: Image.Image, path: Place, metadata: Mapping[str, str]) -> None:
     In a PNG every entry is a text chunk; in a WebP all of them are the EXIF field
     ImageDescription, as JSON: that field is ASCII, which JSON's escapes make of any text.
     """
-    chunks, exif = PngImagePlugin.PngInfo(), Image.Exif()
     with files.replacing(path) as scratch:
         if path.suffix.lower() == '.webp':
+            exif = Image.Exif()
             exif[ExifTags.Base.ImageDescription] = json.dumps(dict(metadata))
             image.save(scratch, 'WEBP', lossless=True, exif=exif)
             return
-        for name, text in metadata.items():
-            chunks.add_text(name, text)
-        image.save(scratch, 'PNG', pnginfo=chunks)
+        image.save(scratch, 'PNG', pnginfo=_chunks(metadata))
+
+
+def png(image: np.ndarray, metadata: Mapping[str, str]) -> bytes:
+    """A PNG of ``[H, W, 3] uint8``, with `metadata` inside as in `save`; made quickly."""
+    out = io.BytesIO()
+    Image.fromarray(image).save(out, 'PNG', pnginfo=_chunks(metadata), compress_level=1)
+    return out.getvalue()
+
+
+def _chunks(metadata: Mapping[str, str]) -> PngImagePlugin.PngInfo:
+    chunks = PngImagePlugin.PngInfo()
+    for name, text in metadata.items():
+        chunks.add_text(name, text)
+    return chunks
 
 
 def rows_of_images(rows: Sequence[np.ndarray], gap: int = 1) -> np.ndarray:

@@ -17,7 +17,7 @@ import numpy as np
 from jax.sharding import Mesh
 
 from ddmd_jax import families
-from ddmd_jax.data import loader
+from ddmd_jax.data import DataFileError, loader
 from ddmd_jax.data.batch import NULLS, Batch
 from ddmd_jax.data.conditioning import Prompts
 from ddmd_jax.data.order import Order, Planned
@@ -164,10 +164,14 @@ def suite_of(config: Any) -> Suite | None:
     """The suite that `eval.suite` names, or else the family's own; None if it has none.
 
     Raises:
-      DataFileError: there is no such suite.
+      DataFileError: there is no such suite, or it is a published one.
     """
     named = config.eval.get('suite', '')
-    return suites.find(named) if named else families.get(config.teacher.name).suite
+    suite = suites.find(named) if named else families.get(config.teacher.name).suite
+    if suite and suite.examples is None:
+        raise DataFileError(f'eval.suite={named} wants prompt files of its own; leave it out, and '
+                            f'evaluate the run: python -m ddmd_jax.evaluate --suite={named}')
+    return suite
 
 
 class Distillation:

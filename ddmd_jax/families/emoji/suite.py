@@ -5,11 +5,12 @@ in a row: from these comes diversity.
 """
 
 import itertools
+from collections.abc import Iterator
 
 import numpy as np
 
 from ddmd_jax.evaluation import measures
-from ddmd_jax.evaluation.suites import Examples, Suite
+from ddmd_jax.evaluation.suites import BLOCK, Columns, Examples, Suite
 from ddmd_jax.families.emoji import judge, scenes
 from ddmd_jax.families.emoji.scenes import COLOURS, Scene, World
 
@@ -51,40 +52,47 @@ def examples(seen: int, held_out: int, seed: int) -> Examples:
     captions = [world.caption(scene) for scene in asked]
     held = np.arange(len(asked)) >= seen
     rng = np.random.default_rng((seed, 17))
-    real = _real(world, asked, rng)
+    real = np.concatenate(list(_real(world, asked, rng)))
     # Real images again: the row `real` is compared with others of its own captions, as any row is.
     times = min(MOST, max(2, -(-REFERENCES // len(asked))))
-    reference = _real(world, asked * times, rng)
-    _, features = judge.read(look, reference)
+    reference = _real(world, asked * times, rng)  # drawn as they are looked at
+    features, grounds = (np.concatenate(x) for x in zip(*(
+        (judge.read(look, x)[1], measures.background(x)) for x in reference)))
     scale = features.std(axis=0)  # units in which every feature of real images varies by 1
     features = features / scale
     colours = [scene.colour for scene in asked]
-    backgrounds = measures.average_colours(measures.background(reference), colours * times)
+    backgrounds = measures.average_colours(grounds, colours * times)
     # Distances between real images of one caption, of the captions that are drawn several times.
     groups = np.asarray([captions.index(caption) for caption in captions])
     several = np.tile(np.bincount(groups)[groups] > 1, times)
     apart = measures.pairwise_distance(
         features[several], np.tile(groups, times)[several].tolist())
 
-    def measure(images: np.ndarray) -> dict[str, float | None]:
+    def each(images: np.ndarray, rows: np.ndarray) -> dict[str, np.ndarray]:
         readings, drawn = judge.read(look, images)
-        right = judge.matches(readings, asked)
-        among = measures.pairwise_distance(drawn / scale, groups.tolist())
-        figures = {
-            'all_match': _share(right['all'], ~held),
-            'all_match_held_out': _share(right['all'], held),
-            'frechet': measures.frechet_distance(drawn / scale, features),
+        right = judge.matches(readings, [asked[row] for row in rows])
+        return {**{f'{part}_match': found for part, found in right.items()},
+                'std': np.std(images, axis=(1, 2, 3)), 'features': drawn / scale,
+                'background': measures.background(images)}
+
+    def figures(of: Columns) -> dict[str, float | None]:
+        among = measures.pairwise_distance(of['features'], groups.tolist())
+        found = {
+            'all_match': _share(of['all_match'], ~held),
+            'all_match_held_out': _share(of['all_match'], held),
+            'frechet': measures.frechet_distance(of['features'], features),
             'colour_error': measures.average_colour_error(
-                measures.average_colours(measures.background(images), colours), backgrounds),
-            'std': measures.per_sample_std(images),
+                measures.average_colours(of['background'], colours), backgrounds),
+            'std': float(np.mean(of['std'])),
             'diversity': among / apart if among and apart else None,
         }
         for part in ('layout', 'objects', 'size', 'colour'):
-            figures[f'{part}_match'] = _share(right[part], ~held)
-            figures[f'{part}_match_held_out'] = _share(right[part], held)
-        return figures
+            found[f'{part}_match'] = _share(of[f'{part}_match'], ~held)
+            found[f'{part}_match_held_out'] = _share(of[f'{part}_match'], held)
+        return found
 
-    return Examples(captions, measure, held, real)
+    measure = lambda images: figures(each(images, np.arange(len(images))))
+    return Examples(captions, measure, held, real, each, figures)
 
 
 def watched(seen: int, held_out: int, seed: int) -> Examples:
@@ -105,9 +113,11 @@ def watched(seen: int, held_out: int, seed: int) -> Examples:
                     np.arange(len(asked)) >= seen)
 
 
-def _real(world: World, asked: list[Scene], rng: np.random.Generator) -> np.ndarray:
-    """A real image of each scene, ``[n, 64, 64, 3]`` fp32 in [-1, 1]."""
-    return judge.to_unit(np.stack([world.image(scene, rng) for scene in asked]))
+def _real(world: World, asked: list[Scene], rng: np.random.Generator) -> Iterator[np.ndarray]:
+    """A real image of each scene, ``[<= BLOCK, 64, 64, 3]`` fp32 in [-1, 1], block by block."""
+    for start in range(0, len(asked), BLOCK):
+        yield judge.to_unit(np.stack([world.image(scene, rng)
+                                      for scene in asked[start:start + BLOCK]]))
 
 
 def _share(right: np.ndarray, among: np.ndarray) -> float | None:
