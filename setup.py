@@ -18,8 +18,8 @@ setup(
     packages=[*find_packages(include=['ddmd_jax', 'ddmd_jax.*']), 'ddmd_jax.configs'],
     package_dir={'ddmd_jax.configs': 'configs'},  # so that --config=lumina works anywhere
     package_data={'ddmd_jax': ['families/emoji/files/**/*', 'families/emoji/code/*.py',
-                               'evaluation/scores/files/*', 'study/*.jinja', 'export/*.jinja',
-                               'report/*.jinja']},
+                               'evaluation/scores/files/*', 'evaluation/*.jinja',
+                               'study/*.jinja', 'export/*.jinja', 'report/*.jinja']},
     python_requires='>=3.11',
     install_requires=[
         # Tested with JAX 0.10.2 on Python 3.11 and with 0.11.2 on Python 3.12.

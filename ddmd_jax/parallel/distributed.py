@@ -33,6 +33,7 @@ PEER_LOST = ('Gloo', 'gloo', 'Connection closed by peer', 'Connection reset by p
              'Barrier', 'barrier', 'coordination service', 'CoordinationService')
 JOINING = 300  # seconds that a run waits for all of its processes
 SEEN = 60  # seconds within which a file of another host is there: NFS keeps what it has seen
+LONG = 7 * 86400  # seconds that processes wait for the one that measures
 RESTART = 'start all processes again, they go on from the last checkpoint'
 
 
@@ -136,6 +137,10 @@ class Peers:
             return mine
         return self._client.blocking_key_value_get(key, JOINING * 1000)
 
+    def wait(self, name: str) -> None:
+        """Waits for all processes; those that watch end it if one is lost."""
+        self._client.wait_at_barrier(f'ddmd_jax/{name}', LONG * 1000)
+
     def start(self) -> None:
         """Begins to watch, until the interpreter exits."""
         threading.Thread(target=self._watch, name='peers', daemon=True).start()
@@ -237,6 +242,12 @@ def same_folder(file: Place) -> None:
             raise DistributedError(f'process {_peers.me} sees another {file.parent} than process '
                                    '0; --workdir must be one folder that all of them share')
         time.sleep(0.2)
+
+
+def together(name: str) -> None:
+    """Waits until every process has come here, however long the first is still at work."""
+    if _peers is not None:
+        _peers.wait(name)
 
 
 _peers: Peers | None = None

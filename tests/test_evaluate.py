@@ -1,0 +1,311 @@
+"""The command `evaluate`: what is drawn and kept, what it writes, and what it says is missing."""
+
+import json
+import os
+import re
+
+import jax
+import numpy as np
+import pyarrow.parquet as pq
+import pytest
+import tiny
+from absl import flags
+from evaluate_suites import CAPTIONS
+from PIL import Image
+from test_distributed import together
+from test_evaluation import noise_sampler, request
+from test_export import save
+
+from ddmd_jax import evaluate as command_lib, families as teachers
+from ddmd_jax.diffusion import drawing
+from ddmd_jax.evaluation import evaluate, kept, pictures
+from ddmd_jax.evaluation.kept import Held, ImagesError, Kept
+from ddmd_jax.export.models import Model
+from ddmd_jax.parallel.sharding import make_mesh
+from ddmd_jax.util import commands
+from ddmd_jax.util.errors import UserError
+from ddmd_jax.weights import scheduler
+
+TOY, SMALL = '--suite=tests.evaluate_suites.TOY', '--suite=tests.evaluate_suites.SMALL'
+ABOUT = {'model': 'student', 'steps': 2, 'evaluations': 2, 'guidance': 1.0}
+
+
+# --- Images on the disk ---
+
+
+def mesh():
+    return make_mesh({}, jax.devices()[:1])
+
+
+def entry():
+    return {'student': evaluate.Entry(noise_sampler(), 0.3)}
+
+
+class Killed(BaseException):
+    """What no handler of errors catches."""
+
+
+@pytest.mark.parametrize('form', kept.FORMS)
+def test_killed_twice_and_resumed_draws_nothing_twice(tmp_path, monkeypatch, form):
+    """Whatever the batch; what stands there in the end is what an undisturbed run has."""
+    asked = request('abcdefghij')
+    whole = {'student': Held(asked.names)}
+    evaluate.draw(entry(), whole, asked, 4, mesh())
+    added, add = [], Kept.add
+
+    def counted(self, rows, images):
+        if len(added) in deadly:
+            deadly.clear()
+            raise Killed
+        add(self, rows, images)
+        added.extend(rows)
+
+    monkeypatch.setattr(Kept, 'add', counted)
+    for batch, deadly in ((3, {3}), (2, {7}), (4, set())):
+        images = {'student': Kept(tmp_path / 'x', asked.names, form)}
+        images['student'].claim(ABOUT)
+        if deadly:
+            with pytest.raises(Killed):
+                evaluate.draw(entry(), images, asked, batch, mesh())
+        else:
+            evaluate.draw(entry(), images, asked, batch, mesh())
+    assert sorted(added) == list(range(10))
+    rows = np.arange(10)
+    np.testing.assert_array_equal(images['student'][rows], whole['student'][rows])
+    again = kept.opened(tmp_path / 'x', asked.names)
+    assert again.about == ABOUT and len(list(again)) == 10
+    there = {file.name for file in (tmp_path / 'x').iterdir()}
+    assert there == ({'manifest.json', 'images.arrayrecord'} if form == 'arrayrecord' else
+                     {'manifest.json', *drawing.file_names(asked.names, '.png')})
+
+
+def test_a_kill_between_merging_and_tidying_leaves_nothing_behind(tmp_path):
+    asked = request('abc')
+    images = Kept(tmp_path, asked.names, 'arrayrecord')
+    images.claim(ABOUT)
+    images.add([0, 1, 2], np.zeros((3, 4, 4, 3), np.uint8))
+    part = next(tmp_path.glob('*-*.arrayrecord'))
+    data = part.read_bytes()
+    images.finish()
+    part.write_bytes(data)  # as if it had not been removed
+    assert images.missing() == []
+    images.finish()
+    assert not part.exists() and len(list(images)) == 3
+
+
+def test_images_of_something_else_are_refused(tmp_path):
+    names = request('abc').names
+    Kept(tmp_path, names, 'png').claim(ABOUT)
+    for change, words in (({'steps': 4}, 'of steps 2, asked for is 4'),
+                          ({'weights': 'x'}, 'of weights None, asked for is x')):
+        with pytest.raises(ImagesError, match=words) as e:
+            Kept(tmp_path, names, 'png').claim(ABOUT | change)
+        assert len(str(e.value).splitlines()) == 1
+    with pytest.raises(ImagesError, match='of names'):
+        Kept(tmp_path, request('abd').names, 'png').claim(ABOUT)
+    with pytest.raises(ImagesError, match='of form png, asked for is arrayrecord'):
+        Kept(tmp_path, names, 'arrayrecord').claim(ABOUT)
+    with pytest.raises(ImagesError, match='lacks 3 of 3 images'):
+        kept.opened(tmp_path, names)
+    with pytest.raises(ImagesError, match='no images of an evaluation'):
+        kept.opened(tmp_path / 'nowhere', names)
+
+
+def test_an_image_that_cannot_be_decoded_is_one_line(tmp_path):
+    good = pictures.png(np.zeros((4, 4, 3), np.uint8), {})
+    for data in (b'', b'no image', good[:40]):
+        (tmp_path / 'x.png').write_bytes(data)
+        with pytest.raises(ImagesError, match=r'x.png cannot be decoded .*make it again') as e:
+            kept.read_file(tmp_path / 'x.png')
+        assert len(str(e.value).splitlines()) == 1
+    with pytest.raises(ImagesError, match='y.png is missing'):
+        kept.read_file(tmp_path / 'y.png')
+
+
+# --- The command ---
+
+
+@pytest.fixture(scope='module')
+def run(weights, tmp_path_factory):
+    """Folder of a run whose student, of two steps, is near its teacher."""
+    teacher = teachers.load_teacher(str(weights))
+    manifest = {'task': 'distill', 'teacher.name': 'emoji', 'teacher.path': str(weights),
+                'teacher.dtype': 'float32', 'student.steps': 2,
+                'teacher_identity': teacher.identity}
+    other = tiny.random_params(tiny.TOY, 1)['denoiser']
+    ema = jax.tree.map(lambda a, b: np.asarray(a + 0.1 * (b - a)), teacher.params, other)
+    return save(tmp_path_factory.mktemp('run'), manifest, ema, step=7)
+
+
+@pytest.fixture(scope='module')
+def command():
+    """``command(*args)``: the exit code of the command in this process, on one device."""
+    before = set(flags.FLAGS)
+    command_lib.define_flags()
+    mine = {name: flags.FLAGS[name] for name in set(flags.FLAGS) - before}
+
+    def call(*args):
+        for flag in mine.values():
+            flag.unparse()
+        flags.FLAGS.unparse_flags()
+        rest = commands.parser('evaluate')(['evaluate', *map(str, args)])
+        try:
+            commands.call('evaluate', command_lib.main, rest)
+        except SystemExit as e:
+            return e.code
+        return 0
+
+    yield call
+    flags.FLAGS.unparse_flags()
+    for name in mine:
+        delattr(flags.FLAGS, name)
+
+
+@pytest.fixture
+def prompts(tmp_path):
+    """GenEval's file, with three prompts."""
+    file = tmp_path / 'evaluation_metadata.jsonl'
+    entries = [{'tag': tag, 'include': [{'class': 'dog', 'count': 1}], 'prompt': f'a photo of {x}'}
+               for tag, x in (('single_object', 'a dog'), ('counting', 'two cats'),
+                              ('counting', 'a red car'))]
+    file.write_text(''.join(json.dumps(entry) + '\n' for entry in entries))
+    return file
+
+
+@pytest.fixture(scope='module')
+def toy(run, command, tmp_path_factory):
+    out = tmp_path_factory.mktemp('toy')
+    assert command(f'--checkpoint={run}', TOY, '--count=3,1', '--rows=student,teacher_few_step',
+                   f'--out={out}', '--batch=3') == 0
+    return out
+
+
+def test_a_familys_suite_is_drawn_measured_and_written(toy):
+    found = json.loads((toy / 'eval.json').read_text())
+    assert [(row['name'], row['steps'], row['evaluations'], row['suite']) for row in found[
+        'rows']] == [('teacher_few_step', 2, 2, 'toy'), ('student', 2, 2, 'toy')]
+    assert found['step'] == 7 and found['missing'] == [] and set(found['weights']) == {
+        'teacher', 'student'}
+    table = pq.read_table(toy / 'scores.parquet').to_pydict()
+    assert table['prompt'] == CAPTIONS[:4] * 2 and table['number'] == [0, 0, 1, 0] * 2
+    assert np.mean(table['brightness'][4:]) == pytest.approx(found['rows'][1]['brightness'])
+    assert 'pixels' not in table
+    assert Image.open(toy / 'samples.png').size[1] > 4 * 96
+    lines = (toy / 'table.md').read_text().splitlines()
+    assert lines[0] == '## toy' and lines[4].startswith(
+        '| teacher_few_step | 2 | 2 | 1.000 |')
+
+
+def test_an_evaluation_is_measured_again_without_its_model(toy, command, capsys):
+    before = (toy / 'eval.json').read_text(), (toy / 'scores.parquet').read_bytes()
+    assert command(TOY, '--count=3,1', f'--out={toy}') == 0
+    after = json.loads((toy / 'eval.json').read_text())
+    assert after['rows'] == json.loads(before[0])['rows']
+    assert (toy / 'scores.parquet').read_bytes() == before[1]
+
+
+def test_rows_of_an_evaluation_stand_side_by_side(toy, command, capsys, tmp_path):
+    rows = [f'{toy}:student', f'{toy}:teacher_few_step']
+    assert command('--compare', *rows, f'--out={tmp_path / "x.json"}') == 0
+    assert 'brightness' in capsys.readouterr().out
+    found, = json.loads((tmp_path / 'x.json').read_text())['rows']
+    assert found['figure'] == 'brightness' and found['prompts'] == 3
+    assert command('--grid', *rows, '--best=brightness', f'--out={tmp_path / "x.png"}') == 0
+    assert Image.open(tmp_path / 'x.png').size[0] > 2 * 256
+    assert command('--blind', *rows, '--prompts_shown=2', f'--out={tmp_path / "x.html"}') == 0
+    assert (tmp_path / 'x.html').read_text().count('data:image/webp') == 4
+
+
+def test_a_benchmark_is_drawn_laid_out_and_its_results_are_read(run, command, prompts, tmp_path,
+                                                                capfd):
+    out = tmp_path / 'out'
+    args = [SMALL, f'--prompts=small={prompts}', f'--out={out}']
+    assert command(f'--checkpoint={run}', *args, '--official', '--keep=png') == 3
+    assert 'geneval is not measured here; run the scorer of its authors' in capfd.readouterr().err
+    official = out / 'official' / 'small' / 'student'
+    assert sorted(str(f.relative_to(official)) for f in official.rglob('*.*')) == sorted(
+        f'0000{i}/{name}' for i in range(3)
+        for name in ('metadata.jsonl', 'samples/00000.png', 'samples/00001.png'))
+    assert json.loads((official / '00001/metadata.jsonl').read_text())['tag'] == 'counting'
+    results = [{'tag': tag, 'correct': right} for tag, right in (
+        ('single_object', True), ('single_object', True), ('counting', True), ('counting', False),
+        ('counting', False), ('counting', False))]
+    file = tmp_path / 'results.jsonl'
+    file.write_text('\n'.join(map(json.dumps, results)))
+    assert command(*args, f'--results=small={file}') == 0
+    row, = json.loads((out / 'eval.json').read_text())['rows']
+    assert row['geneval'] == (1 + 0.25) / 2 and row['geneval/counting'] == 0.25
+    file.write_text('\n'.join(map(json.dumps, results[:-1])))
+    assert command(*args, f'--results=small={file}') == 3
+    assert 'has 3 results of counting, there are 4 images' in capfd.readouterr().err
+    # Its folder is what --images takes, whatever made it; what is missing there is told.
+    (official / '00001/samples/00001.png').unlink()
+    (official / '00002/samples/00000.png').write_bytes(b'half of it')
+    other = [*args[:2], f'--out={tmp_path / "other"}', f'--images={official}',
+             f'--reference={official}', '--metrics=fid,no_such']
+    assert command(*other) == 3
+    said = capfd.readouterr().err
+    for words in ('00001.png is missing', '00000.png cannot be decoded', 'fid wants weights',
+                  "no metric 'no_such'; known: clip,"):
+        assert words in said, words
+    assert json.loads((tmp_path / 'other/eval.json').read_text())['rows'][0]['images'] == 4
+
+
+@pytest.mark.parametrize('args, words', [
+    ([], 'no --suite given'), (['--suite=hps_v2'], 'no --out given'),
+    (['--suite=hps_v2', '--out=OUT'], r'hps_v2 wants its prompts: .*zhwang/HPDv2.* 3200 in all'),
+    (['--suite=hps_v2', '--out=OUT', '--prompts=hps_v2=/nowhere'],
+     r'/nowhere/concept-art.json is missing .*comes from the hub, datasets/zhwang/HPDv2'),
+    ([SMALL, '--out=OUT', '--prompts=small=FILE'], 'holds 2 prompts, the published file 3'),
+    (['--suite=nothing', '--out=OUT'], 'nothing is unknown; known: hps_v2, hps_v3'),
+    ([TOY, '--out=OUT', '--count=1,1'], 'holds no images; name a model'),
+    (['--suite=a', '--out=OUT', '--checkpoint=x', '--model=y'], 'two ways to name a model'),
+    (['--suite=a', '--out=OUT', '--weights=clip'], '--weights=clip is not NAME=PATH'),
+    (['--compare', 'A'], '--compare takes 2 folders'), (['--blind', 'A', 'B'], 'A holds no eval'),
+    (['--compare', '--blind'], 'are two commands'), (['--grid', 'OUT'], 'no scores.parquet'),
+])
+def test_bad_input_is_one_line(command, prompts, tmp_path, args, words):
+    prompts.write_text(''.join(prompts.read_text().splitlines(keepends=True)[:2]))
+    names = {'OUT': tmp_path, 'FILE': prompts}
+    said = command(*(args_.replace(name, str(path)) for args_ in args for name, path in [next(
+        ((k, v) for k, v in names.items() if k in args_), ('-', '-'))]))
+    assert isinstance(said, str) and len(said.splitlines()) == 1
+    assert re.search(words, said), said
+
+
+def test_an_exported_students_folder_says_its_steps(tmp_path):
+    assert command_lib.few_steps('') is None and command_lib.few_steps(str(tmp_path)) is None
+    scheduler.write_index(tmp_path, 'Pipeline', {}, steps=4)
+    assert command_lib.few_steps(str(tmp_path)) is None  # no scheduler: not one of ours
+    scheduler.write(tmp_path / 'scheduler', 3.0, 'renoise')
+    assert command_lib.few_steps(str(tmp_path)) == (4, 'renoise')
+
+
+def test_rows_of_several_runs_are_their_folders(tmp_path):
+    model = lambda name: Model(None, '', 'float32', None, tmp_path / name)
+    assert command_lib.student_rows([model('x/one')]) == ['student']
+    assert command_lib.student_rows([model('one'), model('two')]) == ['one', 'two']
+    with pytest.raises(UserError, match='two runs are called one'):
+        command_lib.student_rows([model('x/one'), model('y/one')])
+
+
+@pytest.mark.slow
+def test_nothing_depends_on_devices_processes_or_batch(run, tmp_path, monkeypatch):
+    """All files, bit for bit. A CPU's sums depend on its threads: all processes have as many."""
+    monkeypatch.setenv('NPROC', '8')
+    monkeypatch.setenv('JAX_COMPILATION_CACHE_DIR', '')
+    args = ['-m', 'ddmd_jax.evaluate', f'--checkpoint={run}', TOY, '--count=4,1', '--rows=student']
+    for name, devices, batch in (('one', 1, 3), ('eight', 8, 16)):
+        tiny.run_on_devices(args[0], devices, *args[1:], f'--batch={batch}',
+                            f'--out={tmp_path / name}')
+    port_from = os.getpid() % 4096
+    program = ('import os, runpy, sys; os.environ |= {{"SLURM_JOB_ID": "{0}", "SLURM_NTASKS": "2", '
+               '"SLURM_STEP_NODELIST": "localhost", "SLURM_PROCID": "{1}", "SLURM_LOCALID": "{1}"}}'
+               '; runpy.run_module("ddmd_jax.evaluate", run_name="__main__", alter_sys=True)')
+    together([['-c', program.format(port_from, i), *args[2:], f'--out={tmp_path / "two"}']
+              for i in range(2)])
+    for name in ('eight', 'two'):
+        for file in ('eval.json', 'scores.parquet', 'table.md', 'samples.png',
+                     'images/toy/student/images.arrayrecord'):
+            assert (tmp_path / name / file).read_bytes() == (
+                tmp_path / 'one' / file).read_bytes(), (name, file)
