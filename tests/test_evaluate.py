@@ -249,6 +249,8 @@ def test_a_benchmark_is_drawn_laid_out_and_its_results_are_read(run, command, pr
                   "no metric 'no_such'; known: clip,"):
         assert words in said, words
     assert json.loads((tmp_path / 'other/eval.json').read_text())['rows'][0]['images'] == 4
+    head, _, row = (tmp_path / 'other/table.md').read_text().splitlines()[2:5]
+    assert head.split(' | ')[4] == 'images' and row.split(' | ')[4:6] == ['4', '-']
 
 
 @pytest.mark.parametrize('args, words', [

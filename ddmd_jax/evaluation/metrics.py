@@ -17,7 +17,7 @@ from ddmd_jax.evaluation import distances, statistics
 from ddmd_jax.evaluation.moments import Moments, frechet
 from ddmd_jax.evaluation.scores import scorers
 from ddmd_jax.parallel import sharding
-from ddmd_jax.util.errors import EnvironmentFault, UserError
+from ddmd_jax.util.errors import UserError
 
 ROWS = 8  # pictures that a device scores at a time, whatever the batch and the devices
 
@@ -141,8 +141,6 @@ def measure(names: Sequence[str], given: Given, pictures: Pictures, prompts: Seq
             whole[name] = metric.between(real, drawn)
             if not np.isfinite(whole[name]):
                 raise MetricError(f'{name} is {whole.pop(name)}, no figure')
-        except EnvironmentFault:
-            raise
         except (UserError, ValueError) as e:  # ValueError: too few pictures for a distance
             gaps[name] = ' '.join(str(e).split())
     return each, whole, gaps

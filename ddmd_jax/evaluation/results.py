@@ -95,8 +95,11 @@ def _paper(suite: Suite) -> list[dict[str, Any]]:
 
 
 def _columns(part: Part) -> dict[str, str]:
-    """The suite's columns, and those of metrics that were asked for beside."""
+    """The suite's columns, and those of metrics that were asked for beside; and how many images
+    there are, where some are missing."""
     own = part.suite.columns
+    if any(row.get('images', len(part.named)) < len(part.named) for row in part.rows):
+        own = {'images': 'd', **own}
     more = [name for row in part.rows for name, value in row.items()
             if name not in own and '/' not in name and isinstance(value, float)
             and name not in tables.SETTINGS] if part.suite.read else []
