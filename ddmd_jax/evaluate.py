@@ -16,16 +16,17 @@ import dataclasses
 import os
 import sys
 from collections.abc import Mapping, Sequence
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from absl import flags
 
 from ddmd_jax.export.models import Model, encoded, find_model, load
-from ddmd_jax.util import commands
+from ddmd_jax.util import buckets, commands, places
 from ddmd_jax.util.errors import UserError
 
 if TYPE_CHECKING:  # JAX takes seconds to import: not before the flags are right
+    from pathlib import Path
+
     from jax.sharding import Mesh
 
     from ddmd_jax.diffusion.drawing import ImageName
@@ -43,14 +44,17 @@ ROWS = ('student', 'teacher_guided', 'teacher_few_step', 'teacher_in_student_sam
 
 
 def define_flags() -> None:
-    flags.DEFINE_list('checkpoint', [], 'Folders of runs (their --workdir), of one teacher.')
+    commands.define_places('checkpoint', 'Folder of a run (its --workdir); may be repeated, for '
+                           'runs of one teacher.')
     flags.DEFINE_integer('step', None, 'Checkpoint to draw with; default: the newest.', 1)
-    flags.DEFINE_string('model', '', "Instead of a run, a teacher: its family's name, or the path "
-                        'of published weights or of an exported student.')
-    flags.DEFINE_string('teacher_path', '', 'Path of the teacher if it moved.')
+    commands.define_place('model', '', "Instead of a run, a teacher: its family's name, or the "
+                          'path of published weights or of an exported student.', places.ANY)
+    commands.define_place('teacher_path', '', 'Path of the teacher if it moved.', places.ANY)
+    flags.DEFINE_string('variant', None, "Variant of the teacher's weights, as fp16; default: "
+                        "the run's; '' is none.")
     flags.DEFINE_list('suite', [], 'Suites: hps_v2, hps_v3, dpg, geneval, t2i_compbench, coco10k, '
                       "the family's own by its name, or my_module.SUITE.")
-    flags.DEFINE_multi_string('prompts', [], 'SUITE=PATH, your copy of its prompt files.')
+    commands.define_places('prompts', 'SUITE=PATH, your copy of its prompt files.', head='SUITE')
     flags.DEFINE_list('count', None, "SEEN,HELD_OUT prompts of a family's own suite; default: the "
                       "run's.")
     flags.DEFINE_integer('limit', None, 'Only the first prompts of every group, for a try.', 1)
@@ -70,15 +74,17 @@ def define_flags() -> None:
     flags.DEFINE_enum('keep', 'arrayrecord', ('arrayrecord', 'png'), 'How images are kept.')
     flags.DEFINE_boolean('official', False, "Also write images as the suites' own scorers expect "
                          'them, into DIR/official/SUITE/ROW.')
-    flags.DEFINE_string('images', '', 'Measure the images of this folder, in the layout of the '
-                        'suite, instead of drawing.')
+    commands.define_place('images', '', 'Measure the images of this folder, in the layout of the '
+                          'suite, instead of drawing.')
     flags.DEFINE_list('metrics', None, "Metrics; default: the suite's.")
-    flags.DEFINE_multi_string('weights', [], 'METRIC=PATH of its weights; may be repeated for one '
-                              'that wants several; default: the hub.')
-    flags.DEFINE_string('reference', '', 'Folder of real images, for FID and its like.')
-    flags.DEFINE_multi_string('results', [], "SUITE=PATH or SUITE:ROW=PATH, what the suite's own "
-                              'scorer has written.')
-    flags.DEFINE_string('out', '', 'Folder to write to; of --compare, --blind and --grid: a file.')
+    commands.define_places('weights', 'METRIC=PATH of its weights; may be repeated for one that '
+                           'wants several; default: the hub.', places.ANY, head='METRIC')
+    commands.define_place('reference', '', 'Folder of real images, for FID and its like.')
+    commands.define_places('results', "SUITE=PATH or SUITE:ROW=PATH, what the suite's own scorer "
+                           'has written.', head='SUITE')
+    # Images are added to it one batch after another, and read again at random.
+    commands.define_place('out', '', 'Folder to write to; of --compare, --blind and --grid: a '
+                          'file.', places.LOCAL)
     flags.DEFINE_boolean('compare', False, 'Compare two evaluations, prompt by prompt.')
     flags.DEFINE_boolean('blind', False, 'Write a page on which people rank two or three '
                          'evaluations without knowing which is which.')
@@ -111,26 +117,39 @@ def main(arguments: list[str]) -> None:
         raise UserError('--images are there already; leave out --checkpoint and --model')
     if FLAGS.images and len(FLAGS.suite) > 1:
         raise UserError('--images are those of one suite; name one --suite')
-    prompts, weights = pairs('prompts', '=PATH'), pairs('weights', '=PATH')
-    results = {name: found[-1] for name, found in pairs('results', '=PATH').items()}
+    from ddmd_jax.parallel import distributed
+
+    distributed.start(None, None, None, os.environ, command='evaluate')
+    with distributed.ending_together():
+        complete = evaluate()
+    if not complete:
+        sys.exit(MISSING)
+
+
+def evaluate() -> bool:
+    """Draws and measures what the flags ask for; whether nothing is missing, as process 0 sees it.
+
+    By this process or by several together.
+    """
+    import jax
+
     from ddmd_jax.evaluation import results as results_lib
     from ddmd_jax.parallel import distributed
     from ddmd_jax.util import files
 
-    distributed.start(None, None, None, os.environ)
+    prompts, weights = pairs('prompts'), pairs('weights')
+    results = {name: found[-1] for name, found in pairs('results').items()}
     out = commands.folder('--out', FLAGS.out)
-    import jax
-
     held = files.lock(out / '.lock') if jax.process_index() == 0 else (None, '')
     if jax.process_index() == 0 and held[0] is None:
         raise UserError(f'--out {out} is being written by {held[1]}; wait for it, or choose '
                         'another')
     size = tuple(map(int, FLAGS.size)) if FLAGS.size else None
-    models = [find_model(run, FLAGS.teacher_path, size, FLAGS.step)
+    models = [find_model(run, FLAGS.teacher_path, size, FLAGS.step, FLAGS.variant)
               for run in FLAGS.checkpoint] or (
-        [find_model('', FLAGS.model, size)] if FLAGS.model else [])
+        [find_model('', FLAGS.model, size, variant=FLAGS.variant)] if FLAGS.model else [])
     asked = [ask(find_suite(name, models), prompts, models) for name in FLAGS.suite]
-    about = draw(asked, models, out) if models else {}
+    about, notes = draw(asked, models, out) if models else {}, []
     if jax.process_index() == 0:
         parts = [measure(one, out, weights, results) for one in asked]
         print(results_lib.write(out, parts, {
@@ -141,17 +160,14 @@ def main(arguments: list[str]) -> None:
         for note in notes:
             print(f'evaluate: {note}', file=sys.stderr)
     distributed.together('evaluated')
-    if jax.process_index() == 0 and notes:
-        sys.exit(MISSING)
+    return not notes
 
 
-def pairs(flag: str, form: str) -> dict[str, list[str]]:
+def pairs(flag: str) -> dict[str, list[str]]:
     """``NAME=PATH`` of a flag that may be repeated, paths by name."""
     found: dict[str, list[str]] = {}
     for given in FLAGS[flag].value or ():
-        name, equals, path = given.partition('=')
-        if not (name and equals and path):
-            raise UserError(f'--{flag}={given} is not NAME{form}')
+        name, _, path = given.partition('=')
         found.setdefault(name, []).append(path)
     return found
 
@@ -208,7 +224,7 @@ def ask(suite: Suite, prompts: Mapping[str, list[str]], models: Sequence[Model])
     if suite.name not in prompts:
         raise UserError(f'{suite.name} wants its prompts: --prompts={suite.name}=PATH; they come '
                         f'from {suite.origin}, {sum(suite.counts.values())} in all')
-    found = suite.prompts(Path(prompts[suite.name][-1]).expanduser())
+    found = suite.prompts(buckets.local(places.of(prompts[suite.name][-1])))
     if FLAGS.limit:
         seen_of: dict[str, int] = {}
         kept = []
@@ -232,6 +248,7 @@ def entries(models: Sequence[Model], rows: Sequence[str],
     """
     from ddmd_jax.diffusion import drawing, time
     from ddmd_jax.evaluation.evaluate import Entry
+    from ddmd_jax.models import adapters
     from ddmd_jax.weights import flat
 
     first, whose = models[0], {'student' if row == 'student' else 'teacher' for row in rows}
@@ -269,7 +286,7 @@ def entries(models: Sequence[Model], rows: Sequence[str],
                 raise UserError(f'{model.workdir} distils another teacher than {first.workdir}; '
                                 'evaluate runs of one teacher together')
         found[row] = Entry(few(model), mine)
-        about[row] = flat.corner_identity(mine, mesh)
+        about[row] = flat.corner_identity(adapters.unbound(mine), mesh)
     return found, about
 
 
@@ -288,8 +305,14 @@ def few_steps(path: str) -> tuple[int, str] | None:
     """(steps, sampler) of an exported student's folder; None of a teacher's."""
     from ddmd_jax.weights import diffusers
 
-    folder = Path(path).expanduser()
-    if not (path and (folder / 'model_index.json').is_file()):
+    if not path:
+        return None
+    wanted = ('model_index.json', 'scheduler/scheduler_config.json')
+    try:
+        folder = buckets.local(places.of(path, places.ANY), wanted.__contains__)
+    except buckets.NothingThere:
+        return None
+    if not (folder / 'model_index.json').is_file():
         return None
     steps = diffusers.read_json(folder / 'model_index.json').get('steps')
     scheduler = folder / 'scheduler' / 'scheduler_config.json'
@@ -407,13 +430,13 @@ def measure_row(one: Asked, row: str, images: Kept | None, weights: Mapping[str,
     pictures: Any = images
     there, notes = list(range(n)), []
     if images is None:
-        pictures = kept.Folder(Path(FLAGS.images).expanduser(), suite, one.prompts)
+        pictures = kept.Folder(buckets.local(places.of(FLAGS.images)), suite, one.prompts)
         there = pictures.rows
         notes += pictures.faults
     names = suite.metrics if FLAGS.metrics is None else FLAGS.metrics
-    given = metrics.Given(
-        weights, kept.Plain(Path(FLAGS.reference).expanduser()) if FLAGS.reference else None,
-        metrics.local_mesh())
+    reference = buckets.local(places.of(FLAGS.reference)) if FLAGS.reference else None
+    given = metrics.Given(weights, kept.Plain(reference) if reference else None,
+                          metrics.local_mesh())
     prompts, groups = ([x[i] for i in there] for x in (
         [name.prompt for name in one.named], one.groups))
     each, line, gaps = metrics.measure(names, given, pictures, prompts)
@@ -429,7 +452,8 @@ def measure_row(one: Asked, row: str, images: Kept | None, weights: Mapping[str,
         raise UserError(f"--results={suite.name}: its scorers are here; leave it out")
     if path and suite.results is not None:
         try:
-            found |= suite.results(Path(path).expanduser(), one.prompts, suite.images)
+            found |= suite.results(buckets.local(places.of(path)), one.prompts,
+                                   suite.images)
         except UserError as e:
             notes.append(f'{title}: {e}')
     absent = [name for name in suite.columns if name not in found and '/' not in name
@@ -469,7 +493,7 @@ def compare(arguments: list[str]) -> None:
     rows = results.compare(first, second)
     print(results.terminal_comparison(*results.comparison(first, second, rows)))
     if FLAGS.out:
-        out = Path(FLAGS.out).expanduser().absolute()
+        out = places.of(FLAGS.out, places.LOCAL)
         commands.folder('--out', out.parent)
         files.write_json(out, {'first': first.title, 'second': second.title, 'rows': rows})
 
@@ -480,7 +504,7 @@ def blind(arguments: list[str]) -> None:
 
     rows = named_rows(arguments, 2, 3)
     commands.need(out='name the page, as --out=blind.html')
-    out = Path(FLAGS.out).expanduser().absolute()
+    out = places.of(FLAGS.out, places.LOCAL)
     commands.folder('--out', out.parent)
     print(page.write(out, rows, FLAGS.prompts_shown, FLAGS.seed))
 
@@ -493,7 +517,7 @@ def grid(arguments: list[str]) -> None:
     commands.need(out='name the sheet, as --out=sheet.png')
     if FLAGS.best and FLAGS.worst:
         raise UserError('--best and --worst are two sheets; give one')
-    out = Path(FLAGS.out).expanduser().absolute()
+    out = places.of(FLAGS.out, places.LOCAL)
     if out.suffix.lower() not in ('.png', '.webp'):
         raise UserError(f'--out {out}: a sheet ends in .png or .webp')
     commands.folder('--out', out.parent)

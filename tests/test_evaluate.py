@@ -12,19 +12,20 @@ import tiny
 from absl import flags
 from evaluate_suites import CAPTIONS
 from PIL import Image
+from saved import save
 from test_distributed import together
 from test_evaluation import noise_sampler, request
-from test_export import save
 
 from ddmd_jax import evaluate as command_lib, families as teachers
 from ddmd_jax.diffusion import drawing
 from ddmd_jax.evaluation import evaluate, kept, pictures
 from ddmd_jax.evaluation.kept import Held, ImagesError, Kept
 from ddmd_jax.export.models import Model
+from ddmd_jax.models.adapters import LoRA
 from ddmd_jax.parallel.sharding import make_mesh
 from ddmd_jax.util import commands
 from ddmd_jax.util.errors import UserError
-from ddmd_jax.weights import scheduler
+from ddmd_jax.weights import flat, scheduler
 
 TOY, SMALL = '--suite=tests.evaluate_suites.TOY', '--suite=tests.evaluate_suites.SMALL'
 ABOUT = {'model': 'student', 'steps': 2, 'evaluations': 2, 'guidance': 1.0}
@@ -262,7 +263,6 @@ def test_a_benchmark_is_drawn_laid_out_and_its_results_are_read(run, command, pr
     (['--suite=nothing', '--out=OUT'], 'nothing is unknown; known: hps_v2, hps_v3'),
     ([TOY, '--out=OUT', '--count=1,1'], 'holds no images; name a model'),
     (['--suite=a', '--out=OUT', '--checkpoint=x', '--model=y'], 'two ways to name a model'),
-    (['--suite=a', '--out=OUT', '--weights=clip'], '--weights=clip is not NAME=PATH'),
     (['--compare', 'A'], '--compare takes 2 folders'), (['--blind', 'A', 'B'], 'A holds no eval'),
     (['--compare', '--blind'], 'are two commands'), (['--grid', 'OUT'], 'no scores.parquet'),
 ])
@@ -281,6 +281,23 @@ def test_an_exported_students_folder_says_its_steps(tmp_path):
     assert command_lib.few_steps(str(tmp_path)) is None  # no scheduler: not one of ours
     scheduler.write(tmp_path / 'scheduler', 3.0, 'renoise')
     assert command_lib.few_steps(str(tmp_path)) == (4, 'renoise')
+
+
+def test_adapters_over_the_teacher_are_a_student(weights, command, tmp_path):
+    """Named by what the run has trained, as in its own table and in what is exported of it."""
+    teacher, binding = teachers.load_teacher(str(weights)), LoRA(2, 3.0, ('to_q$', 'linear_2$'))
+    trained = jax.tree.map(lambda x: x + 0.1, binding.init(teacher.params, jax.random.key(0)))
+    fields = {'kind': 'lora', 'rank': 2, 'alpha': 6.0, 'targets.0': 'to_q$',
+              'targets.1': 'linear_2$'}
+    manifest = {'task': 'distill', 'teacher.name': 'emoji', 'teacher.path': str(weights),
+                'teacher.dtype': 'float32', 'teacher_identity': teacher.identity,
+                **{f'student.adapter.{name}': value for name, value in fields.items()}}
+    run = save(tmp_path / 'run', manifest, trained)
+    assert command(f'--checkpoint={run}', TOY, '--count=1,0', '--rows=student',
+                   f'--out={tmp_path}') == 0
+    found = json.loads((tmp_path / 'eval.json').read_text())
+    assert found['weights']['student'] == flat.corner_identity(trained, mesh())
+    assert [row['name'] for row in found['rows']] == ['student']
 
 
 def test_rows_of_several_runs_are_their_folders(tmp_path):

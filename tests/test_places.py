@@ -16,6 +16,12 @@ PACKAGE = tiny.ROOT / 'ddmd_jax'
 # (module, flag) -> URLs that it takes. Whoever defines another flag of this kind adds a line.
 FLAGS = {
     ('checkpoints', ''): 'BUCKETS',
+    # An evaluation's images are added batch by batch, and read again at random.
+    ('evaluate', ''): 'LOCAL', ('evaluate', 'out'): 'LOCAL',
+    ('evaluate', 'checkpoint'): 'BUCKETS', ('evaluate', 'model'): 'ANY',
+    ('evaluate', 'teacher_path'): 'ANY', ('evaluate', 'weights'): 'ANY',
+    ('evaluate', 'prompts'): 'BUCKETS', ('evaluate', 'results'): 'BUCKETS',
+    ('evaluate', 'images'): 'BUCKETS', ('evaluate', 'reference'): 'BUCKETS',
     ('export', 'checkpoint'): 'BUCKETS', ('export', 'out'): 'BUCKETS', ('export', 'teacher'): 'ANY',
     ('families.emoji.make_judge', 'out'): 'LOCAL',
     ('main', 'compile_cache'): 'BUCKETS',
@@ -95,6 +101,18 @@ def test_a_flag_refuses_what_is_no_place_for_it(flag, schemes):
             parser.parse(named)
 
 
+def test_a_place_may_be_one_of_something():
+    parser = frame._PlaceParser(places.LOCAL, 'SUITE')
+    home = os.path.expanduser('~')
+    assert parser.parse('a:row=~/b=c') == f'a:row={home}/b=c'
+    for given in ('x', 'x=', '=x', ''):
+        with pytest.raises(ValueError, match='it is not SUITE=PATH'):
+            parser.parse(given)
+    for named, words in NOWHERE + ELSEWHERE:
+        with pytest.raises(ValueError, match=re.escape(f'it {words}')):
+            parser.parse(f'x={named}')
+
+
 def test_every_field_that_names_a_place_is_one():
     known = {f.path: f.doc for f in fields.COMMON + fields.DISTILL + fields.PRETRAIN + fields.CODEC
              + fields.under('data', fields.PROMPTS)}
@@ -121,6 +139,8 @@ def test_a_field_refuses_what_is_no_place_for_it(field, schemes):
     ['main', '--config=emoji', '--workdir=URL'],
     ['main', '--config=URL', '--workdir=/nowhere'],
     ['sample', '--teacher', '--teacher_path=emoji', '--prompt=x', '--out=URL'],
+    ['evaluate', '--model=emoji', '--suite=emoji', '--prompts=emoji=URL', '--out=x'],
+    ['evaluate', '--compare', 'URL', 'URL'],
     ['export', '--checkpoint=URL', '--out=x'],
     ['prepare', 'prompts', '--input=URL', '--out=x'],
     ['prepare', 'embed', '--prompts=URL', '--out=x', '--teacher=lumina'],

@@ -19,7 +19,7 @@ from ddmd_jax.diffusion.drawing import ImageName
 from ddmd_jax.evaluation import kept, statistics, tables
 from ddmd_jax.evaluation.kept import Kept
 from ddmd_jax.evaluation.suites import Suite
-from ddmd_jax.util import files, text
+from ddmd_jax.util import files, places, text
 from ddmd_jax.util.errors import UserError
 
 RESULT, SCORES, MARKDOWN, PAGE = 'eval.json', 'scores.parquet', 'table.md', 'table.html'
@@ -147,9 +147,9 @@ def read(place: str, suite: str = '') -> Evaluated:
     import pyarrow.parquet as pq
 
     folder, colon, row = place.rpartition(':')
-    if not colon or Path(place).expanduser().is_dir():
+    if not colon or places.of(place, places.LOCAL).is_dir():
         folder, row = place, ''
-    where = Path(folder).expanduser().absolute()
+    where = Path(places.of(folder, places.LOCAL))
     try:
         table = pq.read_table(where / SCORES).to_pydict()
     except FileNotFoundError as e:

@@ -231,6 +231,13 @@ def materialised(params: Params) -> Params:
     return jax.tree.map(lambda x: x.merged() if is_adapted(x) else x, params, is_leaf=is_adapted)
 
 
+def unbound(params: Params) -> Params:
+    """What was bound, of bound parameters: the factors, or everything if nothing is adapted."""
+    factors = {path: leaf for path, leaf in flat.flatten(params).items()
+               if path.rpartition('/')[2] in FACTORS}
+    return flat.unflatten(factors) if factors else params
+
+
 def from_section(section: Mapping[str, Any] | None) -> Binding:
     """What a config's section ``student.adapter`` or ``critic.adapter`` says; None is `Full`."""
     if not section or section['kind'] == 'full':

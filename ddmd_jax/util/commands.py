@@ -23,18 +23,24 @@ def run(name: str, main: Callable[[list[str]], None], define_flags: Callable[[],
 
 
 class _PlaceParser(flags.ArgumentParser):
-    """Checks the name of a place, and fills it in; what is no place (a hub id) stays as it is."""
+    """Checks the name of a place, and fills it in; what is no place (a hub id) stays as it is.
+
+    With `head`, ``HEAD=PATH`` is asked for.
+    """
 
     syntactic_help = 'a path, or a URL'
 
-    def __init__(self, schemes: Sequence[str] | None):
+    def __init__(self, schemes: Sequence[str] | None, head: str = ''):
         super().__init__()
-        self.schemes = schemes
+        self.schemes, self.head = schemes, head
 
     def parse(self, argument: str) -> str:
-        if wrong := places.fault(argument, self.schemes):
+        name, equals, path = argument.partition('=') if self.head else ('', '', argument)
+        if self.head and not (name and path):
+            raise ValueError(f'it is not {self.head}=PATH')
+        if wrong := places.fault(path, self.schemes):
             raise ValueError(f'it {wrong}')
-        return places.filled(argument)
+        return f'{name}{equals}{places.filled(path)}'
 
     def flag_type(self) -> str:
         return 'place'
@@ -50,9 +56,13 @@ def define_place(name: str, default: str | None, text: str,
 
 
 def define_places(name: str, text: str,
-                  schemes: Sequence[str] | None = places.BUCKETS) -> Any:
-    """Defines a flag that may be repeated, each time naming files; see `define_place`."""
-    return flags.DEFINE_multi(_PlaceParser(schemes), flags.ArgumentSerializer(), name, [], text)
+                  schemes: Sequence[str] | None = places.BUCKETS, head: str = '') -> Any:
+    """Defines a flag that may be repeated, each time naming files; see `define_place`.
+
+    With a `head`, as 'SUITE', every value is ``SUITE=PATH``: which file is meant for what.
+    """
+    return flags.DEFINE_multi(_PlaceParser(schemes, head), flags.ArgumentSerializer(), name, [],
+                              text)
 
 
 def parser(name: str) -> Callable[[list[str]], list[str]]:
