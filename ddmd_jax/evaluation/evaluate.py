@@ -20,7 +20,7 @@ from tqdm import tqdm
 from ddmd_jax.diffusion import drawing, time as time_maps
 from ddmd_jax.diffusion.drawing import Request, Sampler, Times
 from ddmd_jax.evaluation import pictures, tables
-from ddmd_jax.evaluation.kept import Held, Kept
+from ddmd_jax.evaluation.kept import Held, Kept, Real
 from ddmd_jax.evaluation.suites import Examples, Images, Suite
 from ddmd_jax.util import files
 from ddmd_jax.util.errors import UserError
@@ -163,9 +163,9 @@ def measured(examples: Examples, images: Mapping[str, Images],
              settings: Mapping[str, Mapping[str, Any]],
              ) -> tuple[list[dict[str, Any]], dict[str, dict[str, np.ndarray]], list[str]]:
     """(rows of the table, numbers of each image by row, what is no figure, a line each)."""
-    every = dict(images)
+    every: dict[str, Images] = dict(images)
     if examples.real is not None:
-        every = {'real': pictures.to_uint8(examples.real), **every}
+        every = {'real': Real(examples.real), **every}
     rows: list[dict[str, Any]] = []
     each: dict[str, dict[str, np.ndarray]] = {}
     gaps: list[str] = []
@@ -188,7 +188,7 @@ def samples(examples: Examples, images: Mapping[str, Images], titles: Mapping[st
     shown = _shown(examples.captions, held)
     captions = [examples.captions[i] + ' *' * bool(held[i]) for i in shown[:, 0]]
     every = dict(images) if examples.real is None else {
-        'real': pictures.to_uint8(examples.real), **images}
+        'real': Real(examples.real), **images}
     columns = [found[shown.reshape(-1)] for found in every.values()]
     pictures.captioned_sheet(
         captions, [titles.get(name, name) for name in every],

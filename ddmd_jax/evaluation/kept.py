@@ -48,6 +48,19 @@ def decode(data: bytes, where: str) -> np.ndarray:
         raise ImagesError(f'{where} cannot be decoded ({first_line(e)}); make it again') from e
 
 
+class Real:
+    """Images ``[n, H, W, 3]`` in [-1, 1] as bytes, which are made when they are asked for."""
+
+    def __init__(self, images: np.ndarray):
+        self._images = images
+
+    def __len__(self) -> int:
+        return len(self._images)
+
+    def __getitem__(self, rows: np.ndarray) -> np.ndarray:
+        return pictures.to_uint8(self._images[rows])
+
+
 class Held:
     """Images of one size in memory."""
 

@@ -52,7 +52,9 @@ def examples(seen: int, held_out: int, seed: int) -> Examples:
     captions = [world.caption(scene) for scene in asked]
     held = np.arange(len(asked)) >= seen
     rng = np.random.default_rng((seed, 17))
-    real = np.concatenate(list(_real(world, asked, rng)))
+    real = np.empty((len(asked), scenes.SIDE, scenes.SIDE, 3), np.float32)
+    for start, block in zip(range(0, len(asked), BLOCK), _real(world, asked, rng)):
+        real[start:start + BLOCK] = block
     # Real images again: the row `real` is compared with others of its own captions, as any row is.
     times = min(MOST, max(2, -(-REFERENCES // len(asked))))
     reference = _real(world, asked * times, rng)  # drawn as they are looked at
