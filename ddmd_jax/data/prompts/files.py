@@ -1,9 +1,11 @@
 """Files of prompts as streams of raw texts; what is wrong is named by file and line."""
 
+import codecs
 import csv
+import io
 import json
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +15,9 @@ from ddmd_jax.data import DataFileError
 from ddmd_jax.util.text import first_line
 
 KINDS = ('.txt', '.jsonl', '.csv', '.tsv', '.parquet')
+# Marks that Excel, PowerShell and Windows' editors begin a file with; UTF-32's begins with UTF-16's.
+MARKS = ((codecs.BOM_UTF32_LE, 'utf-32'), (codecs.BOM_UTF32_BE, 'utf-32'),
+         (codecs.BOM_UTF16_LE, 'utf-16'), (codecs.BOM_UTF16_BE, 'utf-16'))
 
 
 def bar(what: str, total: int, unit: str = ' prompts') -> tqdm:
@@ -45,25 +50,51 @@ def read(path: Path, field: str) -> Iterator[str]:
 
 
 def _lines(path: Path) -> Iterator[str]:
-    """Lines with their ends."""
+    """Lines with their ends, of which there are three: ``\\n``, ``\\r\\n`` and ``\\r``.
+
+    The text is UTF-8, or UTF-16 or UTF-32 with a mark that says so. One NUL is enough to tell that
+    it is neither: UTF-16 without a mark, or no text.
+    """
     with path.open('rb') as file, bar(path.name, path.stat().st_size, 'B') as progress:
-        for number, raw in enumerate(file, 1):
-            try:
-                yield raw.decode('utf-8-sig' if number == 1 else 'utf-8')
-            except UnicodeDecodeError as e:
-                raise DataFileError(f'{path} line {number}: not UTF-8 (byte {e.start} of the line, '
-                                    f'0x{e.object[e.start]:02x}); save it as UTF-8') from e
-            progress.update(len(raw))
+        start = file.read(4)
+        file.seek(0)
+        marked = next((name for mark, name in MARKS if start.startswith(mark)), '')
+        # Latin-1 keeps every byte, so that a line that is not UTF-8 can be named.
+        lines = io.TextIOWrapper(file, marked or 'latin-1', newline='')
+        number = 0
+        try:
+            for number, line in enumerate(lines, 1):
+                if not marked:
+                    raw = line.encode('latin-1')
+                    line = raw.decode('utf-8-sig' if number == 1 else 'utf-8')
+                if '\0' in line:
+                    raise DataFileError(f'{path} line {number}: it holds a NUL, so it is UTF-16 '
+                                        'without its mark, or no text; save it as UTF-8')
+                yield line
+                progress.update(len(line))
+        except UnicodeDecodeError as e:
+            where = (f'a line after {number}: not {marked.upper()}, as its mark says' if marked else
+                     f'line {number}: not UTF-8 (byte {e.start} of the line, '
+                     f'0x{e.object[e.start]:02x})')
+            raise DataFileError(f'{path} {where}; save it as UTF-8') from e
+
+
+def _find(field: str, names: Sequence[str], where: str) -> None:
+    """Raises `DataFileError` unless exactly one of these names is `field`."""
+    if field not in names:
+        there = ', '.join(map(repr, names[:12])) or 'none'
+        raise DataFileError(f'{where}: no field {field!r}; there are {there}; name one with '
+                            '--field')
+    if names.count(field) > 1:
+        raise DataFileError(f'{where}: {names.count(field)} columns are called {field!r}; rename '
+                            'all but the one that is meant')
 
 
 def _text(row: Any, field: str, where: str) -> str:
     """The text of an object's `field`, '' for null."""
     if not isinstance(row, dict):
         raise DataFileError(f'{where}: expected a JSON object')
-    if field not in row:
-        names = ', '.join(map(repr, [*row][:12])) or 'none'
-        raise DataFileError(f'{where}: no field {field!r}; there are {names}; name one with '
-                            '--field')
+    _find(field, [*row], where)
     if not isinstance(row[field], str | None):
         raise DataFileError(f'{where}: {field!r} is {row[field]!r:.40}, not a text')
     return row[field] or ''
@@ -88,7 +119,7 @@ def _read_table(path: Path, field: str, delimiter: str) -> Iterator[str]:
         for row in reader:
             if header is None:
                 header = row
-                _text(dict.fromkeys(header), field, f'{path} line 1')
+                _find(field, header, f'{path} line 1')
             elif row and len(row) != len(header):
                 raise DataFileError(f'{path} line {line}: {len(row)} columns, {len(header)} in '
                                     f'the header; quote prompts that hold a {delimiter!r}')
@@ -105,8 +136,8 @@ def _read_parquet(path: Path, field: str) -> Iterator[str]:
     import pyarrow.parquet as pq
 
     try:
-        file = pq.ParquetFile(path)
-        _text(dict.fromkeys(file.schema_arrow.names), field, str(path))
+        file = pq.ParquetFile(path, page_checksum_verification=True)
+        _find(field, file.schema_arrow.names, str(path))
         with bar(path.name, file.metadata.num_rows) as progress:
             for batch in file.iter_batches(columns=[field]):
                 yield from (_text(row, field, str(path)) for row in batch.to_pylist())
