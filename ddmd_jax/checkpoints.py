@@ -73,9 +73,12 @@ def main(arguments: list[str]) -> None:
     os.environ['JAX_PLATFORMS'] = 'cpu'  # nothing is computed, and a run may have the devices
     if len(arguments) != 1:
         raise UserError(f'expected one folder, the --workdir of a run, got {len(arguments)}')
+    from ddmd_jax.train.durable import checksums
     from ddmd_jax.train.durable.checkpoint import checkpoints_in
 
     directory = checkpoints_in(places.of(arguments[0]))
+    if not checksums.steps(directory):
+        raise UserError(f'{directory} is empty: the run has saved nothing yet')
     if FLAGS.prune:
         gone = prune(directory, FLAGS.keep, FLAGS.every)
         print(f'deleted: {", ".join(map(str, gone)) or "none"}')

@@ -36,6 +36,7 @@ _WORKDIR = commands.define_place(
 _PEER_TIMEOUT = flags.DEFINE_integer(
     'peer_timeout', 100, 'Seconds of silence of one process after which the others end.',
     lower_bound=1)
+commands.at_most(10**7, 'peer_timeout')
 _REPLAY = flags.DEFINE_boolean(
     'replay', False, 'Only repeat the last step of WORKDIR/bad_batches.jsonl and print its '
     'figures.')
@@ -48,7 +49,8 @@ def profiled(text: str | None) -> tuple[int, int] | None:
     if text is None:
         return None
     ends = text.split(':')
-    if len(ends) == 2 and all(e.isdecimal() for e in ends) and 1 <= int(ends[0]) <= int(ends[1]):
+    numbers = all(e.isdecimal() and len(e) < 10 for e in ends)
+    if len(ends) == 2 and numbers and 1 <= int(ends[0]) <= int(ends[1]):
         return int(ends[0]), int(ends[1])
     print(f'main: --profile={text} is not FIRST:LAST, two steps such as 10:20', file=sys.stderr)
     sys.exit(2)
@@ -154,6 +156,18 @@ def replay(config, workdir: Place) -> None:
 
 
 def main(argv: list[str]) -> None:
+    """`_main`, and what may happen at any moment of it; a run under way has its own handlers."""
+    commands.printable()
+    try:
+        _main(argv)
+        commands.flush()
+    except BrokenPipeError:
+        commands.reader_gone()
+    except KeyboardInterrupt:
+        sys.exit('main: stopped')
+
+
+def _main(argv: list[str]) -> None:
     if not flags.FLAGS['verbosity'].present:
         logging.set_verbosity(logging.WARNING)  # libraries' chatter hides the progress bar
     if len(argv) > 1:

@@ -44,6 +44,7 @@ def embed_flags() -> None:
                         'config.teacher.variant.')
     commands.define_place('out', '', 'Folder to write; it must not exist yet.')
     flags.DEFINE_integer('batch', 64, 'Prompts encoded at a time, over all devices.', 1)
+    commands.at_most(100_000, 'batch')
     flags.DEFINE_enum('dtype', 'bfloat16', ('bfloat16', 'float32'), "Of the encoder's products.")
 
 

@@ -19,7 +19,7 @@ from absl import flags
 
 import ddmd_jax
 from ddmd_jax.export.models import Model, encoded, find_model, load
-from ddmd_jax.util import buckets, commands, places
+from ddmd_jax.util import buckets, commands, places, shape
 from ddmd_jax.util.errors import UserError
 
 if TYPE_CHECKING:  # JAX takes seconds to import: not before the flags are right
@@ -66,8 +66,11 @@ def define_flags() -> None:
     flags.DEFINE_enum('format', 'png', ('png', 'webp'), 'Format of files in a folder.')
     flags.DEFINE_boolean('overwrite', False, 'Replace existing files.')
     commands.finite('guidance')
+    commands.at_most(1000, 'steps', 'guidance')
+    commands.at_most(100_000, 'count', 'batch')
     flags.register_validator('size', lambda given: given is None or len(given) == 2 and all(
-        side.isdecimal() and int(side) for side in given), 'must be HEIGHT,WIDTH, as 768,1024')
+        side.isdecimal() and len(side) < 6 and int(side) for side in given),
+        'must be HEIGHT,WIDTH, as 768,1024')
 
 
 def check_flags() -> None:
@@ -199,8 +202,8 @@ def targets(out: Place, named: Sequence[ImageName],
 def begun(folder: Place) -> set[str]:
     """Names of files that a command which did not come to its end was about to write."""
     try:
-        return {str(name) for name in json.loads((folder / MARK).read_bytes())}
-    except (OSError, ValueError, TypeError):
+        return set(shape.load((folder / MARK).read_bytes(), [str]))
+    except (OSError, ValueError):
         return set()
 
 

@@ -11,20 +11,21 @@ and what was to be read is as it was.
 from __future__ import annotations
 
 import argparse
+import atexit
 import codecs
 import contextlib
 import copy
 import csv
 import dataclasses
+import functools
 import io
 import json
-import os
 import random
 import shutil
 import sys
 import tempfile
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -33,6 +34,7 @@ from absl import flags
 from ddmd_jax.util import commands
 
 FLAGS = flags.FLAGS
+_BEFORE = set(FLAGS)  # absl's own
 
 
 class FoundError(AssertionError):
@@ -51,19 +53,22 @@ class Ended:
 
 @contextlib.contextmanager
 def defined(define_flags: Callable[[], None]):
-    """The flags of one command, as if it were alone in its process."""
-    before = set(FLAGS)
+    """The flags of one command, as if it were alone in its process: `main` has its own at once."""
+    others = {name: FLAGS[name] for name in set(FLAGS) - _BEFORE}
+    for name in others:
+        delattr(FLAGS, name)
     define_flags()
-    mine = set(FLAGS) - before
     try:
         yield
     finally:
         FLAGS.unparse_flags()
-        for name in mine:
+        for name in set(FLAGS) - _BEFORE:
             delattr(FLAGS, name)
+        for name, flag in others.items():
+            FLAGS[name] = flag
 
 
-def call(name: str, act: Callable[[list[str]], Any], args: list[str] = [],
+def call(name: str, act: Callable[[list[str]], Any], args: Sequence[str] = (),
          define_flags: Callable[[], None] = lambda: None) -> Ended:
     """Runs `act` in the frame of the command `name`; raises `FoundError` where the frame breaks."""
     value, err, out, code = [], io.StringIO(), io.StringIO(), 0
@@ -291,9 +296,10 @@ def _write_parquet(rng: random.Random, file: Path, field: str, texts: list[str])
     import pyarrow as pa
     import pyarrow.parquet as pq
 
-    kinds = [pa.string(), pa.large_string(), pa.string_view(), pa.dictionary(pa.int8(), pa.string()),
-             pa.binary(), pa.list_(pa.string()), pa.struct([('prompt', pa.string())]), pa.int64(),
-             pa.null(), pa.bool_(), pa.timestamp('s')]
+    kinds = [pa.string(), pa.large_string(), pa.string_view(),
+             pa.dictionary(pa.int8(), pa.string()), pa.binary(), pa.list_(pa.string()),
+             pa.struct([('prompt', pa.string())]), pa.int64(), pa.null(), pa.bool_(),
+             pa.timestamp('s')]
     kind = rng.choice(kinds[:4]) if rng.random() < 0.6 else rng.choice(kinds)
     if pa.types.is_list(kind):
         values = [[t] for t in texts]
@@ -315,8 +321,9 @@ def _write_parquet(rng: random.Random, file: Path, field: str, texts: list[str])
         names.append(rng.choice(NAMES))
         columns.append(pa.array(range(len(texts)), pa.int32()))
     try:
-        pq.write_table(pa.Table.from_arrays(columns, names), file, row_group_size=rng.choice((1, 4)),
-                       compression=rng.choice(('none', 'snappy', 'gzip', 'zstd')))
+        pq.write_table(pa.Table.from_arrays(columns, names), file,
+                       compression=rng.choice(('none', 'snappy', 'gzip', 'zstd')),
+                       row_group_size=rng.choice((1, 4)))
     except pa.ArrowException:  # a type that this version does not write
         pq.write_table(pa.table({field: texts}), file)
 
@@ -358,9 +365,519 @@ def of_prompts(rng: random.Random, folder: Path) -> None:
                          f'{sorted(wanted)}')
 
 
+# --- Folders that the commands have made ---
+
+
+@dataclasses.dataclass(frozen=True)
+class Made:
+    """Undamaged folders, made once: `set` of prompts, `embeddings`, `run` of an emoji student."""
+
+    set: Path
+    embeddings: Path
+    run: Path
+    teacher: Path
+
+    @classmethod
+    def below(cls, folder: Path) -> Made:
+        import jax
+        import numpy as np
+        import tiny
+        from PIL import Image
+        from saved import save
+        from test_report import make_run
+
+        from ddmd_jax import families
+        from ddmd_jax.data import embeddings
+        from ddmd_jax.data.prompts import build
+
+        (folder / 'p.txt').write_text('\n'.join(f'{a} {b}' for a in 'abcdef' for b in 'uvwxyz'))
+        build.prepare(build.Settings((str(folder / 'p.txt'),), near_threshold=1.0, validation=0.3),
+                      folder / 'set')
+        rng = np.random.default_rng(0)
+        part = lambda n: {'embeds': rng.normal(size=(n, 8)).astype(embeddings.FLOAT),
+                          'pooled': rng.normal(size=3).astype(embeddings.FLOAT)}
+        embeddings.write(folder / 'embeddings', {'width': 8, 'length': 4, 'identity': '0' * 16},
+                         part(1), [(f'prompt {i}', part(1 + i % 4)) for i in range(12)])
+        teacher = tiny.save_toy(folder)
+        loaded = families.load_teacher(str(teacher))
+        run = make_run(folder / 'run', lines=12, pictures=1)
+        save(run, {'task': 'distill', 'teacher.name': 'emoji', 'teacher.path': str(teacher),
+                   'teacher.dtype': 'float32', 'student.steps': 2,
+                   'teacher_identity': loaded.identity},
+             jax.tree.map(np.asarray, loaded.params), step=7)
+        rows = [{'name': n, 'steps': 2, 'evaluations': 2, 'guidance': 1.0, 'frechet': i + 0.5}
+                for i, n in enumerate(('teacher_few_step', 'student'))]
+        (run / 'eval.json').write_text(json.dumps({
+            'rows': rows, 'seconds': {'input_wait': 0.5}, 'step': 7, 'seed': 0,
+            'config': json.loads((run / 'config.json').read_text())}))
+        Image.new('RGB', (8, 8)).save(run / 'samples.png')
+        return cls(folder / 'set', folder / 'embeddings', run, teacher)
+
+
+@functools.cache
+def made() -> Made:
+    folder = Path(tempfile.mkdtemp(prefix='ddmd_fuzz_made_'))
+    atexit.register(shutil.rmtree, folder, ignore_errors=True)
+    return Made.below(folder)
+
+
+def damaged(rng: random.Random, folder: Path, files: list[str]) -> str:
+    """Damages one of the `files` of a folder; says which, or '' where it is as it was."""
+    name = rng.choice(files)
+    if name.endswith('.json') and rng.random() < 0.8:
+        value = json.loads((folder / name).read_bytes())
+        (folder / name).write_bytes(bad_json(rng, value))
+        return name
+    return name if ruin(rng, folder / name) != 'nothing' else ''
+
+
+def of_set(rng: random.Random, folder: Path) -> None:
+    """A set of prompts, as `sample --prompts` and all others open it."""
+    from ddmd_jax import sample
+
+    here = Path(shutil.copytree(made().set, folder / 'set'))
+    name = damaged(rng, here, ['card.json', 'card.json', 'train.array_record',
+                               'validation.array_record'])
+    before = content(folder)
+    for split in ('train', 'validation'):
+        ended = call('sample', lambda rest, split=split: sample.read_prompts([], str(here), split))
+        if not ended.code and ended.value != sample.read_prompts([], str(made().set), split):
+            raise FoundError(f'{name} is damaged, and other prompts were read')
+    if content(folder) != before:
+        raise FoundError('what was read has changed')
+
+
+def of_embeddings(rng: random.Random, folder: Path) -> None:
+    """A folder of embeddings, as a run opens it and reads its batches."""
+    import numpy as np
+
+    from ddmd_jax.data import conditioning
+
+    def read(path):
+        prompts = conditioning.open_embeddings(str(path), 8)
+        arrays = [x for cond in (prompts.null, prompts.lookup(prompts.rows))
+                  for _, x in sorted(cond.items())]
+        return [prompts.lengths, prompts.identity, *arrays, *map(prompts.caption, prompts.rows)]
+
+    here = Path(shutil.copytree(made().embeddings, folder / 'embeddings'))
+    names = ['card.json', 'card.json', 'index.safetensors', 'null.safetensors',
+             'embeddings.array_record']
+    name = damaged(rng, here, names)
+    if rng.random() < 0.2:
+        name = _other_arrays(rng, here)
+    before = content(folder)
+    ended = call('main', lambda rest: read(here))
+    if not ended.code:
+        wanted = read(made().embeddings)
+        # The identity is what the card says; an altered one that is a name is another data set.
+        same = [np.array_equal(a, b) for a, b in zip(ended.value, wanted, strict=True)
+                if not (isinstance(a, str) and len(a) == 16)]
+        if not all(same):
+            raise FoundError(f'{name} is damaged, and other arrays were read')
+    if content(folder) != before:
+        raise FoundError('what was read has changed')
+
+
+def _other_arrays(rng: random.Random, folder: Path) -> str:
+    """Arrays of another shape, dtype or name, well written."""
+    import ml_dtypes
+    import numpy as np
+    import safetensors.numpy as st
+
+    name = rng.choice(('index.safetensors', 'null.safetensors'))
+    shapes = ((12,), (12, 1), (11,), (0,), (), (1, 8), (2, 9), (5, 8), (1, 8, 1), (3,))
+    kinds = (np.int32, np.int64, np.float32, ml_dtypes.bfloat16, np.uint8)
+    keys = ('lengths',) if name.startswith('index') else ('embeds', 'pooled', 'other')
+    st.save_file({k: np.full(rng.choice(shapes), rng.choice((0, 1, 2, 200)), rng.choice(kinds))
+                  for k in keys[:rng.randint(1, 3)]}, folder / name)
+    return name
+
+
+FILES = ('config.json', 'run.json', 'eval.json', 'metrics.jsonl', 'times.jsonl')
+
+
+def _bad_lines(rng: random.Random, raw: bytes) -> bytes:
+    """JSON lines, one of them mangled."""
+    lines = [json.loads(x) for x in raw.splitlines()]
+    at = rng.randrange(len(lines))
+    text = [json.dumps(x).encode() for x in lines]
+    text[at] = bad_json(rng, lines[at]).replace(b'\n', b' ')
+    return b'\n'.join(text) + b'\n' * rng.randrange(3)
+
+
+def of_run_files(rng: random.Random, folder: Path) -> None:
+    """The JSON of a run's folder, as `report`, `summarise` and `export` read it."""
+    from ddmd_jax.export import card
+    from ddmd_jax.export.student import field_of
+    from ddmd_jax.report import page
+    from ddmd_jax.study import summarise
+    from ddmd_jax.train.durable import checkpoint as ckpt
+
+    here = Path(shutil.copytree(made().run, folder / 'run',
+                                ignore=shutil.ignore_patterns('checkpoints', 'pictures')))
+    name = rng.choice(FILES)
+    if rng.random() < 0.8:
+        bad = _bad_lines(rng, (here / name).read_bytes()) if name.endswith('l') else (
+            bad_json(rng, json.loads((here / name).read_bytes())))
+        (here / name).write_bytes(bad)
+    else:
+        ruin(rng, here / name)
+    before = content(here)
+    told = [call('report', lambda rest: page.render([_read(here)])),
+            call('summarise', lambda rest: summarise.main([str(here)]))]
+    student = _student(here, ckpt.saved(made().run))
+    told.append(call('export', lambda rest: (
+        card.write(student, folder, 'orbax', _exported(student), 'its own', card.read(student)),
+        field_of(here, 'student.sampler'))))
+    if content(here) != before:
+        raise FoundError('what was read has changed')
+    if name in ('config.json', 'run.json', 'eval.json') and not _parses(here / name) and (
+            not told[0].code):
+        raise FoundError(f'{name} is no JSON object, and a report was written')
+
+
+def _parses(file: Path) -> bool:
+    try:
+        return not file.exists() and file.name != 'config.json' or isinstance(
+            json.loads(file.read_bytes()), dict)
+    except (OSError, ValueError, RecursionError):
+        return False
+
+
+def _read(folder: Path) -> Any:
+    from ddmd_jax.report import read
+
+    return read.read(folder)
+
+
+def _student(workdir: Path, saved: Any) -> Any:
+    from ddmd_jax import families
+    from ddmd_jax.export import student
+
+    family = families.get('emoji')
+    export = student.plain_export(family)
+    return student.Student(workdir, saved, 'emoji', export, None, True, None, '')
+
+
+def _exported(student: Any) -> Any:
+    from ddmd_jax.families.family import Exported
+
+    return Exported(None, None, 7, 2, None, 'float32', student.sampler + '!')
+
+
+def of_checkpoint(rng: random.Random, folder: Path) -> None:
+    """A run's checkpoint, as `checkpoints`, `export` and `sample` open it."""
+    import numpy as np
+
+    from ddmd_jax import checkpoints
+    from ddmd_jax.train.durable import checkpoint as ckpt, checksums
+
+    here = Path(shutil.copytree(made().run, folder / 'run',
+                                ignore=shutil.ignore_patterns('pictures')))
+    kept = here / 'checkpoints' / '7'
+    names = [n.relative_to(here).as_posix() for n in sorted(kept.rglob('*')) if n.is_file()]
+    if rng.random() < 0.8:
+        name = damaged(rng, here, [*names, 'checkpoints/7/checksums.json',
+                                   'checkpoints/7/manifest/metadata'])
+    else:
+        name = _other_folder(rng, kept)
+    before, wrong = content(here), name and not name.endswith(checksums.NAME)
+    listed = call('checkpoints', checkpoints.main, [str(here)], checkpoints.define_flags)
+    verified = call('checkpoints', checkpoints.main, [str(here), '--verify'],
+                    checkpoints.define_flags)
+    if wrong and not verified.code:
+        raise FoundError(f'{name} is damaged, and is called good: {verified.out} {listed.out}')
+    like, layout = _like()
+    ended = call('sample', lambda rest: ckpt.saved(here).part('ema', like, layout))
+    if wrong and not ended.code:
+        raise FoundError(f'{name} is damaged, and was read')
+    if not ended.code:
+        _equal(ended.value, ckpt.saved(made().run).part('ema', like, layout), np)
+    if content(here) != before:
+        raise FoundError('what was read has changed')
+
+
+def _equal(a: Any, b: Any, np: Any) -> None:
+    import jax
+
+    if not all(map(np.array_equal, jax.tree.leaves(a), jax.tree.leaves(b))):
+        raise FoundError('other weights were read')
+
+
+@functools.cache
+def _like() -> Any:
+    import jax
+    import jax.numpy as jnp
+
+    from ddmd_jax import families
+    from ddmd_jax.parallel import sharding
+
+    mesh = sharding.make_mesh({}, jax.devices()[:1])
+    teacher = families.load_teacher(str(made().teacher))
+    like = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, jnp.float32), teacher.params)
+    return like, sharding.shard_tree(like, teacher.rules, mesh)
+
+
+def _other_folder(rng: random.Random, kept: Path) -> str:
+    """The folder itself, or one in it, is not what it was."""
+    kind = rng.randrange(6)
+    if kind == 0:
+        kept.rename(kept.with_name('7.old'))
+    elif kind == 1:
+        shutil.rmtree(kept / rng.choice(('state', 'data', 'manifest')))
+    elif kind == 2:
+        shutil.rmtree(kept)
+        kept.write_text('no folder')
+    elif kind == 3:
+        shutil.rmtree(kept)
+        kept.mkdir()
+    elif kind == 4:
+        shutil.rmtree(kept.parent)
+        kept.parent.write_text('no folder')
+    else:
+        (kept.parent / rng.choice(('9', '008', '99999999999999999999', '\u0663'))).mkdir()
+    return 'a folder'
+
+
+def of_results(rng: random.Random, folder: Path) -> None:
+    """The results of a study, as its report reads them."""
+    from ddmd_jax.study import claims, claims_page, results, robustness, suites
+
+    suite = suites.SUITES[rng.choice(sorted(suites.SUITES))]
+    names = [e.name for e in suite.experiments[:2]]
+    row = {'all_match': 0.9, 'all_match_held_out': 0.9, 'frechet': 1.0, 'colour_error': 1.0,
+           'std': 0.5, 'diversity': None}
+    whole = {'fields': {'log.every': 5}, 'data_std': 0.4, 'student': row, 'few_step': row,
+             'figures': {'std_ratio': 1.0, 'guided_share': 0.5, 'observer_cos': 0.0,
+                         'bands_live': [0.5, 0.5], 'bands_ema': [0.5, 0.5]},
+             'curves': {'step': [5, 10], **{name: [0.4, 0.5] for name in (
+                 'x_std', 'ema_std', 'ema_match', 'ema_cast', 'dm_rel_gap', 'dm_cos',
+                 'fake_loss')}}}
+    for name in names:
+        (folder / f'{name}-seed0.json').write_text(json.dumps(whole))
+    (folder / f'{names[0]}-seed0.json').write_bytes(bad_json(rng, whole))
+    if rng.random() < 0.1:
+        (folder / f'{names[0]}-seedx.json').write_text('?')
+
+    def act(rest):
+        found = results.read(folder, names)
+        claims.judge(found, suite.name)
+        claims_page.table_rows(found, suite.experiments)
+        with contextlib.suppress(ValueError):  # which the command says in a line
+            robustness.read(found)
+
+    before = content(folder)
+    call('study', act)
+    if content(folder) != before:
+        raise FoundError('what was read has changed')
+
+
+def of_teacher(rng: random.Random, folder: Path) -> None:
+    """The file of a teacher, or a JSON of a published folder."""
+    import numpy as np
+
+    from ddmd_jax.families.emoji import teacher
+    from ddmd_jax.weights import diffusers, flat, transformers
+
+    if rng.random() < 0.5:
+        file = Path(shutil.copy(made().teacher, folder / 'toy.safetensors'))
+        _header(rng, file) if rng.random() < 0.6 else ruin(rng, file)
+        before = content(folder)
+        ended = call('main', lambda rest: teacher.read(str(file)))
+        if not ended.code:
+            wanted = teacher.read(str(made().teacher))
+            same = ended.value[0] == wanted[0] and flat.identity(ended.value[1]) == flat.identity(
+                wanted[1])
+            if not same and not _only_values(ended.value[1], wanted[1], np):
+                raise FoundError('another teacher was read')
+    else:
+        config = {'_class_name': 'X', 'architectures': ['X'], 'weight_map': {'a': 'b'},
+                  'shift': 6.0}
+        for name in ('config.json', 'model.safetensors.index.json', 'scheduler_config.json'):
+            (folder / name).write_bytes(bad_json(rng, config))
+        before = content(folder)
+        from ddmd_jax.families import published_flow
+        from ddmd_jax.families.lumina import teacher as lumina
+
+        like = transformers.Published(('X',), '', ())
+        for act in (lambda: transformers.open_folder(folder, like),
+                    lambda: diffusers.open_folder(folder, 'X'),
+                    lambda: diffusers.headers(folder, 'model'),
+                    lambda: published_flow._scheduler_shift(lumina.FLOW, folder)):
+            call('main', lambda rest, act=act: act())
+    if content(folder) != before:
+        raise FoundError('what was read has changed')
+
+
+def _only_values(a: Any, b: Any, np: Any) -> bool:
+    """Safetensors has no checksums: a bit of a value may differ, but not a name or a shape."""
+    import jax
+
+    return jax.tree.map(np.shape, a) == jax.tree.map(np.shape, b)
+
+
+def _header(rng: random.Random, file: Path) -> None:
+    """Mangles the JSON of a safetensors file, or the architecture in it."""
+    raw = file.read_bytes()
+    size = int.from_bytes(raw[:8], 'little')
+    header = json.loads(raw[8:8 + size])
+    if rng.random() < 0.7:
+        meta = header['__metadata__']
+        name = rng.choice(sorted(meta))
+        meta[name] = bad_json(rng, json.loads(meta[name])).decode('latin-1') if (
+            name == 'model') else rng.choice(('', 'x', '-1', '{}'))
+    else:
+        name = rng.choice(sorted(set(header) - {'__metadata__'}))
+        header[name] = mangled(rng, header[name])
+    text = json.dumps(header).encode()
+    file.write_bytes(len(text).to_bytes(8, 'little') + text + raw[8 + size:])
+
+
+# --- Flags and fields ---
+
+EDGES = ('-1', '0', '1', '2', '2147483647', '2147483648', '4294967295', '4294967296',
+         '9223372036854775807', '9223372036854775808', '1' * 5000, '-0', '0x10', '1e3', '1_000',
+         '\u0661', '\u00b2', 'nan', '-nan', 'inf', '-inf', '1e400', '1e39', '1e-50', '5e-324',
+         '-1e400', '0.1', '', ' ', '\u00e9\U0001f34e', 'a,b', ',', '1,', ',1', '0,0', '64,64',
+         '-1,1', '1' * 9 + ',1', '64,64,64', 'None', 'True', '[]', '()', '(1,', '{}', '(' * 300,
+         '"', '~', '~/x', '$HOME/x', '$NO/x', '~nobody/x', '/', '.', '..', '/dev/null',
+         '/proc/nowhere', '--', '=', '%s', '\\', 'a\nb', 'x' * 300, 'gs://b/x', 'http://x')
+_OWN = {'sample': ('--checkpoint=/nowhere', '--prompt=a', '--out=OUT/x'),
+        'export': ('--checkpoint=/nowhere', '--out=OUT/x'),
+        'report': ('/nowhere',), 'checkpoints': ('/nowhere',), 'summarise': ('/nowhere',),
+        'prompts': ('--input=IN', '--out=OUT/x'),
+        'embed': ('--prompts=/nowhere', '--out=OUT/x', '--teacher=emoji', '--path=/nowhere'),
+        'emoji': ('--packages=/nowhere', '--out=OUT/x'),
+        'study': ('--config=/nowhere.py', '--workdir=OUT/x', '--report_only')}
+_FETCHED = ('path', 'teacher_path', 'teacher', 'push')
+NEVER = ('http://', 'gs://')  # a hub or a bucket is asked for these, and CI has none
+_IN_BUCKETS = ('checkpoint', 'prompts', 'input', 'out')
+
+
+def of_flags(rng: random.Random, folder: Path) -> None:
+    """A command with a flag of another value: what can be said of it before weights are read."""
+    from ddmd_jax import checkpoints, prepare, sample
+    from ddmd_jax.export import __main__ as export
+    from ddmd_jax.report import __main__ as report
+    from ddmd_jax.study import __main__ as study, summarise
+
+    acts = {'summarise': (summarise.main, lambda: None),
+            **{module.__name__.split('.')[1]: (module.main, module.define_flags)
+               for module in (sample, export, report, study, checkpoints)},
+            **{word: (lambda rest, run=run: (commands.only_flags(rest), run()), define)
+               for word, (define, run) in prepare.COMMANDS.items()}}
+    name = rng.choice(sorted(acts))
+    act, define_flags = acts[name]
+    with defined(define_flags):
+        names = sorted(set(FLAGS) - _BEFORE)
+    (folder / 'in.txt').write_text('a cat\n')
+    (folder / 'out').mkdir()
+    args = [a.replace('OUT', str(folder / 'out')).replace('IN', str(folder / 'in.txt'))
+            for a in _OWN[name]]
+    for _ in range(rng.choice((1, 1, 2))):
+        edge = rng.choice(EDGES)
+        if not names or rng.random() < 0.1:
+            free = '' if edge.startswith('gs://') else edge.replace('--', '-')
+            args.append(rng.choice(('', '--no', '--x=1', '-', free)))
+        else:
+            flag = rng.choice(names)
+            if flag in ('out', 'packages', 'workdir') and not edge.startswith(NEVER):
+                edge = f'{folder}/out/{edge.replace("/", "_")[:100]}'
+            if not (edge.startswith(NEVER) and flag in _FETCHED or
+                    edge.startswith('gs://') and flag in _IN_BUCKETS):
+                args.append(f'--{flag}={edge}')
+    args = [a for a in args if a not in ('/', '.', '..')]
+    call('prepare' if name in prepare.COMMANDS else name, act, args, define_flags)
+
+
+CONFIGS = ('emoji', 'emoji_prompts', 'emoji_teacher', 'emoji_codec', 'lumina', 'sdxl', 'zimage')
+
+
+@functools.cache
+def _config(name: str) -> Any:
+    from ddmd_jax import config as config_lib
+
+    return config_lib.load(name)
+
+
+def of_fields(rng: random.Random, folder: Path) -> None:
+    """A config with a field of another value, as `main` checks it before anything is built."""
+    import numpy as np
+
+    from ddmd_jax import config as config_lib
+
+    here = [name for name in CONFIGS if Path(config_lib.files.located(name)).is_file()]
+    config = copy.deepcopy(_config(rng.choice(here))).unlock()
+    fields = [f for f in config_lib.fields_of(config) if f.path != 'teacher.path']
+    field = rng.choice(fields)
+    odd = rng.choice((*ODD, 2**32, 1e39, 1e-50, 5e-324, -1e400, (), (0, 1), (1.0, 2.0), ((64, 64),),
+                      ((-1, 2**40),), (0.0, 0.5), (1e-50, 0.5), (float('nan'), 1), 'float32'))
+    *sections, last = field.path.split('.')
+    section = config
+    for part in sections:
+        section = section[part]
+    with contextlib.suppress(TypeError, KeyError, AttributeError, ValueError):  # no such value
+        if rng.random() < 0.9:
+            del section[last]
+            section[last] = odd
+        else:
+            del section[last]
+    for _ in range(2):
+        try:
+            config_lib.check(config)
+        except config_lib.ConfigError as e:
+            if not str(e).startswith('config: ') or field.path.split('.')[0] not in str(e):
+                raise FoundError(f'{field.path}={odd!r}: {e}') from e
+            return
+        except Exception as e:
+            raise FoundError(f'{field.path}={odd!r}: {traceback.format_exc()}') from e
+    value = config_lib.field(config, field.path)
+    if isinstance(value, float | int) and not isinstance(value, bool):
+        with np.errstate(all='ignore'):
+            kept = np.float32(value) if isinstance(value, float) else value
+        if isinstance(value, float) and (not np.isfinite(kept) or (kept == 0) != (value == 0)) or (
+                isinstance(value, int) and type(field.default) is int and (
+                    not -1 <= value < 2**32)):
+            raise FoundError(f'{field.path}={value!r} was taken')
+
+
+def of_main(rng: random.Random, folder: Path) -> None:
+    """The command line of a training: parsed and checked, and refused for want of a workdir."""
+    from ddmd_jax import config as config_lib, main as train
+
+    name = rng.choice(('emoji', 'lumina'))
+    path = rng.choice([f.path for f in config_lib.fields_of(_config(name))])
+    flag = rng.choice((f'config.{path}', f'config.{path}', 'profile', 'peer_timeout', 'config',
+                       'num_processes', 'process_id', 'coordinator', 'replay'))
+    args = ['main', f'--config={name}', f'--{flag}={rng.choice(EDGES)}']
+    err = io.StringIO()
+    with contextlib.redirect_stderr(err):
+        try:
+            train.main(train.parse_flags(args))
+            raise FoundError(f'{args} went on without a --workdir')
+        except SystemExit as e:
+            code, said = (1, e.code) if isinstance(e.code, str) else (e.code, err.getvalue())
+        except FoundError:
+            raise
+        except BaseException as e:
+            raise FoundError(f'{args}: traceback\n{traceback.format_exc()}') from e
+        finally:
+            FLAGS.unparse_flags()
+            for each in _MAIN:
+                FLAGS[each].unparse()
+    if code not in (1, 2) or not said.strip() or len(said.splitlines()) > 4:
+        raise FoundError(f'{args}: code {code} with {said!r}')
+
+
+_MAIN = ('config', 'profile', 'peer_timeout', 'num_processes', 'process_id', 'coordinator',
+         'replay', 'workdir', 'compile_cache')
+
 # --- The doors, and running them ---
 
-DOORS: dict[str, Callable[[random.Random, Path], None]] = {'prompts': of_prompts}
+DOORS: dict[str, Callable[[random.Random, Path], None]] = {
+    'prompts': of_prompts, 'set': of_set, 'embeddings': of_embeddings, 'run files': of_run_files,
+    'checkpoint': of_checkpoint, 'results': of_results, 'teacher': of_teacher, 'flags': of_flags,
+    'fields': of_fields, 'main': of_main}
 
 
 def tried(door: str, seed: int) -> None:

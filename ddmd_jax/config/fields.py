@@ -98,7 +98,7 @@ COMMON = (
     Field('checkpoint.keep_every', r.UPDATES, 0, FREE, 'those at multiples of it are kept too'),
     Field('checkpoint.best', r.TEXT, '', FREE, 'a figure of metrics.jsonl: the checkpoint with the best one is kept too'),
     Field('checkpoint.best_mode', r.choice('min', 'max'), 'min', FREE, 'which is best'),
-    Field('checkpoint.timeout', r.POSITIVE, 1800, FREE, 'seconds within which a checkpoint has to be on disk; then the run ends'),
+    Field('checkpoint.timeout', r.number(above=0, at_most=10**7), 1800, FREE, 'seconds within which a checkpoint has to be on disk; then the run ends'),
     Field('log.every', r.COUNT, 10, FREE, 'steps between lines of metrics.jsonl'),
     Field('log.images_every', r.COUNT, 100, FREE, 'steps between images in TensorBoard'),
     Field('log.tracker', r.choice('', 'wandb', 'mlflow', 'trackio'), '', FREE, 'where figures and images go beside TensorBoard'),

@@ -7,7 +7,6 @@ their own, made of these rules.
 import dataclasses
 import difflib
 import functools
-import math
 import numbers
 import operator
 import re
@@ -29,8 +28,26 @@ class Rule:
     hint: Callable[[Any], str] = lambda value: ''
 
 
+LARGEST, SMALLEST = 3.4028234e38, 1.1754944e-38  # of float32, in which a step is computed
+LARGEST_WHOLE = 2**31 - 1  # of int32, in which steps are counted
+
+
 def _is_number(value: Any, kind: Any = numbers.Real) -> bool:
-    return isinstance(value, kind) and not isinstance(value, bool) and math.isfinite(value)
+    return isinstance(value, kind) and not isinstance(value, bool) and _fits(value)
+
+
+def _fits(value: Any) -> bool:
+    """Whether float32 holds a number: neither NaN nor infinite there, nor 0 if it is none."""
+    return abs(value) <= LARGEST and (value == 0 or abs(value) >= SMALLEST)
+
+
+def _unfit(value: Any) -> str:
+    """A hint on a number of the right kind that is too large or too small."""
+    if not isinstance(value, numbers.Real) or isinstance(value, bool) or value != value:
+        return ''
+    if isinstance(value, numbers.Integral):
+        return f'; the largest is {LARGEST_WHOLE}' if value > LARGEST_WHOLE else ''
+    return '' if _fits(value) else '; float32 does not hold that number'
 
 
 _BOUNDS = {'at_least': (operator.ge, 'at least'), 'above': (operator.gt, 'above'),
@@ -41,9 +58,10 @@ def number(why: str = '', noun: str = 'a number', kind: type = numbers.Real,
            **bounds: float) -> Rule:
     """A finite number (an integer will do, a bool not) within `at_least`, `above`, ..."""
     words = ' and '.join(f'{_BOUNDS[name][1]} {bound}' for name, bound in bounds.items())
-    ok = lambda value: _is_number(value, kind) and all(
+    most = bounds.get('at_most', LARGEST_WHOLE if kind is numbers.Integral else LARGEST)
+    ok = lambda value: _is_number(value, kind) and value <= most and all(
         _BOUNDS[name][0](value, bound) for name, bound in bounds.items())
-    return Rule(f'{noun} {words}'.strip() + (why and f': {why}'), ok)
+    return Rule(f'{noun} {words}'.strip() + (why and f': {why}'), ok, _unfit)
 
 
 whole = functools.partial(number, noun='a whole number', kind=numbers.Integral)
@@ -59,7 +77,8 @@ def choice(*names: str) -> Rule:
 
 
 def or_none(rule: Rule) -> Rule:
-    return Rule(f'None or {rule.allowed}', lambda value: value is None or rule.ok(value))
+    return Rule(f'None or {rule.allowed}', lambda value: value is None or rule.ok(value),
+                rule.hint)
 
 
 def or_empty(rule: Rule) -> Rule:

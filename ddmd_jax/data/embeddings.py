@@ -12,7 +12,6 @@ Arrays that have a row a token (`embeds [L, D]`) are cut to the prompt's own tok
 (`pooled [D]`) are as they are; floats are bfloat16, whole numbers int32.
 """
 
-import json
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -21,7 +20,7 @@ import ml_dtypes
 import numpy as np
 
 from ddmd_jax.data import DataFileError, records
-from ddmd_jax.util import buckets, errors, files
+from ddmd_jax.util import buckets, errors, files, shape
 from ddmd_jax.util.places import Place
 from ddmd_jax.util.text import first_line
 
@@ -29,6 +28,8 @@ FORMAT = 'ddmd_jax embeddings 1'
 CURE = 'write it again with `python -m ddmd_jax.prepare embed`'
 FLOAT = ml_dtypes.bfloat16
 RECORDS = 'embeddings.array_record'
+LIKE = {'files': [str], 'count': shape.count, 'width': shape.count, 'length': shape.count,
+        'identity': str}
 Arrays = dict[str, np.ndarray]
 
 
@@ -105,22 +106,55 @@ class Embeddings:
             raise DataFileError(f'no folder of embeddings at {folder}; set config.data.path, or '
                                 f'{CURE}')
         try:
-            self.card = json.loads((folder / 'card.json').read_text())
-            if self.card['format'] != FORMAT or any(Path(f).name != f for f in self.card['files']):
+            self.card = shape.load(files.patiently((folder / 'card.json').read_bytes),
+                                   {'format': str})
+            if self.card['format'] != FORMAT:
                 raise ValueError(f'its format is {self.card["format"]!r}')
-        except (OSError, ValueError, KeyError, TypeError) as e:
+            if fault := shape.fault(self.card, LIKE):
+                raise ValueError(f'card.json: {fault}')
+            if any(Path(f).name != f for f in self.card['files']):
+                raise ValueError('card.json: it names files that lie elsewhere')
+        except (OSError, ValueError) as e:
             errors.raise_environment(e)
             raise DataFileError(f'{folder} is no folder of embeddings ({first_line(e)}); '
                                 f'{CURE}') from e
-        damaged = f'embeddings damaged: {folder}'
+        self._damaged = damaged = f'embeddings damaged: {folder}'
         try:
             self.lengths = _arrays((folder / 'index.safetensors').read_bytes())['lengths']
             self.null = _arrays((folder / 'null.safetensors').read_bytes())
+            self._check()
         except Exception as e:  # safetensors' errors have no common ancestor
             errors.raise_environment(e, folder)
             raise DataFileError(f'{damaged} ({first_line(e)}); {CURE}') from e
         self._records = records.Records([folder / f for f in self.card['files']],
                                         len(self.lengths), damaged, CURE)
+        if len(self.lengths) != self.card['count']:
+            raise DataFileError(f'{damaged} ({len(self.lengths)} prompts, and its card says '
+                                f'{self.card["count"]}); {CURE}')
+
+    def _check(self) -> None:
+        """Raises `ValueError` where card, lengths and null prompt contradict one another."""
+        length = self.card['length']
+        if self.lengths.dtype != np.int32 or self.lengths.ndim != 1:
+            raise ValueError(f'lengths are {self.lengths.dtype} {self.lengths.shape}, and are to '
+                             'be int32 (prompts,)')
+        if len(self.lengths) and not 0 < self.lengths.min() <= self.lengths.max() <= length:
+            raise ValueError(f'lengths from {self.lengths.min()} to {self.lengths.max()} do not '
+                             f'lie in 1..{length}')
+        self._check_arrays('null', self.null)
+
+    def _check_arrays(self, name: Any, part: Arrays, length: int | None = None) -> None:
+        """Raises `ValueError` unless a prompt's arrays are as card, lengths and null prompt say."""
+        of = part['embeds'].shape
+        if len(of) != 2 or of[1] != self.card['width'] or not 0 < of[0] <= self.card['length'] or (
+                length is not None and of[0] != length):
+            raise ValueError(f'embeds of {name} are {of}, and are to be '
+                             f'({length or "tokens"}, {self.card["width"]})')
+        for key in {*part, *self.null} - {'prompt'}:
+            mine, one = part[key], self.null[key]
+            width = lambda x: x.shape[max(x.ndim - 1, 0):]
+            if (mine.dtype, mine.ndim, width(mine)) != (one.dtype, one.ndim, width(one)):
+                raise ValueError(f'{key} of {name} is not like the null prompt\'s')
 
     def __len__(self) -> int:
         return len(self.lengths)
@@ -131,8 +165,15 @@ class Embeddings:
         Raises:
           DataFileError: a record cannot be read.
         """
-        found = [_arrays(record) for record in self._records.read(rows)]
-        return [{k: x for k, x in one.items() if k != 'prompt'} for one in found]
+        found = []
+        for row, record in zip(rows, self._records.read(rows)):
+            try:
+                one = _arrays(record)
+                self._check_arrays(f'prompt {row}', one, int(self.lengths[row]))
+            except Exception as e:  # safetensors' errors have no common ancestor; it is in memory
+                raise DataFileError(f'{self._damaged} ({first_line(e)}); {CURE}') from e
+            found.append({k: x for k, x in one.items() if k != 'prompt'})
+        return found
 
     def prompt(self, row: int) -> str:
         return _arrays(self._records.read([row])[0])['prompt'].tobytes().decode()

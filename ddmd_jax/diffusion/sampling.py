@@ -74,7 +74,7 @@ def student_inputs(denoise: Denoise, cond: Cond, steps: FewSteps, key: Array,
     k = step_assignment(shape[0], n)
     group = lambda x: x.reshape(-1, n, *x.shape[1:])
     merge = lambda x: x.reshape(-1, *x.shape[2:])
-    noises = [group(jax.random.normal(one, shape)) for one in jax.random.split(key, n)]
+    noises = [group(jax.random.normal(one, shape, jnp.float32)) for one in jax.random.split(key, n)]
     grouped = jax.tree.map(group, cond)
     # Column j of a group is to end at step j: it leaves the simulation there, the others go on.
     z, done = steps.time.first_input(noises[0]), []
@@ -98,7 +98,7 @@ def step_noise(key: Array, steps: int, shape: tuple[int, ...]) -> Array:
     if key.ndim:
         return jax.vmap(lambda row: step_noise(row, steps, shape[1:]), out_axes=1)(key)
     keys = jax.random.split(key, steps)
-    return jax.vmap(lambda one: jax.random.normal(one, shape))(keys)
+    return jax.vmap(lambda one: jax.random.normal(one, shape, jnp.float32))(keys)
 
 
 def sample_student(denoise: Denoise, cond: Cond, steps: FewSteps, key: Array,

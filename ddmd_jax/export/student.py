@@ -2,7 +2,6 @@
 
 import dataclasses
 import functools
-import json
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -18,6 +17,8 @@ from ddmd_jax.models import adapters
 from ddmd_jax.models.adapters import Binding
 from ddmd_jax.parallel import sharding
 from ddmd_jax.train.durable import checkpoint as ckpt
+from ddmd_jax.util import run_files
+from ddmd_jax.util.errors import UserError
 from ddmd_jax.util.places import Place
 from ddmd_jax.weights import flat
 
@@ -94,9 +95,8 @@ class Student:
         return jax.jit(merge, out_shardings=layout)(base, trained)
 
     def file(self, name: str) -> Any:
-        """JSON that the run has left in its folder, or None."""
-        path = self.workdir / name
-        return json.loads(path.read_text()) if path.is_file() else None
+        """What the run has left in its folder, or None; see `run_files.read`."""
+        return run_files.read(self.workdir, name)
 
     def field(self, name: str) -> Any:
         """A field of the run's config as it was last; None if it is not there."""
@@ -117,9 +117,18 @@ def trained_shapes(binding: Binding, base: Any) -> Any:
 
 
 def field_of(workdir: Place, name: str) -> Any:
-    """A field of a run's config as it was last; None if it is not there."""
-    path = workdir / 'config.json'
-    return config_lib.field(json.loads(path.read_text()) if path.is_file() else None, name)
+    """A field of a run's config as it was last; None if it is not there.
+
+    Raises:
+      UserError: the config is damaged, or has a value there that the field may not hold.
+    """
+    config = run_files.read(workdir, 'config.json')
+    value = config_lib.field(config, name)
+    rule = next((f.rule for f in config_lib.fields_of(config or {}) if f.path == name), None)
+    if value is not None and rule is not None and not rule.ok(value):
+        raise UserError(f'{workdir / "config.json"} is damaged ({name} is {value!r:.40}, and must '
+                        f'be {rule.allowed}); start the run again, which writes it')
+    return value
 
 
 def open_run(workdir: Place, step: int | None = None) -> tuple[ckpt.Saved, Family]:

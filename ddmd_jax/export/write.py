@@ -3,7 +3,6 @@
 import contextlib
 import dataclasses
 import functools
-import json
 import os
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -17,7 +16,7 @@ from ddmd_jax.export.student import Student, open_student
 from ddmd_jax.families.family import Exported
 from ddmd_jax.models.adapters import LoRA
 from ddmd_jax.parallel import sharding
-from ddmd_jax.util import buckets, files, places, processes
+from ddmd_jax.util import buckets, files, places, processes, shape
 from ddmd_jax.util.errors import UserError
 from ddmd_jax.util.places import Place
 from ddmd_jax.util.text import first_line
@@ -75,6 +74,7 @@ def export(workdir: Place, out: Place, wanted: Wanted = Wanted()) -> list[Place]
     for name in (*names[form], *card.NAMES):  # before anything large is read
         if (out / name).exists():
             raise WeightsError(f'{out / name} exists already; choose another place or delete it')
+    told = card.read(student)
     trained = student.read()
     exported = Exported(trained if form == 'lora' else student.network(trained), student.source,
                         student.step, student.steps, student.time, wanted.dtype,
@@ -82,7 +82,7 @@ def export(workdir: Place, out: Place, wanted: Wanted = Wanted()) -> list[Place]
     weights = flat.corner_identity(trained, student.mesh)
     with _marked(out, [*names[form], *card.NAMES]), files.filled(out) as folder:
         write(exported, folder)
-        card.write(student, folder, form, exported, weights)
+        card.write(student, folder, form, exported, weights, told)
         if form == 'orbax' and places.is_url(out):  # without it Orbax takes it for half written
             (folder / 'params' / COMMITTED).touch()
         return [out / name for name in (*names[form], card.README) if (folder / name).exists()]
@@ -108,13 +108,13 @@ def _clear(out: Place) -> None:
       WeightsError: it is still at it.
     """
     try:
-        found = json.loads((out / MARK).read_bytes())
-        names = [name for name in found['names'] if Path(name).name == name]
+        found = shape.load((out / MARK).read_bytes(), {'names': [str], 'process?': shape.count})
     except FileNotFoundError:
         return
-    except (ValueError, KeyError, TypeError) as e:
+    except ValueError as e:
         raise WeightsError(f'{out / MARK} is of an export that did not end, and cannot be read '
                            f'({first_line(e)}); choose another place or delete {out}') from e
+    names = [name for name in found['names'] if Path(name).name == name]
     if processes.running(found) and found['process'] != os.getpid():
         raise WeightsError(f'{out} is being written by process {found["process"]}; wait for it, or '
                            'choose another place')

@@ -40,6 +40,7 @@ from ddmd_jax.models.attention import resolve
 from ddmd_jax.models.autoencoder_kl import AutoencoderKLConfig
 from ddmd_jax.models.layers import abstract_params, functional
 from ddmd_jax.parallel import sharding
+from ddmd_jax.util import shape
 from ddmd_jax.weights import diffusers, fetch
 from ddmd_jax.weights.flat import WeightsError
 
@@ -130,7 +131,7 @@ def transformer_folder(folder: Path) -> Path:
 
 
 def _scheduler_shift(flow: Flow, folder: Path) -> float:
-    config = diffusers.read_json(folder / 'scheduler_config.json')
+    config = diffusers.read_json(folder / 'scheduler_config.json', {'shift?': shape.positive})
     if config.get('use_dynamic_shifting'):
         raise WeightsError(f'{folder} shifts time by resolution (use_dynamic_shifting), which '
                            f'{flow.title} does not; give its own scheduler_config.json')

@@ -10,6 +10,7 @@ pure functions of their arguments. Line 1, the start from the teacher's weights,
 import functools
 
 import jax
+import jax.numpy as jnp
 
 from ddmd_jax.data.batch import Batch, null_like
 from ddmd_jax.diffusion.process import expand_time, renoise
@@ -57,8 +58,9 @@ def generator_objective(student: Params, critic: Params, models: Models, batch: 
     tau = recipe.schedule.levels(keys.levels, few.uniform[k], recipe.ranges, few.time)
 
     # Two noisy samples of one x, with independent noise; classic DMD shares level and noise.
-    noise_ca = jax.random.normal(keys.noise_ca, shape)
-    noise_dm = noise_ca if recipe.schedule.shared else jax.random.normal(keys.noise_dm, shape)
+    noise_ca = jax.random.normal(keys.noise_ca, shape, jnp.float32)
+    noise_dm = noise_ca if recipe.schedule.shared else (
+        jax.random.normal(keys.noise_dm, shape, jnp.float32))
     x_ca, x_dm = renoise(x, tau.ca, noise_ca), renoise(x, tau.dm, noise_dm)
 
     # s_real with the prompt and with the null prompt at tau_CA; s_real with the prompt at tau_DM,
@@ -111,7 +113,7 @@ def critic_objective(critic: Params, student: Params, models: Models, batch: Bat
 
     # tau' ~ U, whatever the generator's step: s_fake is asked at all levels of tau_DM.
     tau = few.time(draw_between(keys.level, *recipe.critic_range, (batch.rows,)))
-    x_tau = renoise(x, tau, jax.random.normal(keys.noise, shape))
+    x_tau = renoise(x, tau, jax.random.normal(keys.noise, shape, jnp.float32))
 
     # Denoising: s_fake learns the distribution that the student draws from.
     x_hat = models.predict(critic, x_tau, tau, cond)

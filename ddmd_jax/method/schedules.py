@@ -114,7 +114,7 @@ def draw_between(key: Array, low: float | Array, high: float | Array,
                  shape: tuple[int, ...]) -> Array:
     """Uniform on [low, high], of `shape`; the bounds are scalars or of that shape."""
     low = jnp.asarray(low, jnp.float32)  # and so their distance: a level does not move by an ulp
-    return low + (high - low) * jax.random.uniform(key, shape)
+    return low + (high - low) * jax.random.uniform(key, shape, jnp.float32)
 
 
 # --- What changes over a run ---

@@ -50,7 +50,8 @@ class Picture(nnx.Module):
         self.cfg = cfg
         self.patch = nnx.Conv(3, cfg.hidden_size, (cfg.patch_size,) * 2, cfg.patch_size,
                               padding='VALID', dtype=jnp.dtype(cfg.dtype), rngs=rngs)
-        self.class_token = nnx.Param(0.02 * jax.random.normal(rngs.params(), (cfg.hidden_size,)))
+        self.class_token = nnx.Param(
+            0.02 * jax.random.normal(rngs.params(), (cfg.hidden_size,), jnp.float32))
         self.position = causal.embedding(cfg, cfg.tokens, rngs)
         self.layers = stack_layers(lambda r: ClipLayer(cfg, r), cfg.num_hidden_layers, rngs)
         self.norm = _layer_norm(cfg.hidden_size, cfg, rngs)

@@ -43,7 +43,7 @@ class DistributedError(UserError):
 
 def launcher_in(environ: Mapping[str, str]) -> str | None:
     """Name of the launcher that started this process as one of several; None if none did."""
-    several = lambda name: environ.get(name, '1').isdigit() and int(environ.get(name, '1')) > 1
+    several = lambda name: environ.get(name, '1').isdecimal() and int(environ.get(name, '1')) > 1
     if environ.get('JAX_COORDINATOR_ADDRESS'):
         return 'JAX_COORDINATOR_ADDRESS'
     if several('SLURM_NTASKS') and 'SLURM_PROCID' in environ:
@@ -236,8 +236,8 @@ def same_folder(file: Place) -> None:
         agree('folder', {'--workdir': str(file.parent)})
         return
     end = time.monotonic() + SEEN
-    wanted = _peers.of_first(file.read_text() if _peers.me == 0 else '')
-    while not file.is_file() or file.read_text() != wanted:
+    wanted = _peers.of_first(file.read_text('utf-8') if _peers.me == 0 else '')
+    while not file.is_file() or file.read_text('utf-8') != wanted:
         if time.monotonic() > end:
             raise DistributedError(f'process {_peers.me} sees another {file.parent} than process '
                                    '0; --workdir must be one folder that all of them share')

@@ -34,8 +34,11 @@ def all_devices() -> list[jax.Device]:
     """All devices of all processes: every command asks here first.
 
     Raises:
-      EnvironmentFault: JAX cannot use those it is told to.
+      EnvironmentFault: JAX cannot use those it is told to, or is told to compile nothing.
     """
+    if jax.config.jax_disable_jit:
+        raise errors.EnvironmentFault('JAX_DISABLE_JIT is set; unset it: steps and samplers are '
+                                      'compiled before they run')
     try:
         return jax.devices()
     except (RuntimeError, AssertionError) as e:  # a platform without a plug-in: a bare assertion

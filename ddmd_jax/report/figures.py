@@ -8,6 +8,7 @@ from typing import Any
 from ddmd_jax.method import health
 from ddmd_jax.method.health import SHIPPED
 from ddmd_jax.report.read import RunFiles, thinned
+from ddmd_jax.util import shape
 
 MOST, BLOCKS = 2000, 400  # points of a curve, and verdicts, at most
 COLOURS = ('#3b7dd8', '#d9713c', '#4a9e5c', '#a05fb5', '#b8912f', '#5aa7a7', '#c75b7a', '#7a7a7a')
@@ -93,8 +94,8 @@ def curves(runs: Sequence[RunFiles]) -> Any:
 def series(run: RunFiles, key: str) -> tuple[list[int], list[Any]]:
     """(steps, values) of a curve: five digits are enough; a value that is not finite is a gap."""
     lines = thinned([line for line in run.lines if key in line], MOST)
-    return [line['step'] for line in lines], [
-        float(f'{line[key]:.5g}') if math.isfinite(line[key]) else None for line in lines]
+    value = lambda x: float(f'{x:.5g}') if not shape.finite(x) else None
+    return [line['step'] for line in lines], [value(line[key]) for line in lines]
 
 
 def verdicts(runs: Sequence[RunFiles]) -> Any | None:

@@ -124,5 +124,5 @@ def facts(run: RunFiles) -> list[tuple[str, str]]:
                       f'{devices["processes"]} process{"es" * (devices["processes"] != 1)}'))
         found.append(('chip-hours', show(seconds and seconds * devices['count'] / 3600)))
     if run.evaluation and 'seconds' in run.evaluation:
-        found.append(('waited for input', f'{show(run.evaluation["seconds"]["input_wait"])} s'))
+        found.append(('waited for input', f'{show(run.evaluation["seconds"].get("input_wait"))} s'))
     return [(name, text) for name, text in found if text]

@@ -1,13 +1,12 @@
 """Reads the files of a run's folder for the report; nothing is computed anew."""
 
 import dataclasses
-import json
 import re
 from collections.abc import Sequence
 from typing import Any
 
 from ddmd_jax.method import health
-from ddmd_jax.util import jsonl
+from ddmd_jax.util import run_files
 from ddmd_jax.util.errors import UserError
 from ddmd_jax.util.places import Place
 
@@ -83,15 +82,6 @@ def read(folder: Place) -> RunFiles:
         if found := PICTURE.fullmatch(file.name):
             pictures.setdefault(found[1], []).append((int(found[2]), file))
 
-    def load(name: str) -> Any:
-        path = folder / name
-        try:
-            if path.suffix == '.jsonl':
-                return jsonl.read(path)
-            return json.loads(path.read_text()) if path.is_file() else None
-        except ValueError as e:
-            own = path.suffix == '.jsonl'  # whose error says it all
-            raise UserError(str(e) if own else f'{path} is damaged ({e}); delete it') from e
-
+    load = lambda name: run_files.read(folder, name)
     return RunFiles(folder.name, folder, load('metrics.jsonl'), load('config.json'),
                     load('run.json') or {}, load('times.jsonl'), load('eval.json'), pictures)

@@ -15,25 +15,29 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from absl import app, flags
+from absl import flags
 from tqdm import tqdm
 
-from ddmd_jax.util import commands, places
+from ddmd_jax.util import commands, errors, places
+from ddmd_jax.util.errors import UserError
 
-_SUITE = flags.DEFINE_string('suite', 'paper', 'Which suite of experiments.')
-_CONFIG = commands.define_place('config', None, 'Base config.', places.LOCAL)
-_WORKDIR = commands.define_place(
-    'workdir', None, 'Folder of the study; resumed if it holds one.', places.LOCAL)
-_SEEDS = flags.DEFINE_integer('seeds', None, 'How many; default the suite\'s, with --quick 1.',
-                              lower_bound=1)
-_PROCESSES = flags.DEFINE_integer('processes', 1, 'Runs at a time. One on a TPU; on a CPU a run '
-                                  'uses about two cores.', lower_bound=1)
-_QUICK = flags.DEFINE_boolean('quick', False, 'The shortened suite: fewer experiments, few steps.')
-_ONLY = flags.DEFINE_list('only', [], 'Experiments, by name; default all.')
-_SET = flags.DEFINE_multi_string('set', [], 'field=value for every run, over those of the suite.')
-_KEEP = flags.DEFINE_boolean('keep', False, 'Keep the workdirs of runs that are through.')
-_REPORT = flags.DEFINE_boolean('report_only', False, 'Run nothing; write the report of what is '
-                               'there.')
+FLAGS = flags.FLAGS
+
+
+def define_flags() -> None:
+    flags.DEFINE_string('suite', 'paper', 'Which suite of experiments.')
+    commands.define_place('config', None, 'Base config.', places.LOCAL)
+    commands.define_place('workdir', None, 'Folder of the study; resumed if it holds one.',
+                          places.LOCAL)
+    flags.DEFINE_integer('seeds', None, 'How many; default the suite\'s, with --quick 1.', 1)
+    flags.DEFINE_integer('processes', 1, 'Runs at a time. One on a TPU; on a CPU a run uses about '
+                         'two cores.', 1)
+    flags.DEFINE_boolean('quick', False, 'The shortened suite: fewer experiments, few steps.')
+    flags.DEFINE_list('only', [], 'Experiments, by name; default all.')
+    flags.DEFINE_multi_string('set', [], 'field=value for every run, over those of the suite.')
+    flags.DEFINE_boolean('keep', False, 'Keep the workdirs of runs that are through.')
+    flags.DEFINE_boolean('report_only', False, 'Run nothing; write the report of what is there.')
+    commands.at_most(1000, 'seeds', 'processes')
 
 
 def wrong(text: str) -> None:
@@ -50,7 +54,7 @@ def own_fields(given: list[str]) -> dict[str, Any]:
             wrong(f'--set {text!r} is not field=value, such as train.steps=20')
         try:
             found[name] = json.loads(value)
-        except ValueError:
+        except (ValueError, RecursionError):
             found[name] = value
     return found
 
@@ -69,22 +73,22 @@ def load_config(path: str) -> Any:
     return config
 
 
-def main(argv: list[str]) -> None:
+def main(arguments: list[str]) -> None:
     from ddmd_jax.study import results, suites, trials
 
-    if len(argv) > 1:
-        wrong(f'unexpected argument {argv[1]!r}')
-    if not _CONFIG.value or not _WORKDIR.value:
+    if arguments:
+        wrong(f'unexpected argument {arguments[0]!r}')
+    if not FLAGS.config or not FLAGS.workdir:
         wrong('--config and --workdir are needed: the config that is varied, and where to keep it')
-    config = load_config(_CONFIG.value)
+    config = load_config(FLAGS.config)
     try:
-        suite = suites.find(_SUITE.value)
-        experiments = suites.chosen(suite, _QUICK.value, tuple(_ONLY.value))
+        suite = suites.find(FLAGS.suite)
+        experiments = suites.chosen(suite, FLAGS.quick, tuple(FLAGS.only))
     except ValueError as e:
         wrong(str(e))
-    folder = places.of(_WORKDIR.value, places.LOCAL)
-    quick, own = _QUICK.value, own_fields(_SET.value)
-    seeds = _SEEDS.value or (1 if quick else suite.seeds)
+    folder = places.of(FLAGS.workdir, places.LOCAL)
+    quick, own = FLAGS.quick, own_fields(FLAGS['set'].value)
+    seeds = FLAGS.seeds or (1 if quick else suite.seeds)
     planned = [
         trials.Trial(e, seed, folder, suites.fields(suite, e, config, quick, seed, own),
                      suite.looked_at)
@@ -97,22 +101,24 @@ def main(argv: list[str]) -> None:
         wrong(f'suite {suite.name!r} takes one seed: recipes are its sample')
     signal.signal(signal.SIGTERM, signal.default_int_handler)  # runs under way are ended, and save
     try:
-        if not _REPORT.value:
-            trials.perform(planned, _CONFIG.value, _PROCESSES.value,
-                         lambda text: tqdm.write(text, file=sys.stderr), _KEEP.value)
+        if not FLAGS.report_only:
+            trials.perform(planned, FLAGS.config, FLAGS.processes,
+                         lambda text: tqdm.write(text, file=sys.stderr), FLAGS.keep)
     except (trials.Stopped, KeyboardInterrupt) as e:
-        sys.exit(f'study: {str(e) or "stopped"}; run the same command to go on')
+        raise UserError(f'{str(e) or "stopped"}; run the same command to go on') from e
     except OSError as e:
-        sys.exit(f'study: {folder} cannot be written ({e.strerror}); choose another --workdir')
+        errors.raise_environment(e, folder)
+        raise UserError(f'{folder} cannot be written ({e.strerror}); choose another '
+                        '--workdir') from e
     found = results.read(folder / 'results', [e.name for e in suite.experiments])
     made_alike(found, lambda e, seed: suites.fields(suite, e, config, quick, seed, own),
                suite.experiments)
     if not found:
-        sys.exit(f'study: {folder / "results"} holds no results; run without --report_only')
+        raise UserError(f'{folder / "results"} holds no results; run without --report_only')
     try:
         print(write_report(folder, suite, config.teacher.name, found))
     except ValueError as e:
-        sys.exit(f'study: {folder / "results"}: {e}')
+        raise UserError(f'{folder / "results"}: {e}') from e
 
 
 def made_alike(found: dict[str, dict[int, dict[str, Any]]], fields: Any,
@@ -139,7 +145,7 @@ def write_report(folder: Path, suite: Any, teacher: str, found: dict[str, Any]) 
     from ddmd_jax.study import claims_page, map_page, robustness
 
     path, title = folder / 'report.html', f'{suite.title} on {teacher}'
-    head = f'Suite {suite.name!r} of {_CONFIG.value}, {sum(map(len, found.values()))} runs.'
+    head = f'Suite {suite.name!r} of {FLAGS.config}, {sum(map(len, found.values()))} runs.'
     how = shlex.join(['python', '-m', 'ddmd_jax.study', *sys.argv[1:]])
     if suite.name == 'robustness':
         judged = map_page.write(path, title, head, how, found)
@@ -151,4 +157,4 @@ def write_report(folder: Path, suite: Any, teacher: str, found: dict[str, Any]) 
 
 
 if __name__ == '__main__':
-    app.run(main, flags_parser=commands.parser('study'))
+    commands.run('study', main, define_flags)

@@ -107,7 +107,7 @@ def _values(results: Results, name: str, figure: Figure) -> dict[int, float]:
     for seed, result in sorted(results.get(name, {}).items()):
         try:
             found[seed] = float(figure(result))
-        except (KeyError, IndexError, ValueError):
+        except (KeyError, IndexError, ValueError, TypeError, ArithmeticError):  # it has none
             continue
     return {seed: value for seed, value in found.items() if np.isfinite(value)}
 

@@ -63,7 +63,7 @@ def table_rows(results: claims.Results, experiments: Sequence[Experiment]) -> li
         students = [r['student'] for r in results.get(e.name, {}).values() if 'student' in r]
         cells = []
         for column, digits in COLUMNS.items():
-            values = [s[column] for s in students if s[column] is not None]
+            values = [s[column] for s in students if s.get(column) is not None]
             mean = f'{statistics.fmean(values):.{digits}f}' if values else ''
             cells.append(mean + (f' ± {statistics.stdev(values):.{digits}f}'
                                  if len(values) > 1 else ''))

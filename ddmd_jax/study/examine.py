@@ -97,7 +97,7 @@ def looked_at(config: Any, teacher: Teacher, mesh: Mesh,
 
 def main(argv: list[str]) -> None:
     workdir, result, fields = Path(argv[1]), Path(argv[2]), json.loads(argv[3])
-    config = ConfigDict(json.loads((workdir / 'config.json').read_text()))
+    config = ConfigDict(json.loads((workdir / 'config.json').read_bytes()))
     mesh = sharding.make_mesh(config.mesh)
     teacher = distillation.load_teacher(config, mesh)
     found, grid = {'fields': fields, 'data_std': teacher.latents.std}, None

@@ -1,10 +1,11 @@
 """The results of a study's runs: one JSON file each, ``results/NAME-seedN.json``."""
 
-import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from ddmd_jax.util import errors, files, run_files, shape
+from ddmd_jax.util.errors import UserError
 from ddmd_jax.util.files import write_json
 
 CURVES = ('loss', 'fake_loss', 'dm_rel_gap', 'dm_cos', 'dm_to_ca', 'x_std', 'saturation', 'ema_std',
@@ -14,10 +15,7 @@ CURVES = ('loss', 'fake_loss', 'dm_rel_gap', 'dm_cos', 'dm_to_ca', 'x_std', 'sat
 
 def curves(workdir: Path) -> dict[str, list[Any]]:
     """Columns of ``metrics.jsonl``: `step` and those of CURVES that are there."""
-    path = workdir / 'metrics.jsonl'
-    if not path.is_file():
-        return {}
-    lines = [json.loads(x) for x in path.read_text().splitlines()]
+    lines = run_files.read(workdir, 'metrics.jsonl')
     short = lambda v: round(v, 5) if isinstance(v, float) else v
     return {name: [short(line.get(name)) for line in lines] for name in ('step', *CURVES)
             if any(name in line for line in lines)}
@@ -29,10 +27,9 @@ def evaluated(workdir: Path) -> dict[str, Any]:
     `student`; `few_step`, its teacher in as few steps; `guided`, the teacher with the run's
     ``eval.teacher_steps`` and ``eval.guidance``; `real` images.
     """
-    path = workdir / 'eval.json'
-    if not path.is_file():
+    found = run_files.read(workdir, 'eval.json')
+    if found is None:
         return {}
-    found = json.loads(path.read_text())
     rows = {row['name']: row for row in found['rows']}
     return {'student': rows['student'], 'few_step': rows['teacher_few_step'],
             'guided': rows['teacher_guided'], 'real': rows['real'], 'seconds': found['seconds']}
@@ -43,11 +40,53 @@ def write(path: Path, result: Mapping[str, Any]) -> None:
     write_json(path, dict(result), indent=None)
 
 
+def _word(value: Any) -> str:
+    return '' if value is None else shape.fault(value, str)
+
+
+def _number(value: Any) -> str:
+    """Of `shape`: a number, NaN too, or null."""
+    return '' if value is None else shape.fault(value, float)
+
+
+def _columns(value: Any) -> str:
+    """Of `shape`: columns of one length, steps among them unless there are none."""
+    fault = shape.fault(value, {'step?': [shape.count], 'health?': [_word], str: [_number]})
+    if fault or not value:
+        return fault
+    return '' if 'step' in value and len({*map(len, value.values())}) == 1 else (
+        'not columns of one length with their steps')
+
+
+_ROW = {**dict.fromkeys(('frechet?', 'all_match?', 'all_match_held_out?', 'colour_error?', 'std?',
+                         'diversity?'), _number), str: shape.VALUE}
+LIKE = {'fields': {'log.every?': shape.count}, 'curves?': _columns, 'failed?': str,
+        'data_std?': shape.finite, 'student?': _ROW, 'few_step?': _ROW,
+        'figures?': {**dict.fromkeys(('std_ratio?', 'guided_share?', 'observer_cos?'),
+                                     _number),
+                     'bands_live?': [_number], 'bands_ema?': [_number]}}
+
+
+def read_one(path: Path) -> dict[str, Any]:
+    """One run's result.
+
+    Raises:
+      UserError: it is not what a study writes.
+      EnvironmentFault: it cannot be read.
+    """
+    try:
+        return shape.load(files.patiently(path.read_bytes), LIKE)
+    except (OSError, ValueError) as e:
+        errors.raise_environment(e, path)
+        raise UserError(f'{path} is damaged ({e}); delete it, and its run is done again') from e
+
+
 def read(folder: Path, names: Sequence[str]) -> dict[str, dict[int, dict[str, Any]]]:
     """``{experiment: {seed: result}}`` of what stands in `folder`, seeds in order."""
     found: dict[str, dict[int, dict[str, Any]]] = {}
     for name in names:
-        files = {int(p.stem.rpartition('-seed')[2]): p for p in folder.glob(f'{name}-seed*.json')}
-        if files:
-            found[name] = {seed: json.loads(files[seed].read_text()) for seed in sorted(files)}
+        by = {int(seed): p for p in folder.glob(f'{name}-seed*.json')
+              if (seed := p.stem.rpartition('-seed')[2]).isdecimal()}
+        if by:
+            found[name] = {seed: read_one(by[seed]) for seed in sorted(by)}
     return found

@@ -4,14 +4,13 @@ Prints a Markdown table, one row a sampler, ``mean ± standard deviation`` over 
 """
 
 import dataclasses
-import json
 import statistics
 from collections.abc import Sequence
 from typing import Any
 
 from ddmd_jax import config as config_lib
 from ddmd_jax.evaluation import tables
-from ddmd_jax.util import commands, places, text
+from ddmd_jax.util import commands, places, run_files, shape, text
 from ddmd_jax.util.errors import UserError
 
 HOW = ('log.', 'checkpoint.', 'mesh.', 'eval.batch', 'resume', 'train.steps')  # not what is judged
@@ -28,9 +27,10 @@ class Evaluated:
 
 def load(workdir: str) -> Evaluated:
     """One run's; exits with one line if it cannot be read."""
-    path = places.of(workdir) / 'eval.json'
+    folder = places.of(workdir)
+    path = folder / 'eval.json'
     try:
-        found = json.loads(path.read_text())
+        found = run_files.read(folder, 'eval.json')
         rows = [{'name': row['name'], **row} for row in found['rows']]
         drawn = {f'{row["name"]}.{name}': row[name] for row in rows for name in tables.SETTINGS}
         conditions = {name: value for name, value in config_lib.dotted(found['config']).items()
@@ -60,20 +60,28 @@ def over_runs(runs: Sequence[Sequence[tables.Row]]) -> str:
 
     Raises:
       KeyError: another run lacks one of them.
+      UserError: one is no number in some of them.
     """
     named = [{row['name']: row for row in rows} for rows in runs]
     figures = [name for name in runs[0][0] if name not in ('name', *tables.SETTINGS)]
     cells = []
     for first in runs[0]:
         counts = [first[name] if first[name] is not None else '' for name in tables.SETTINGS[:2]]
-        spreads = [_spread([run[first['name']][name] for run in named]) for name in figures]
+        mine = [run[first['name']] for run in named]
+        spreads = [_spread(f'{name} of {first["name"]}', [row[name] for row in mine])
+                   for name in figures]
         cells.append([first['name'].replace('_', ' '), *counts, *spreads])
     heads = ['', *tables.SETTINGS[:2], *(name.replace('_', ' ') for name in figures)]
     return text.markdown(heads, cells)
 
 
-def _spread(values: Sequence[float]) -> str:
-    """The spread is left out for a single run."""
+def _spread(what: str, values: Sequence[Any]) -> str:
+    """The spread is left out for a single run; '' where no run has that figure."""
+    if all(value is None for value in values):
+        return ''
+    if wrong := [value for value in values if shape.finite(value)]:
+        raise UserError(f'{what} is {wrong[0]!r:.40} in one of the runs, no figure to take a mean '
+                        'of')
     shown = [statistics.mean(values), *([statistics.stdev(values)] if len(values) > 1 else [])]
     return ' ± '.join(format(value, tables.FORMAT) for value in shown)
 

@@ -52,7 +52,7 @@ class Trial:
         """
         if not self.result.is_file():
             return False
-        found = json.loads(self.result.read_text())
+        found = results.read_one(self.result)
         return found['fields'] == plain(self.fields) and DIVERGED in found.get('failed', DIVERGED)
 
 
@@ -95,7 +95,7 @@ class _Going:
         self._next()
 
     def _next(self) -> None:
-        with (self.trial.workdir / 'output.txt').open('w') as out:
+        with (self.trial.workdir / 'output.txt').open('w', encoding='utf-8') as out:
             self.process = subprocess.Popen(self._left.pop(0), stdout=out,
                                             stderr=subprocess.STDOUT, env=os.environ)
 
@@ -114,7 +114,7 @@ class _Going:
         return code
 
     def output(self) -> str:
-        return (self.trial.workdir / 'output.txt').read_text(errors='replace')
+        return (self.trial.workdir / 'output.txt').read_text('utf-8', 'replace')
 
 
 def perform(trials: Sequence[Trial], config: str, processes: int, say: Callable[[str], None],

@@ -121,7 +121,7 @@ class Codec:
         mean, logvar = model.encode_moments(x)
         if c.frozen_encoder:  # without a gradient it stays as it is
             mean, logvar = jax.lax.stop_gradient((mean, logvar))
-        z = mean + jnp.exp(0.5 * logvar) * jax.random.normal(key, mean.shape)
+        z = mean + jnp.exp(0.5 * logvar) * jax.random.normal(key, mean.shape, jnp.float32)
         error = model.decode(z) - x
         l1 = jnp.mean(jnp.abs(error))
         gradient = (jnp.mean(jnp.abs(jnp.diff(error, axis=1)))

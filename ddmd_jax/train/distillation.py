@@ -373,7 +373,7 @@ def noised_predictor(teacher: Teacher, recipe: Recipe, request: Request,
         x, cond = jax.lax.with_sharding_constraint(jax.tree.map(
             lambda a: jnp.resize(a, (rows, *a.shape[1:])), (x, cond)), split)
         tau = recipe.steps.time(jnp.full((rows,), PANEL_TAU))
-        x_tau = process.renoise(x, tau, jax.random.normal(jax.random.key(0), x.shape))
+        x_tau = process.renoise(x, tau, jax.random.normal(jax.random.key(0), x.shape, jnp.float32))
         return teacher.predict_clean(sharding.on_device(params), x_tau, tau, cond)[:count]
 
     program = jax.jit(predict, out_shardings=sharding.replicated(mesh))

@@ -70,8 +70,8 @@ class Pretrain:
         m, x = self.config.method, batch['image'].astype(jnp.float32)
         k_time, k_noise, k_drop = jax.random.split(key, 3)
         t = draw_times(k_time, x.shape[0], m.time_mean, m.time_std)
-        noise = jax.random.normal(k_noise, x.shape)
-        drop = jax.random.uniform(k_drop, (x.shape[0], 1)) < m.dropout
+        noise = jax.random.normal(k_noise, x.shape, jnp.float32)
+        drop = jax.random.uniform(k_drop, (x.shape[0], 1), jnp.float32) < m.dropout
         x_t = process.renoise(x, t, noise)
         cond = self.own.condition(params, batch, drop)
         x_hat = self.own.predict_clean(params, x_t, t, cond)
@@ -95,6 +95,6 @@ class Pretrain:
 
 def draw_times(key: Array, batch: int, mean: float, std: float) -> Array:
     """Stratified logit-normal times ``[batch]``: one from each of `batch` equal slices."""
-    u = (jnp.arange(batch) + jax.random.uniform(key, (batch,))) / batch
+    u = (jnp.arange(batch) + jax.random.uniform(key, (batch,), jnp.float32)) / batch
     u = jnp.clip(u, 1e-4, 1 - 1e-4)
     return jax.nn.sigmoid(mean + std * norm.ppf(u)).astype(jnp.float32)

@@ -24,7 +24,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path, PurePosixPath
 from typing import Any
 
-from ddmd_jax.util import errors, places, processes
+from ddmd_jax.util import errors, places, processes, shape
 from ddmd_jax.util.places import Place, PlaceError
 from ddmd_jax.util.text import first_line
 
@@ -92,7 +92,7 @@ def fetched(url: str | os.PathLike, wanted: Callable[[str], bool] = lambda name:
                 raise PlaceError(f'{url} holds a file called {name!r}, which leads out of it')
             place, seen = target / name, target.with_suffix('.seen') / name
             if (place.is_file() and place.stat().st_size == info['size'] and seen.is_file()
-                    and seen.read_text() == version(info)):
+                    and seen.read_text('utf-8') == version(info)):
                 continue
             for folder in (place.parent, seen.parent):
                 folder.mkdir(parents=True, exist_ok=True)
@@ -103,7 +103,7 @@ def fetched(url: str | os.PathLike, wanted: Callable[[str], bool] = lambda name:
             finally:
                 scratch.unlink(missing_ok=True)
             scratch = seen.with_name(f'{seen.name}.{os.getpid()}.tmp')
-            scratch.write_text(version(info))
+            scratch.write_text(version(info), 'utf-8')
             os.replace(scratch, seen)
     except Exception as e:
         if isinstance(e, PlaceError):
@@ -253,12 +253,11 @@ class Lease:
 
     def _read(self) -> dict[str, Any] | None:
         try:
-            found = json.loads(self._fs.cat_file(self._path))
+            return shape.load(self._fs.cat_file(self._path), {})
         except FileNotFoundError:
             return None
         except ValueError:
             return {}
-        return found if isinstance(found, dict) else {}
 
     def _words(self, found: dict[str, Any]) -> str:
         return (f'process {found.get("process", "?")} on {found.get("host", "?")}, last seen '

@@ -1,6 +1,7 @@
 """The frame of every command but `main`: flags, and what goes wrong as one line and a code."""
 
 import functools
+import io
 import math
 import os
 import sys
@@ -79,16 +80,16 @@ def parser(name: str) -> Callable[[list[str]], list[str]]:
 
 def call(name: str, main: Callable[[list[str]], None], argv: list[str]) -> None:
     """Runs `main`; an error of the user's or of a file is one line on stderr and exit code 1."""
+    printable()
     if not FLAGS['verbosity'].present:
         logging.set_verbosity(logging.WARNING)  # libraries' chatter hides what is said here
     try:
         main(argv[1:])
-        sys.stdout.flush()  # a reader that has gone away is noticed here, not at exit
+        flush()
     except UserError as e:
         sys.exit(f'{name}: {e}')
-    except BrokenPipeError:  # `... | head` has seen enough
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        sys.exit(1)
+    except BrokenPipeError:
+        reader_gone()
     except KeyboardInterrupt:
         sys.exit(f'{name}: stopped')
     except Exception as e:  # what is not the machine's fault is a bug, and shows where it is
@@ -100,11 +101,38 @@ def call(name: str, main: Callable[[list[str]], None], argv: list[str]) -> None:
         sys.exit(f'{name}: {where} ({e.strerror or e})')
 
 
+def printable() -> None:
+    """A character that the terminal's encoding lacks is written as its number: no command ends
+    for it."""
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors='backslashreplace')
+
+
+def flush() -> None:
+    """Here a reader that has gone away is noticed, not at exit; nothing if stdout is closed."""
+    if sys.stdout is not None:
+        sys.stdout.flush()
+
+
+def reader_gone() -> None:
+    """Ends the process without a word: `... | head` has seen enough."""
+    if sys.stdout is not None:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    sys.exit(1)
+
+
 def finite(*names: str) -> None:
     """Refuses NaN and infinity as values of these flags, which bounds let through."""
     for name in names:
         flags.register_validator(name, lambda given: given is None or math.isfinite(given),
                                  'must be a finite number')
+
+
+def at_most(limit: int, *names: str) -> None:
+    """Refuses larger values of these flags: what is more is a slip, and ends in want of memory."""
+    for name in names:
+        flags.register_validator(name, lambda given: given is None or given <= limit,
+                                 f'must be at most {limit}')
 
 
 def only_flags(arguments: list[str]) -> None:

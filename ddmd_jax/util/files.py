@@ -107,7 +107,7 @@ def lock(path: Place) -> tuple[Lock | None, str]:
         holder = lease.take()
         return (None, holder) if holder else (lease, '')
     path = Path(path)
-    file = path.open('a+')
+    file = path.open('a+', encoding='utf-8')
     try:
         fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except OSError as e:

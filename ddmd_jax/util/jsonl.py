@@ -77,12 +77,12 @@ def _cut_short(f: io.FileIO) -> int:
 
 
 def _whole_lines(path: Place) -> list[bytes]:
-    return path.read_bytes().split(b'\n')[:-1] if path.is_file() else []
+    return path.read_bytes().split(b'\n')[:-1] if path.exists() else []
 
 
 def _parsed(line: bytes) -> dict[str, Any] | None:
     try:
         entry = json.loads(line)
-    except ValueError:
+    except (ValueError, RecursionError):
         return None
     return entry if isinstance(entry, dict) else None

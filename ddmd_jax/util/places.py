@@ -56,7 +56,7 @@ def of(named: str | os.PathLike, schemes: Sequence[str] | None = BUCKETS) -> Pla
 def checked(named: str, schemes: Sequence[str] | None = BUCKETS) -> str:
     """`filled`, of what has no `fault`; raises as `of`."""
     if wrong := fault(named, schemes):
-        raise PlaceError(f'{named} {wrong}')
+        raise PlaceError(f'{_text(named)} {wrong}')
     return filled(named)
 
 
@@ -93,6 +93,8 @@ def fault(named: str, schemes: Sequence[str] | None = BUCKETS) -> str:
     """Why `named` is no place that can be used, in words that follow it, or ''; see `of`."""
     if '\0' in named:
         return 'holds a NUL, which no path can; take it out'
+    if named != _text(named):  # libraries below Python want text
+        return 'is a name that the locale does not know; set PYTHONUTF8=1'
     if not named or _there(named):
         return ''
     if family := _FAMILY.fullmatch(named):
@@ -122,6 +124,11 @@ def fault(named: str, schemes: Sequence[str] | None = BUCKETS) -> str:
         if importlib.util.find_spec(READERS[scheme]) is None:
             return f'needs {READERS[scheme]} to be read: pip install {READERS[scheme]}'
     return ''
+
+
+def _text(named: str) -> str:
+    """`named`; bytes of it that are no text in this locale are written as their numbers."""
+    return named.encode('utf-8', 'backslashreplace').decode()
 
 
 def _there(named: str) -> bool:

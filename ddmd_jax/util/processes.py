@@ -10,7 +10,7 @@ from typing import Any
 def machine() -> str:
     """Names the kernel that runs, and whose processes this one sees: hosts may share a name."""
     try:
-        boot = Path('/proc/sys/kernel/random/boot_id').read_text().strip()
+        boot = Path('/proc/sys/kernel/random/boot_id').read_text('ascii').strip()
         return f'{boot} {os.readlink("/proc/self/ns/pid")}'
     except OSError:
         return secrets.token_hex(8)  # another each time: nobody is known to be dead
@@ -27,7 +27,7 @@ def running(found: Mapping[str, Any]) -> bool | None:
         return None
     try:
         os.kill(found['process'], 0)
-    except ProcessLookupError:
+    except (ProcessLookupError, OverflowError):  # no system counts so far
         return False
     except OSError:
         pass  # it is another user's

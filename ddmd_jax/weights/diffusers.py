@@ -12,13 +12,14 @@ import re
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from ddmd_jax.util import errors, files
+from ddmd_jax.util import errors, files, shape
 from ddmd_jax.weights import flat
 from ddmd_jax.weights.flat import WeightsError
 from ddmd_jax.weights.names import Entry
@@ -27,6 +28,7 @@ STEM = 'diffusion_pytorch_model'
 PICKLES = ('.bin', '.pt', '.pth', '.ckpt', '.pkl')
 READABLE = {'F32': np.float32, 'F16': np.float16, 'BF16': jnp.bfloat16}
 REFETCH = 'fetch it again'
+INDEX = {'weight_map?': {str: str}}
 SAMPLE = 1024  # elements of each tensor that go into the identity
 FILE_BYTES = 2 * 1024**3  # largest file that export writes
 
@@ -52,10 +54,10 @@ class Checkpoint:
     tensors: dict[str, Tensor]
 
 
-def read_json(file: Path) -> dict[str, Any]:
-    """Raises `WeightsError` if `file` is missing or not JSON."""
+def read_json(file: Path, like: Any = MappingProxyType({})) -> dict[str, Any]:
+    """Raises `WeightsError` if `file` is missing, or no JSON object that is `like` (`shape`)."""
     try:
-        return json.loads(file.read_text())
+        return shape.load(files.patiently(file.read_bytes), like)
     except FileNotFoundError as e:
         raise WeightsError(f'{file} is missing; is {file.parent} a diffusers folder?') from e
     except (ValueError, OSError) as e:
@@ -163,7 +165,7 @@ def _files(folder: Path, stem: str, variant: str = '') -> list[Path]:
     single = folder / name
     index = next((folder / x for x in indices if (folder / x).exists()), None)
     if index:
-        names = sorted({str(n) for n in dict(read_json(index).get('weight_map', {})).values()})
+        names = sorted({str(n) for n in read_json(index, INDEX).get('weight_map', {}).values()})
         # A name with a folder in it could reach for any file.
         bad = [n for n in names if Path(n).name != n or not (folder / n).is_file()]
         if bad or not names:
@@ -308,7 +310,7 @@ def export_tree(tree: Any, entry: EntryOf, folder: Path, config: dict[str, Any],
         max_shard_size=file_bytes)
     with files.replacing(folder) as scratch:
         scratch.mkdir(parents=True)
-        (scratch / 'config.json').write_text(json.dumps(config, indent=2, sort_keys=True) + '\n')
+        files.write(scratch / 'config.json', json.dumps(config, indent=2, sort_keys=True) + '\n')
         for file, names in plan.filename_to_tensors.items():
             tensors = {name: fetch(*parts[name]) for name in names}
             for name, tensor in tensors.items():
@@ -316,4 +318,4 @@ def export_tree(tree: Any, entry: EntryOf, folder: Path, config: dict[str, Any],
             safetensors.numpy.save_file(tensors, scratch / file, metadata={'format': 'pt'})
         if plan.is_sharded:
             index = {'metadata': plan.metadata, 'weight_map': plan.tensor_to_filename}
-            (scratch / f'{stem}.safetensors.index.json').write_text(json.dumps(index, indent=2))
+            files.write(scratch / f'{stem}.safetensors.index.json', json.dumps(index, indent=2))

@@ -20,7 +20,7 @@ from typing import Any
 import jax
 import numpy as np
 
-from ddmd_jax.util import files
+from ddmd_jax.util import files, shape
 from ddmd_jax.weights import flat
 from ddmd_jax.weights.flat import WeightsError
 from ddmd_jax.weights.names import Entry
@@ -168,7 +168,9 @@ def _config(path: Path, metadata: Mapping[str, str], component: str) -> float:
     """
     try:
         config = {name.removeprefix(f'{component}.'): value
-                  for name, value in json.loads(metadata.get(CONFIG, '{}')).items()}
+                  for name, value in shape.load(metadata.get(CONFIG, '{}').encode(), {}).items()}
+        if fault := shape.fault(config, {'r?': shape.positive, 'lora_alpha?': shape.finite}):
+            raise ValueError(fault)
         odd = [name for name in ('use_dora', 'alpha_pattern', 'rank_pattern', 'lora_bias')
                if config.get(name)]
         if odd:
@@ -177,7 +179,7 @@ def _config(path: Path, metadata: Mapping[str, str], component: str) -> float:
         rank = config.get('r', 1)
         return config.get('lora_alpha', rank) / (
             rank**0.5 if config.get('use_rslora') else rank)
-    except (ValueError, TypeError, AttributeError, ZeroDivisionError) as e:
+    except ValueError as e:
         raise WeightsError(f'{path}: its {CONFIG} cannot be read ({e}); {CURE}') from e
 
 

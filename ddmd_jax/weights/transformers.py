@@ -12,6 +12,7 @@ import re
 from collections.abc import Mapping
 from pathlib import Path
 
+from ddmd_jax.util import shape
 from ddmd_jax.weights import diffusers
 from ddmd_jax.weights.diffusers import Checkpoint, Tensor
 from ddmd_jax.weights.flat import WeightsError
@@ -56,6 +57,11 @@ def decoder_entry(path: str, norms: Mapping[str, str]) -> Entry:
     return Entry(f'layers.{{}}.{theirs}.weight', 'linear' if leaf == 'kernel' else 'same')
 
 
+def _names(value: object) -> str:
+    """Of `shape`: names, or nothing."""
+    return '' if value is None else shape.fault(value, [str])
+
+
 def open_folder(folder: Path, published: Published, variant: str = '') -> Checkpoint:
     """Opens a component whose ``config.json`` names one of the classes; reads headers only.
 
@@ -63,7 +69,7 @@ def open_folder(folder: Path, published: Published, variant: str = '') -> Checkp
       WeightsError: another class, a missing or truncated file, pickles only, tensors that share a
         name but for the prefix, or are of a type that is not trained on (fp8, int8).
     """
-    config = diffusers.read_json(folder / 'config.json')
+    config = diffusers.read_json(folder / 'config.json', {'architectures?': _names})
     found = ', '.join(config.get('architectures') or ['something without a class name'])
     if found not in published.classes:
         raise WeightsError(f'{folder} is {found}, not {published.classes[0]}; give the folder of a '

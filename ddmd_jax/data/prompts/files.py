@@ -15,7 +15,7 @@ from ddmd_jax.data import DataFileError
 from ddmd_jax.util.text import first_line
 
 KINDS = ('.txt', '.jsonl', '.csv', '.tsv', '.parquet')
-# Marks that Excel, PowerShell and Windows' editors begin a file with; UTF-32's begins with UTF-16's.
+# Marks that Excel, PowerShell and editors begin a file with; UTF-32's begins with UTF-16's.
 MARKS = ((codecs.BOM_UTF32_LE, 'utf-32'), (codecs.BOM_UTF32_BE, 'utf-32'),
          (codecs.BOM_UTF16_LE, 'utf-16'), (codecs.BOM_UTF16_BE, 'utf-16'))
 

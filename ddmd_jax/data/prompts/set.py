@@ -1,13 +1,12 @@
 """A set of prompts on disk: ``SPLIT.array_record``, a prompt a record in UTF-8, and a card."""
 
 import dataclasses
-import json
 from collections.abc import Iterator, Sequence
 from typing import Any
 
 from ddmd_jax.data import DataFileError
 from ddmd_jax.data.records import Records
-from ddmd_jax.util import buckets, places
+from ddmd_jax.util import buckets, errors, files, places, shape
 from ddmd_jax.util.places import Place
 from ddmd_jax.util.text import first_line
 
@@ -16,6 +15,9 @@ SPLITS = ('train', 'validation')
 CARD = 'card.json'
 CURE = 'make it again with `python -m ddmd_jax.prepare prompts`'
 BATCH = 4096  # prompts that are read at a time
+LIKE = {'identity': str, 'splits': dict.fromkeys(SPLITS, shape.count),
+        'settings': {str: shape.VALUE}, 'inputs': [{'input': str, 'sha256': str}],
+        'counts': {'read': shape.count, str: shape.count}}
 
 
 def read_card(path: Place) -> dict[str, Any]:
@@ -29,11 +31,13 @@ def read_card(path: Place) -> dict[str, Any]:
     if not (path / CARD).is_file():
         raise DataFileError(f'{path} is not a set of prompts (it has no {CARD}); {CURE}')
     try:
-        card = json.loads((path / CARD).read_bytes())
+        card = shape.load(files.patiently((path / CARD).read_bytes), {'format': str})
         if card['format'] != FORMAT:
             raise DataFileError(f'{path} is {card["format"]!r}, not {FORMAT!r}; {CURE}')
-        card['identity'], card['settings'], card['inputs'], card['splits']
-    except (ValueError, KeyError, TypeError) as e:
+        if fault := shape.fault(card, LIKE):
+            raise ValueError(fault)
+    except (OSError, ValueError) as e:
+        errors.raise_environment(e)
         raise DataFileError(f'set of prompts damaged: {path} ({first_line(e)}); {CURE}') from e
     return card
 

@@ -262,7 +262,7 @@ def rough(key: Array, images: Array) -> Array:
 
     def some(low: float, high: float, odds: float = 1.0) -> Array:
         """One number an image, 0 in a share of 1 - odds of them."""
-        value = jax.random.uniform(next(keys), (n, 1, 1, 1), minval=low, maxval=high)
+        value = jax.random.uniform(next(keys), (n, 1, 1, 1), jnp.float32, minval=low, maxval=high)
         return value * jax.random.bernoulli(next(keys), odds, value.shape)
 
     x = images.astype(jnp.float32) / 127.5 - 1
@@ -271,8 +271,9 @@ def rough(key: Array, images: Array) -> Array:
     x = jax.vmap(crop)(padded, jax.random.randint(next(keys), (n, 2), 0, 5))
     halves = x.reshape(n, SIDE // 2, 2, SIDE // 2, 2, 3).mean((2, 4))
     x = x + some(0, 1, 0.5) * (jax.image.resize(halves, x.shape, 'linear') - x)  # as by a codec
-    x = x * some(0.85, 1.15) + 0.04 * jax.random.normal(next(keys), (n, 1, 1, 3))
-    mottled = some(0, 0.06) * jax.random.normal(next(keys), (n, SIDE // 8, SIDE // 8, 3))
+    x = x * some(0.85, 1.15) + 0.04 * jax.random.normal(next(keys), (n, 1, 1, 3), jnp.float32)
+    mottled = some(0, 0.06) * jax.random.normal(
+        next(keys), (n, SIDE // 8, SIDE // 8, 3), jnp.float32)
     x = x + jax.image.resize(mottled, x.shape, 'linear')
     # Even noise from single bytes: Gaussian would take longer than the network's own step.
     noise = jax.random.bits(next(keys), x.shape, jnp.uint8).astype(jnp.float32) / 127.5 - 1

@@ -80,7 +80,8 @@ def _shower(config: Any, world: scenes.World, space: Codec) -> Any:
     def draw(params: Any) -> jax.Array:
         cond = encode(params['text'], ids, mask)
         null = encode(params['text'], null_ids, null_mask)
-        noise = jax.random.normal(jax.random.key(config.seed), (SHOWN, *space.latents.shape))
+        noise = jax.random.normal(
+            jax.random.key(config.seed), (SHOWN, *space.latents.shape), jnp.float32)
         return sampling.sample_teacher(
             functools.partial(predict, params['denoiser']), cond, noise,
             Shift(teacher.SHIFT).grid(STEPS), sampling.Guidance(GUIDANCE, null))

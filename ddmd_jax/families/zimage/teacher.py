@@ -71,7 +71,7 @@ def distilled(path: str) -> str:
         if 'turbo' in (called := str(config.get('_name_or_path', ''))).lower():
             return f'its {name} calls it {called}'
     if (folder / 'README.md').is_file():
-        card = (folder / 'README.md').read_text(errors='replace')
+        card = (folder / 'README.md').read_text('utf-8', 'replace')
         loaded = re.search(r"""from_pretrained\(\s*["']([^"']+)""", card)
         if loaded and 'turbo' in loaded[1].lower():
             return f'its card loads {loaded[1]}'

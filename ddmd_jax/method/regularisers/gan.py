@@ -81,7 +81,7 @@ class Gan(Regulariser):
         """`x` re-noised for the classifier, and the level ``[B]`` of each sample."""
         k_tau, k_noise = keys
         tau = sight.steps.time(draw_between(k_tau, *self.tau, x.shape[:1]))
-        return renoise(x, tau, jax.random.normal(k_noise, x.shape)), tau
+        return renoise(x, tau, jax.random.normal(k_noise, x.shape, jnp.float32)), tau
 
     def student_term(self, x_hat: Array, sight: Sight) -> Term:
         x_tau, tau = self.noised(x_hat, sight.keys, sight)

@@ -52,7 +52,8 @@ class CaptionEncoder(nnx.Module):
     def __init__(self, cfg: CaptionEncoderConfig, rngs: nnx.Rngs):
         init = nnx.initializers.normal(0.5)
         self.token = nnx.Embed(cfg.vocab_size, cfg.dim, embedding_init=init, rngs=rngs)
-        self.position = nnx.Param(0.1 * jax.random.normal(rngs(), (cfg.max_length, cfg.dim)))
+        self.position = nnx.Param(
+            0.1 * jax.random.normal(rngs(), (cfg.max_length, cfg.dim), jnp.float32))
         self.layers = stack_layers(lambda r: CaptionLayer(cfg, r), cfg.num_layers, rngs)
         self.norm = RMSNorm(cfg.dim, eps=1e-5, dtype=jnp.float32)
 

@@ -205,7 +205,8 @@ class ClipImage(nnx.Module):
             3, cfg.hidden_size, (cfg.patch_size,) * 2, cfg.patch_size, padding='VALID',
             use_bias=False, dtype=jnp.dtype(cfg.dtype), param_dtype=jnp.float32, rngs=rngs)
         self.class_token = nnx.Param(
-            jax.random.normal(rngs.params(), (cfg.hidden_size,)) * cfg.hidden_size**-0.5)
+            jax.random.normal(rngs.params(), (cfg.hidden_size,), jnp.float32)
+            * cfg.hidden_size**-0.5)
         self.position = causal.embedding(cfg, cfg.tokens, rngs)
         self.norm_in, self.norm = _layer_norm(cfg, rngs), _layer_norm(cfg, rngs)
         self.layers = stack_layers(lambda r: ClipLayer(cfg, r), cfg.num_hidden_layers, rngs)

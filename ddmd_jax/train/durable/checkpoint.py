@@ -17,7 +17,7 @@ import ddmd_jax
 from ddmd_jax.config import dotted, fields_of
 from ddmd_jax.train.durable import checksums
 from ddmd_jax.train.feed import Feed
-from ddmd_jax.util import buckets, errors, files, places
+from ddmd_jax.util import buckets, errors, files, places, shape
 from ddmd_jax.util.errors import UserError
 from ddmd_jax.util.places import Place
 from ddmd_jax.util.text import first_line
@@ -153,14 +153,14 @@ def manifest_of(folder: Place) -> dict[str, Any]:
     """The manifest of the checkpoint in `folder`, as Orbax has written it; needs no device.
 
     Raises:
-      CheckpointError: there is none, or it is no JSON object.
+      CheckpointError: there is none, it is no JSON object, or not what was written.
       EnvironmentFault: it cannot be read.
     """
     try:
-        found = json.loads(files.patiently((folder / 'manifest' / 'metadata').read_bytes))
-        if not isinstance(found, dict):
-            raise ValueError('it is no JSON object')
-        return found
+        raw = files.patiently((folder / 'manifest' / 'metadata').read_bytes)
+        if fault := checksums.fault_of(folder, 'manifest/metadata', raw):
+            raise ValueError(fault)
+        return shape.load(raw, {})
     except (OSError, ValueError) as e:
         errors.raise_environment(e)
         raise CheckpointError(

@@ -24,8 +24,9 @@ def steps(directory: Place) -> list[int]:
     """Steps of the finished checkpoints in `directory`, ascending, damaged or not."""
     if not directory.is_dir():
         return []
+    is_step = lambda name: name.isdecimal() and name == str(int(name))  # not 007, nor '\u0663'
     done = lambda p: (p / COMMITTED).exists() if places.scheme(p) == 'gs' else p.is_dir()
-    return sorted(int(p.name) for p in directory.iterdir() if p.name.isdigit() and done(p))
+    return sorted(int(p.name) for p in directory.iterdir() if is_step(p.name) and done(p))
 
 
 def sizes(folder: Place) -> dict[str, int]:
@@ -90,9 +91,24 @@ def fault(folder: Place, part: int = 0, parts: int = 1) -> str:
                 words = _file_fault(folder / name, wanted[name])
             if words:
                 return f'{name} {words}'
-    except (ValueError, KeyError, TypeError, AttributeError) as e:
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as e:
         return f'{NAME} is not what was written: {first_line(e)}'
     return ''
+
+
+def fault_of(folder: Place, name: str, raw: bytes) -> str:
+    """The fault in the bytes of a checkpoint's file, or '': all is well where nobody summed up."""
+    if not known(folder):
+        return ''
+    content = stored.patiently((folder / NAME).read_bytes)
+    try:
+        wanted = json.loads(content)[name]
+        # Of what was written to a bucket only the size is known, and the store's own checksum.
+        same = (len(raw) == wanted['size'] if 'version' in wanted else
+                hashlib.sha256(raw).hexdigest() == wanted['sha256'])
+        return '' if same else 'it is not what was written'
+    except (ValueError, KeyError, TypeError, RecursionError) as e:
+        return f'{NAME} is not what was written: {first_line(e)}'
 
 
 def _file_fault(path: Path, wanted: Mapping[str, Any]) -> str:
@@ -122,6 +138,6 @@ def _manifest_fault(folder: Place) -> str:
     """The fault in the manifest of a checkpoint without checksums, or ''."""
     try:
         json.loads(stored.patiently((folder / 'manifest' / 'metadata').read_bytes))
-    except (FileNotFoundError, ValueError):
+    except (FileNotFoundError, IsADirectoryError, ValueError, RecursionError):
         return 'it has no readable manifest'
     return ''

@@ -128,7 +128,7 @@ class Tracker:
 def _identity(workdir: Place, name: str) -> str:
     """This run's name with a tracker: made once, and found again by a resumed run."""
     path = workdir / FILE
-    known = json.loads(path.read_text()) if path.is_file() else {}
+    known = json.loads(path.read_bytes()) if path.is_file() else {}
     if name not in known:
         known[name] = secrets.token_hex(4)
         files.write(path, json.dumps(known) + '\n')
