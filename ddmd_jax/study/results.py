@@ -60,7 +60,7 @@ def _columns(value: Any) -> str:
 
 _ROW = {**dict.fromkeys(('frechet?', 'all_match?', 'all_match_held_out?', 'colour_error?', 'std?',
                          'diversity?'), _number), str: shape.VALUE}
-LIKE = {'fields': {'log.every?': shape.count}, 'curves?': _columns, 'failed?': str,
+LIKE = {'fields': {'log.every?': shape.count}, 'curves': _columns, 'failed?': str,
         'data_std?': shape.finite, 'student?': _ROW, 'few_step?': _ROW,
         'figures?': {**dict.fromkeys(('std_ratio?', 'guided_share?', 'observer_cos?'),
                                      _number),

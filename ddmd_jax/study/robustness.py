@@ -157,6 +157,8 @@ def _read(name: str, result: Mapping[str, Any], data_std: float | None,
         raise ValueError(f'{name} has no {absent[0]} in its lines: log.probe and log.judge have to '
                          'be on')
     steps, match = curves.get('step', []), curves.get('ema_match', [])
+    if None in match or diverged and 'log.every' not in result['fields']:
+        raise ValueError(f'{name} has lines without ema_match, or no log.every among its fields')
     lines = tuple({k: curves[k][i] for k in ('step', *diagnostics.WATCHED) if k in curves}
                   for i in range(len(steps)))
     fell, unknown = fall(steps, match, drop)

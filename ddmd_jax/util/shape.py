@@ -63,10 +63,11 @@ def fault(value: Any, like: Like, name: str = '') -> str:
         words = like(value)
         return f'{name or "it"} is {_shown(value)}, {words}' if words else ''
     kinds = like if isinstance(like, tuple) else (like,)
-    number = float in kinds and isinstance(value, int)
-    good = isinstance(value, kinds) or number
+    good = isinstance(value, kinds) or float in kinds and isinstance(value, int)
     if isinstance(value, bool):
         good = bool in kinds
+    elif isinstance(value, int) and abs(value) >= 2**63:  # nothing here writes such a number
+        good = False
     return '' if good else _is_not(value, kinds, name)
 
 

@@ -22,7 +22,7 @@ from ddmd_jax.families.lumina import names
 from ddmd_jax.models import autoencoder_kl, flops
 from ddmd_jax.models.autoencoder_kl import AutoencoderKLConfig
 from ddmd_jax.parallel import sharding
-from ddmd_jax.util import buckets, places
+from ddmd_jax.util import buckets, places, shape
 from ddmd_jax.weights import diffusers, flat
 from ddmd_jax.weights.flat import WeightsError
 
@@ -94,13 +94,14 @@ def read(path: str | Path = CODEC) -> tuple[AutoencoderKLConfig, Any, dict[str, 
         raise WeightsError(f'{path} is {metadata.get("class", "no file of this package")}, not '
                            f'{ARCHITECTURE}; {CURE}')
     try:
-        fields = json.loads(metadata['config'])
+        fields = shape.load(metadata['config'].encode(), {'block_out_channels': [int]})
         fields['block_out_channels'] = tuple(fields['block_out_channels'])
-        cfg, about = AutoencoderKLConfig(**fields), json.loads(metadata['about'])
+        about = shape.load(metadata['about'].encode(), {})
+        cfg = AutoencoderKLConfig(**fields)
         expected = jax.tree.map(lambda x: x.shape, autoencoder_kl.abstract_params(cfg))
         if jax.tree.map(jnp.shape, params) != expected:
             raise ValueError('its tensors are not those of the architecture it names')
-    except (KeyError, TypeError, ValueError) as e:
+    except (KeyError, TypeError, ValueError, ArithmeticError) as e:
         raise WeightsError(f'{path} is no {ARCHITECTURE} ({e}); {CURE}') from e
     return cfg, params, about
 

@@ -40,7 +40,7 @@ from ddmd_jax.models import flops, nextdit
 from ddmd_jax.models.layers import functional
 from ddmd_jax.models.nextdit import NextDiT, NextDiTConfig
 from ddmd_jax.models.text.caption import CaptionEncoder, CaptionEncoderConfig
-from ddmd_jax.util import buckets, places
+from ddmd_jax.util import buckets, places, shape
 from ddmd_jax.weights import flat
 
 ARCHITECTURE = 'NextDiT'  # as its file names it
@@ -121,6 +121,13 @@ def save(path: Path, model: dict[str, Any], params: dict[str, Any], steps: int,
     flat.save(path, params, meta, dtype=dtype)
 
 
+def _size(value: Any) -> str:
+    """Of `shape`: sizes are whole numbers from 1 on, and nobody's network has a million of any."""
+    sizes = value if isinstance(value, list) else [value]
+    bad = any(type(n) is int and not 0 < n < 10**6 or not isinstance(n, shape.VALUE) for n in sizes)
+    return 'not a size' if bad else ''
+
+
 def read(path: str = '') -> tuple[dict[str, Any], dict[str, Any]]:
     """(architecture, ``{'denoiser', 'text'}`` parameters) of the shipped file or one like it.
 
@@ -134,11 +141,11 @@ def read(path: str = '') -> tuple[dict[str, Any], dict[str, Any]]:
                                 '--format=safetensors` writes')
     params, meta = flat.load(file, RESTORE_HINT)
     try:
-        model = json.loads(meta['model'])
+        model = shape.load(meta['model'].encode(), {'denoiser': {str: _size}, 'text': {str: _size}})
         expected = jax.eval_shape(lambda: init_params(model, jax.random.key(0)))
         if jax.tree.map(jnp.shape, params) != jax.tree.map(jnp.shape, expected):
             raise ValueError('its tensors are not those of the architecture it names')
-    except (KeyError, TypeError, ValueError) as e:
+    except (KeyError, TypeError, ValueError, ArithmeticError) as e:
         raise flat.WeightsError(f'not an emoji teacher: {file} ({e}); {RESTORE_HINT}') from e
     if meta.get('codec') != codec.load().identity:
         raise flat.WeightsError(f'{file} was trained on latents of codec {meta.get("codec")}, the '
