@@ -46,7 +46,7 @@ def _unfit(value: Any) -> str:
     if not isinstance(value, numbers.Real) or isinstance(value, bool) or value != value:
         return ''
     if isinstance(value, numbers.Integral):
-        return f'; the largest is {LARGEST_WHOLE}' if value > LARGEST_WHOLE else ''
+        return f'; the largest is {LARGEST_WHOLE}' if int(value) > LARGEST_WHOLE else ''
     return '' if _fits(value) else '; float32 does not hold that number'
 
 

@@ -36,7 +36,7 @@ def all_devices() -> list[jax.Device]:
     Raises:
       EnvironmentFault: JAX cannot use those it is told to, or is told to compile nothing.
     """
-    if jax.config.jax_disable_jit:
+    if jax.config.jax_disable_jit:  # type: ignore[attr-defined]
         raise errors.EnvironmentFault('JAX_DISABLE_JIT is set; unset it: steps and samplers are '
                                       'compiled before they run')
     try:

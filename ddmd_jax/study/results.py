@@ -58,13 +58,14 @@ def _columns(value: Any) -> str:
         'not columns of one length with their steps')
 
 
-_ROW = {**dict.fromkeys(('frechet?', 'all_match?', 'all_match_held_out?', 'colour_error?', 'std?',
-                         'diversity?'), _number), str: shape.VALUE}
-LIKE = {'fields': {'log.every?': shape.count}, 'curves': _columns, 'failed?': str,
-        'data_std?': shape.finite, 'student?': _ROW, 'few_step?': _ROW,
-        'figures?': {**dict.fromkeys(('std_ratio?', 'guided_share?', 'observer_cos?'),
-                                     _number),
-                     'bands_live?': [_number], 'bands_ema?': [_number]}}
+_ROW: dict[Any, Any] = {str: shape.VALUE} | dict.fromkeys(
+    ('frechet?', 'all_match?', 'all_match_held_out?', 'colour_error?', 'std?', 'diversity?'),
+    _number)
+_LOOKED_AT: dict[str, Any] = {'bands_live?': [_number], 'bands_ema?': [_number]} | dict.fromkeys(
+    ('std_ratio?', 'guided_share?', 'observer_cos?'), _number)
+LIKE: dict[str, Any] = {
+    'fields': {'log.every?': shape.count}, 'curves': _columns, 'failed?': str,
+    'data_std?': shape.finite, 'student?': _ROW, 'few_step?': _ROW, 'figures?': _LOOKED_AT}
 
 
 def read_one(path: Path) -> dict[str, Any]:
