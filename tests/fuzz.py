@@ -647,7 +647,8 @@ def of_results(rng: random.Random, folder: Path) -> None:
     names = [e.name for e in suite.experiments[:2]]
     row = {'all_match': 0.9, 'all_match_held_out': 0.9, 'frechet': 1.0, 'colour_error': 1.0,
            'std': 0.5, 'diversity': None}
-    whole = {'fields': {'log.every': 5}, 'data_std': 0.4, 'student': row, 'few_step': row,
+    rows = dict.fromkeys(('student', 'few_step', 'guided', 'real'), row)
+    whole = {'fields': {'log.every': 5}, 'data_std': 0.4, **rows,
              'figures': {'std_ratio': 1.0, 'guided_share': 0.5, 'observer_cos': 0.0,
                          'bands_live': [0.5, 0.5], 'bands_ema': [0.5, 0.5]},
              'curves': {'step': [5, 10], **{name: [0.4, 0.5] for name in (
@@ -661,7 +662,8 @@ def of_results(rng: random.Random, folder: Path) -> None:
 
     def act(rest):
         found = results.read(folder, names)
-        claims.judge(found, suite.name)
+        for asked in claims.CLAIMS:
+            claims.judge(found, asked)
         claims_page.table_rows(found, suite.experiments)
         with contextlib.suppress(ValueError):  # which the command says in a line
             robustness.read(found)
@@ -717,7 +719,7 @@ def _only_values(a: Any, b: Any, np: Any) -> bool:
 
 
 def _header(rng: random.Random, file: Path) -> None:
-    """Mangles the JSON of a safetensors file, or the architecture in it."""
+    """Mangles the JSON of a safetensors file, or JSON in its metadata."""
     raw = file.read_bytes()
     size = int.from_bytes(raw[:8], 'little')
     header = json.loads(raw[8:8 + size])
@@ -725,12 +727,53 @@ def _header(rng: random.Random, file: Path) -> None:
         meta = header['__metadata__']
         name = rng.choice(sorted(meta))
         meta[name] = bad_json(rng, json.loads(meta[name])).decode('latin-1') if (
-            name == 'model') else rng.choice(('', 'x', '-1', '{}'))
+            meta[name].startswith('{')) else rng.choice(('', 'x', '-1', '{}'))
     else:
         name = rng.choice(sorted(set(header) - {'__metadata__'}))
         header[name] = mangled(rng, header[name])
     text = json.dumps(header).encode()
     file.write_bytes(len(text).to_bytes(8, 'little') + text + raw[8 + size:])
+
+
+def of_lora(rng: random.Random, folder: Path) -> None:
+    """The file of a LoRA, as a run that starts from it reads it."""
+    import numpy as np
+    import safetensors.numpy as st
+
+    from ddmd_jax.families.lumina import names as lumina
+    from ddmd_jax.weights import lora
+
+    kernels = {f'layers/attn/{name}/kernel': (2, 8, 6) for name in ('to_q', 'to_k')}
+    names = lora.Names('transformer', lumina.transformer, rng.choice(('diffusion_model.',
+                                                                      lora.KOHYA)))
+    draws = np.random.default_rng(0)
+    factors = {name: (draws.normal(size=(2, 8, 3)), draws.normal(size=(2, 3, 6)))
+               for name in kernels}
+    file = folder / lora.FILE
+    lora.write(file, factors, names, rng.choice(lora.NAMINGS))
+    kind = rng.randrange(3)
+    if kind == 0:
+        _header(rng, file)
+    elif kind == 1:
+        ruin(rng, file)
+    else:
+        tensors = st.load_file(file)
+        for name in rng.sample(sorted(tensors), rng.randint(1, 2)):
+            found = tensors.pop(name)
+            shape = rng.choice((found.shape, found.shape[::-1], (), (0,), (0, 6), (3, 0), (3, 3)))
+            odd = np.full(shape, rng.choice((0, 1, 1e30, np.inf, np.nan)), np.float32)
+            tensors[rng.choice((name, name, f'{name}.x', 'x', '', f'{name}.alpha'))] = odd
+        st.save_file(tensors, file, metadata=rng.choice((None, {lora.CONFIG: bad_json(
+            rng, {'transformer.r': 3, 'transformer.lora_alpha': 3}).decode('latin-1')})))
+    before = content(folder)
+    ended = call('main', lambda rest: lora.find(folder) and lora.read(file, kernels, names))
+    for name, (a, b) in (ended.value or {}).items():
+        if a.shape != (2, 8, a.shape[-1]) or b.shape != (2, a.shape[-1], 6):
+            raise FoundError(f'factors of {name} are {a.shape} and {b.shape}')
+        if not (np.isfinite(a).all() and np.isfinite(b).all()):
+            raise FoundError(f'factors of {name} are not finite')
+    if content(folder) != before:
+        raise FoundError('what was read has changed')
 
 
 # --- Flags and fields ---
@@ -876,8 +919,8 @@ _MAIN = ('config', 'profile', 'peer_timeout', 'num_processes', 'process_id', 'co
 
 DOORS: dict[str, Callable[[random.Random, Path], None]] = {
     'prompts': of_prompts, 'set': of_set, 'embeddings': of_embeddings, 'run files': of_run_files,
-    'checkpoint': of_checkpoint, 'results': of_results, 'teacher': of_teacher, 'flags': of_flags,
-    'fields': of_fields, 'main': of_main}
+    'checkpoint': of_checkpoint, 'results': of_results, 'teacher': of_teacher, 'lora': of_lora,
+    'flags': of_flags, 'fields': of_fields, 'main': of_main}
 
 
 def tried(door: str, seed: int) -> None:

@@ -65,7 +65,8 @@ _LOOKED_AT: dict[str, Any] = {'bands_live?': [_number], 'bands_ema?': [_number]}
     ('std_ratio?', 'guided_share?', 'observer_cos?'), _number)
 LIKE: dict[str, Any] = {
     'fields': {'log.every?': shape.count}, 'curves': _columns, 'failed?': str,
-    'data_std?': shape.finite, 'student?': _ROW, 'few_step?': _ROW, 'figures?': _LOOKED_AT}
+    'data_std?': shape.finite, 'figures?': _LOOKED_AT} | dict.fromkeys(
+    ('student?', 'few_step?', 'guided?', 'real?'), _ROW)
 
 
 def read_one(path: Path) -> dict[str, Any]:

@@ -10,7 +10,7 @@ from typing import Any
 def machine() -> str:
     """Names the kernel that runs, and whose processes this one sees: hosts may share a name."""
     try:
-        boot = Path('/proc/sys/kernel/random/boot_id').read_text('ascii').strip()
+        boot = Path('/proc/sys/kernel/random/boot_id').read_text('utf-8').strip()
         return f'{boot} {os.readlink("/proc/self/ns/pid")}'
     except OSError:
         return secrets.token_hex(8)  # another each time: nobody is known to be dead

@@ -129,7 +129,10 @@ def read(path: Path, kernels: Mapping[str, tuple[int, ...]], names: Names) -> Fa
         kernel, layer = places[module]
         if missing := {'A', 'B'} - set(pair):
             raise WeightsError(f'{path} lacks the factor {min(missing)} of {module}')
-        a, b = pair['A'], pair['B']
+        a, b, alpha = pair['A'], pair['B'], pair.get('alpha', np.ones(1))
+        if not (a.ndim and a.shape[0] and alpha.size == 1):
+            raise WeightsError(f'{path} is damaged: of {module}, A is {a.shape} and alpha '
+                               f'{alpha.shape}; {CURE}')
         entry, rank = names.entry(kernel), a.shape[0]
         shape = kernels[kernel][1:] if entry.stacked else kernels[kernel]
         taps = tuple(1 for _ in shape[:-2])
@@ -137,9 +140,12 @@ def read(path: Path, kernels: Mapping[str, tuple[int, ...]], names: Names) -> Fa
             if x.shape != entry.slices(ours):
                 raise WeightsError(f'{path} is of another base: a factor of {module} is {x.shape}, '
                                    f'here it would be {entry.slices(ours)}')
-        alpha = pair.get('alpha')
-        scale = config if alpha is None else float(alpha.ravel()[0]) / rank
-        found.setdefault(kernel, {})[layer] = (entry.to_ours(a), scale * entry.to_ours(b))
+        scale = alpha.item() / rank if 'alpha' in pair else config
+        with np.errstate(over='ignore', invalid='ignore'):
+            scaled = scale * entry.to_ours(b)
+        if not (np.isfinite(a).all() and np.isfinite(scaled).all()):
+            raise WeightsError(f'{path} is damaged: factors of {module} are not finite; {CURE}')
+        found.setdefault(kernel, {})[layer] = (entry.to_ours(a), scaled)
 
     factors = {}
     for kernel, layers in found.items():
