@@ -64,7 +64,7 @@ _ROW: dict[Any, Any] = {str: shape.VALUE} | dict.fromkeys(
 _LOOKED_AT: dict[str, Any] = {'bands_live?': [_number], 'bands_ema?': [_number]} | dict.fromkeys(
     ('std_ratio?', 'guided_share?', 'observer_cos?'), _number)
 LIKE: dict[str, Any] = {
-    'fields': {'log.every?': shape.count}, 'curves': _columns, 'failed?': str,
+    'fields': {'log.every?': shape.count}, 'curves?': _columns, 'failed?': str,
     'data_std?': shape.finite, 'figures?': _LOOKED_AT} | dict.fromkeys(
     ('student?', 'few_step?', 'guided?', 'real?'), _ROW)
 

@@ -151,6 +151,8 @@ def _read(name: str, result: Mapping[str, Any], data_std: float | None,
     diverged = DIVERGED in result.get('failed', '')
     if 'failed' in result and not diverged:
         return None
+    if 'curves' not in result:
+        raise ValueError(f'{name} has no curves')
     curves = result['curves']
     absent = [k for k in ('ema_std', 'ema_match') if k not in curves and curves.get('step')]
     if absent:
