@@ -56,9 +56,11 @@ def _lines(path: Path) -> Iterator[str]:
     it is neither: UTF-16 without a mark, or no text.
     """
     with path.open('rb') as file, bar(path.name, path.stat().st_size, 'B') as progress:
-        start = file.read(4)
+        start = file.read(5)
         file.seek(0)
-        marked = next((name for mark, name in MARKS if start.startswith(mark)), '')
+        # A mark and nothing after it is no text.
+        marked = next((name for mark, name in MARKS
+                       if start.startswith(mark) and len(start) > len(mark)), '')
         # Latin-1 keeps every byte, so that a line that is not UTF-8 can be named.
         lines = io.TextIOWrapper(file, marked or 'latin-1', newline='')
         number = 0
