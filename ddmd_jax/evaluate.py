@@ -95,10 +95,14 @@ def define_flags() -> None:
     flags.DEFINE_string('worst', '', 'Prompts of the sheet: the worst by this figure.')
     flags.DEFINE_boolean('seeds', False, 'Columns of the sheet are the images of a prompt.')
     commands.finite('guidance')
+    commands.at_most(1000, 'steps', 'guidance', 'teacher_steps')
+    commands.at_most(100_000, 'batch', 'fsdp')
     flags.register_validator('size', lambda given: given is None or len(given) == 2 and all(
-        side.isdecimal() and int(side) for side in given), 'must be HEIGHT,WIDTH, as 768,1024')
+        side.isdecimal() and len(side) < 6 and int(side) for side in given),
+        'must be HEIGHT,WIDTH, as 768,1024')
     flags.register_validator('count', lambda given: given is None or len(given) == 2 and all(
-        n.isdecimal() for n in given) and any(map(int, given)), 'must be SEEN,HELD_OUT, as 256,128')
+        n.isdecimal() and len(n) < 9 for n in given) and any(map(int, given)),
+        'must be SEEN,HELD_OUT, as 256,128')
     flags.register_validator('rows', lambda given: set(given) <= set(ROWS),
                              f'must be of {", ".join(ROWS)}')
 
