@@ -385,7 +385,7 @@ def test_another_teacher_than_the_runs_is_refused(emoji_run, tmp_path):
 def test_what_is_installed_has_all_that_is_exported_and_reported():
     """`package_data` of setup.py: templates, and code that is shipped and not imported."""
     text = (tiny.ROOT / 'setup.py').read_text()
-    patterns = re.findall(r"'((?:families|study|export|report)/[^']+)'", text)
+    patterns = re.findall(r"'((?:families|study|export|report|evaluation)/[^']+)'", text)
     package = tiny.ROOT / 'ddmd_jax'
     shipped = {file for pattern in patterns for file in package.glob(pattern)}
     wanted = {*package.rglob('*.jinja'), *(package / 'families/emoji/code').glob('*.py')}

@@ -209,7 +209,7 @@ def place_numbered(prompt: Prompt, index: int, number: int) -> str:
 
 def _entries(file: Path, parse: Callable[[str], Any], cure: str) -> Any:
     try:
-        return parse(file.read_text())
+        return parse(file.read_text(encoding='utf-8'))
     except OSError as e:
         raise UserError(f'{file} cannot be read ({e.strerror}); {cure}') from e
     except (ValueError, KeyError, TypeError) as e:

@@ -112,7 +112,7 @@ class Kept:
         here = {**self.about, 'form': self._form, 'images': len(self), 'names': digest(self.named)}
         if not path.is_file():
             return files.write_json(path, here, sync=True)
-        found = json.loads(path.read_text())
+        found = json.loads(path.read_text(encoding='utf-8'))
         for name in {**found, **here}:
             if found.get(name) != here.get(name):
                 raise ImagesError(f'{self.folder} holds images of {name} {found.get(name)}, asked '
@@ -187,7 +187,7 @@ def opened(folder: Path, named: Sequence[ImageName]) -> Kept:
     path = folder / MANIFEST
     if not path.is_file():
         raise ImagesError(f'{folder} holds no images of an evaluation: there is no {MANIFEST}')
-    found = json.loads(path.read_text())
+    found = json.loads(path.read_text(encoding='utf-8'))
     mine = {name: value for name, value in found.items()
             if name not in ('form', 'images', 'names')}
     kept = Kept(folder, named, found['form'])
