@@ -268,7 +268,7 @@ def entries(models: Sequence[Model], rows: Sequence[str],
 
     def few(model: Model) -> drawing.Sampler:
         return drawing.of_student(teacher, FLAGS.steps or model.steps,
-                                  time.chosen(teacher.time, model.shift),
+                                  time.chosen(teacher.time, model.shift, model.first_step),
                                   FLAGS.sampler or model.sampler)
 
     guidance = first.family.guidance if FLAGS.guidance is None else FLAGS.guidance

@@ -240,7 +240,7 @@ def samplers(model: Model, teacher: Teacher) -> list[Sampler]:
     if steps != model.steps:
         ckpt.warn(f'the student was trained for {model.steps} steps, not for {steps}')
     student = drawing.of_student(
-        teacher, steps, time.chosen(teacher.time, model.shift),
+        teacher, steps, time.chosen(teacher.time, model.shift, model.first_step),
         FLAGS.sampler or model.sampler)
     if not FLAGS.compare_teacher:
         return [student]

@@ -57,7 +57,9 @@ def page() -> str:
               'fields of `NextDiTConfig` and `CaptionEncoderConfig`.',
               '## Task `codec`', table(fields.CODEC),
               '## Data sets', '`prompts` and `embeddings`, of any family:',
-              table(under('data', fields.PROMPTS))]
+              table(under('data', fields.PROMPTS)),
+              '`images`, of any family whose codec makes latents of images:',
+              table(under('data', fields.IMAGES))]
     for family in map(families.get, families.NAMES):
         for name, data in family.data_sets.items():
             parts += [f'`{name}`, of the family {family.name}:', table(under('data', data.fields))]

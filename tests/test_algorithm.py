@@ -150,6 +150,21 @@ def test_the_critic_learns_on_fresh_samples_of_the_student(cond):
     np.testing.assert_allclose(spy.of(STUDENT)[-1][2], SHIFTED, atol=1e-6)
 
 
+@pytest.mark.parametrize('name', ['coupled_shared', 'decoupled_hybrid'])
+def test_the_critic_can_learn_on_the_generators_own_images(name):
+    """DMD2's order: the same images, noised anew."""
+    ours = GeneratorKeys.of(jax.random.key(0))
+    keys = CriticKeys.of(jax.random.key(1))._replace(simulation=ours.simulation)
+    spy = Spy()
+    models = Models(spy, TEACHER, tiny.make_null())
+    critic_objective(CRITIC, STUDENT, models, tiny.make_batch(BATCH),
+                     tiny.make_recipe(shift=3.0, schedule=name), keys)
+    generator = watch_generator(name)
+    for mine, theirs in zip(spy.of(STUDENT), generator.of(STUDENT), strict=True):
+        assert same(mine[1:], theirs[1:])
+    assert not np.array_equal(spy.of(CRITIC)[0][1], generator.of(CRITIC)[0][1])
+
+
 # --- Who gets gradients ---
 
 

@@ -35,7 +35,7 @@ def test_bad_input(commands, tmp_path, args, code, words):
 
 
 PREPARE = [
-    ([], 1, 'expected `prompts`, `embed` or `emoji`, got nothing'),
+    ([], 1, 'expected `prompts`, `embed`, `images` or `emoji`, got nothing'),
     (['emojis'], 1, 'got emojis'),
     (['prompts', '--batch=3'], 2, "Unknown command line flag 'batch'"),  # of `embed`
     (['embed'], 1, 'no --prompts given'),

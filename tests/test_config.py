@@ -63,6 +63,37 @@ def test_the_papers_schedules_are_valid(name, schedule):
     assert config.method.schedule == schedule and config_lib.validate(config) == []
 
 
+@pytest.mark.parametrize('recipe', ['dmd2', 'decoupled_full', 'decoupled_constrained',
+                                    'decoupled_hybrid', '1step'])
+def test_the_recipes_of_sdxl_are_valid(recipe):
+    """Of the paper's three nothing but the schedule differs, and how its terms are normalised."""
+    config = load(f'sdxl:{recipe}')
+    assert config_lib.validate(config) == []
+    iterations = config.train.steps * config.critic.updates
+    assert iterations == (24_000 if recipe == '1step' else 19_000)
+    values, dmd2 = (config_lib.dotted(c) for c in (config, load('sdxl:dmd2')))
+    changed_by = {name for name in values if values[name] != dmd2[name]}
+    assert changed_by == {
+        'dmd2': set(), '1step': {'student.steps', 'student.first_step', 'train.steps'}}.get(
+            recipe, {'method.schedule', 'method.normaliser', 'method.floor'})
+
+
+def test_no_recipe_of_that_name():
+    with pytest.raises(ValueError, match="no recipe 'dmd3' of sdxl; known: dmd2, 1step"):
+        load('sdxl:dmd3')
+
+
+@pytest.mark.parametrize(('fields', 'words'), [
+    ({'student.first_step': 1000}, 'must lie from student.steps - 1 = 3 to 999'),
+    ({'student.first_step': 2}, 'must lie from student.steps - 1 = 3 to 999'),
+    ({'critic.updates': 0, 'method.weight_dm': 0.0, 'method.gan.weight': 0.0},
+     'needs critic.updates of at least 1'),
+    ({'data.name': 'embeddings'}, 'has no real images: the weight of method.gan')])
+def test_one_wrong_field_of_sdxl(fields, words):
+    (line,) = config_lib.validate(changed('sdxl', fields))
+    assert words in line
+
+
 DISTILL = [
     ('task', 'distil', "did you mean 'distill'?"),
     ('seed', -1, 'at least 0'),
@@ -83,7 +114,10 @@ DISTILL = [
     ('critic.updates', 0, 'at least 1 while method.weight_dm is above 0'),
     ('critic.updates', 0.5, 'a whole number at least 0'),
     ('critic.warmup', -1, 'at least 0'),
-    ('critic.weighting', 'x', "'velocity' or 'clean'"),
+    ('critic.weighting', 'x', 'must be one of velocity, clean, noise'),
+    ('critic.order', 'same', "'critic_first' or 'same_images'"),
+    ('student.first_step', 399, 'must be None for emoji, whose time is no table of steps'),
+    ('method.gan.head', 'convolution', "did you mean 'convolutions'?"),
     ('critic.tau', (0.0, 1.0), 'no noise left to normalise by'),
     ('method.schedule', 'decoupled_hybird', "did you mean 'decoupled_hybrid'?"),
     ('method.alpha', 1.0, 'alpha = 1 makes CA zero'),
@@ -103,7 +137,7 @@ DISTILL = [
     ('method.shift', 0.0, "None or a number above 0: None takes the teacher's"),
     ('method.null', 'zeros', "must be 'encoded' with teacher.name 'emoji', which knows no other"),
     ('method.null', 'zero', "did you mean 'zeros'?"),
-    ('data.name', 'laion', 'must be one of emoji, prompts, embeddings with teacher.name'),
+    ('data.name', 'laion', 'must be one of emoji, prompts, embeddings, images with teacher.name'),
     ('data.name', 'embedings', "did you mean 'embeddings'?"),
     ('data.global_batch', 30, 'steps not dividing; the next batch that does: 32'),
     ('data.global_batch', 0, 'at least 1'),
@@ -390,8 +424,8 @@ def test_fields_that_do_not_go_together(fields, start, fragment):
 def test_emoji_captions_are_for_the_emoji_teacher():
     fields = {'teacher.name': 'lumina', 'teacher.path': 'folder'}
     (line,) = config_lib.validate(changed('emoji', fields))
-    assert line == ("data.name: 'emoji', must be 'prompts' or 'embeddings' with teacher.name "
-                    "'lumina'")
+    assert line == ("data.name: 'emoji', must be one of prompts, embeddings, images with "
+                    "teacher.name 'lumina'")
 
 
 def test_the_emoji_teacher_has_one_size():

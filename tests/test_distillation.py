@@ -80,6 +80,20 @@ def test_a_step_takes_as_many_batches_as_it_has_updates():
     assert (count, int(state.step), int(state.critic_step)) == (2 + 1 + 1, 4, 3 + 2 * 4 + 1)
 
 
+def test_in_dmd2s_order_a_step_has_as_many_updates_of_the_critic(monkeypatch):
+    """The first of them with the student's, on one batch; a warm-up before."""
+    task = task_of(config_of(**{'critic.updates': 2, 'critic.warmup': 1,
+                                'critic.order': 'same_images'}))
+    feed, state, kinds = task.feed(frozenset()), task.spec.create(), []
+    run = task._run
+    monkeypatch.setattr(task, '_run', lambda kind, *rest: kinds.append(kind) or run(kind, *rest))
+    for fresh in (True, False):
+        state, metrics = task.step(state, lambda: next(feed), fresh)
+        assert bool(metrics['finite']) and {'loss', 'fake_loss', 'critic_grad_norm'} <= set(metrics)
+    assert kinds == ['critic', 'both', 'critic', 'both', 'critic']
+    assert (int(state.step), int(state.critic_step)) == (2, 5)
+
+
 # --- The probe ---
 
 

@@ -8,7 +8,7 @@ import pytest
 import tiny
 from flax import nnx
 
-from ddmd_jax.models import autoencoder_kl as vae, flops, layers
+from ddmd_jax.models import autoencoder_kl as vae, discriminator, flops, layers
 from ddmd_jax.models.nextdit import NextDiT, NextDiTConfig
 from ddmd_jax.models.text.caption import CaptionEncoder, CaptionEncoderConfig
 from ddmd_jax.models.text.clip import ClipConfig, ClipText
@@ -86,6 +86,19 @@ def test_unet_forward():
                   arg(BATCH), arg(BATCH, 7, 6), arg(BATCH, 7, dtype=bool), arg(BATCH, 6),
                   arg(BATCH, 6))
     assert got == BATCH * flops.unet_forward(cfg, (6, 5), 7)
+    got = counted(layers.functional(make, 'features'), layers.abstract_params(make),
+                  arg(BATCH, 6, 5, 4), arg(BATCH), arg(BATCH, 7, 6), arg(BATCH, 7, dtype=bool),
+                  arg(BATCH, 6), arg(BATCH, 6))
+    assert got == BATCH * flops.unet_features(cfg, (6, 5), 7)
+
+
+@pytest.mark.parametrize('name, shape', [
+    ('convolutions', (16, 19, 8)), ('convolutions', (4, 4, 8)), ('tokens', (4, 5, 8))])
+def test_heads_of_a_gan(name, shape):
+    head = discriminator.make_head(name, shape)
+    params = jax.eval_shape(lambda: discriminator.init(head, jax.random.key(0)))
+    got = counted(layers.functional(lambda: head(nnx.Rngs(0))), params, arg(BATCH, *shape))
+    assert got == BATCH * flops.head(name, shape)
 
 
 def test_sdxl_by_hand():

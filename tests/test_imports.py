@@ -19,7 +19,7 @@ LAYERS = (  # from the bottom
     {'method'},
     {'config'},  # its conditions on several fields ask everything below
     {'train'},
-    {'planner', 'study', 'report', 'export', 'embedding'},
+    {'planner', 'study', 'report', 'export', 'embedding', 'imaging'},
     {'main', 'sample', 'evaluate', 'prepare', 'plan', 'checkpoints'},
 )
 RANK = {f'ddmd_jax.{name}': rank for rank, names in enumerate(LAYERS) for name in names}

@@ -315,6 +315,16 @@ def test_velocity_weighting_is_per_example():
     close(critic_loss(x_hat, x, t), per_example.mean(), rtol=1e-4)
 
 
+def test_noise_weighting_is_the_error_of_the_noise():
+    """As a network that predicts noise is trained: x_t = t x + (1 - t) noise, twice."""
+    rng = np.random.default_rng(0)
+    x, noise, wrong = rng.standard_normal((3, 4, 3, 3, 2)).astype(np.float32)
+    t = np.asarray([0.1, 0.4, 0.8, 0.97], np.float32)
+    at = t[:, None, None, None]
+    x_hat = (at * x + (1 - at) * noise - (1 - at) * wrong) / at
+    close(critic_loss(x_hat, x, t, 'noise'), np.mean((wrong - noise)**2), rtol=1e-4)
+
+
 def test_critic_loss_is_finite_at_the_clean_end():
     x, x_hat = draw(8, 2)
     assert np.isfinite(critic_loss(x_hat, x, np.ones(3, np.float32)))

@@ -8,7 +8,7 @@ from hypothesis import given, strategies as some
 
 from ddmd_jax.data import loader
 from ddmd_jax.data.batch import Batch
-from ddmd_jax.data.order import Order
+from ddmd_jax.data.order import Order, OrderByShape
 from ddmd_jax.parallel.sharding import ShardingError
 from ddmd_jax.train.feed import Feed
 
@@ -186,3 +186,34 @@ def test_a_batch_is_a_tree_whose_shape_is_not_traced():
     batch = Batch({'x': np.ones(2)}, shape=(8, 8, 4))
     double = jax.jit(lambda b: jax.tree.map(lambda x: 2 * x, b))(batch)
     assert double.shape == (8, 8, 4) and double.cond['x'].tolist() == [2, 2]
+
+
+# --- Latents of several shapes ---
+
+
+def by_shape(count=70, batch=4, seed=0):
+    shape_of = np.random.default_rng(3).choice(3, count, p=[0.7, 0.25, 0.05])
+    shapes = ((8, 8, 4), (6, 10, 4), (10, 6, 4))
+    return OrderByShape(np.arange(count), batch, seed, shapes, shape_of), shape_of, shapes
+
+
+def test_rows_of_a_batch_have_one_shape_and_come_round_evenly():
+    order, shape_of, shapes = by_shape()
+    counts = np.zeros(70, int)
+    for i in range(200):
+        planned = order[i]
+        assert {shapes[s] for s in shape_of[planned.rows]} == {planned.shape}
+        assert planned.length is None and len(planned.rows) == 4
+        np.add.at(counts, planned.rows, 1)  # a shape of three rows repeats one in a batch
+    for i in range(3):  # of one shape every row comes as often as any other
+        own = counts[shape_of == i]
+        assert own.min() >= 1 and own.max() - own.min() <= 1
+    assert set(order.kinds(3)) == {(None, shape) for shape in shapes}
+
+
+def test_a_batch_is_known_by_its_number_alone():
+    one, two = by_shape()[0], by_shape()[0]
+    for i in (37, 2, 199, 2):
+        np.testing.assert_array_equal(one[i].rows, two[i].rows)
+    other = by_shape(seed=1)[0]
+    assert any(not np.array_equal(one[i].rows, other[i].rows) for i in range(5))

@@ -29,6 +29,9 @@ FLAGS = {
     ('prepare prompts', 'input'): 'BUCKETS', ('prepare prompts', 'out'): 'BUCKETS',
     ('prepare embed', 'prompts'): 'BUCKETS', ('prepare embed', 'path'): 'ANY',
     ('prepare embed', 'out'): 'BUCKETS',
+    # Images are read at random, and the folder is written part by part.
+    ('prepare images', 'input'): 'LOCAL', ('prepare images', 'captions'): 'LOCAL',
+    ('prepare images', 'path'): 'ANY', ('prepare images', 'out'): 'LOCAL',
     ('prepare emoji', 'packages'): 'LOCAL', ('prepare emoji', 'out'): 'LOCAL',  # tfds writes them
     ('report', ''): 'BUCKETS', ('report', 'out'): 'BUCKETS',
     ('sample', 'checkpoint'): 'BUCKETS', ('sample', 'out'): 'BUCKETS',
@@ -144,6 +147,9 @@ def test_a_field_refuses_what_is_no_place_for_it(field, schemes):
     ['export', '--checkpoint=URL', '--out=x'],
     ['prepare', 'prompts', '--input=URL', '--out=x'],
     ['prepare', 'embed', '--prompts=URL', '--out=x', '--teacher=lumina'],
+    ['prepare', 'images', '--input=URL', '--out=x', '--teacher=sdxl', '--path=x'],
+    ['prepare', 'images', '--input=x', '--captions=URL', '--out=x', '--teacher=sdxl', '--path=x'],
+    ['prepare', 'images', '--input=x', '--out=URL', '--teacher=sdxl', '--path=x'],
     ['report', 'URL'], ['checkpoints', 'URL'],
     ['study', '--config=emoji', '--workdir=URL'], ['study.summarise', 'URL']])
 @pytest.mark.parametrize('url', ['ftp://bucket/P', 'gs:/bucket/P'])

@@ -196,8 +196,8 @@ def test_what_is_not_said_is_that_latents_are_the_whole_image():
     assert got.dtype == jnp.float32 and np.isfinite(got).all() and np.abs(got - other).max() > 1e-4
     end = predict(small_params(), x, jnp.asarray([0.5, StepTable().times[-1]]), cond)
     np.testing.assert_array_equal(got, end)
-    tokens = jax.eval_shape(sdxl.tokens_of(sdxl.make_features(SMALL)), small_params(), x, t, cond)
-    assert tokens.shape == (2, 24, 8)
+    maps = jax.eval_shape(sdxl.make_features(SMALL), small_params(), x, t, cond)
+    assert maps.shape == (2, 4, 6, 8)
     assert sdxl.cond_spec(SMALL).shapes(2, 3)['time_ids'].shape == (2, 6)
 
 

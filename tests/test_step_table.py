@@ -9,8 +9,9 @@ import pytest
 from hypothesis import given, strategies as st
 
 from ddmd_jax.diffusion import process, sampling
-from ddmd_jax.diffusion.time import FewSteps, Shift, StepTable
+from ddmd_jax.diffusion.time import FewSteps, Shift, StepTable, chosen
 from ddmd_jax.method.schedules import SCHEDULES, Ranges, draw_between
+from ddmd_jax.util.errors import UserError
 
 SDXL = StepTable()
 BOUNDED = {'coupled_shared': (False, False), 'decoupled_full': (False, False),
@@ -101,6 +102,17 @@ def test_the_teachers_own_grid(spacing, steps):
     grid = StepTable(spacing=spacing).grid(5)
     np.testing.assert_array_equal(SDXL.step_of(grid[:-1]), steps)
     assert grid[-1] == 1
+
+
+def test_a_run_may_name_its_first_step():
+    assert chosen(SDXL, None) is SDXL and chosen(SDXL, None, 999) == SDXL
+    one = FewSteps(chosen(SDXL, None, 399), 1)
+    np.testing.assert_array_equal(SDXL.step_of(one.times), [399])
+    for time, shift in ((SDXL, 3.0), (Shift(3.0), None)):
+        with pytest.raises(UserError, match='first_step=399 is no step of Shift'):
+            chosen(time, shift, 399)
+    with pytest.raises(UserError, match='first_step=1000 is no step of StepTable'):
+        chosen(SDXL, None, 1000)
 
 
 @pytest.mark.parametrize('fields', [

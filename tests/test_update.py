@@ -14,7 +14,7 @@ from ddmd_jax.data.batch import Batch
 from ddmd_jax.method import schedules
 from ddmd_jax.parallel import sharding
 from ddmd_jax.train import state as st
-from ddmd_jax.train.update import accumulated_grads, ema_decay
+from ddmd_jax.train.update import Mechanics, Updates, accumulated_grads, ema_decay
 
 BATCH = 4
 MESH = sharding.make_mesh({}, jax.devices()[:1])
@@ -145,6 +145,42 @@ def test_randomness_follows_the_counters(hybrid, batch):
     again = jax.tree.map(jnp.copy, later)
     assert loss(hybrid.fresh()) == loss(hybrid.fresh()) != loss(later)
     assert fake(hybrid.fresh()) == fake(hybrid.fresh()) != fake(again)
+
+
+def test_both_at_once_see_each_other_as_they_were(hybrid, batch):
+    """DMD2's order: the student's update is the one it has alone, and the critic is trained beside
+    it on the images that this was made of, not on others, nor on the new student's."""
+    alone, generator = hybrid.generator(hybrid.fresh(), batch)
+    state, metrics = hybrid.program.both(hybrid.frozen, hybrid.fresh(), batch)
+    assert (int(state.step), int(state.critic_step)) == (1, 1) and bool(metrics['finite'])
+    close(kept(state.student), kept(alone.student))
+    np.testing.assert_allclose(metrics['loss'], generator['loss'], rtol=1e-5)
+    fresh = hybrid.fresh()
+    _, other = hybrid.critic(hybrid.fresh(), batch)
+    updates = Updates(tiny.small_network, tiny.make_recipe(), Mechanics(TX, TX, ema=0.9))
+    key = updates._generator_key(fresh)
+    want, beside = jax.jit(updates.critic)(hybrid.frozen, fresh, batch, key)
+    close(kept(state.critic), kept(want.critic))
+    np.testing.assert_allclose(metrics['fake_loss'], beside['fake_loss'], rtol=1e-5)
+    assert float(metrics['fake_loss']) != float(other['fake_loss'])
+
+
+def test_both_at_once_change_nothing_where_a_row_is_not_finite(hybrid, batch):
+    bad = Batch(batch.cond | {'embeds': batch.cond['embeds'].at[1, 0].set(np.nan)},
+                shape=batch.shape)
+    start = kept(hybrid.fresh())
+    state, metrics = hybrid.program.both(hybrid.frozen, hybrid.fresh(), bad)
+    assert not bool(metrics['finite']) and same(state, start)
+
+
+@pytest.mark.parametrize('accumulate', [1, 2])
+def test_a_merged_critic_is_merged_after_its_update(batch, accumulate):
+    run = Run(merge=0.9, accumulate=accumulate)
+    plain = Run(accumulate=accumulate)
+    state, _ = run.program.both(run.frozen, run.fresh(), batch)
+    want, _ = plain.program.both(plain.frozen, plain.fresh(), batch)
+    close(kept(state.critic), jax.tree.map(lambda c, s: 0.9 * c + 0.1 * s, kept(want.critic),
+                                           kept(want.student)))
 
 
 def test_ema_after_one_update(hybrid, batch):

@@ -90,7 +90,8 @@ def fields_of(config: Any) -> tuple[Field, ...]:
         family = families.Family('')
     data_sets = {name: data.fields for name, data in family.data_sets.items()}
     if distill:
-        data_sets |= dict.fromkeys(fields.PROMPT_SETS, fields.PROMPTS)
+        data_sets |= dict.fromkeys(fields.PROMPT_SETS, fields.PROMPTS) | dict.fromkeys(
+            fields.REAL_SETS, fields.IMAGES)
     # (section, the fields that somebody brings to it; None where nobody is found)
     brought = [] if codec else [('data', data_sets.get(str(field(config, 'data.name'))))]
     if config.get('task') == 'pretrain' or not (codec or distill):

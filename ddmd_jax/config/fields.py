@@ -84,7 +84,7 @@ COMMON = (
     Field('teacher.name', r.TEXT, REQUIRED, FIXED, 'family of the teacher; dotted: your own module'),
     Field('student.ema', r.DECAY, 0.999, FIXED, 'decay of the EMA student'),
     Field('student.ema_ramp', r.FLAG, True, FIXED, 'whether that decay ramps up'),
-    Field('data.name', r.TEXT, REQUIRED, FIXED, "data set: one of the family's own, `prompts` (encoded online) or `embeddings` (cached)"),
+    Field('data.name', r.TEXT, REQUIRED, FIXED, "data set: one of the family's own, `prompts` (encoded online), `embeddings` (cached) or `images` (latents cached, captions encoded online)"),
     Field('data.global_batch', r.COUNT, 64, FIXED, 'examples of one update, over all devices'),
     Field('train.steps', r.COUNT, REQUIRED, FREE, 'updates of the student in the whole run'),
     Field('train.on_nan', r.choice('abort', 'rollback'), 'abort', FREE, 'after a step that is not finite: end, or go back and leave its batches out'),
@@ -114,12 +114,14 @@ DISTILL = (
     Field('teacher.remat', r.REMAT, 'none', FREE, 'recomputed in the gradient: nothing, everything, all but matrix products'),
     Field('teacher.attention', r.choice('auto', 'xla', 'splash'), 'auto', FREE, "XLA's attention or the Pallas kernel for TPUs; `auto`: the kernel on a TPU"),
     Field('student.steps', r.whole(at_least=1, at_most=64), 4, FIXED, 'N, network evaluations of the student'),
+    Field('student.first_step', r.or_none(r.NATURAL), None, FIXED, "step of the teacher's table at which the student starts, as DMD2's single step at 399; None: the noisiest", filled=False),
     Field('student.sampler', r.choice('renoise', 'deterministic'), 'renoise', FREE, 'sampler of the evaluation'),
     *under('student.adapter', ADAPTER),
     *under('critic.adapter', ADAPTER),
     Field('critic.updates', r.NATURAL, 5, FIXED, "critic updates for each of the student's"),
     Field('critic.warmup', r.NATURAL, 0, FIXED, 'further critic updates before the first step'),
-    Field('critic.weighting', r.choice('velocity', 'clean'), 'velocity', FIXED, 'weighting of the denoising loss'),
+    Field('critic.order', r.choice('critic_first', 'same_images'), 'critic_first', FIXED, "updates of a step: the critic's before the student's, or, as in DMD2, one of them at once with the student's on the same images, the others after it", filled=False),
+    Field('critic.weighting', r.choice('velocity', 'clean', 'noise'), 'velocity', FIXED, 'weighting of the denoising loss; `noise` is the error of the noise, as where the teacher predicts that'),
     Field('critic.tau', r.TAU_RANGE, (0.0, 0.98), FIXED, "range, in uniform time, of the critic's levels"),
     Field('critic.merge', r.number('1 is off', at_least=0, at_most=1), 1.0, FIXED, 'decay of the critic towards the student after each student update'),
     Field('method.schedule', r.TEXT, 'decoupled_hybrid', FIXED, "one of the paper's four re-noising schedules; dotted: your own"),
@@ -173,9 +175,14 @@ CODEC = (
     Field('codec.unseen', r.COUNT, 128, FREE, 'images of which the PSNR is logged'),
 )
 
-PROMPT_SETS = ('prompts', 'embeddings')  # data sets of one's own, whoever the teacher is
+PROMPT_SETS = ('prompts', 'embeddings', 'images')  # data sets of one's own, whoever the teacher is
+REAL_SETS = ('images',)  # of these, those with real latents of their captions, which a GAN needs
 PROMPTS = (
     Field('path', r.PATH, 'prompts', FREE, 'the set of prompts, or the folder of embeddings; its content counts'),
     Field('sizes', r.SIZES, (), FIXED, 'one is drawn for each batch'),
     Field('lengths', r.LENGTHS, (), FIXED, 'token counts that batches are cut to'),
+)
+IMAGES = (
+    Field('path', r.PATH, 'images', FREE, 'the folder that `prepare images` wrote; its content counts'),
+    Field('sizes', r.SIZES, (), FIXED, "the sizes of its images, in the order of pictures' preference: all of a batch have one"),
 )

@@ -6,7 +6,7 @@ import importlib.util
 from collections.abc import Callable, Iterator, Sequence
 from typing import TYPE_CHECKING, Any
 
-from ddmd_jax.config.fields import PROMPT_SETS
+from ddmd_jax.config.fields import PROMPT_SETS, REAL_SETS
 from ddmd_jax.config.rules import choice
 from ddmd_jax.util import places
 
@@ -132,7 +132,7 @@ def judge_known(prompts: int, suite: str, family: Family) -> str | None:
 def reals_known(dataset: str, family: Family, regularisers: Active) -> str | None:
     data = family.data_sets.get(dataset)
     needing = [kind.name for kind in regularisers if kind.needs_real]
-    if needing and not (data and data.has_reals):
+    if needing and not (dataset in REAL_SETS or (data and data.has_reals)):
         return f'has no real images: the weight of method.{needing[0]}, which needs them, must be 0'
 
 
@@ -164,6 +164,21 @@ def place_known(named: str) -> str | None:
 def place_reached(named: str) -> str | None:
     wrong = places.fault(named, places.ANY)
     return f'which {wrong}' if wrong else None
+
+
+@about('student.first_step', 'student.steps', 'family')
+def first_step_there(first: int | None, steps: int, family: Family) -> str | None:
+    if first is not None and not family.table_steps:
+        return f'must be None for {family.name}, whose time is no table of steps'
+    if first is not None and not steps - 1 <= first < family.table_steps:
+        return (f'must lie from student.steps - 1 = {steps - 1} to {family.table_steps - 1}, the '
+                f'noisiest step of {family.name}')
+
+
+@about('critic.order', 'critic.updates')
+def order_has_updates(order: str, updates: int) -> str | None:
+    if order == 'same_images' and not updates:
+        return 'needs critic.updates of at least 1: one of them is with the student\'s'
 
 
 @about('init_from', 'resume')

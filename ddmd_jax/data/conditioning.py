@@ -8,7 +8,7 @@ import numpy as np
 
 from ddmd_jax.data import DataFileError, embeddings
 from ddmd_jax.data.batch import Batch, Cond
-from ddmd_jax.data.order import Planned
+from ddmd_jax.data.order import Planned, Shape
 from ddmd_jax.util import places
 
 
@@ -27,6 +27,8 @@ class Prompts:
       lengths: tokens of every row, where they are known.
       encode: a jitted program, ``tokens -> Cond``; None where `lookup` gives a `Cond`.
       real: ``rows -> real latents [B, H, W, C]`` of these prompts; None where there are none.
+      shapes: of latents that rows have of their own, and `shape_of` ``[N]``, which of these each
+        has; empty and None where a batch's shape is drawn.
       of_shape: ``(number of rows, shape of a latent) -> arrays`` that go with a batch beside what
         `lookup` gives (`CondSpec.of_shape`), as its latents have some size.
     """
@@ -40,7 +42,16 @@ class Prompts:
     lengths: np.ndarray | None = None
     encode: Callable[[Any], Cond] | None = None
     real: Callable[[np.ndarray], np.ndarray] | None = None
+    shapes: Sequence[Shape] = ()
+    shape_of: np.ndarray | None = None
     of_shape: Callable[[int, Sequence[int]], dict[str, Any]] | None = None
+
+    def some(self, count: int, shape: Shape | None) -> np.ndarray:
+        """So many rows that may be in a batch of latents of `shape`, as often as it takes."""
+        rows = self.rows
+        if self.shape_of is not None and shape is not None:
+            rows = rows[self.shape_of[rows] == list(self.shapes).index(shape)]
+        return np.resize(rows, count)
 
     def read(self, planned: Planned) -> Batch:
         """A planned batch, or a process's rows of one, in the host's memory."""

@@ -116,3 +116,52 @@ class Order:
 
     def _draw(self, what: int, index: int) -> np.random.Generator:
         return np.random.default_rng((self._seed, what, index))
+
+
+class OrderByShape:
+    """As `Order`, for examples whose latents have a shape of their own: a batch's all have one.
+
+    Rows of each shape have an `Order`. Of which shape a batch is goes round in cycles of about an
+    epoch, in each of which every shape has as many batches as its rows make, at least one, in an
+    order drawn anew.
+
+    Args:
+      rows: indices of one epoch.
+      global_batch: rows of a batch.
+      seed: of all shuffles.
+      shapes: of latents.
+      shape_of: which of `shapes` each row of the data set has, ``[max(rows) + 1]``.
+    """
+
+    def __init__(self, rows: np.ndarray, global_batch: int, seed: int, shapes: Sequence[Shape],
+                 shape_of: np.ndarray):
+        parts = [(rows[shape_of[rows] == i], shape) for i, shape in enumerate(shapes)]
+        parts = [(own, shape) for own, shape in parts if len(own)]
+        self._orders = [Order(own, global_batch, seed, shapes=(shape,)) for own, shape in parts]
+        self._shapes, self._seed, self._batch = [s for _, s in parts], seed, global_batch
+        self._counts = np.asarray([max(1, round(len(own) / global_batch)) for own, _ in parts])
+        self._cycle = functools.lru_cache(maxsize=4)(self._draw_cycle)
+
+    def __len__(self) -> int:
+        return sys.maxsize // self._batch - 1
+
+    def __getitem__(self, index: int) -> Planned:
+        cycle, place = divmod(index, int(self._counts.sum()))
+        which, nth = self._cycle(cycle)
+        part = which[place]
+        return self._orders[part][int(cycle * self._counts[part] + nth[place])]
+
+    def kinds(self, count: int) -> list[tuple[int | None, Shape | None]]:
+        """See `Order.kinds`."""
+        met: list[tuple[int | None, Shape | None]] = [
+            (None, self[i].shape) for i in range(min(count, int(self._counts.sum())))]
+        return list(dict.fromkeys([*met, *((None, shape) for shape in self._shapes)]))
+
+    def _draw_cycle(self, cycle: int) -> tuple[np.ndarray, np.ndarray]:
+        """(of which shape each batch of a cycle is, the how manieth of that shape it is in it)."""
+        every = np.repeat(np.arange(len(self._counts)), self._counts)
+        which = np.random.default_rng((self._seed, 2, cycle)).permutation(every)
+        nth = np.empty_like(which)
+        for part in range(len(self._counts)):
+            nth[which == part] = np.arange(self._counts[part])
+        return which, nth

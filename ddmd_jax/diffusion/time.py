@@ -18,6 +18,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from ddmd_jax.diffusion import process
+from ddmd_jax.util.errors import UserError
 
 Array = jax.Array
 
@@ -179,9 +180,20 @@ class StepTable(TimeMap):
         return np.minimum(k, self.count - 1)
 
 
-def chosen(own: TimeMap, shift: float | None) -> TimeMap:
-    """A teacher's `own` time map, or the shift that a config names in its place."""
-    return own if shift is None else Shift(shift)
+def chosen(own: TimeMap, shift: float | None, first: int | None = None) -> TimeMap:
+    """A teacher's `own` time map, or the shift that a config names in its place.
+
+    `first` is the step of its table at which students start, None its own.
+
+    Raises:
+      UserError: there is a `first` and no such step.
+    """
+    time = own if shift is None else Shift(shift)
+    if first is None:
+        return time
+    if not isinstance(time, StepTable) or first >= time.count:
+        raise UserError(f'config.student.first_step={first} is no step of {time}; leave it out')
+    return dataclasses.replace(time, first=first)
 
 
 @dataclasses.dataclass(frozen=True)

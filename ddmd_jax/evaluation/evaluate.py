@@ -60,7 +60,8 @@ class Comparison:
         e, student = self.config.eval, self.config.student
         few_steps = drawing.of_student(
             self.teacher, student.steps,
-            time_maps.chosen(self.teacher.time, self.config.method.shift), student.sampler)
+            time_maps.chosen(self.teacher.time, self.config.method.shift,
+                             student.get('first_step')), student.sampler)
         return {
             'teacher_guided': drawing.of_teacher(
                 self.teacher, e.teacher_steps, e.guidance, e.solver),

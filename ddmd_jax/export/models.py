@@ -26,7 +26,7 @@ if TYPE_CHECKING:
 class Model:
     """Where the weights are: the teacher's, and those of a run's student if `workdir` is one.
 
-    `steps`, `sampler` and `shift` are the run's then.
+    `steps`, `sampler`, `shift` and `first_step` are the run's then.
     """
 
     family: Family
@@ -38,6 +38,7 @@ class Model:
     steps: int = 1
     sampler: str = 'renoise'
     shift: float | None = None
+    first_step: int | None = None
     variant: str = ''
 
 
@@ -61,7 +62,7 @@ def find_model(checkpoint: str | Path, path: str, size: tuple[int, ...] | None,
             family, '' if path == family.name else path or saved.get('teacher.path', ''),
             saved.get('teacher.dtype', family.dtype), size or first or None, workdir, opened,
             saved.get('student.steps', 1), field_of(workdir, 'student.sampler') or 'renoise',
-            saved.get('method.shift'),
+            saved.get('method.shift'), saved.get('student.first_step'),
             saved.get('teacher.variant', '') if variant is None else variant)
     else:
         family, path = families.find(path)

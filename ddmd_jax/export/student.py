@@ -69,7 +69,8 @@ class Student:
     @property
     def time(self) -> time_maps.TimeMap:
         """The run's time map, or else the teacher's."""
-        return time_maps.chosen(self.source.time, self.manifest.get('method.shift'))
+        return time_maps.chosen(self.source.time, self.manifest.get('method.shift'),
+                                self.manifest.get('student.first_step'))
 
     def read(self) -> Any:
         """What was trained, fp32, over the mesh: of a fully fine-tuned student its weights.

@@ -32,6 +32,24 @@ class Decoder:
 
 
 @dataclasses.dataclass(frozen=True)
+class ImageEncoder:
+    """The encoder of a teacher's codec: what its latents of real images are made by.
+
+    `run` is jitted, ``(params, images [B, H, W, 3] uint8, numbers [B] uint32, key, mean) ->
+    latents [B, h, w, C]`` fp32, as the teacher knows them: samples of the posterior, an image's by
+    `key` and its number alone, or where `mean` (static) is True the posterior's means. `identity`
+    names the encoder with scale and shift; a latent stands for `factor` x `factor` pixels.
+    """
+
+    family: str
+    run: Callable[..., Array]
+    params: Any
+    factor: int
+    channels: int
+    identity: str
+
+
+@dataclasses.dataclass(frozen=True)
 class TextEncoder:
     """A frozen text side: prompts to tokens on the host, tokens to a `Cond` on the mesh.
 
@@ -73,6 +91,7 @@ class Latents:
         contrast against it.
       moments: means over real latents of their means and of their variances, where known.
       decoder: the program that `decode` runs, for the planner.
+      encoder: `ImageEncoder.identity` of the codec; None where it is not known.
     """
 
     shape: tuple[int, int, int]
@@ -82,6 +101,7 @@ class Latents:
     std: float | None = None
     moments: tuple[float, float] | None = None
     decoder: Decoder | None = None
+    encoder: str | None = None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -99,10 +119,12 @@ class Teacher:
       identity: names the weights.
       rules: lay `params`, and trees of their shape, out over a mesh.
       text: the text side where it comes with the weights; None where it is loaded apart.
-      features: ``(params, x_t, t, cond) -> tokens [B, S, D]`` of the trunk, for a GAN's head.
+      features: ``(params, x_t, t, cond) -> tokens [B, S, D]``, or maps ``[B, h, w, D]``, of the
+        trunk, for a GAN's head.
       rescale: ``(v, v_cond) -> v``, a habit of the family's own sampler with guided velocities; it
         belongs to sampling and never enters CA.
       flops: of one row of `predict_clean` with captions of so many tokens, for the planner.
+      feature_flops: of `features`, likewise.
       null: which null prompt its own sampler guides away from, of `batch.NULLS`; what CA is made
         of is the config's (`method.null`).
     """
@@ -119,6 +141,7 @@ class Teacher:
     features: Callable[[Any, Array, Array, Cond], Array] | None = None
     rescale: Callable[[Array, Array], Array] | None = None
     flops: Callable[[int], int] | None = None
+    feature_flops: Callable[[int], int] | None = None
     null: str = 'encoded'
 
     def encode(self, prompts: Sequence[str]) -> Cond:

@@ -17,7 +17,7 @@ from jax.sharding import Mesh
 
 from ddmd_jax.config import rules
 from ddmd_jax.diffusion.time import Shift, TimeMap
-from ddmd_jax.families.base import LoadOptions, Teacher, TextEncoder
+from ddmd_jax.families.base import ImageEncoder, LoadOptions, Teacher, TextEncoder
 from ddmd_jax.parallel.sharding import Rules
 from ddmd_jax.weights.flat import WeightsError
 from ddmd_jax.weights.lora import Names
@@ -107,6 +107,8 @@ class Family:
     # `TextEncoder.identity` by the teacher's path, and by its variant if there is one; None where
     # it cannot be known.
     text_identity: Callable[..., str | None] | None = None
+    # Of its codec, by the teacher's path and variant; None: no latents are made of images here.
+    images: Callable[[LoadOptions], ImageEncoder] | None = None
     # As `load`, with shapes for weights, and with its text side: to compile for, not to run.
     # None: the planner loads the teacher.
     abstract: Callable[[LoadOptions], Teacher] | None = None
@@ -121,6 +123,7 @@ class Family:
     dtype: str = 'float32'  # of activations where no run says it
     guidance: float = 4.0  # default of its own sampler
     nulls: tuple[str, ...] = ('encoded',)  # null prompts that it offers, of `batch.NULLS`
+    table_steps: int = 0  # steps of the table that is its time; 0: its time is continuous
     knows_moments: bool = False  # teachers know mean and variance of real latents
     data_sets: Mapping[str, DataSet] = dataclasses.field(default_factory=dict)  # by ``data.name``
     suite: Suite | None = None  # the evaluation after training, and the probe's judge
@@ -149,6 +152,13 @@ class Family:
         if self.load is None:
             raise WeightsError(f'only the text encoder of {self.name} is supported')
         return self.load(options)
+
+    def load_images(self, options: LoadOptions) -> ImageEncoder:
+        """The encoder of its codec; raises `WeightsError`."""
+        self.of_variant(options.variant)
+        if self.images is None:
+            raise WeightsError(f'{self.name} has no codec that makes latents of images here')
+        return self.images(options)
 
     def load_text(self, options: LoadOptions) -> TextEncoder:
         """The text side, loaded apart or with its teacher; raises `WeightsError`."""

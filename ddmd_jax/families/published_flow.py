@@ -30,6 +30,7 @@ from ddmd_jax.families import published_vae
 from ddmd_jax.families.base import (
     Array,
     Cond,
+    ImageEncoder,
     Latents,
     LoadOptions,
     Teacher,
@@ -192,12 +193,23 @@ def load(flow: Flow, options: LoadOptions) -> Teacher:
     # Everything is checked before the first byte of weights goes to a device.
     factor, decode = (FACTOR, None) if vae is None else published_vae.decoder(vae, mesh)
     latents = Latents(_latent_shape(options.size or SIZE, cfg, factor), decode, LIMIT,
-                      functools.partial(_latent_shape, cfg=cfg, factor=factor))
+                      functools.partial(_latent_shape, cfg=cfg, factor=factor),
+                      encoder=vae and published_vae.encoder_identity(vae))
     return Teacher(
         flow.family, diffusers.import_tree(transformer, abstract, layout, flow.entry),
         make_denoiser(flow.module, cfg, mesh), latents, CondSpec.text(cfg.cap_feat_dim),
         Shift(shift), diffusers.identity(transformer), flow.rules, rescale=flow.rescale,
         features=make_features(flow.module, cfg, mesh))
+
+
+def images(flow: Flow, options: LoadOptions) -> ImageEncoder:
+    """The encoder of a pipeline's codec; raises `WeightsError`: of another family, or none."""
+    folder = fetch.local_folder(options.path, ('model_index.json', 'vae/*'))
+    found = diffusers.read_json(folder / 'model_index.json').get('_class_name')
+    if found not in flow.class_names:
+        raise WeightsError(f'{folder} is a {found}, not {flow.class_names[0]}; give a folder of '
+                           f'{flow.title}')
+    return published_vae.image_encoder(flow.family, folder, options)
 
 
 def abstract(flow: Flow, text: TextEncoder, options: LoadOptions) -> Teacher:

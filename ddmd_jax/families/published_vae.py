@@ -1,4 +1,4 @@
-"""Decoders of published pipelines: diffusers' `AutoencoderKL`, from the pipeline's folder."""
+"""Codecs of published pipelines: diffusers' `AutoencoderKL`, from the pipeline's folder."""
 
 import dataclasses
 import functools
@@ -11,7 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
 
-from ddmd_jax.families.base import Decoder
+from ddmd_jax.families.base import Decoder, ImageEncoder, LoadOptions
 from ddmd_jax.models import autoencoder_kl, flops
 from ddmd_jax.models.autoencoder_kl import AutoencoderKLConfig
 from ddmd_jax.parallel import sharding
@@ -63,6 +63,48 @@ def decoder_program(cfg: AutoencoderKLConfig, mesh: Mesh, size: Sequence[int]) -
     latents = jax.ShapeDtypeStruct((1, *sides, cfg.latent_channels), jnp.float32)
     return Decoder(run, params, sharding.shard_tree(params, RULES, mesh), latents,
                    flops.autoencoder_decode(cfg, (sides[0], sides[1])))
+
+
+def encoder_identity(vae: diffusers.Checkpoint) -> str:
+    """Names the encoder of a codec, with scale and shift; no weights are read but samples of them.
+
+    A better decoder leaves latents, and this, as they are.
+    """
+    cfg = vae_config(vae.config, 'float32')
+    tensors = {name: t for name, t in vae.tensors.items()
+               if name.startswith(('encoder.', 'quant_conv.'))}
+    names = diffusers.identity(dataclasses.replace(vae, tensors=tensors))
+    return f'{names} x {cfg.scaling_factor:g} from {cfg.shift_factor or 0.0:g}'
+
+
+def image_encoder(family: str, folder: Path, options: LoadOptions) -> ImageEncoder:
+    """Of a pipeline's folder; in fp32, whole on every device.
+
+    Raises:
+      WeightsError: there is no codec in it, or it is damaged or of another architecture.
+    """
+    if not (folder / 'vae').is_dir():
+        raise WeightsError(f'{folder} has no vae, which makes latents of images; give the folder '
+                           'of a whole pipeline')
+    vae, mesh = open_folder(folder / 'vae', options.variant), options.devices
+    cfg = vae_config(vae.config, 'float32')
+    shapes = autoencoder_kl.abstract_params(cfg)
+    diffusers.check(vae, shapes, entry)
+    half = {name: shapes[name] for name in ('encoder', 'quant_conv') if name in shapes}
+    params = diffusers.import_tree(vae, half, sharding.shard_tree(half, RULES, mesh), entry)
+    encode = autoencoder_kl.functional(cfg)[0]
+
+    def run(params: Any, images: Any, numbers: Any, key: Any, mean: bool) -> Any:
+        noise = None
+        if not mean:
+            shape = (*(side // cfg.factor for side in images.shape[1:3]), cfg.latent_channels)
+            noise = jax.vmap(lambda number: jax.random.normal(
+                jax.random.fold_in(key, number), shape))(numbers)
+        return encode(params, images.astype(jnp.float32) / 127.5 - 1.0, noise)
+
+    program = jax.jit(run, static_argnames='mean', out_shardings=sharding.batch_sharding(mesh))
+    return ImageEncoder(family, program, params, cfg.factor, cfg.latent_channels,
+                        encoder_identity(vae))
 
 
 def decoder(vae: diffusers.Checkpoint, mesh: Mesh) -> tuple[int, Callable[[Any], Any]]:

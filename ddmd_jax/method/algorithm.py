@@ -95,15 +95,17 @@ def generator_objective(student: Params, critic: Params, models: Models, batch: 
 
 
 def critic_objective(critic: Params, student: Params, models: Models, batch: Batch,
-                     recipe: Recipe, key: Array) -> tuple[Array, Metrics]:
+                     recipe: Recipe, key: Array | CriticKeys) -> tuple[Array, Metrics]:
     """Loss of the critic on fresh samples of the student; differentiate in `critic`.
 
     Regularisers with parameters of their own are trained by the same loss: differentiate in
     `models.extra` too.
 
     Args and returns as of `generator_objective`; nothing of `recipe` read here changes in a run.
+    `key` may be `CriticKeys`, whose samples are then those of another objective with that key.
     """
-    keys, cond, few = CriticKeys.of(key), batch.cond, recipe.steps
+    keys = key if isinstance(key, CriticKeys) else CriticKeys.of(key)
+    cond, few = batch.cond, recipe.steps
     shape = (batch.rows, *batch.shape)
 
     # A fresh sample of the student as it is now, of every step of its schedule, no gradient.

@@ -14,7 +14,7 @@ from ddmd_jax.diffusion.process import expand_time
 Array = jax.Array
 
 NORMALISERS = ('per_term', 'dmd2', 'none')
-WEIGHTINGS = ('velocity', 'clean')
+WEIGHTINGS = ('velocity', 'clean', 'noise')
 MIN_NOISE = 0.02  # noise weight 1 - tau below which velocity weighting grows no further
 
 
@@ -134,14 +134,18 @@ def critic_loss(x_hat_fake: Array, x: Array, tau: Array, weighting: str = 'veloc
       x: the student's sample, without gradient.
       tau: ``[B]`` noise levels, the paper's t.
       weighting: 'velocity' divides by ``(1 - tau)^2``, floored at MIN_NOISE: a flow-matching
-        teacher's own loss; 'clean' does not weigh.
+        teacher's own loss. 'noise' is ``tau^2`` times that: the error of the noise that
+        x_hat_fake stands for, which a variance-preserving teacher's own loss is of. 'clean' does
+        not weigh.
 
     Raises:
       ValueError: unknown weighting.
     """
     error = jnp.square(x_hat_fake.astype(jnp.float32) - x.astype(jnp.float32))
-    if weighting == 'velocity':
-        error = error / jnp.square(jnp.maximum(1.0 - expand_time(tau, error), MIN_NOISE))
+    if weighting in ('velocity', 'noise'):
+        tau = expand_time(tau, error)
+        scale = tau if weighting == 'noise' else 1.0
+        error = jnp.square(scale) * error / jnp.square(jnp.maximum(1.0 - tau, MIN_NOISE))
     elif weighting != 'clean':
         raise ValueError(f'unknown weighting {weighting!r}; known: {", ".join(WEIGHTINGS)}')
     return jnp.mean(error)

@@ -57,7 +57,8 @@ def from_config(config: Any, teacher: Teacher) -> Recipe:
     """The recipe of a checked config; the teacher's time map unless `method.shift` is given."""
     m = config.method
     return Recipe(
-        steps=FewSteps(chosen(teacher.time, m.shift), config.student.steps),
+        steps=FewSteps(chosen(teacher.time, m.shift, config.student.get('first_step')),
+                       config.student.steps),
         schedule=schedules.get(m.schedule),
         ranges=Ranges(tuple(m.tau_ca), tuple(m.tau_dm), tuple(m.tau_ca_end), tuple(m.tau_dm_end),
                       m.tau_relax),

@@ -220,9 +220,14 @@ def _check_images(shape: tuple[int, ...], cfg: AutoencoderKLConfig) -> None:
                          f'multiples of {cfg.factor}; crop or resize to {fits[0]} x {fits[1]}')
 
 
-def to_latents(model: AutoencoderKL, images: Array) -> Array:
-    """The mean latents of ``images [B, H, W, 3]``, as a diffusion model knows them; fp32."""
-    mean, _ = model.encode_moments(images)
+def to_latents(model: AutoencoderKL, images: Array, noise: Array | None = None) -> Array:
+    """The latents of ``images [B, H, W, 3]``, as a diffusion model knows them; fp32.
+
+    They are the posterior's means, or with unit `noise` of their shape samples of it.
+    """
+    mean, logvar = model.encode_moments(images)
+    if noise is not None:
+        mean = mean + jnp.exp(0.5 * logvar) * noise
     return (mean - (model.cfg.shift_factor or 0.0)) * model.cfg.scaling_factor
 
 
@@ -298,7 +303,7 @@ def abstract_params(cfg: AutoencoderKLConfig) -> Tree:
 
 
 def functional(cfg: AutoencoderKLConfig) -> tuple[Callable[..., Array], Callable[..., Array]]:
-    """``encode(params, images) -> latents`` and ``decode(params, latents) -> images``.
+    """``encode(params, images[, noise]) -> latents`` and ``decode(params, latents) -> images``.
 
     Pure functions for `jax.jit`; see `to_latents` and `from_latents`. `params` is a nested dict
     whose list positions are ints or strings. The half that a function does not use may be
@@ -321,8 +326,8 @@ def functional(cfg: AutoencoderKLConfig) -> tuple[Callable[..., Array], Callable
         nnx.replace_by_pure_dict(state, params)  # reads '0' as 0 where that is the name
         return nnx.merge(graphdef, state)
 
-    def encode(params: Tree, images: Array) -> Array:
-        return to_latents(bind(params, 'encoder', 'quant_conv'), images)
+    def encode(params: Tree, images: Array, noise: Array | None = None) -> Array:
+        return to_latents(bind(params, 'encoder', 'quant_conv'), images, noise)
 
     def decode(params: Tree, latents: Array) -> Array:
         return from_latents(bind(params, 'decoder', 'post_quant_conv'), latents)

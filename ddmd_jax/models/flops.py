@@ -8,6 +8,10 @@ kernel's blocks add does not. `planner.costs` counts the same in the text of a c
 
 from __future__ import annotations
 
+import math
+from collections.abc import Sequence
+
+from ddmd_jax.models import discriminator
 from ddmd_jax.models.autoencoder_kl import AutoencoderKLConfig
 from ddmd_jax.models.nextdit import BlockConfig, NextDiTConfig
 from ddmd_jax.models.text.caption import CaptionEncoderConfig
@@ -91,39 +95,53 @@ def unet_forward(cfg: UNetConfig, size: tuple[int, int], tokens: int) -> int:
     All taps of a convolution count that do not lie in its padding.
     """
     dims, count = cfg.block_out_channels, cfg.layers_per_block
+    total, sizes, skips = _unet_down(cfg, size, tokens)
+    total += _conv(size, dims[0], cfg.out_channels)
+    before = dims[-1]
+    for place, dim in enumerate(dims[::-1]):
+        level = cfg.levels - 1 - place
+        for _ in range(count + 1):
+            total += _unet_resnet(cfg, sizes[level], before + skips.pop(), dim)
+            if cfg.up_block_types[place].startswith('CrossAttn'):
+                total += _transformer(cfg, level, sizes[level], tokens)
+            before = dim
+        if level:
+            total += _conv(sizes[level - 1], dim, dim)
+    return total
+
+
+def unet_features(cfg: UNetConfig, size: tuple[int, int], tokens: int) -> int:
+    """FLOPs of one row's way to the mid block's output, `UNet.features`."""
+    return _unet_down(cfg, size, tokens)[0]
+
+
+def _unet_resnet(cfg: UNetConfig, size: tuple[int, int], din: int, dout: int) -> int:
+    return _resnet(size, din, dout) + _linear(1, cfg.time_dim, dout)
+
+
+def _unet_down(cfg: UNetConfig, size: tuple[int, int],
+               tokens: int) -> tuple[int, list[tuple[int, int]], list[int]]:
+    """(FLOPs up to the mid block's output, sizes of the levels, widths of what came down)."""
+    dims, count = cfg.block_out_channels, cfg.layers_per_block
     # Once a row: the embeddings of the step, of the pooled text and the six numbers.
     embeddings = (_linear(1, dims[0], cfg.time_dim) + 2 * _linear(1, cfg.time_dim, cfg.time_dim)
                   + _linear(1, cfg.projection_class_embeddings_input_dim, cfg.time_dim))
     total = embeddings + _conv(size, cfg.in_channels, dims[0])
-    total += _conv(size, dims[0], cfg.out_channels)
-    resnet = lambda size, din, dout: _resnet(size, din, dout) + _linear(1, cfg.time_dim, dout)
-
-    def attention(level: int, types: tuple[str, ...], place: int) -> int:
-        attends = types[place].startswith('CrossAttn')
-        return _transformer(cfg, level, sizes[level], tokens) if attends else 0
-
     sizes, skips, before = [size], [dims[0]], dims[0]
     for level, dim in enumerate(dims):
         for _ in range(count):
-            total += resnet(sizes[level], before, dim) + attention(
-                level, cfg.down_block_types, level)
+            total += _unet_resnet(cfg, sizes[level], before, dim)
+            if cfg.down_block_types[level].startswith('CrossAttn'):
+                total += _transformer(cfg, level, sizes[level], tokens)
             before = dim
             skips.append(dim)
         if level < cfg.levels - 1:
             total += _halved(sizes[level], dim)
             sizes.append((-(-sizes[level][0] // 2), -(-sizes[level][1] // 2)))
             skips.append(dim)
-    total += 2 * resnet(sizes[-1], before, before) + _transformer(
+    total += 2 * _unet_resnet(cfg, sizes[-1], before, before) + _transformer(
         cfg, cfg.levels - 1, sizes[-1], tokens)
-    for place, dim in enumerate(dims[::-1]):
-        level = cfg.levels - 1 - place
-        for _ in range(count + 1):
-            total += resnet(sizes[level], before + skips.pop(), dim) + attention(
-                level, cfg.up_block_types, place)
-            before = dim
-        if level:
-            total += _conv(sizes[level - 1], dim, dim)
-    return total
+    return total, sizes, skips
 
 
 def _transformer(cfg: UNetConfig, level: int, size: tuple[int, int], tokens: int) -> int:
@@ -141,6 +159,25 @@ def _halved(size: tuple[int, int], dim: int) -> int:
     """A convolution of 3 x 3 taps and stride 2, its padding of 1 met at the end of odd edges."""
     rows, cols = (3 * -(-edge // 2) - 1 - edge % 2 for edge in size)
     return 2 * rows * cols * dim * dim
+
+
+# --- Heads of a GAN ---
+
+
+def head(name: str, shape: Sequence[int]) -> int:
+    """FLOPs of one row's pass through a head of `discriminator.HEADS`, of features of `shape`."""
+    *edges, dim = shape
+    if name == 'tokens':
+        hidden = discriminator.HIDDEN
+        return _linear(math.prod(edges), dim, hidden) + _linear(1, hidden, 1)
+    total, taps = 0, discriminator.TAPS
+    for _ in range(discriminator.halvings(edges[0], edges[1])):
+        # Stride 2 and a padding of 1, which is met at the end of even edges only.
+        total += 2 * math.prod(taps * (n // 2) - 1 - (n % 2 == 0) for n in edges) * dim * dim
+        edges = [n // 2 for n in edges]
+    left = math.prod(max(1, n // taps) for n in edges)
+    return total + _linear(left, math.prod(min(n, taps) for n in edges) * dim, dim) + _linear(
+        left, dim, 1)
 
 
 # --- Text encoders ---

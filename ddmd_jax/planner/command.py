@@ -21,6 +21,7 @@ from ddmd_jax.util import commands  # noqa: E402
 from ddmd_jax.util.errors import UserError  # noqa: E402
 
 FLAGS = flags.FLAGS
+ONLINE = ('prompts', 'images')  # data sets whose captions are encoded on the mesh
 
 
 def define_flags() -> None:
@@ -49,7 +50,7 @@ def parts_for(config: Any, mesh: Any) -> tuple[Any, Any, int, Any]:
     else:  # no array can lie on devices that are only described
         teacher = family.load_teacher(dataclasses.replace(options, mesh=None))
     tokens = max(config.data.get('lengths', ()), default=teacher.text.length)
-    return teacher, mesh, tokens, teacher.text if config.data.name == 'prompts' else None
+    return teacher, mesh, tokens, teacher.text if config.data.name in ONLINE else None
 
 
 def _largest(config: Any) -> Any:

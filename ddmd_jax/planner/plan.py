@@ -127,15 +127,16 @@ class _Search:
 def whole_run(config: Any, measured: dict[str, Any], count: int) -> dict[str, float]:
     """The config's run if every program took its least time; evaluation is left out."""
     seconds = {k: p['roofline_seconds'] for k, p in measured.items()}
-    updates = config.critic.updates
+    # With 'same_images' the first of the critic's updates is in the generator's step.
+    alone = config.critic.updates - (config.critic.get('order') == 'same_images')
     encode = seconds.get('encode', 0.0)
     critic = seconds['critic_step'] + encode
-    step = seconds['generator_step'] + encode + updates * critic
+    step = seconds['generator_step'] + encode + alone * critic
     total = config.train.steps * step + config.critic.warmup * critic
     drawn = measured['sample']['rows']
     drawing = seconds['sample'] + drawn * seconds.get('decode', 0.0)
     return {'seconds_per_step': step, 'hours': total / 3600, 'chip_hours': total * count / 3600,
-            'training_images_per_second': (1 + updates) * config.data.global_batch / step,
+            'training_images_per_second': (1 + alone) * config.data.global_batch / step,
             'sampled_images_per_second': drawn / drawing}
 
 

@@ -87,11 +87,14 @@ def passes(config: Any) -> dict[str, float]:
 
     Of N student steps a row has N - 1 / 2 simulated on average (`sampling.student_inputs`). The
     generator's step has the student's pass and its gradient, the teacher's two or three and the
-    critic's; the critic's has the student's pass, the critic's and its gradient.
+    critic's; the critic's has the student's pass, the critic's and its gradient. With 'same_images'
+    the generator's step has these of the critic too, on the samples that it has made.
     """
     simulated = (config.student.steps - 1) / 2
     teacher = 2 if schedules.get(config.method.schedule).shared else 3
-    return {'generator_step': simulated + 3 + teacher + 1, 'critic_step': simulated + 1 + 3}
+    beside = 3 if config.critic.get('order') == 'same_images' else 0
+    return {'generator_step': simulated + 3 + teacher + 1 + beside,
+            'critic_step': simulated + 1 + 3}
 
 
 def programs(config: Any, teacher: teachers.Teacher, mesh: Mesh, tokens: int,
@@ -130,15 +133,24 @@ def programs(config: Any, teacher: teachers.Teacher, mesh: Mesh, tokens: int,
     with_batch = resident + bytes_per_device(cond(rows), split)
     share = lambda rows, cost: None if cost is None else int(rows * cost) // mesh.size
     once, count = teacher.flops(tokens) if teacher.flops else None, passes(config)
+    together = config.critic.get('order') == 'same_images'
+    generator = p.program.both if together else p.program.generator
+    judged = [r.flops(tokens) for r in p.recipe.regularisers.values()]
+    if once is None or None in judged:
+        of_step = {'generator_step': None, 'critic_step': None}
+    else:
+        student, critic = (sum(costs[i] for costs in judged) for i in (0, 1))
+        of_step = {'generator_step': once * count['generator_step'] + student + together * critic,
+                   'critic_step': once * count['critic_step'] + critic}
     sampler = drawing.program(drawing.of_student(
         teacher, config.student.steps, p.recipe.steps.time, config.student.sampler), mesh,
         distillation.GRID)
     found = {
         'generator_step': Program(
-            lambda: p.program.generator.lower(frozen, state, batch), with_batch,
-            share(rows * count['generator_step'], once), rows),
+            lambda: generator.lower(frozen, state, batch), with_batch,
+            share(rows, of_step['generator_step']), rows),
         'critic_step': Program(lambda: p.program.critic.lower(frozen, state, batch), with_batch,
-                               share(rows * count['critic_step'], once), rows),
+                               share(rows, of_step['critic_step']), rows),
         'sample': Program(
             lambda: sampler.lower(p.student.bind(placed(frozen.teacher, p.frozen_shardings.teacher),
                                                  placed(state.ema, p.spec.shardings.ema)),

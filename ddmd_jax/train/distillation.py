@@ -20,7 +20,7 @@ from ddmd_jax import families
 from ddmd_jax.data import DataFileError, loader
 from ddmd_jax.data.batch import NULLS, Batch
 from ddmd_jax.data.conditioning import Prompts
-from ddmd_jax.data.order import Order, Planned
+from ddmd_jax.data.order import Order, OrderByShape, Planned
 from ddmd_jax.diffusion import drawing, process
 from ddmd_jax.diffusion.drawing import Request
 from ddmd_jax.evaluation import pictures, suites
@@ -179,8 +179,8 @@ class Distillation:
 
     name = 'distill'
 
-    def __init__(self, config: Any, teacher: Teacher, prompts: Prompts, order: Order,
-                 planned: Plan, startup: Startup):
+    def __init__(self, config: Any, teacher: Teacher, prompts: Prompts,
+                 order: Order | OrderByShape, planned: Plan, startup: Startup):
         self.config, self.teacher, self.prompts, self.order = config, teacher, prompts, order
         self.recipe, self.startup = planned.recipe, startup
         self.bindings = {'student': planned.student, 'critic': planned.critic}
@@ -205,12 +205,13 @@ class Distillation:
         c, state, work = self.config, self.spec.targets, {}
         frozen = jax.tree.map(lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s),
                               planned.frozen, planned.frozen_shardings)
-        of_step = c.critic.updates + 1 + c.critic.warmup
+        self.together = c.critic.get('order', 'critic_first') == 'same_images'
+        of_step = c.critic.updates + 1 - self.together + c.critic.warmup
         for length, shape in self.order.kinds(of_step):
             batch = self._shapes_of_batch(length, shape)
             critic = of_step > 1 or c.train.on_health == 'raise_critic'
-            kinds = ('critic', 'generator') if critic else ('generator',)
-            for kind in kinds:
+            last = 'both' if self.together else 'generator'
+            for kind in ('critic', last) if critic else (last,):
                 shapes = (frozen, state, batch)
                 work[kind, batch.signature] = getattr(planned.program, kind), shapes
         self.startup.compiling = self._programs = Compiling(work)
@@ -218,7 +219,7 @@ class Distillation:
     def _shapes_of_batch(self, length: int | None, shape: tuple[int, ...]) -> Batch:
         """A batch as `feed` gives it, as shapes."""
         mesh = self.spec.mesh
-        some = np.resize(self.prompts.rows, sharding.batch_ways(mesh))
+        some = self.prompts.some(sharding.batch_ways(mesh), shape)
         read = self.prompts.read(Planned(some, length, shape))
         if self.prompts.encode:
             read = dataclasses.replace(read, cond=jax.eval_shape(self.prompts.encode, read.cond))
@@ -271,18 +272,29 @@ class Distillation:
 
         The critic goes first, as everything the generator does leans on it. A new run's first step
         begins with `critic.warmup` more; the verdict may have added some to every step.
+
+        With `critic.order` 'same_images' the step begins with an update of both, and the critic's
+        others follow.
         """
         c, warmup = self.config.critic, 0
         if fresh:  # only then, as these have to be waited for
             self.extra_updates = int(state.critic_extra)
             warmup = 0 if int(state.critic_step) else c.warmup
-        critic_metrics = []
-        for _ in range(c.updates + self.extra_updates + warmup):
-            state, metrics = self._run('critic', state, next_batch())
-            critic_metrics.append(metrics)
-        state, metrics = self._run('generator', state, next_batch())
+        kinds = ['critic'] * (c.updates + self.extra_updates)
+        kinds = ['both', *kinds[1:]] if self.together else [*kinds, 'generator']
+        metrics, critic_metrics = {}, []
+        for kind in ['critic'] * warmup + kinds:
+            state, found = self._run(kind, state, next_batch())
+            if kind == 'critic':
+                critic_metrics.append(found)
+            else:
+                metrics = found
         if not critic_metrics:
             return state, metrics
+        if self.together:
+            critic_metrics.append({name: metrics[name] for name in critic_metrics[0]})
+            metrics = {k: x for k, x in metrics.items() if k not in critic_metrics[0]} | {
+                'finite': metrics['finite']}
         # Means, so that a NaN in any of the critic's updates is seen under its own name.
         mean = jax.tree.map(lambda *xs: sum(xs) / len(xs), *critic_metrics)
         return state, mean | metrics | {'finite': metrics['finite'] & (mean['finite'] == 1)}

@@ -1,8 +1,9 @@
 """Where a distillation's conditioning comes from, and how it reaches the devices.
 
-Three sources, one interface (`conditioning.Prompts`): a data set that comes with the teacher's
+Four sources, one interface (`conditioning.Prompts`): a data set that comes with the teacher's
 family; embeddings that were written beforehand (cached); prompts whose tokens go through the text
-encoder on the mesh, a jitted program of its own, as batches are needed (online).
+encoder on the mesh, a jitted program of its own, as batches are needed (online); and captions of
+real images, online likewise, with the images' latents, which were written beforehand.
 """
 
 import dataclasses
@@ -17,13 +18,15 @@ from jax.sharding import Mesh
 from tqdm import tqdm
 
 from ddmd_jax import families as teachers
-from ddmd_jax.data import conditioning
+from ddmd_jax.data import DataFileError, conditioning
 from ddmd_jax.data.batch import Batch, Cond
 from ddmd_jax.data.conditioning import Prompts
+from ddmd_jax.data.images.cache import ImageCache
 from ddmd_jax.data.prompts import build as prompt_sets
 from ddmd_jax.families import Teacher, TextEncoder
 from ddmd_jax.parallel import sharding
 from ddmd_jax.train.durable import checkpoint as ckpt
+from ddmd_jax.util import places
 
 CHUNK = 4096  # texts tokenised at a time
 TEXT_ROWS = 8  # prompts of images encoded at a time
@@ -44,23 +47,58 @@ def load(config: Any, teacher: Teacher, mesh: Mesh) -> Prompts:
         named = (config.teacher.path, *family.of_variant(config.teacher.variant))
         encoder = family.text_identity(*named) if family.text_identity else own
         found = conditioning.open_embeddings(config.data.path, teacher.cond.width, encoder)
+    elif config.data.name == 'images':
+        found = of_images(config, teacher, mesh)
     else:
         found = online(config.data.path, text_of(config, teacher, mesh), mesh,
                        bool(config.data.lengths))
-    conditioning.check_buckets(config.data.lengths, found)
+    conditioning.check_buckets(config.data.get('lengths', ()), found)
     return dataclasses.replace(found, of_shape=teacher.cond.of_shape)
 
 
-def online(path: str, text: TextEncoder, mesh: Mesh, measure: bool = False) -> Prompts:
-    """Prompts of the prompt set at `path`, encoded on `mesh` when a batch needs them.
+def of_images(config: Any, teacher: Teacher, mesh: Mesh) -> Prompts:
+    """Captions and latents of the folder that `prepare images` wrote.
 
-    Floats of the `Cond` are bfloat16, as those that `prepare embed` writes. `measure` counts
-    every prompt's tokens beforehand, for length buckets.
+    Raises:
+      DataFileError: missing or damaged, its latents are of another codec than the teacher's, or of
+        other sizes than the config's.
+    """
+    path = config.data.path
+    stored = ImageCache(places.of(path))
+    if teacher.latents.encoder not in (None, stored.codec):
+        raise DataFileError(f"{path} holds latents of another codec ({stored.codec}) than the "
+                            f"teacher's ({teacher.latents.encoder}); write them again with "
+                            "`python -m ddmd_jax.prepare images` and the teacher's folder")
+    of_size = teacher.latents.shape_of
+    asked = {tuple(of_size(size)) for size in config.data.sizes} if of_size else set()
+    if (asked or {tuple(teacher.latents.shape)}) != set(stored.shapes):
+        sizes = tuple(map(tuple, stored.card['settings']['sizes']))
+        raise DataFileError(f'{path} holds latents of images of {sizes} pixels (height, width), '
+                            'and the run asks for others; set config.data.sizes to these, first '
+                            'the one that pictures shall have')
+    found = as_needed(stored, text_of(config, teacher, mesh), mesh)
+    return dataclasses.replace(found, real=stored.latents, shapes=stored.shapes,
+                               shape_of=stored.buckets)
+
+
+def online(path: str, text: TextEncoder, mesh: Mesh, measure: bool = False) -> Prompts:
+    """`as_needed` of the prompt set at `path`.
 
     Raises:
       DataFileError: there is no prompt set at `path`, or it is damaged.
     """
-    stored = prompt_sets.open_set(path)
+    return as_needed(prompt_sets.open_set(path), text, mesh, measure)
+
+
+def as_needed(stored: Any, text: TextEncoder, mesh: Mesh, measure: bool = False) -> Prompts:
+    """The texts of `stored`, encoded on `mesh` when a batch needs them.
+
+    Floats of the `Cond` are bfloat16, as those that `prepare embed` writes. `measure` counts
+    every prompt's tokens beforehand, for length buckets.
+
+    Args:
+      stored: a sequence with an `identity`, and `__getitems__` of rows: `PromptSet`, `ImageCache`.
+    """
     encode, whole = make_encoder(text, mesh), make_encoder(text, mesh, whole=True)
     alone = lambda tokens: jax.tree.map(np.asarray, whole(tokens))
     texts = lambda rows: stored.__getitems__([int(row) for row in rows])

@@ -12,7 +12,7 @@ from typing import Any, NamedTuple, Protocol
 
 import jax
 
-from ddmd_jax.data.order import Order
+from ddmd_jax.data.order import Order, OrderByShape
 from ddmd_jax.evaluation import evaluate as evaluation
 from ddmd_jax.families import Teacher
 from ddmd_jax.parallel import distributed, sharding
@@ -44,7 +44,7 @@ class Task(Protocol):
 
     name: str
     spec: StateSpec
-    order: Order
+    order: Order | OrderByShape
     identities: dict[str, str]
     startup: Startup
 
@@ -150,8 +150,13 @@ def prepare(config: Any, teacher: Teacher | None = None) -> Distillation:
     prompts = prompt_sources.load(config, teacher, mesh)
     shapes = tuple(map(teacher.latents.shape_of, config.data.get('sizes', ()))) or (
         teacher.latents.shape,)
-    order = Order(prompts.rows, config.data.global_batch, config.seed, prompts.lengths,
-                  config.data.get('lengths', ()), shapes)
+    order: Order | OrderByShape
+    if prompts.shape_of is None:
+        order = Order(prompts.rows, config.data.global_batch, config.seed, prompts.lengths,
+                      config.data.get('lengths', ()), shapes)
+    else:
+        order = OrderByShape(prompts.rows, config.data.global_batch, config.seed, prompts.shapes,
+                             prompts.shape_of)
 
     # ------------------------------------------------------------------------------------- state
     # Shapes and layout of student, critic, EMA and optimisers, and the two updates over them;

@@ -18,7 +18,7 @@ from jax.sharding import Mesh
 from ddmd_jax.data.batch import Batch, Cond
 from ddmd_jax.diffusion.sampling import Predict
 from ddmd_jax.method.algorithm import Metrics, critic_objective, generator_objective
-from ddmd_jax.method.inputs import Models
+from ddmd_jax.method.inputs import CriticKeys, GeneratorKeys, Models
 from ddmd_jax.method.recipe import Recipe
 from ddmd_jax.models.adapters import Binding, Full
 from ddmd_jax.parallel import sharding
@@ -63,16 +63,23 @@ class Mechanics:
     critic: Binding = Full()
 
 
+# The updates of one step, by name. 'critic_first': the critic's, each on a batch of its own, then
+# the student's. 'same_images' (DMD2's): the student's and one of the critic's at once, on the same
+# images of the student as it was; then the critic's others, each on a batch of its own.
+ORDERS = ('critic_first', 'same_images')
+
+
 class Program(NamedTuple):
-    """The two jitted updates, each ``(frozen, state, batch) -> (state, metrics)``."""
+    """The jitted updates, each ``(frozen, state, batch) -> (state, metrics)``; `both` at once."""
 
     generator: Any
     critic: Any
+    both: Any
 
 
 @dataclasses.dataclass(frozen=True)
 class Updates:
-    """Algorithm 1's two updates of one network architecture, by one recipe."""
+    """Algorithm 1's two updates of one network architecture, by one recipe; or both at once."""
 
     predict: Predict
     recipe: Recipe
@@ -81,8 +88,7 @@ class Updates:
     def generator(self, frozen: Frozen, state: TrainState,
                   batch: Batch) -> tuple[TrainState, Metrics]:
         """One update of the student, its EMA, and the critic's merge."""
-        m = self.mechanics
-        key = jax.random.fold_in(jax.random.fold_in(jax.random.key(m.seed), 0), state.step)
+        m, key = self.mechanics, self._generator_key(state)
         recipe = self.recipe.at(state.step, state.alpha_share)
         # `train.offload`: trees that are kept in the hosts' memory are fetched here.
         frozen = sharding.on_device(frozen)
@@ -110,9 +116,12 @@ class Updates:
             'grad_norm': grad_norm, 'finite': finite, 'alpha_share': state.alpha_share,
             'critic_extra': state.critic_extra}
 
-    def critic(self, frozen: Frozen, state: TrainState,
-               batch: Batch) -> tuple[TrainState, Metrics]:
-        """One update of the critic, and of the regularisers' parameters, on fresh samples."""
+    def critic(self, frozen: Frozen, state: TrainState, batch: Batch,
+               images: Array | None = None) -> tuple[TrainState, Metrics]:
+        """One update of the critic, and of the regularisers' parameters, on fresh samples.
+
+        Or on those of the generator's update with the key `images`.
+        """
         m = self.mechanics
         key = jax.random.fold_in(
             jax.random.fold_in(jax.random.key(m.seed), 1), state.critic_step)
@@ -120,14 +129,18 @@ class Updates:
             frozen = sharding.on_device(frozen)
         student = m.student.bind(frozen.teacher, state.student)
 
-        def loss_fn(params: Any, batch: Batch, key: Array) -> tuple[Array, Metrics]:
+        def loss_fn(params: Any, batch: Batch, keys: tuple[Array, Array | None],
+                    ) -> tuple[Array, Metrics]:
             trained, extra = params
             critic = m.critic.bind(frozen.teacher, trained)
             models = Models(self.predict, frozen.teacher, frozen.null, extra or {})
-            return critic_objective(critic, student, models, batch, self.recipe, key)
+            own, images = CriticKeys.of(keys[0]), keys[1]
+            if images is not None:
+                own = own._replace(simulation=GeneratorKeys.of(images).simulation)
+            return critic_objective(critic, student, models, batch, self.recipe, own)
 
         params = (state.critic, state.extra)
-        grads, metrics = accumulated_grads(loss_fn, params, batch, key, m.accumulate)
+        grads, metrics = accumulated_grads(loss_fn, params, batch, (key, images), m.accumulate)
         updates, opt = m.critic_tx.update(grads[0], state.critic_opt, state.critic)
         new = {'critic_step': state.critic_step + 1, 'critic_opt': opt,
                'critic': optax.apply_updates(state.critic, updates)}
@@ -142,13 +155,36 @@ class Updates:
         return dataclasses.replace(state, **kept), metrics | {
             'critic_grad_norm': grad_norm, 'finite': finite}
 
+    def both(self, frozen: Frozen, state: TrainState,
+             batch: Batch) -> tuple[TrainState, Metrics]:
+        """An update of the student and one of the critic, each with the other as it was.
+
+        On the same images, as DMD2 has it; either is left out if it is not finite.
+        """
+        m, images = self.mechanics, self._generator_key(state)
+        new, metrics = self.generator(frozen, state, batch)
+        judged, critic_metrics = self.critic(frozen, state, batch, images)
+        critic = judged.critic
+        if m.merge != 1.0:
+            critic = keep_if(metrics['finite'], average(critic, new.student, m.merge), critic)
+        new = dataclasses.replace(
+            new, critic=critic, critic_opt=judged.critic_opt, critic_step=judged.critic_step,
+            extra=judged.extra, extra_opt=judged.extra_opt)
+        return new, critic_metrics | metrics | {
+            'finite': metrics['finite'] & critic_metrics['finite']}
+
+    def _generator_key(self, state: TrainState) -> Array:
+        """Of everything that the generator's next update draws."""
+        return jax.random.fold_in(
+            jax.random.fold_in(jax.random.key(self.mechanics.seed), 0), state.step)
+
     def jitted(self, mesh: Mesh, state_shardings: TrainState, frozen_shardings: Frozen) -> Program:
-        """Both for a mesh: explicit shardings in and out, the state donated."""
+        """All for a mesh: explicit shardings in and out, the state donated."""
         batch, whole = sharding.batch_sharding(mesh), sharding.replicated(mesh)
         program = lambda update: jax.jit(
             update, in_shardings=(frozen_shardings, state_shardings, batch),
             out_shardings=(state_shardings, whole), donate_argnums=1)
-        return Program(program(self.generator), program(self.critic))
+        return Program(program(self.generator), program(self.critic), program(self.both))
 
 
 def plain(loss_fn: Callable[[Any, Any, Array], tuple[Array, Metrics]],
@@ -180,12 +216,12 @@ def plain(loss_fn: Callable[[Any, Any, Array], tuple[Array, Metrics]],
     return jax.jit(update, donate_argnums=0)
 
 
-def accumulated_grads(loss_fn: Callable[[Any, Batch, Array], tuple[Array, Metrics]], params: Any,
-                      batch: Batch, key: Array, parts: int) -> tuple[Any, Metrics]:
+def accumulated_grads(loss_fn: Callable[[Any, Batch, Any], tuple[Array, Metrics]], params: Any,
+                      batch: Batch, key: Any, parts: int) -> tuple[Any, Metrics]:
     """Mean gradient and metrics over `parts` micro-batches.
 
     Micro-batches take every `parts`-th row, so that each holds rows of every device; each has a
-    key of its own, but for a single one, which has `key`.
+    key of its own, but for a single one, which has `key`. `key` may be a tree of keys.
     """
     value_and_grad = jax.value_and_grad(loss_fn, has_aux=True)
     if parts == 1:
@@ -193,11 +229,11 @@ def accumulated_grads(loss_fn: Callable[[Any, Batch, Array], tuple[Array, Metric
         return grads, metrics
     split = jax.tree.map(lambda x: x.reshape(-1, parts, *x.shape[1:]).swapaxes(0, 1), batch)
 
-    def body(total: Any, inputs: tuple[Batch, Array]) -> tuple[Any, None]:
+    def body(total: Any, inputs: tuple[Batch, Any]) -> tuple[Any, None]:
         (_, metrics), grads = value_and_grad(params, *inputs)
         return jax.tree.map(lambda a, b: a + b / parts, total, (grads, metrics)), None
 
-    inputs = (split, jax.random.split(key, parts))
+    inputs = (split, jax.tree.map(lambda k: jax.random.split(k, parts), key))
     first = jax.tree.map(lambda x: x[0], inputs)
     (_, metrics), grads = jax.eval_shape(value_and_grad, params, *first)
     zeros = jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), (grads, metrics))

@@ -6,6 +6,7 @@ from ddmd_jax.families.published_export import export_of
 
 FAMILY = Family(
     'lumina', load=teacher.load, text=text.load, text_identity=text.identity, variants=True,
-    abstract=teacher.abstract, class_names=(*text.CLASSES, teacher.TRANSFORMER),
-    attention=('auto', 'xla', 'splash'), dtype='bfloat16',
+    images=teacher.images, abstract=teacher.abstract,
+    class_names=(*text.CLASSES, teacher.TRANSFORMER), attention=('auto', 'xla', 'splash'),
+    dtype='bfloat16',
     export=export_of(teacher.FLOW, no_guidance=1.0))

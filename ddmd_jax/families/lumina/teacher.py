@@ -48,6 +48,7 @@ make_denoiser = functools.partial(published_flow.make_denoiser, NextDiT)
 make_features = functools.partial(published_flow.make_features, NextDiT)
 model_config = functools.partial(published_flow.model_config, FLOW)
 load = functools.partial(published_flow.load, FLOW)
+images = functools.partial(published_flow.images, FLOW)
 export = functools.partial(published_flow.export, FLOW)
 
 

@@ -31,7 +31,15 @@ from ddmd_jax.diffusion import process
 from ddmd_jax.diffusion.sampling import Predict
 from ddmd_jax.diffusion.time import SPACINGS, StepTable
 from ddmd_jax.families import published_text, published_vae
-from ddmd_jax.families.base import Array, Cond, Latents, LoadOptions, Teacher, kernels_in
+from ddmd_jax.families.base import (
+    Array,
+    Cond,
+    ImageEncoder,
+    Latents,
+    LoadOptions,
+    Teacher,
+    kernels_in,
+)
 from ddmd_jax.families.sdxl import names, text
 from ddmd_jax.models import flops, unet
 from ddmd_jax.models.attention import resolve
@@ -245,15 +253,6 @@ def make_features(cfg: UNetConfig, table: StepTable = TABLE, factor: int = FACTO
     return run
 
 
-def tokens_of(features: Predict) -> Predict:
-    """The same features as tokens ``[B, h w, D]``, rows first; see `Teacher.features`."""
-    def run(params: Any, x_t: Array, t: Array, cond: Cond) -> Array:
-        found = features(params, x_t, t, cond)
-        return found.reshape(found.shape[0], -1, found.shape[-1])
-
-    return run
-
-
 def cond_spec(cfg: UNetConfig, factor: int = FACTOR) -> CondSpec:
     """Text, pooled text and `time_ids`; these are whole numbers, which no bf16 rounds."""
     return CondSpec.text(
@@ -279,7 +278,7 @@ def _teacher(cfg: UNetConfig, table: StepTable, factor: int, mesh: Mesh, **known
     return Teacher(
         family='sdxl', predict_clean=make_denoiser(cfg, table, factor, mesh),
         cond=cond_spec(cfg, factor), time=table, rules=RULES,
-        features=tokens_of(make_features(cfg, table, factor, mesh)), **known)
+        features=make_features(cfg, table, factor, mesh), **known)
 
 
 def load(options: LoadOptions) -> Teacher:
@@ -302,17 +301,27 @@ def load(options: LoadOptions) -> Teacher:
     layout = sharding.shard_tree(shapes, RULES, mesh)
     diffusers.check(checkpoint, shapes, names.unet)
     # Everything is checked before the first byte of weights goes to a device.
-    factor, decode = FACTOR, None
+    factor, decode, encoder = FACTOR, None, None
     if opened.vae:
         vae = published_vae.open_folder(opened.vae, options.variant)
         factor, decode = published_vae.decoder(vae, mesh)
+        encoder = published_vae.encoder_identity(vae)
     latents = Latents(_latent_shape(options.size or SIZE, cfg, factor), decode, LIMIT,
-                      functools.partial(_latent_shape, cfg=cfg, factor=factor), moments=MOMENTS)
+                      functools.partial(_latent_shape, cfg=cfg, factor=factor), moments=MOMENTS,
+                      encoder=encoder)
     zeros = opened.index.get('force_zeros_for_empty_prompt', True)  # the pipeline's own default
     return _teacher(
         cfg, opened.time, factor, mesh,
         params=diffusers.import_tree(checkpoint, shapes, layout, names.unet), latents=latents,
         identity=diffusers.identity(checkpoint), null='zeros' if zeros else 'encoded')
+
+
+def images(options: LoadOptions) -> ImageEncoder:
+    """The encoder of a pipeline's codec; raises `WeightsError`: not SDXL's, or there is none."""
+    patterns = [name for name in FILES if name != 'unet/*.safetensors']
+    folder = fetch.local_folder(options.path, patterns)
+    open_folder(folder)
+    return published_vae.image_encoder('sdxl', folder, options)
 
 
 def abstract(options: LoadOptions) -> Teacher:
@@ -328,7 +337,8 @@ def abstract(options: LoadOptions) -> Teacher:
         cfg, TABLE, FACTOR, mesh, params=_abstract_params(cfg, options.param_dtype),
         latents=latents, identity='abstract', null='zeros',
         text=published_text.abstract(text.PIPELINE, (ClipConfig(), BIG_G), options),
-        flops=functools.partial(flops.unet_forward, cfg, shape[:2]))
+        flops=functools.partial(flops.unet_forward, cfg, shape[:2]),
+        feature_flops=functools.partial(flops.unet_features, cfg, shape[:2]))
 
 
 def export(params: Any, published: dict[str, Any], folder: Path, dtype: Any) -> None:

@@ -6,7 +6,7 @@ from ddmd_jax.families.zimage import teacher, text
 
 FAMILY = Family(
     'zimage', load=teacher.load, text=text.load, text_identity=text.identity, variants=True,
-    abstract=teacher.abstract, distilled=teacher.distilled,
+    images=teacher.images, abstract=teacher.abstract, distilled=teacher.distilled,
     class_names=(*text.PIPELINE.class_names, teacher.TRANSFORMER),
     attention=('auto', 'xla', 'splash'), dtype='bfloat16', guidance=6.0,
     export=export_of(teacher.FLOW, no_guidance=0.0, comfyui='diffusion_model.'))

@@ -44,6 +44,7 @@ FLOW = Flow('zimage', 'Z-Image', text.PIPELINE.class_names, TRANSFORMER, ZImageC
             ZImage, names.transformer, RULES, SHIFT, flops.zimage_forward)
 
 load = functools.partial(published_flow.load, FLOW)
+images = functools.partial(published_flow.images, FLOW)
 
 
 def abstract(options: LoadOptions) -> Teacher:

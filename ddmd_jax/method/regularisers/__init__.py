@@ -69,6 +69,13 @@ class Regulariser:
         """Parameters of its own at step 0, a nested dict of fp32 arrays; None if there are none."""
         return None
 
+    def flops(self, tokens: int) -> tuple[int, int] | None:
+        """What a row with captions of so many costs in the generator's objective and the critic's.
+
+        Gradients included; for the planner. None if it is not known.
+        """
+        return 0, 0
+
     def student_term(self, x_hat: Array, sight: Sight) -> Term:
         """Its term in the generator's objective, of samples ``[B, ...]`` that gradients reach."""
         return jnp.zeros(()), {}

@@ -10,13 +10,13 @@ import jax
 import jax.numpy as jnp
 
 from ddmd_jax.config.fields import FIXED, Field
-from ddmd_jax.config.rules import POSITIVE, TAU_RANGE, WEIGHT
+from ddmd_jax.config.rules import POSITIVE, TAU_RANGE, WEIGHT, choice
 from ddmd_jax.diffusion.process import renoise
 from ddmd_jax.diffusion.sampling import deinterleave, interleave
 from ddmd_jax.families.base import Teacher
 from ddmd_jax.method.regularisers import Regulariser, Sight, Term
 from ddmd_jax.method.schedules import draw_between
-from ddmd_jax.models import discriminator
+from ddmd_jax.models import discriminator, flops
 
 Array = jax.Array
 
@@ -56,6 +56,9 @@ class Gan(Regulariser):
         Field('r1', WEIGHT, 0.0, FIXED, 'weight of R1'),
         Field('tau', TAU_RANGE, (0.0, 0.98), FIXED,
               'range, in uniform time, of the levels at which the classifier judges'),
+        Field('head', choice('tokens', 'convolutions'), 'tokens', FIXED,
+              "the classifier's head; `convolutions` is DMD2's, of trunks whose features are maps",
+              filled=False),
     )
     curves: ClassVar = {
         'gan_loss': "the student's GAN loss", 'gan_critic_loss': "the classifier's loss",
@@ -71,11 +74,22 @@ class Gan(Regulariser):
         self.tau = (low, high)
         if teacher.features is None:
             raise ValueError(f'{teacher.family} gives no features for a classifier to read')
-        self.width = discriminator.feature_width(teacher)
-        self.classify = discriminator.make_classify(teacher.features, self.width)
+        shape = discriminator.feature_shape(teacher)
+        self.head = discriminator.make_head(section.get('head', 'tokens'), shape)
+        self.classify = discriminator.make_classify(teacher.features, self.head)
+        self.feature_flops = teacher.feature_flops
+        self.head_flops = flops.head(section.get('head', 'tokens'), shape)
 
     def init(self, key: Array) -> Any:
-        return discriminator.init(self.width, key)
+        return discriminator.init(self.head, key)
+
+    def flops(self, tokens: int) -> tuple[int, int] | None:
+        if self.feature_flops is None:
+            return None
+        judged = self.feature_flops(tokens) + self.head_flops
+        # The student's: there and back to the sample. The critic's: two rows, and what is trained;
+        # R1 goes back to the sample, and through all of that once more.
+        return 2 * judged, (6 + (6 if self.r1 else 0)) * judged
 
     def noised(self, x: Array, keys: Array, sight: Sight) -> tuple[Array, Array]:
         """`x` re-noised for the classifier, and the level ``[B]`` of each sample."""

@@ -1,0 +1,1 @@
+"""Real images: where they come from, their pixels, and their latents on disk."""

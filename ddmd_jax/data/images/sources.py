@@ -1,0 +1,258 @@
+"""Images with captions, by number: of a folder, of WebDataset's tars, or of a TFDS data set.
+
+A source is listed once, by names alone, and read at random, so that any process can take any part
+of it. Its order is that of names in a folder, and as they lie in tars and data sets.
+"""
+
+import bisect
+import hashlib
+import itertools
+import json
+import os
+import tarfile
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from ddmd_jax.data import DataFileError
+from ddmd_jax.data.prompts import files
+from ddmd_jax.data.prompts.text import normalise
+from ddmd_jax.util import errors, places
+from ddmd_jax.util.text import first_line
+
+SUFFIXES = ('.jpg', '.jpeg', '.png', '.webp', '.bmp', '.tif', '.tiff')
+TFDS = 'tfds:'
+
+
+class Fields(NamedTuple):
+    """Names of what is read: of captions and files in tables, of captions and images in TFDS."""
+
+    caption: str = 'caption'
+    file: str = 'file_name'
+    image: str = 'image'
+    split: str = 'train'
+
+
+USUAL = Fields()
+
+
+class Entry(NamedTuple):
+    """One image: its name, its encoded bytes, and its caption, '' if it has none."""
+
+    name: str
+    read: Callable[[], bytes]
+    caption: Callable[[], str]
+
+
+class Source(Sequence):
+    """Entries of several inputs, one after another; `listing` names all of them in one hash."""
+
+    def __init__(self, parts: Sequence[Sequence[Entry]], names: Iterator[str]):
+        self._parts = parts
+        self._ends = list(itertools.accumulate(map(len, parts)))
+        digest = hashlib.sha256()
+        for name in names:
+            digest.update(name.encode('utf-8', 'surrogateescape') + b'\0')
+        self.listing = digest.hexdigest()[:16]
+
+    def __len__(self) -> int:
+        return self._ends[-1]
+
+    def __getitem__(self, index: int) -> Entry:  # type: ignore[override]  # no slices
+        part = bisect.bisect_right(self._ends, index)
+        return self._parts[part][index - (self._ends[part - 1] if part else 0)]
+
+
+def open_source(inputs: Sequence[str], captions: str = '', fields: Fields = USUAL) -> Source:
+    """The images of `inputs`: folders, ``.tar`` files, or ``tfds:`` and a name or a folder.
+
+    Captions of a folder's images are in `captions`, a .jsonl, .csv, .tsv or .parquet with a column
+    of files beside that of captions, or else in ``NAME.txt`` beside ``NAME.jpg``; those of a tar in
+    ``KEY.txt`` or in a field of ``KEY.json``.
+
+    Raises:
+      DataFileError: an input is missing, of no known kind, holds no images, or none has a caption.
+      PlaceError: an input, or `captions`, is not on this machine.
+    """
+    parts: list[Sequence[Entry]] = []
+    names: list[Iterator[str]] = []
+    for given in inputs:
+        tfds = given.startswith(TFDS)
+        path = Path(places.of(given.removeprefix(TFDS) if tfds else given, places.LOCAL))
+        if tfds:
+            part: Any = Tfds(given.removeprefix(TFDS), path, fields)
+        elif path.is_dir():
+            part = Folder(path, _table(Path(places.of(captions, places.LOCAL)), fields)
+                          if captions else None)
+        elif path.is_file() and path.suffix.lower() == '.tar':
+            part = Tar(path, fields.caption)
+        else:
+            what = 'is not there' if not path.exists() else f'is of unknown kind {path.suffix!r}'
+            raise DataFileError(f'--input {given} {what}; known are a folder of images, .tar files '
+                                f'of WebDataset, and {TFDS}NAME')
+        parts.append(part)
+        names.append(part.names())
+    return Source(parts, itertools.chain(*names))
+
+
+def _table(path: Path, fields: Fields) -> dict[str, str]:
+    """Captions by file of a table that has both."""
+    if path.suffix.lower() == '.txt':
+        raise DataFileError(f'--captions {path} is no table; give a .jsonl, .csv, .tsv or .parquet '
+                            f'with the fields {fields.file} and {fields.caption}')
+    rows = zip(files.read(path, fields.file), files.read(path, fields.caption), strict=True)
+    return {os.path.normpath(name): caption for name, caption in rows}
+
+
+class Folder(Sequence):
+    """Images in a folder and in folders in it, by name; hidden ones are left out.
+
+    Raises:
+      DataFileError: there are none, or none that has a caption.
+    """
+
+    def __init__(self, path: Path, table: Mapping[str, str] | None):
+        self.path, self._table = path, table
+        self._files, texts = [], set()
+        for folder, inside, names in os.walk(path, followlinks=True):
+            inside[:] = sorted(name for name in inside if not name.startswith('.'))
+            for name in names:
+                relative = os.path.normpath(os.path.join(os.path.relpath(folder, path), name))
+                stem, suffix = os.path.splitext(relative)
+                if suffix.lower() in SUFFIXES and not name.startswith('.'):
+                    self._files.append(relative)
+                elif suffix == '.txt':
+                    texts.add(stem)
+        self._files.sort()
+        if not self._files:
+            raise DataFileError(f'{path} holds no images; known are {", ".join(SUFFIXES)}')
+        has = table.__contains__ if table is not None else (
+            lambda name: os.path.splitext(name)[0] in texts)
+        if not any(map(has, self._files)):
+            where = 'the table of --captions names none of them' if table is not None else (
+                'put the caption of NAME.jpg into NAME.txt beside it, or give a table of them with '
+                '--captions')
+            raise DataFileError(f'{path} holds {len(self._files)} images without captions; {where}')
+
+    def __len__(self) -> int:
+        return len(self._files)
+
+    def names(self) -> Iterator[str]:
+        return iter(self._files)
+
+    def __getitem__(self, index: int) -> Entry:  # type: ignore[override]
+        name = self._files[index]
+        return Entry(name, (self.path / name).read_bytes, lambda: self._caption(name))
+
+    def _caption(self, name: str) -> str:
+        if self._table is not None:
+            return normalise(self._table.get(name, ''))
+        file = (self.path / name).with_suffix('.txt')
+        return normalise(file.read_text('utf-8-sig')) if file.is_file() else ''
+
+
+class Tar(Sequence):
+    """A WebDataset shard: members that are called alike up to the first dot are one example.
+
+    Headers are read when it is opened, members when they are asked for.
+
+    Raises:
+      DataFileError: it is no tar, cut short, or holds no image with a caption.
+    """
+
+    def __init__(self, path: Path, field: str):
+        self.path, self._field = path, field
+        examples: dict[str, dict[str, tuple[int, int]]] = {}
+        try:
+            with tarfile.open(path, 'r:') as tar:
+                for member in tar:
+                    folder, name = os.path.split(member.name)
+                    key, _, kind = name.partition('.')
+                    if member.isfile() and key:
+                        parts = examples.setdefault(os.path.join(folder, key), {})
+                        parts[f'.{kind.lower()}'] = member.offset_data, member.size
+        except (tarfile.TarError, OSError, EOFError) as e:
+            errors.raise_environment(e, path)
+            raise DataFileError(f'{path} is no whole tar ({first_line(e)}); fetch it again, and '
+                                'unpack it if it is compressed') from e
+        self._examples = []
+        for key, parts in examples.items():
+            image = next((kind for kind in SUFFIXES if kind in parts), None)
+            if image:
+                text = next((kind for kind in ('.txt', '.json') if kind in parts), '')
+                self._examples.append((key, parts[image], text, parts.get(text, (0, 0))))
+        if not self._examples:
+            raise DataFileError(f'{path} holds no images; known are {", ".join(SUFFIXES)}')
+        if not any(text for _, _, text, _ in self._examples):
+            raise DataFileError(f'{path} holds {len(self._examples)} images without captions; pack '
+                                'KEY.txt or KEY.json beside each KEY.jpg')
+
+    def __len__(self) -> int:
+        return len(self._examples)
+
+    def names(self) -> Iterator[str]:
+        return (f'{self.path.name}/{key}' for key, *_ in self._examples)
+
+    def __getitem__(self, index: int) -> Entry:  # type: ignore[override]
+        key, image, text, caption = self._examples[index]
+        return Entry(f'{self.path.name}/{key}', lambda: self._read(*image),
+                     lambda: self._caption(text, caption))
+
+    def _read(self, offset: int, size: int) -> bytes:
+        with self.path.open('rb') as file:
+            file.seek(offset)
+            return file.read(size)
+
+    def _caption(self, kind: str, place: tuple[int, int]) -> str:
+        if not kind:
+            return ''
+        text = self._read(*place).decode('utf-8-sig')
+        if kind == '.txt':
+            return normalise(text)
+        found = json.loads(text)
+        found = found.get(self._field) if isinstance(found, dict) else None
+        return normalise(found) if isinstance(found, str) else ''
+
+
+class Tfds(Sequence):
+    """A split of a TensorFlow Datasets builder, of that name or in `folder`; nothing is downloaded.
+
+    Raises:
+      DataFileError: there is no such data set, split or field.
+    """
+
+    def __init__(self, name: str, folder: Path, fields: Fields):
+        import tensorflow_datasets as tfds
+
+        self._name, self._fields = name, fields
+        try:
+            there = (folder / 'dataset_info.json').is_file()
+            builder = tfds.builder_from_directory(folder) if there else tfds.builder(name)
+            missing = {fields.image, fields.caption} - set(builder.info.features)
+            if missing:
+                raise DataFileError(f'{TFDS}{name} has no field {min(missing)!r}; there are '
+                                    f'{", ".join(sorted(builder.info.features))}; name one with '
+                                    '--image_field or --field')
+            self._rows = builder.as_data_source(
+                fields.split, decoders={fields.image: tfds.decode.SkipDecoding()})
+        except DataFileError:
+            raise
+        except Exception as e:  # of a registry, a split, a file: they have no common ancestor
+            errors.raise_environment(e)
+            raise DataFileError(f'{TFDS}{name} cannot be read ({first_line(e)}); give the name or '
+                                "the folder of a builder whose data are there, and its --split"
+                                ) from e
+
+    def __len__(self) -> int:
+        return len(self._rows)
+
+    def names(self) -> Iterator[str]:
+        return (f'{self._name}/{self._fields.split}/{i}' for i in range(len(self)))
+
+    def __getitem__(self, index: int) -> Entry:  # type: ignore[override]
+        def caption() -> str:
+            found = self._rows[index][self._fields.caption]
+            return normalise(found.decode() if isinstance(found, bytes) else str(found))
+
+        return Entry(f'{self._name}/{self._fields.split}/{index}',
+                     lambda: bytes(self._rows[index][self._fields.image]), caption)

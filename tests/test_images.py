@@ -1,0 +1,367 @@
+"""Real images to latents on disk: what is written is what the codec makes of the right pixels."""
+
+import io
+import json
+import tarfile
+
+import jax
+import numpy as np
+import published_sdxl
+import published_text
+import pytest
+from PIL import Image
+from test_sdxl import written
+
+from ddmd_jax import families, imaging
+from ddmd_jax.config import load
+from ddmd_jax.data import DataFileError
+from ddmd_jax.data.batch import CondSpec
+from ddmd_jax.data.images import cache, pixels, sources
+from ddmd_jax.diffusion.time import StepTable
+from ddmd_jax.families import LoadOptions, published_vae
+from ddmd_jax.families.base import Latents, Teacher
+from ddmd_jax.models import autoencoder_kl
+from ddmd_jax.parallel import sharding
+from ddmd_jax.train import prompts
+from ddmd_jax.weights import diffusers
+from ddmd_jax.weights.flat import WeightsError
+
+SIZES = ((16, 16), (16, 24))
+VAE = {'_class_name': 'AutoencoderKL', **published_sdxl.VAE}
+
+
+def write_vae(folder, seed=0):
+    """A codec's folder, of random weights."""
+    shapes = autoencoder_kl.abstract_params(published_vae.vae_config(VAE, 'float32'))
+    diffusers.export_tree(published_text.random_params(shapes, seed), published_vae.entry, folder,
+                          VAE, np.float32)
+
+
+@pytest.fixture(scope='module')
+def pipeline(tmp_path_factory):
+    """A pipeline's folder as far as images need it: no weights of a U-Net."""
+    folder = written(tmp_path_factory.mktemp('pipe'), {})
+    write_vae(folder / 'vae')
+    return folder
+
+
+@pytest.fixture(scope='module')
+def mesh():
+    return sharding.make_mesh({}, jax.devices()[:1])
+
+
+@pytest.fixture(scope='module')
+def encoder(pipeline, mesh):
+    return families.get('sdxl').load_images(LoadOptions(str(pipeline), mesh))
+
+
+def picture(seed, height=20, width=18, kind='PNG', mode='RGB'):
+    rng = np.random.default_rng(seed)
+    colours = rng.integers(0, 255, (height, width, len(mode)), np.uint8)
+    out = io.BytesIO()
+    Image.fromarray(colours, mode).save(out, kind)
+    return out.getvalue()
+
+
+def fill(folder, count=6, captions=True):
+    """Images by number, every third of them wide; what they are called."""
+    folder.mkdir(exist_ok=True)
+    for i in range(count):
+        (folder / f'{i}.png').write_bytes(picture(i, width=40 if i % 3 == 2 else 18))
+        if captions:
+            (folder / f'{i}.txt').write_text(f'image  number {i}\n')
+    return folder
+
+
+def encode(folder, encoder, mesh, out, share=(0, 1), **wanted):
+    source = sources.open_source([str(folder)])
+    wanted = imaging.Wanted(SIZES, part=4, **({'rows': 2} | wanted))
+    return imaging.encode(source, encoder, wanted, mesh, out, share)
+
+
+def contents(folder):
+    return {p.name: p.read_bytes() for p in sorted(folder.iterdir())}
+
+
+# --- Latents ---
+
+
+def test_a_folder_becomes_latents_with_captions(tmp_path, encoder, mesh):
+    images = fill(tmp_path / 'in')
+    card = encode(images, encoder, mesh, tmp_path / 'out')
+    assert [p.name for p in sorted(tmp_path.iterdir())] == ['in', 'out']
+    assert card['count'] == 6 and card['of_each_size'] == [4, 2] and len(card['files']) == 2
+    stored = cache.ImageCache(tmp_path / 'out')
+    assert stored.codec == encoder.identity and stored.identity == card['identity']
+    assert stored.shapes == [(8, 8, 4), (8, 12, 4)] and stored.buckets.tolist() == [0, 0, 1] * 2
+    assert (stored[4], stored.name(4), len(stored)) == ('image number 4', '4.png', 6)
+    # The middle of the image, scaled so that it is just covered; the noise is by its number.
+    for row in (1, 5):
+        size = SIZES[stored.buckets[row]]
+        image = Image.open(images / f'{row}.png')
+        scale = max(size[0] / image.height, size[1] / image.width)
+        scaled = image.resize((round(image.width * scale), round(image.height * scale)),
+                              Image.Resampling.LANCZOS)
+        left, top = (scaled.width - size[1]) // 2, (scaled.height - size[0]) // 2
+        middle = np.asarray(scaled)[top:top + size[0], left:left + size[1]]
+        want = encoder.run(encoder.params, np.stack([middle] * 2), np.uint32([row, row]),
+                           jax.random.key(0), False)
+        np.testing.assert_allclose(stored.latents([row]), want[:1], atol=2e-3)
+    assert stored.latents([4, 0]).dtype == np.float32 and stored.latents([2, 5]).shape[2] == 12
+
+
+def test_stopped_work_goes_on_and_ends_alike(tmp_path, encoder, mesh, monkeypatch):
+    """After the last whole part; and a finished folder is done, whatever lies beside it."""
+    images = fill(tmp_path / 'in')
+    encode(images, encoder, mesh, tmp_path / 'whole')
+    read, seen = imaging._Encoding.read, []
+
+    def killed(self, entry):
+        seen.append(entry[0])
+        if entry[0] == 5:
+            raise KeyboardInterrupt
+        return read(self, entry)
+
+    monkeypatch.setattr(imaging._Encoding, 'read', killed)
+    with pytest.raises(KeyboardInterrupt):
+        encode(images, encoder, mesh, tmp_path / 'out')
+    assert not (tmp_path / 'out').exists()
+    with pytest.raises(DataFileError, match='it is half written'):
+        cache.ImageCache(tmp_path / 'out')
+    monkeypatch.setattr(imaging._Encoding, 'read',
+                        lambda self, entry: seen.append(entry[0]) or read(self, entry))
+    seen.clear()
+    encode(images, encoder, mesh, tmp_path / 'out')
+    assert sorted(seen) == [4, 5] and contents(tmp_path / 'out') == contents(tmp_path / 'whole')
+    seen.clear()
+    assert encode(images, encoder, mesh, tmp_path / 'out')['count'] == 6 and not seen
+    with pytest.raises(DataFileError, match='made otherwise .seed: 0 -> 1'):
+        encode(images, encoder, mesh, tmp_path / 'out', seed=1)
+
+
+def test_any_number_of_processes_writes_the_same(tmp_path, encoder, mesh):
+    images = fill(tmp_path / 'in')
+    encode(images, encoder, mesh, tmp_path / 'one')
+    assert encode(images, encoder, mesh, tmp_path / 'two', (1, 2)) is None
+    assert encode(images, encoder, mesh, tmp_path / 'two', (0, 2))['count'] == 6
+    assert contents(tmp_path / 'one') == contents(tmp_path / 'two')
+
+
+def test_bad_images_are_named_counted_and_left_out(tmp_path, encoder, mesh):
+    images = fill(tmp_path / 'in')
+    (images / '1.png').write_bytes(picture(1)[:90])
+    (images / '3.png').write_bytes(picture(3, height=15))
+    (images / '4.txt').write_text(' \n')
+    (images / '5.txt').write_bytes(b'\xff\xfe\xff')
+    with pytest.raises(DataFileError) as e:
+        encode(images, encoder, mesh, tmp_path / 'out', max_bad=0.5)
+    said = str(e.value)
+    assert len(said.splitlines()) == 1 and 'of 6 images 4 left out (1.png cannot be decoded' in said
+    assert '3.png is 15 x 18 pixels, smaller than the crop of 16 x 16' in said
+    assert '4.png has no caption' in said and 'more than --max_bad=0.5' in said
+    # Nothing is lost: a larger share takes what is written.
+    card = encode(images, encoder, mesh, tmp_path / 'out', max_bad=0.7)
+    assert card['count'] == 2 and card['left_out']['count'] == 4
+    stored = cache.ImageCache(tmp_path / 'out')
+    assert [stored[0], stored[1]] == ['image number 0', 'image number 2']
+    assert stored.card['left_out']['first'][3][1].startswith('has a caption that cannot be read')
+
+
+def test_means_are_no_samples(tmp_path, encoder, mesh):
+    images = fill(tmp_path / 'in', 1)
+    encode(images, encoder, mesh, tmp_path / 'a')
+    encode(images, encoder, mesh, tmp_path / 'b', mean=True)
+    a, b = (cache.ImageCache(tmp_path / name) for name in 'ab')
+    assert a.identity != b.identity and np.abs(a.latents([0]) - b.latents([0])).max() > 1e-3
+
+
+# --- Pixels ---
+
+
+def test_pictures_of_every_mode_become_rgb():
+    clear = Image.new('RGBA', (4, 4), (255, 0, 0, 0))
+    out = io.BytesIO()
+    clear.save(out, 'PNG')
+    assert np.asarray(pixels.decode(out.getvalue())).min() == 255  # clear is white
+    for mode in ('L', 'P', 'CMYK', '1'):
+        out = io.BytesIO()
+        Image.new(mode, (5, 3)).save(out, 'TIFF')
+        assert pixels.decode(out.getvalue()).mode == 'RGB'
+    turned = Image.new('RGB', (5, 3))
+    out = io.BytesIO()
+    turned.save(out, 'JPEG', exif=b'Exif\0\0MM\0*\0\0\0\x08\0\x01\x01\x12\0\x03\0\0\0\x01\0\x06\0\0'
+                                  b'\0\0\0\0')
+    assert pixels.decode(out.getvalue()).size == (3, 5)
+
+
+def test_an_image_goes_to_the_nearest_aspect():
+    sizes = ((1024, 1024), (832, 1216), (1216, 832))
+    assert [pixels.bucket(size, sizes) for size in ((50, 51), (50, 70), (2000, 900))] == [0, 1, 2]
+
+
+# --- Sources ---
+
+
+def test_a_table_has_a_folders_captions(tmp_path):
+    images = fill(tmp_path / 'in', 3, captions=False)
+    rows = [{'file_name': f'./{i}.png', 'caption': f'from a table {i}'} for i in (0, 2)]
+    (tmp_path / 't.jsonl').write_text('\n'.join(map(json.dumps, rows)))
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    pq.write_table(pa.table({'f': ['0.png', '2.png'], 'c': ['from a table 0', 'from a table 2']}),
+                   tmp_path / 't.parquet')
+    names = sources.Fields(caption='c', file='f')
+    for table, fields in (('t.jsonl', sources.USUAL), ('t.parquet', names)):
+        found = sources.open_source([str(images)], str(tmp_path / table), fields)
+        assert [entry.caption() for entry in found] == ['from a table 0', '', 'from a table 2']
+
+
+def pack(path, members):
+    with tarfile.open(path, 'w') as tar:
+        for name, raw in members.items():
+            info = tarfile.TarInfo(name)
+            info.size = len(raw)
+            tar.addfile(info, io.BytesIO(raw))
+    return path
+
+
+def test_tars_are_read_in_their_order(tmp_path):
+    image = picture(0)
+    one = pack(tmp_path / '0.tar', {
+        'b/2.png': image, 'b/2.txt': b'second', 'b/1.json': b'{"caption": "first", "x": 1}',
+        'b/1.png': image, 'b/1.cls': b'7', 'notes': b''})
+    two = pack(tmp_path / '1.tar', {'k.jpg': image, 'k.txt': b'third'})
+    found = sources.open_source([str(one), str(two)])
+    assert [(e.name, e.caption()) for e in found] == [
+        ('0.tar/b/2', 'second'), ('0.tar/b/1', 'first'), ('1.tar/k', 'third')]
+    assert found[2].read() == image
+    assert found.listing != sources.open_source([str(one)]).listing
+
+
+def test_a_tfds_data_set_is_read(tmp_path):
+    from ddmd_jax.families.emoji.drawings import DRAWINGS
+
+    fields = sources.Fields(caption='object', image='drawing')
+    found = sources.open_source([f'tfds:{DRAWINGS}'], fields=fields)
+    assert len(found) > 100 and found[0].caption() and pixels.decode(found[3].read()).mode == 'RGB'
+    with pytest.raises(DataFileError, match="no field 'caption'; there are drawing, object, set"):
+        sources.open_source([f'tfds:{DRAWINGS}'], fields=sources.Fields(image='drawing'))
+
+
+def no_captions(folder):
+    return fill(folder / 'in', 3, captions=False), 'holds 3 images without captions; put'
+
+
+def no_images(folder):
+    return folder, 'holds no images'
+
+
+def nothing(folder):
+    return folder / 'nowhere', 'is not there; known are a folder'
+
+
+def no_kind(folder):
+    (folder / 'a.zip').touch()
+    return folder / 'a.zip', "is of unknown kind '.zip'"
+
+
+def no_tar(folder):
+    (folder / 'a.tar').write_bytes(b'\x1f\x8b' + bytes(600))
+    return folder / 'a.tar', 'is no whole tar'
+
+
+def bare_tar(folder):
+    return pack(folder / 'a.tar', {'k.png': picture(0)}), 'holds 1 images without captions; pack'
+
+
+def no_data_set(folder):
+    return f'tfds:{folder}/nothing', 'cannot be read'
+
+
+@pytest.mark.parametrize('make', [no_captions, no_images, nothing, no_kind, no_tar, bare_tar,
+                                  no_data_set])
+def test_what_is_no_source_is_one_line(tmp_path, make):
+    given, words = make(tmp_path)
+    with pytest.raises(DataFileError, match=words) as e:
+        sources.open_source([str(given)])
+    assert len(str(e.value).splitlines()) == 1
+
+
+# --- Codecs ---
+
+
+@pytest.mark.parametrize('unet, index, words', [
+    ({'addition_embed_type': None, 'cross_attention_dim': 768},
+     {'_class_name': 'StableDiffusionPipeline'}, 'is Stable Diffusion 1 or 2'),
+    ({}, {'_class_name': 'StableDiffusionXLImg2ImgPipeline', 'requires_aesthetics_score': True},
+     "is the UNet of SDXL's refiner"),
+    ({'in_channels': 9}, {'_class_name': 'StableDiffusionXLPipeline'}, 'is an inpainting UNet'),
+    ({}, {'_class_name': 'StableDiffusionXLPipeline'}, 'has no vae, which makes latents')])
+def test_another_pipelines_codec_is_refused(tmp_path, mesh, unet, index, words):
+    folder = written(tmp_path, unet, index)
+    with pytest.raises(WeightsError, match=words):
+        families.get('sdxl').load_images(LoadOptions(str(folder), mesh))
+
+
+def test_a_codecs_identity_is_its_encoders(tmp_path, pipeline, encoder):
+    of = lambda folder: published_vae.encoder_identity(
+        diffusers.open_folder(folder, published_vae.AUTOENCODER))
+    assert of(pipeline / 'vae') == encoder.identity
+    assert encoder.identity.endswith(' x 0.13025 from 0')
+    write_vae(tmp_path / 'vae', seed=1)
+    assert of(tmp_path / 'vae') != encoder.identity
+    with pytest.raises(WeightsError, match='emoji has no codec that makes latents'):
+        families.get('emoji').load_images(LoadOptions())
+
+
+# --- A run ---
+
+
+def teacher_of(codec, shape=(8, 8, 4)):
+    latents = Latents(shape, shape_of=lambda size: (size[0] // 2, size[1] // 2, 4), encoder=codec)
+    return Teacher('sdxl', None, None, latents, CondSpec.text(8), StepTable(), 'x', ())
+
+
+def run_config(path, sizes=SIZES):
+    config = load('sdxl:dmd2').unlock()
+    with config.ignore_type():
+        config.data.path, config.data.sizes = str(path), sizes
+    return config
+
+
+def test_a_run_refuses_latents_of_another_codec_or_size(tmp_path, encoder, mesh):
+    encode(fill(tmp_path / 'in', 3), encoder, mesh, tmp_path / 'out')
+    for codec, sizes, words in (
+            ('another', SIZES, f'latents of another codec .{encoder.identity}. than the teacher'),
+            (encoder.identity, SIZES[:1], r'of images of \(\(16, 16\), \(16, 24\)\) pixels'),
+            (None, (), 'set config.data.sizes to these')):
+        with pytest.raises(DataFileError, match=words) as e:
+            prompts.of_images(run_config(tmp_path / 'out', sizes), teacher_of(codec), mesh)
+        assert len(str(e.value).splitlines()) == 1
+
+
+def test_damaged_latents_are_one_line(tmp_path, encoder, mesh):
+    encode(fill(tmp_path / 'in', 3), encoder, mesh, tmp_path / 'out')
+    file = tmp_path / 'out' / 'images-00000.array_record'
+    file.write_bytes(file.read_bytes()[:-40])
+    with pytest.raises(DataFileError, match='latents damaged'):
+        cache.ImageCache(tmp_path / 'out')
+    (tmp_path / 'out' / 'card.json').write_text('{"format": "ddmd_jax embeddings 1"}')
+    with pytest.raises(DataFileError, match='is no folder of latents'):
+        cache.ImageCache(tmp_path / 'out')
+    with pytest.raises(DataFileError, match='no folder of latents at .*prepare images'):
+        cache.ImageCache(tmp_path / 'nowhere')
+
+
+def test_the_command_says_what_it_wrote(tmp_path, pipeline, commands):
+    images = fill(tmp_path / 'in', 3)
+    call = lambda *more: commands(
+        'ddmd_jax.prepare', 'images', f'--input={images}', '--teacher=sdxl',
+        f'--path={pipeline}', '--sizes=16x16,16x24', f'--out={tmp_path / "out"}', *more)
+    done = call()
+    assert done.returncode == 0, done.stderr
+    assert '3 images (2 of 16x16, 1 of 16x24), 0 left out; identity' in done.stdout
+    done = call('--sizes=16x17')
+    assert done.returncode == 1 and '--sizes 16x17: both must be multiples of 2' in done.stderr
+    assert call('--sizes=16').returncode == 2
