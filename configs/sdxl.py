@@ -34,8 +34,10 @@ authors' answer for Lumina; alpha is DMD2's guidance. Chosen here: the floors of
 (DMD2 has none), and what is logged, saved and evaluated.
 
 Pod: 16 chips and more, in multiples of 16. A batch is two micro-batches (`train.accumulate`), so
-that each of 16 chips has four images at a time. What they need was not compiled for yet: ask
-`python -m ddmd_jax.plan --config=sdxl:dmd2 --topology=v5e:4x4`. Nobody here has run this config:
+that each of 16 chips has four images at a time. 4.7 GiB of each chip are resident (student, critic,
+EMA, AdamW's moments of both, the head and its own, in fp32; teacher and text encoders in bf16), by
+`python -m ddmd_jax.plan --config=sdxl:dmd2 --topology=v5e:4x4 --layout`; what its steps peak at has
+not been compiled yet: the same command without `--layout` says. Nobody here has run this config:
 the machine that tests this repository has no accelerator and no weights; what is tested is the
 same code at toy size.
 """

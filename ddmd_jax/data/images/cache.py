@@ -200,10 +200,10 @@ class ImageCache(Sequence):
         """Of an image, in what it was made from."""
         return _text(_arrays(self._records.read([row])[0])['name'])
 
-    def latents(self, rows: Sequence[int]) -> np.ndarray:
+    def latents(self, rows: Sequence[int] | np.ndarray) -> np.ndarray:
         """``[n, h, w, C]`` fp32 of rows that have one shape."""
         return np.stack([_arrays(raw)['latent'].astype(np.float32)
-                         for raw in self._records.read(rows)])
+                         for raw in self._records.read([int(row) for row in rows])])
 
 
 def _arrays(raw: bytes) -> dict[str, np.ndarray]:
