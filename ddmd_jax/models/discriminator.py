@@ -63,7 +63,9 @@ class Convolutions(nnx.Module):
         conv = functools.partial(_conv, dim, rngs=rngs)
         self.convs = nnx.List([*(conv(dim, TAPS, 2, 1) for _ in range(self.halvings)),
                                conv(dim, TAPS, TAPS, 0)])
-        self.norms = nnx.List([GroupNorm(dim, math.gcd(32, dim), eps=1e-5) for _ in self.convs])
+        # Four channels a group at least: of one pixel and channel a norm leaves nothing.
+        groups = 1 if dim % 4 else math.gcd(32, dim // 4)
+        self.norms = nnx.List([GroupNorm(dim, groups, eps=1e-5) for _ in self.convs])
         self.verdict = conv(1, 1, 1, 0)
 
     def __call__(self, features: Array) -> Array:
