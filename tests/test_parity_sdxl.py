@@ -142,6 +142,23 @@ def test_the_codecs_images_and_latents(theirs, ours):
     assert got.dtype == np.float32 and near(got, want) <= 1e-4
 
 
+def test_latents_of_real_images_are_the_codecs(theirs, folder, ours):
+    """Samples of its posterior by the published factor, and its means; the noise is by number."""
+    images = np.random.default_rng(4).integers(0, 255, (2, *PIXELS, 3), np.uint8)
+    with torch.no_grad():
+        posterior = theirs.vae.encode(to_torch(images / np.float32(127.5) - 1)).latent_dist
+    key, numbers = jax.random.key(5), np.uint32([7, 3])
+    noise = np.stack([jax.random.normal(jax.random.fold_in(key, n), (8, 4, 4)) for n in numbers])
+    encoder = teachers.get('sdxl').load_images(teachers.LoadOptions(str(folder)))
+    assert encoder.identity == ours.latents.encoder and (encoder.factor, encoder.channels) == (2, 4)
+    with jax.default_matmul_precision('highest'):
+        run = lambda mean: encoder.run(encoder.params, images, numbers, key, mean)
+        sampled, mean = run(False), run(True)
+    assert near(mean, 0.13025 * from_torch(posterior.mean)) <= 1e-4
+    assert near(sampled, 0.13025 * from_torch(posterior.mean + posterior.std * to_torch(noise))
+                ) <= 1e-4
+
+
 @pytest.mark.parametrize('guidance, null', [
     (1.0, 'zeros'), (5.0, 'zeros'), (5.0, 'encoded'), (8.0, 'zeros'), (8.0, 'encoded')])
 def test_sampler_gives_the_pipelines_latents(theirs, ours, solve, cond, guidance, null):
