@@ -250,7 +250,7 @@ def entries(models: Sequence[Model], rows: Sequence[str],
     Raises:
       UserError: a student is asked for where there is none, or runs have different teachers.
     """
-    from ddmd_jax.diffusion import drawing, time
+    from ddmd_jax.diffusion import drawing
     from ddmd_jax.evaluation.evaluate import Entry
     from ddmd_jax.models import adapters
     from ddmd_jax.weights import flat
@@ -268,8 +268,7 @@ def entries(models: Sequence[Model], rows: Sequence[str],
 
     def few(model: Model) -> drawing.Sampler:
         return drawing.of_student(teacher, FLAGS.steps or model.steps,
-                                  time.chosen(teacher.time, model.shift, model.first_step),
-                                  FLAGS.sampler or model.sampler)
+                                  model.time(teacher.time), FLAGS.sampler or model.sampler)
 
     guidance = first.family.guidance if FLAGS.guidance is None else FLAGS.guidance
     of_teacher = {

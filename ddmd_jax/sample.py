@@ -230,7 +230,7 @@ def marked(written: Sequence[Place]) -> Iterator[None]:
 
 def samplers(model: Model, teacher: Teacher) -> list[Sampler]:
     """The columns of a sheet that the flags ask for; images of the last are written one by one."""
-    from ddmd_jax.diffusion import drawing, time
+    from ddmd_jax.diffusion import drawing
     from ddmd_jax.train.durable import checkpoint as ckpt
 
     steps = FLAGS.steps or model.steps
@@ -239,9 +239,8 @@ def samplers(model: Model, teacher: Teacher) -> list[Sampler]:
         return [drawing.of_teacher(teacher, FLAGS.steps or TEACHER_STEPS, guidance, FLAGS.solver)]
     if steps != model.steps:
         ckpt.warn(f'the student was trained for {model.steps} steps, not for {steps}')
-    student = drawing.of_student(
-        teacher, steps, time.chosen(teacher.time, model.shift, model.first_step),
-        FLAGS.sampler or model.sampler)
+    student = drawing.of_student(teacher, steps, model.time(teacher.time),
+                                 FLAGS.sampler or model.sampler)
     if not FLAGS.compare_teacher:
         return [student]
     return [drawing.of_teacher(teacher, TEACHER_STEPS, guidance, FLAGS.solver),

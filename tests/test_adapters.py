@@ -36,6 +36,7 @@ from ddmd_jax.planner import command, programs
 from ddmd_jax.train import optim, train
 from ddmd_jax.train.durable import checkpoint as ckpt, resume
 from ddmd_jax.train.durable.checkpoint import CheckpointError
+from ddmd_jax.train.update import Mechanics, Updates
 from ddmd_jax.weights import flat, lora
 from ddmd_jax.weights.flat import WeightsError
 
@@ -324,6 +325,31 @@ def test_updates_move_the_adapters_alone(student, critic, offload, gan, accumula
         pairs = zip(jax.tree.leaves(jax.device_get(getattr(state, name))),
                     jax.tree.leaves(getattr(before, name)), strict=True)
         assert all(not np.array_equal(x, y) for x, y in pairs), name
+    same(frozen.teacher, base)
+
+
+@pytest.mark.parametrize('offload', [(), ('ema', 'teacher')])
+def test_both_at_once_are_of_adapters_too(offload):
+    """DMD2's order: each is the update that it is alone, with the other's adapters as they were."""
+    base, tx = tiny.small_params()[0], optax.sgd(1e-2)
+    params = base, *(stirred(SMALL.init(base, jax.random.key(0)), seed) for seed in (1, 2))
+    build = lambda where: tiny.build_run(
+        tiny.small_network, params, tx, sharding.make_mesh({}, jax.devices()[:1]), where,
+        student=SMALL, critic=SMALL)
+    (spec, program, frozen), batch = build(offload), tiny.make_batch(4)
+    state, metrics = program.both(frozen, spec.create(), batch)
+    assert bool(metrics['finite']) and (int(state.step), int(state.critic_step)) == (1, 1)
+    alone, _ = program.generator(frozen, spec.create(), batch)
+    spec, _, frozen = build(())
+    updates = Updates(tiny.small_network, tiny.make_recipe(), Mechanics(
+        tx, tx, student=SMALL, critic=SMALL))
+    start = spec.create()
+    judged, _ = jax.jit(updates.critic)(frozen, start, batch, updates._generator_key(start))
+    for name, of in (('student', alone), ('ema', alone), ('critic', judged)):
+        found, want, before = (jax.device_get(getattr(x, name)) for x in (state, of, start))
+        jax.tree.map(functools.partial(np.testing.assert_allclose, atol=1e-7), found, want)
+        pairs = zip(jax.tree.leaves(found), jax.tree.leaves(before), strict=True)
+        assert all(np.abs(x - y).max() > 1e-5 for x, y in pairs), name
     same(frozen.teacher, base)
 
 

@@ -2,6 +2,7 @@
 
 import io
 import json
+import shutil
 import tarfile
 
 import jax
@@ -23,6 +24,7 @@ from ddmd_jax.families.base import Latents, Teacher
 from ddmd_jax.models import autoencoder_kl
 from ddmd_jax.parallel import sharding
 from ddmd_jax.train import prompts
+from ddmd_jax.util.places import PlaceError
 from ddmd_jax.weights import diffusers
 from ddmd_jax.weights.flat import WeightsError
 
@@ -249,6 +251,19 @@ def test_a_tfds_data_set_is_read(tmp_path):
         sources.open_source([f'tfds:{DRAWINGS}'], fields=sources.Fields(image='drawing'))
 
 
+def test_home_is_filled_in_and_what_is_elsewhere_is_one_line(tmp_path, monkeypatch):
+    images = fill(tmp_path / 'in', 2, captions=False)
+    (images / 't.csv').write_text('file_name,caption\n0.png,a\n1.png,b\n')
+    monkeypatch.setenv('HOME', str(tmp_path))
+    found = sources.open_source(['~/in'], '$HOME/in/t.csv')
+    assert [entry.caption() for entry in found] == ['a', 'b']
+    assert found[1].read() == (images / '1.png').read_bytes()
+    for given, captions in (('gs://bucket/in', ''), ('tfds:gs://bucket/in', ''),
+                            ('~/in', 's3://bucket/t.csv')):
+        with pytest.raises(PlaceError, match='must be a local path, not a (gs|s3):// URL'):
+            sources.open_source([given], captions)
+
+
 def no_captions(folder):
     return fill(folder / 'in', 3, captions=False), 'holds 3 images without captions; put'
 
@@ -313,6 +328,19 @@ def test_a_codecs_identity_is_its_encoders(tmp_path, pipeline, encoder):
     assert of(tmp_path / 'vae') != encoder.identity
     with pytest.raises(WeightsError, match='emoji has no codec that makes latents'):
         families.get('emoji').load_images(LoadOptions())
+
+
+def test_a_codec_may_come_in_a_variant(tmp_path, pipeline, encoder, mesh):
+    folder = shutil.copytree(pipeline, tmp_path / 'pipe')
+    stem = folder / 'vae' / diffusers.STEM
+    stem.with_suffix('.safetensors').rename(stem.with_suffix('.fp16.safetensors'))
+    of = lambda variant: families.get('sdxl').load_images(
+        LoadOptions(str(folder), mesh, variant=variant)).identity
+    assert of('fp16') == encoder.identity
+    with pytest.raises(WeightsError, match='name the variant'):
+        of('')
+    with pytest.raises(WeightsError, match='weights of emoji have no variants'):
+        families.get('emoji').load_images(LoadOptions(variant='fp16'))
 
 
 # --- A run ---

@@ -13,11 +13,14 @@ import published_text
 import pytest
 import tiny
 from flax import nnx
+from saved import save
 
 from ddmd_jax import families
-from ddmd_jax.diffusion.time import StepTable
+from ddmd_jax.diffusion.time import FewSteps, StepTable
+from ddmd_jax.export import models
 from ddmd_jax.families import LoadOptions, published_vae
 from ddmd_jax.families.sdxl import names, teacher as sdxl
+from ddmd_jax.models import discriminator
 from ddmd_jax.models.layers import abstract_params
 from ddmd_jax.models.unet import UNet, UNetConfig
 from ddmd_jax.parallel import sharding
@@ -124,6 +127,16 @@ def test_the_table_is_the_schedulers(tmp_path):
         0.00085, 0.02, count=500, first=499, spacing='trailing', offset=0)
 
 
+def test_a_run_that_starts_at_another_step_is_drawn_from_there(tmp_path):
+    """As DMD2's single step: what `sample` and `evaluate` draw by is what was trained."""
+    manifest = {'task': 'distill', 'teacher.name': 'sdxl', 'student.steps': 1}
+    for name, fields, step in (('one', {'student.first_step': 399}, 399), ('own', {}, 999)):
+        run = save(tmp_path / name, manifest | fields, {'w': np.zeros(2, 'f')})
+        model = models.find_model(run, 'anywhere', None)
+        few = FewSteps(model.time(sdxl.TABLE), model.steps)
+        np.testing.assert_array_equal(sdxl.TABLE.step_of(few.times), [step])
+
+
 def test_the_published_codecs_config_is_older_than_its_fields():
     """Those that it lacks are diffusers' defaults, and not those of another family's codec."""
     published = {  # vae/config.json of stabilityai/stable-diffusion-xl-base-1.0, what is read of it
@@ -161,6 +174,12 @@ def test_the_planner_has_shapes_of_everything():
     assert tokens['time_ids'].tolist() == [[832, 1216, 0, 0, 832, 1216]] * 2
     cond = jax.eval_shape(found.text.apply, found.text.params, tokens)
     assert cond == found.cond.shapes(2, 77, jnp.bfloat16)
+    # DMD2's head, at the size that its paper and its code are for.
+    maps = discriminator.feature_shape(found)
+    assert maps == (32, 32, 1280)
+    head = discriminator.make_head('convolutions', maps)
+    assert count(jax.eval_shape(
+        lambda: discriminator.init(head, jax.random.key(0)))) == 104_874_241
     # The meshes that it may be split over: a kernel that does not divide is an error.
     for fsdp, tensor in ((16, 1), (64, 1), (16, 4)):
         mesh = jax.sharding.AbstractMesh((1, fsdp, tensor), sharding.AXES)

@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from jax.sharding import Mesh
 
     from ddmd_jax.diffusion.drawing import ImageName, Request
+    from ddmd_jax.diffusion.time import TimeMap
     from ddmd_jax.families import Family, Teacher
     from ddmd_jax.train.durable.checkpoint import Saved
     from ddmd_jax.util.places import Place
@@ -40,6 +41,12 @@ class Model:
     shift: float | None = None
     first_step: int | None = None
     variant: str = ''
+
+    def time(self, own: TimeMap) -> TimeMap:
+        """That its student draws by: the run's, or else the teacher's `own`."""
+        from ddmd_jax.diffusion import time
+
+        return time.chosen(own, self.shift, self.first_step)
 
 
 def find_model(checkpoint: str | Path, path: str, size: tuple[int, ...] | None,
