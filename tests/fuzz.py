@@ -793,11 +793,12 @@ _OWN = {'sample': ('--checkpoint=/nowhere', '--prompt=a', '--out=OUT/x'),
         'report': ('/nowhere',), 'checkpoints': ('/nowhere',), 'summarise': ('/nowhere',),
         'prompts': ('--input=IN', '--out=OUT/x'),
         'embed': ('--prompts=/nowhere', '--out=OUT/x', '--teacher=emoji', '--path=/nowhere'),
+        'images': ('--input=/nowhere', '--teacher=sdxl', '--path=/nowhere', '--out=OUT/x'),
         'emoji': ('--packages=/nowhere', '--out=OUT/x'),
         'study': ('--config=/nowhere.py', '--workdir=OUT/x', '--report_only')}
 # What a hub or a bucket is asked for, and what is written where the tests stand: never of these.
 FETCHED, WRITTEN = ('path', 'teacher_path', 'teacher', 'push'), ('out', 'packages', 'workdir')
-IN_BUCKETS = ('checkpoint', 'prompts', 'input')  # a gs:// URL is asked for, an http:// one refused
+IN_BUCKETS = ('checkpoint', 'prompts', 'input', 'captions')  # a gs:// URL is asked for, an http:// one refused
 URLS = ('http://', 'gs://')
 
 

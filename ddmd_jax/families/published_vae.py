@@ -99,7 +99,7 @@ def image_encoder(family: str, folder: Path, options: LoadOptions) -> ImageEncod
         if not mean:
             shape = (*(side // cfg.factor for side in images.shape[1:3]), cfg.latent_channels)
             noise = jax.vmap(lambda number: jax.random.normal(
-                jax.random.fold_in(key, number), shape))(numbers)
+                jax.random.fold_in(key, number), shape, jnp.float32))(numbers)
         return encode(params, images.astype(jnp.float32) / 127.5 - 1.0, noise)
 
     program = jax.jit(run, static_argnames='mean', out_shardings=sharding.batch_sharding(mesh))

@@ -57,7 +57,7 @@ class Parts:
         file = self.folder / 'settings.json'
         if not file.is_file():
             files.write_json(file, self.settings)
-        self._check(json.loads(file.read_text()), self.folder)
+        self._check(json.loads(file.read_text(encoding='utf-8')), self.folder)
 
     def _check(self, found: Mapping[str, Any], where: Path) -> None:
         other = [f'{name}: {found.get(name)} -> {value}' for name, value in self.settings.items()
@@ -73,7 +73,7 @@ class Parts:
     def done(self, number: int) -> dict[str, Any] | None:
         """The card of a part, None if it is still to be written."""
         file = self._names(number)[1]
-        return json.loads(file.read_text()) if file.is_file() else None
+        return json.loads(file.read_text(encoding='utf-8')) if file.is_file() else None
 
     def write(self, number: int, images: Iterable[tuple[str, str, int, np.ndarray]],
               digest: str, left_out: Sequence[tuple[str, str]]) -> None:
@@ -165,7 +165,7 @@ class ImageCache(Sequence):
                 'it is half written: run the same `python -m ddmd_jax.prepare images` to the end'
                 if half else f'set config.data.path, or {CURE}'))
         try:
-            self.card = json.loads((folder / 'card.json').read_text())
+            self.card = json.loads((folder / 'card.json').read_text(encoding='utf-8'))
             if self.card['format'] != FORMAT or any(Path(f).name != f for f in self.card['files']):
                 raise ValueError(f'its format is {self.card["format"]!r}')
             settings = self.card['settings']

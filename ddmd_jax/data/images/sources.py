@@ -148,7 +148,7 @@ class Folder(Sequence):
         if self._table is not None:
             return normalise(self._table.get(name, ''))
         file = (self.path / name).with_suffix('.txt')
-        return normalise(file.read_text('utf-8-sig')) if file.is_file() else ''
+        return normalise(file.read_text(encoding='utf-8-sig')) if file.is_file() else ''
 
 
 class Tar(Sequence):
