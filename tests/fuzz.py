@@ -462,9 +462,7 @@ def of_embeddings(rng: random.Random, folder: Path) -> None:
     here = Path(shutil.copytree(made().embeddings, folder / 'embeddings'))
     names = ['card.json', 'card.json', 'index.safetensors', 'null.safetensors',
              'embeddings.array_record']
-    name = damaged(rng, here, names)
-    if rng.random() < 0.2:
-        name = _other_arrays(rng, here)
+    name = _other_arrays(rng, here) if rng.random() < 0.2 else damaged(rng, here, names)
     before = content(folder)
     ended = call('main', lambda rest: read(here))
     if not ended.code:
@@ -619,7 +617,7 @@ def _like() -> Any:
 
 
 def _other_folder(rng: random.Random, kept: Path) -> str:
-    """The folder itself, or one in it, is not what it was."""
+    """The folder itself, or one in or beside it, is not what it was; what, or ''."""
     kind = rng.randrange(6)
     if kind == 0:
         kept.rename(kept.with_name('7.old'))
