@@ -796,7 +796,8 @@ _OWN = {'sample': ('--checkpoint=/nowhere', '--prompt=a', '--out=OUT/x'),
         'study': ('--config=/nowhere.py', '--workdir=OUT/x', '--report_only')}
 # What a hub or a bucket is asked for, and what is written where the tests stand: never of these.
 FETCHED, WRITTEN = ('path', 'teacher_path', 'teacher', 'push'), ('out', 'packages', 'workdir')
-IN_BUCKETS = ('checkpoint', 'prompts', 'input', 'captions')  # a gs:// URL is asked for, an http:// one refused
+# Of these a gs:// URL is asked for, an http:// one refused.
+IN_BUCKETS = ('checkpoint', 'prompts', 'input', 'captions')
 URLS = ('http://', 'gs://')
 
 
