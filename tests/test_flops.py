@@ -52,6 +52,10 @@ def test_nextdit_forward(changes, size, tokens):
                   arg(BATCH, *size, cfg.in_channels), arg(BATCH),
                   arg(BATCH, tokens, cfg.cap_feat_dim), arg(BATCH, tokens, dtype=bool))
     assert got == BATCH * flops.nextdit_forward(cfg, size, tokens)
+    features = counted(layers.functional(make, 'features'), layers.abstract_params(make),
+                       arg(BATCH, *size, cfg.in_channels), arg(BATCH),
+                       arg(BATCH, tokens, cfg.cap_feat_dim), arg(BATCH, tokens, dtype=bool))
+    assert features == BATCH * flops.nextdit_features(cfg, size, tokens)
 
 
 @pytest.mark.parametrize('module, cfg', [

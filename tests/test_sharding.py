@@ -310,7 +310,8 @@ class Run:
                     metrics.append(found)
         self.check()  # steps must hand back what they were given
         assert self.predict.traces == traced > 0
-        assert [update._cache_size() for update in self.program] == [1, 1]
+        critic, generator = self.program.critic, self.program.generator
+        assert [update._cache_size() for update in (critic, generator)] == [1, 1]
         return moved(self.state, start), jax.device_get(metrics)
 
     def check(self):

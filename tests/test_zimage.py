@@ -139,10 +139,11 @@ def test_flops_are_those_of_the_program(size, tokens):
     cfg = dataclasses.replace(TINY, n_layers=3, n_refiner_layers=2)
     make = lambda: ZImage(cfg, nnx.Rngs(0))
     shape = lambda *s, dtype=jnp.float32: jax.ShapeDtypeStruct(s, dtype)
-    text = jax.jit(layers.functional(make)).lower(
-        layers.abstract_params(make), shape(2, *size, 4), shape(2), shape(2, tokens, 24),
-        shape(2, tokens, dtype=bool)).compile().as_text()
-    assert costs.summary(text).flops == 2 * flops.zimage_forward(cfg, size, tokens)
+    for method, count in (('__call__', flops.zimage_forward), ('features', flops.zimage_features)):
+        text = jax.jit(layers.functional(make, method)).lower(
+            layers.abstract_params(make), shape(2, *size, 4), shape(2), shape(2, tokens, 24),
+            shape(2, tokens, dtype=bool)).compile().as_text()
+        assert costs.summary(text).flops == 2 * count(cfg, size, tokens)
 
 
 def test_the_published_network_by_hand():

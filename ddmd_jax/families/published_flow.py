@@ -74,6 +74,7 @@ class Flow:
     rules: sharding.Rules
     shift: float  # the published scheduler's, for a bare transformer, which comes without one
     flops: Callable[[Any, tuple[int, int], int], int]  # (config, latent's size, tokens)
+    feature_flops: Callable[[Any, tuple[int, int], int], int]  # likewise; see `Teacher`
     rescale: Callable[[Array, Array], Array] | None = None  # see `Teacher`
 
 
@@ -229,7 +230,8 @@ def abstract(flow: Flow, text: TextEncoder, options: LoadOptions) -> Teacher:
         make_denoiser(flow.module, cfg, mesh), latents, CondSpec.text(cfg.cap_feat_dim),
         Shift(flow.shift), 'abstract', flow.rules, text, rescale=flow.rescale,
         features=make_features(flow.module, cfg, mesh),
-        flops=functools.partial(flow.flops, cfg, shape[:2]))
+        flops=functools.partial(flow.flops, cfg, shape[:2]),
+        feature_flops=functools.partial(flow.feature_flops, cfg, shape[:2]))
 
 
 def export(flow: Flow, params: Any, published: dict[str, Any], folder: Path, dtype: Any) -> None:

@@ -70,6 +70,22 @@ def zimage_forward(cfg: ZImageConfig, size: tuple[int, int], tokens: int) -> int
             + cfg.n_layers * _block(cfg, tokens + image, modulation=True))
 
 
+def nextdit_features(cfg: NextDiTConfig, size: tuple[int, int], tokens: int) -> int:
+    """FLOPs of one row's way to the last layer's tokens, `NextDiT.features`."""
+    return nextdit_forward(cfg, size, tokens) - _head_of(cfg, cfg.hidden_size, size)
+
+
+def zimage_features(cfg: ZImageConfig, size: tuple[int, int], tokens: int) -> int:
+    """FLOPs of one row's way to the last layer's tokens, `ZImage.features`."""
+    return zimage_forward(cfg, size, tokens) - _head_of(cfg, cfg.dim, size)
+
+
+def _head_of(cfg: NextDiTConfig | ZImageConfig, dim: int, size: tuple[int, int]) -> int:
+    """Of what follows the last layer: the scale by the time, and the way to patches."""
+    patch = cfg.in_channels * cfg.patch_size**2
+    return _linear(1, cfg.time_dim, dim) + _linear(_patches(cfg, size), dim, patch)
+
+
 def _patches(cfg: NextDiTConfig | ZImageConfig, size: tuple[int, int]) -> int:
     if any(edge % cfg.patch_size for edge in size):
         raise ValueError(f'latents of {size[0]} x {size[1]}: both must be multiples of '

@@ -110,7 +110,8 @@ def teacher_from(model: dict[str, Any], params: dict[str, Any], latents: Latents
         'emoji', params['denoiser'], make_denoiser(model), latents, CondSpec.text(text.width),
         Shift(SHIFT), identity, RULES, text,
         make_features(model),
-        flops=functools.partial(flops.nextdit_forward, denoiser_cfg, latents.shape[:2]))
+        flops=functools.partial(flops.nextdit_forward, denoiser_cfg, latents.shape[:2]),
+        feature_flops=functools.partial(flops.nextdit_features, denoiser_cfg, latents.shape[:2]))
 
 
 def save(path: Path, model: dict[str, Any], params: dict[str, Any], steps: int,

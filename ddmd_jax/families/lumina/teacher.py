@@ -41,7 +41,8 @@ def _fields(published: dict[str, Any]) -> dict[str, Any]:
 
 
 FLOW = Flow('lumina', 'Lumina-Image-2.0', text.CLASSES, TRANSFORMER, NextDiTConfig, _fields,
-            NextDiT, names.transformer, RULES, SHIFT, flops.nextdit_forward, rescale)
+            NextDiT, names.transformer, RULES, SHIFT, flops.nextdit_forward,
+            flops.nextdit_features, rescale)
 
 # Of `published_flow`, for this family; the first two for others whose network is a NextDiT, too.
 make_denoiser = functools.partial(published_flow.make_denoiser, NextDiT)

@@ -41,7 +41,7 @@ def _fields(published: dict[str, Any]) -> dict[str, Any]:
 
 
 FLOW = Flow('zimage', 'Z-Image', text.PIPELINE.class_names, TRANSFORMER, ZImageConfig, _fields,
-            ZImage, names.transformer, RULES, SHIFT, flops.zimage_forward)
+            ZImage, names.transformer, RULES, SHIFT, flops.zimage_forward, flops.zimage_features)
 
 load = functools.partial(published_flow.load, FLOW)
 images = functools.partial(published_flow.images, FLOW)
