@@ -26,9 +26,13 @@ if 'JAX_COMPILATION_CACHE_DIR' not in os.environ:
 
 import forked
 import hypothesis
+import jax
+import numpy as np
 import pytest
 import tiny
+from saved import save
 
+from ddmd_jax import families
 from ddmd_jax.families.emoji import teacher as emoji
 
 # No deadline: an example that compiles is slow once. The same examples every run: a gate must
@@ -50,6 +54,18 @@ def commands():
 def weights(tmp_path_factory):
     """File of an emoji teacher."""
     return tiny.save_toy(tmp_path_factory.mktemp('teacher'))
+
+
+@pytest.fixture(scope='module')
+def run(weights, tmp_path_factory):
+    """Folder of a run whose student, of two steps, is near its teacher."""
+    teacher = families.load_teacher(str(weights))
+    manifest = {'task': 'distill', 'teacher.name': 'emoji', 'teacher.path': str(weights),
+                'teacher.dtype': 'float32', 'student.steps': 2,
+                'teacher_identity': teacher.identity}
+    other = tiny.random_params(tiny.TOY, 1)['denoiser']
+    ema = jax.tree.map(lambda a, b: np.asarray(a + 0.1 * (b - a)), teacher.params, other)
+    return save(tmp_path_factory.mktemp('run'), manifest, ema, step=7)
 
 
 @pytest.fixture(scope='session')

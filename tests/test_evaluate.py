@@ -127,18 +127,6 @@ def test_an_image_that_cannot_be_decoded_is_one_line(tmp_path):
 
 
 @pytest.fixture(scope='module')
-def run(weights, tmp_path_factory):
-    """Folder of a run whose student, of two steps, is near its teacher."""
-    teacher = teachers.load_teacher(str(weights))
-    manifest = {'task': 'distill', 'teacher.name': 'emoji', 'teacher.path': str(weights),
-                'teacher.dtype': 'float32', 'student.steps': 2,
-                'teacher_identity': teacher.identity}
-    other = tiny.random_params(tiny.TOY, 1)['denoiser']
-    ema = jax.tree.map(lambda a, b: np.asarray(a + 0.1 * (b - a)), teacher.params, other)
-    return save(tmp_path_factory.mktemp('run'), manifest, ema, step=7)
-
-
-@pytest.fixture(scope='module')
 def command():
     """``command(*args)``: the exit code of the command in this process, on one device."""
     before = set(flags.FLAGS)

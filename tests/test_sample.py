@@ -38,18 +38,6 @@ PROMPTS = ['a red apple', 'a dog on a blue background', '']
 
 
 @pytest.fixture(scope='module')
-def run(weights, tmp_path_factory):
-    """Folder of a run whose student, of two steps, is near its teacher."""
-    teacher = teachers.load_teacher(str(weights))
-    manifest = {'task': 'distill', 'teacher.name': 'emoji', 'teacher.path': str(weights),
-                'teacher.dtype': 'float32', 'student.steps': 2,
-                'teacher_identity': teacher.identity}
-    other = tiny.random_params(tiny.TOY, 1)['denoiser']
-    ema = jax.tree.map(lambda a, b: np.asarray(a + 0.1 * (b - a)), teacher.params, other)
-    return save(tmp_path_factory.mktemp('run'), manifest, ema, step=7)
-
-
-@pytest.fixture(scope='module')
 def command():
     """``command(*args)``: the command in this process, one device, its flags as if at start."""
     before = set(flags.FLAGS)
