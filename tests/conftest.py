@@ -24,7 +24,6 @@ if 'JAX_COMPILATION_CACHE_DIR' not in os.environ:
     os.environ['JAX_COMPILATION_CACHE_DIR'] = tempfile.mkdtemp(prefix='ddmd_xla_')
     atexit.register(shutil.rmtree, os.environ['JAX_COMPILATION_CACHE_DIR'], ignore_errors=True)
 
-import forked
 import hypothesis
 import jax
 import numpy as np
@@ -40,14 +39,6 @@ from ddmd_jax.families.emoji import teacher as emoji
 hypothesis.settings.register_profile(
     'gate', deadline=None, derandomize=True, max_examples=40, database=None)
 hypothesis.settings.load_profile('gate')
-
-
-@pytest.fixture(scope='session')
-def commands():
-    """``commands(module, *args)``: the finished process of a command, without its imports."""
-    forks = forked.Commands()
-    yield forks
-    forks.close()
 
 
 @pytest.fixture(scope='session')

@@ -13,6 +13,7 @@ import sys
 import threading
 import types
 
+import forked
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -332,8 +333,7 @@ def test_a_failed_save_is_loud_and_what_stands_stays(tmp_path, monkeypatch, capf
 
 
 def run_command(*args):
-    return subprocess.run([sys.executable, '-m', 'ddmd_jax.checkpoints', *map(str, args)],
-                          cwd=tiny.ROOT, capture_output=True, text=True)
+    return forked.run('ddmd_jax.checkpoints', *args)
 
 
 def test_the_command_lists_verifies_and_prunes(tmp_path):

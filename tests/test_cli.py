@@ -5,6 +5,7 @@ import re
 import subprocess
 import sys
 
+import forked
 import pytest
 import tiny
 from absl import flags
@@ -25,10 +26,10 @@ CASES = [
 
 
 @pytest.mark.parametrize('args, code, words', CASES)
-def test_bad_input(commands, tmp_path, args, code, words):
+def test_bad_input(tmp_path, args, code, words):
     if not any(a.startswith('--workdir') for a in args):
         args = [*args, f'--workdir={tmp_path / "run"}']
-    done = commands('ddmd_jax.main', *args)
+    done = forked.run('ddmd_jax.main', *args)
     errors = [x for x in done.stderr.splitlines() if x.startswith(('main:', 'config:', 'method.'))]
     assert done.returncode == code, done.stderr
     assert words in ' '.join(errors) and 'Traceback' not in done.stderr
@@ -56,8 +57,8 @@ PREPARE = [
 
 
 @pytest.fixture(scope='module')
-def prepare(commands):
-    return functools.partial(commands, 'ddmd_jax.prepare')
+def prepare():
+    return functools.partial(forked.run, 'ddmd_jax.prepare')
 
 
 @pytest.mark.parametrize('args, code, words', PREPARE)
@@ -77,8 +78,8 @@ def test_bad_input_of_prepare(prepare, tmp_path, args, code, words):
     (['judge'], 1, "unexpected argument 'judge'"), (['--step=3'], 2, "'step'"),
     (['--out=/proc/nowhere/judge.safetensors'], 1, 'cannot be made'),
     (['--steps=few'], 2, '--steps=few')])
-def test_bad_input_of_the_judges_training(commands, args, code, words):
-    done = commands('ddmd_jax.families.emoji.make_judge', *args)
+def test_bad_input_of_the_judges_training(args, code, words):
+    done = forked.run('ddmd_jax.families.emoji.make_judge', *args)
     (error,) = filter(None, done.stderr.splitlines())
     assert done.returncode == code and error.startswith('make_judge: ') and words in error
 

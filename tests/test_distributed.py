@@ -6,9 +6,9 @@
 import json
 import os
 import socket
-import subprocess
 import sys
 
+import forked
 import jax
 import numpy as np
 import orbax.checkpoint as ocp
@@ -27,17 +27,25 @@ def free_port():
         return s.getsockname()[1]
 
 
-def together(commands):
-    """Outputs of Python commands that run at once, eight devices split over them."""
-    env = os.environ | {
-        'XLA_FLAGS': tiny.xla_flags(8 // len(commands)),
-        'PYTHONPATH': os.pathsep.join([str(tiny.ROOT), os.environ.get('PYTHONPATH', '')])}
-    started = [subprocess.Popen([sys.executable, *map(str, command)], cwd=tiny.ROOT, env=env,
-                                text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
-               for command in commands]
-    outputs = [p.communicate(timeout=600)[0] for p in started]
-    assert [p.returncode for p in started] == [0] * len(commands), '\n'.join(outputs)
+def together(commands, code=0, **environ):
+    """Outputs of commands that run at once, eight devices split over them.
+
+    Each has its own of a list in `environ`.
+    """
+    started = [forked.start(
+        *command, XLA_FLAGS=tiny.xla_flags(8 // len(commands)),
+        **{k: v[i] if isinstance(v, list) else v for k, v in environ.items()})
+        for i, command in enumerate(commands)]
+    outputs = [''.join(p.communicate(timeout=600)) for p in started]
+    assert [p.returncode for p in started] == [code] * len(commands), '\n'.join(outputs)
     return outputs
+
+
+def under_slurm():
+    """What Slurm tells each of two tasks of one job on this machine."""
+    return {'SLURM_JOB_ID': str(os.getpid() % 4096), 'SLURM_NTASKS': '2',  # makes JAX's port
+            'SLURM_STEP_NODELIST': 'localhost', 'SLURM_PROCID': ['0', '1'],
+            'SLURM_LOCALID': ['0', '1']}
 
 
 def run(workdir, weights, processes, steps=5):
@@ -57,7 +65,7 @@ def run(workdir, weights, processes, steps=5):
     for i in range(processes):
         join = [] if processes == 1 else [
             f'--coordinator=127.0.0.1:{port}', f'--num_processes={processes}', f'--process_id={i}']
-        commands.append(['-m', 'ddmd_jax.main', '--config=configs/emoji_prompts.py',
+        commands.append(['ddmd_jax.main', '--config=configs/emoji_prompts.py',
                          f'--workdir={workdir}', *flags, *join])
     return together(commands)
 

@@ -4,9 +4,8 @@ import ast
 import errno
 import hashlib
 import os
-import subprocess
-import sys
 
+import forked
 import numpy as np
 import pytest
 import tiny
@@ -91,10 +90,8 @@ def test_no_handler_of_everything_names_a_cause_it_does_not_know():
 def test_devices_that_are_not_there_spoil_no_checkpoint(tmp_path, command):
     run = save(tmp_path / 'run', {'task': 'distill', 'teacher.name': 'emoji'}, TREE)
     before = sorted(checksums.files(tmp_path))
-    told = subprocess.run(
-        [sys.executable, '-m', f'ddmd_jax.{command[0]}',
-         *(x.replace('RUN', str(run)) for x in command[1:])], cwd=tiny.ROOT, text=True,
-        env={**os.environ, 'JAX_PLATFORMS': 'cuda'}, capture_output=True)
+    told = forked.run(f'ddmd_jax.{command[0]}', *(x.replace('RUN', str(run)) for x in command[1:]),
+                      JAX_PLATFORMS='cuda')
     said = [x for x in told.stderr.splitlines() if x.startswith(f'{command[0]}: ')]
     assert told.returncode == 1 and len(said) == 1, told.stderr
     assert 'JAX_PLATFORMS=cuda' in said[0] and 'set JAX_PLATFORMS=cpu' in said[0]
@@ -105,9 +102,7 @@ def test_devices_that_are_not_there_spoil_no_checkpoint(tmp_path, command):
 def test_a_listing_asks_for_no_device(tmp_path):
     run = save(tmp_path / 'run', {'teacher.name': 'emoji'}, TREE)
     assert ckpt.saved(run).manifest['teacher.name'] == 'emoji'
-    told = subprocess.run(
-        [sys.executable, '-m', 'ddmd_jax.checkpoints', str(run), '--verify'], cwd=tiny.ROOT,
-        text=True, env={**os.environ, 'JAX_PLATFORMS': 'cuda'}, capture_output=True)
+    told = forked.run('ddmd_jax.checkpoints', run, '--verify', JAX_PLATFORMS='cuda')
     assert told.returncode == 0 and 'good' in told.stdout
 
 

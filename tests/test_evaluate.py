@@ -1,7 +1,6 @@
 """The command `evaluate`: what is drawn and kept, what it writes, and what it says is missing."""
 
 import json
-import os
 import re
 
 import jax
@@ -13,7 +12,7 @@ from absl import flags
 from evaluate_suites import CAPTIONS
 from PIL import Image
 from saved import save
-from test_distributed import together
+from test_distributed import together, under_slurm
 from test_evaluation import noise_sampler, request
 
 from ddmd_jax import evaluate as command_lib, families as teachers
@@ -301,16 +300,11 @@ def test_nothing_depends_on_devices_processes_or_batch(run, tmp_path, monkeypatc
     """All files, bit for bit. A CPU's sums depend on its threads: all processes have as many."""
     monkeypatch.setenv('NPROC', '8')
     monkeypatch.setenv('JAX_COMPILATION_CACHE_DIR', '')
-    args = ['-m', 'ddmd_jax.evaluate', f'--checkpoint={run}', TOY, '--count=4,1', '--rows=student']
+    args = [f'--checkpoint={run}', TOY, '--count=4,1', '--rows=student']
     for name, devices, batch in (('one', 1, 3), ('eight', 8, 16)):
-        tiny.run_on_devices(args[0], devices, *args[1:], f'--batch={batch}',
+        tiny.run_on_devices('ddmd_jax.evaluate', devices, *args, f'--batch={batch}',
                             f'--out={tmp_path / name}')
-    port_from = os.getpid() % 4096
-    program = ('import os, runpy, sys; os.environ |= {{"SLURM_JOB_ID": "{0}", "SLURM_NTASKS": "2", '
-               '"SLURM_STEP_NODELIST": "localhost", "SLURM_PROCID": "{1}", "SLURM_LOCALID": "{1}"}}'
-               '; runpy.run_module("ddmd_jax.evaluate", run_name="__main__", alter_sys=True)')
-    together([['-c', program.format(port_from, i), *args[2:], f'--out={tmp_path / "two"}']
-              for i in range(2)])
+    together([['ddmd_jax.evaluate', *args, f'--out={tmp_path / "two"}']] * 2, **under_slurm())
     for name in ('eight', 'two'):
         for file in ('eval.json', 'scores.parquet', 'table.md', 'samples.png',
                      'images/toy/student/images.arrayrecord'):

@@ -64,7 +64,8 @@ def test_noise_is_of_the_name_alone(tmp_path):
     assert len({x.tobytes() for x in want}) == 4
     np.testing.assert_array_equal(noises(one, 'abcd', 16), want)
     np.testing.assert_array_equal(noises(one, 'cz', 1)[0], want[2])
-    tiny.run_on_devices('-c', 8, NOISES, str(tmp_path / 'x.npy'))
+    (tmp_path / 'noises.py').write_text(NOISES)
+    tiny.run_on_devices(tmp_path / 'noises.py', 8, tmp_path / 'x.npy')
     np.testing.assert_array_equal(np.load(tmp_path / 'x.npy'), want[[3, 0, 2, 1]])
 
 

@@ -5,10 +5,9 @@ import json
 import os
 import re
 import shutil
-import subprocess
-import sys
 import threading
 
+import forked
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -290,9 +289,8 @@ def test_the_card_says_what_it_is(emoji_run, tmp_path):
 
 def test_the_card_has_that_of_the_prompts(ema, teacher, tmp_path):
     (tmp_path / 'p.txt').write_text('a red fox\na boat\n')
-    done = subprocess.run(
-        [sys.executable, '-m', 'ddmd_jax.prepare', 'prompts', f'--input={tmp_path}/p.txt',
-         f'--out={tmp_path}/set'], cwd=tiny.ROOT, capture_output=True, text=True, check=False)
+    done = forked.run('ddmd_jax.prepare', 'prompts', f'--input={tmp_path}/p.txt',
+                      f'--out={tmp_path}/set')
     assert done.returncode == 0, done.stderr
     workdir = as_run(tmp_path / 'run', 'lumina', ema, **{
         'teacher.path': str(teacher), 'data.path': f'{tmp_path}/set'})
@@ -553,9 +551,7 @@ def test_an_average_of_another_shape_is_no_student(small, changes, words):
 
 def command(*args, environ=()):
     """``(exit code, lines of export's own on stderr, everything on stderr)``."""
-    done = subprocess.run([sys.executable, '-m', 'ddmd_jax.export', *args], cwd=tiny.ROOT,
-                          capture_output=True, text=True, check=False,
-                          env=os.environ | {'JAX_PLATFORMS': 'cpu'} | dict(environ))
+    done = forked.run('ddmd_jax.export', *args, **dict(environ))
     own = [x for x in done.stderr.splitlines() if x.startswith('export: ')]
     return done.returncode, own, done.stderr
 

@@ -1,10 +1,9 @@
 """A schedule, a regulariser and a suite of a user's own, through `main`: examples/extensions."""
 
 import json
-import os
-import subprocess
 import sys
 
+import forked
 import jax
 import numpy as np
 import orbax.checkpoint as ocp
@@ -35,11 +34,9 @@ def run(tmp_path_factory):
     weights = folder / 'teacher.safetensors'
     flat.save(weights, {'denoiser': denoiser, 'text': {'table': table}},
               {'architecture': 'own_teacher'})
-    done = subprocess.run(
-        [sys.executable, '-m', 'ddmd_jax.main', f'--config={EXAMPLES}/extensions/config.py',
-         f'--workdir={folder}/run', f'--config.teacher.path={weights}'],
-        text=True, capture_output=True, check=False,
-        env=os.environ | {'PYTHONPATH': f'{tiny.ROOT}:{EXAMPLES}', 'JAX_PLATFORMS': 'cpu'})
+    done = forked.run(
+        'ddmd_jax.main', f'--config={EXAMPLES}/extensions/config.py', f'--workdir={folder}/run',
+        f'--config.teacher.path={weights}', PYTHONPATH=str(EXAMPLES))
     assert done.returncode == 0, done.stderr
     return folder / 'run'
 

@@ -5,6 +5,7 @@ import json
 import shutil
 import tarfile
 
+import forked
 import jax
 import numpy as np
 import published_sdxl
@@ -382,9 +383,9 @@ def test_damaged_latents_are_one_line(tmp_path, encoder, mesh):
         cache.ImageCache(tmp_path / 'nowhere')
 
 
-def test_the_command_says_what_it_wrote(tmp_path, pipeline, commands):
+def test_the_command_says_what_it_wrote(tmp_path, pipeline):
     images = fill(tmp_path / 'in', 3)
-    call = lambda *more: commands(
+    call = lambda *more: forked.run(
         'ddmd_jax.prepare', 'images', f'--input={images}', '--teacher=sdxl',
         f'--path={pipeline}', '--sizes=16x16,16x24', f'--out={tmp_path / "out"}', *more)
     done = call()

@@ -1,10 +1,8 @@
 """A family of a user's own, with another process: examples/own_teacher."""
 
 import json
-import os
-import subprocess
-import sys
 
+import forked
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -71,8 +69,7 @@ def test_it_is_loaded_by_its_name_and_path_with_a_text_side_or_without(own, tmp_
 
 
 def run(*argv):
-    done = subprocess.run([sys.executable, '-m', *map(str, argv)], text=True, capture_output=True,
-                          env=os.environ | {'PYTHONPATH': f'{tiny.ROOT}:{EXAMPLES}'}, check=False)
+    done = forked.run(*argv, PYTHONPATH=str(EXAMPLES))
     assert done.returncode == 0, done.stderr
     return done.stdout
 

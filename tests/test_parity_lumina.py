@@ -3,9 +3,8 @@
 import functools
 import json
 import shutil
-import subprocess
-import sys
 
+import forked
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -148,7 +147,7 @@ def test_a_run_on_eight_devices_resumes_and_exports(folder, tmp_path, monkeypatc
     for part in ('text_encoder', 'tokenizer'):
         shutil.copytree(tmp_path / 'text' / part, pipe / part, dirs_exist_ok=True)
     (tmp_path / 'p.txt').write_text(''.join(f'prompt number {i}\n' for i in range(40)))
-    tiny.run_on_devices('-m', 1, 'ddmd_jax.prepare', 'prompts', f'--input={tmp_path / "p.txt"}',
+    tiny.run_on_devices('ddmd_jax.prepare', 1, 'prompts', f'--input={tmp_path / "p.txt"}',
                         f'--out={tmp_path / "prompts"}', '--near_threshold=1')
     monkeypatch.setenv('JAX_COMPILATION_CACHE_DIR', str(tmp_path / 'cache'))
     fields = {
@@ -159,17 +158,15 @@ def test_a_run_on_eight_devices_resumes_and_exports(folder, tmp_path, monkeypatc
         'eval.teacher_steps': 2}
     for steps in (1, 2):
         flags = [f'--config.{k}={v}' for k, v in (fields | {'train.steps': steps}).items()]
-        out = tiny.run_on_devices('-m', 8, 'ddmd_jax.main', '--config=configs/lumina.py',
+        out = tiny.run_on_devices('ddmd_jax.main', 8, '--config=configs/lumina.py',
                                   f'--workdir={tmp_path / "run"}', *flags)
     assert 'resumed' in out
     lines = [json.loads(x) for x in (tmp_path / 'run/metrics.jsonl').read_text().splitlines()]
     assert [x['step'] for x in lines] == [1, 2] and all(np.isfinite(x['loss']) for x in lines)
     assert (tmp_path / 'run/samples.png').stat().st_size > 1000
 
-    done = subprocess.run(
-        [sys.executable, '-m', 'ddmd_jax.export', f'--checkpoint={tmp_path / "run"}',
-         f'--out={tmp_path / "student"}', '--format=diffusers'],
-        capture_output=True, text=True, check=False)
+    done = forked.run('ddmd_jax.export', f'--checkpoint={tmp_path / "run"}',
+                      f'--out={tmp_path / "student"}', '--format=diffusers')
     assert done.returncode == 0, done.stderr
     student = diffusers.Lumina2Transformer2DModel.from_pretrained(tmp_path / 'student/transformer')
     teacher = diffusers.Lumina2Transformer2DModel.from_pretrained(folder / 'transformer')

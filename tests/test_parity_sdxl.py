@@ -306,14 +306,14 @@ def test_a_run_on_eight_devices_resumes_and_exports(tmp_path, monkeypatch):
     pipe, prompts = tmp_path / 'pipe', tmp_path / 'prompts'
     published_sdxl.pipeline(text=True, **published_sdxl.ONE_LEVEL).save_pretrained(pipe)
     (tmp_path / 'p.txt').write_text(''.join(f'prompt number {i}\n' for i in range(40)))
-    tiny.run_on_devices('-m', 1, 'ddmd_jax.prepare', 'prompts', f'--input={tmp_path / "p.txt"}',
+    tiny.run_on_devices('ddmd_jax.prepare', 1, 'prompts', f'--input={tmp_path / "p.txt"}',
                         f'--out={prompts}', '--near_threshold=1')
     monkeypatch.setenv('JAX_COMPILATION_CACHE_DIR', str(tmp_path / 'cache'))
     config = tmp_path / 'config.py'
     config.write_text(CONFIG.replace('{pipe}', str(pipe)).replace('{prompts}', str(prompts)))
     for steps in (1, 2):
         out = tiny.run_on_devices(
-            '-m', 8, 'ddmd_jax.main', f'--config={config}', f'--workdir={tmp_path / "run"}',
+            'ddmd_jax.main', 8, f'--config={config}', f'--workdir={tmp_path / "run"}',
             f'--config.train.steps={steps}')
     assert 'resumed' in out
     lines = [json.loads(x) for x in (tmp_path / 'run/metrics.jsonl').read_text().splitlines()]

@@ -139,7 +139,7 @@ def test_a_run_on_eight_devices_of_the_shipped_config(folder, tmp_path):
     """The commands a user gives, from prompts of several lengths to what diffusers loads."""
     (tmp_path / 'p.txt').write_text(''.join(
         f'{"a longer prompt " * (i % 3)}number {i}\n' for i in range(40)))
-    tiny.run_on_devices('-m', 1, 'ddmd_jax.prepare', 'prompts', f'--input={tmp_path / "p.txt"}',
+    tiny.run_on_devices('ddmd_jax.prepare', 1, 'prompts', f'--input={tmp_path / "p.txt"}',
                         f'--out={tmp_path / "prompts"}', '--near_threshold=1')
     fields = {
         'teacher.path': folder, 'teacher.dtype': 'float32', 'data.path': tmp_path / 'prompts',
@@ -147,7 +147,7 @@ def test_a_run_on_eight_devices_of_the_shipped_config(folder, tmp_path):
         'critic.updates': 1, 'mesh.data': 2, 'mesh.fsdp': 2, 'mesh.tensor': 2, 'log.every': 1,
         'log.images_every': 100, 'log.probe': 0, 'eval.prompts': 1, 'eval.teacher_steps': 2,
         'train.steps': 1}
-    tiny.run_on_devices('-m', 8, 'ddmd_jax.main', '--config=configs/zimage.py',
+    tiny.run_on_devices('ddmd_jax.main', 8, '--config=configs/zimage.py',
                         f'--workdir={tmp_path / "run"}',
                         *(f'--config.{k}={v}' for k, v in fields.items()))
     (line,) = (tmp_path / 'run/metrics.jsonl').read_text().splitlines()

@@ -4,6 +4,7 @@ import ast
 import os
 import re
 
+import forked
 import pytest
 import tiny
 from absl import flags
@@ -153,10 +154,10 @@ def test_a_field_refuses_what_is_no_place_for_it(field, schemes):
     ['report', 'URL'], ['checkpoints', 'URL'],
     ['study', '--config=emoji', '--workdir=URL'], ['study.summarise', 'URL']])
 @pytest.mark.parametrize('url', ['ftp://bucket/P', 'gs:/bucket/P'])
-def test_a_command_refuses_in_one_line_and_makes_nothing(commands, tmp_path, args, url):
+def test_a_command_refuses_in_one_line_and_makes_nothing(tmp_path, args, url):
     module, *rest = (arg.replace('URL', url) for arg in args)
     before = os.listdir(tiny.ROOT)
-    done = commands(f'ddmd_jax.{module}', *rest)
+    done = forked.run(f'ddmd_jax.{module}', *rest)
     lines = [line for line in done.stderr.splitlines() if line]
     assert done.returncode in (1, 2) and len(lines) == 1, done.stderr
     assert lines[0].startswith(f'{module.split(".")[-1]}: ') and url in lines[0]

@@ -2,11 +2,9 @@
 
 import importlib.util
 import json
-import os
 import re
-import subprocess
-import sys
 
+import forked
 import jax
 import jax.numpy as jnp
 import pytest
@@ -21,9 +19,7 @@ needs_libtpu = pytest.mark.skipif(
 
 
 def plan(*flags):
-    return subprocess.run(
-        [sys.executable, '-m', 'ddmd_jax.plan', *flags], cwd=tiny.ROOT, capture_output=True,
-        text=True, check=False, env=os.environ | {'ALLOW_MULTIPLE_LIBTPU_LOAD': '1'})
+    return forked.run('ddmd_jax.plan', *flags, ALLOW_MULTIPLE_LIBTPU_LOAD='1')
 
 
 @pytest.mark.tpu_compiler

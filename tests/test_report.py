@@ -7,6 +7,7 @@ import re
 import shutil
 import subprocess
 
+import forked
 import numpy as np
 import pytest
 import tiny
@@ -202,10 +203,7 @@ def test_what_is_no_run_is_one_line(run, name, content, words):
 
 
 def command(*args, cwd=tiny.ROOT):
-    import sys
-
-    return subprocess.run([sys.executable, '-m', 'ddmd_jax.report', *map(str, args)], cwd=cwd,
-                          capture_output=True, text=True, check=False)
+    return forked.run('ddmd_jax.report', *args, cwd=cwd)
 
 
 def test_the_command(tmp_path):

@@ -1,10 +1,7 @@
 """Images for prompts: what is drawn, what the files say of themselves, what is refused."""
 
 import json
-import os
 import re
-import subprocess
-import sys
 
 import jax
 import jax.numpy as jnp
@@ -16,7 +13,7 @@ import tiny
 from absl import flags
 from flax import nnx
 from PIL import Image
-from test_distributed import together
+from test_distributed import together, under_slurm
 from test_export import save
 
 from ddmd_jax import families as teachers, sample
@@ -112,7 +109,7 @@ def test_an_image_is_the_same_alone_in_another_batch_and_among_others(run, comma
 def test_the_command_draws_the_same_images_on_eight_devices(run, three, tmp_path, monkeypatch):
     """The one test that starts the command itself; parameters and batch are split."""
     monkeypatch.setenv('JAX_COMPILATION_CACHE_DIR', '')
-    out = tiny.run_on_devices('-m', 8, 'ddmd_jax.sample', f'--checkpoint={run}',
+    out = tiny.run_on_devices('ddmd_jax.sample', 8, f'--checkpoint={run}',
                               *asking(*PROMPTS), '--count=2', f'--out={tmp_path}')
     assert re.search(r': 6 images, in batches of 8\nstudent, 2 steps: 2 network evaluations and '
                      r'[\d.]+ s an image, [\d.]+ s more to decode it; compiled before in', out)
@@ -123,12 +120,8 @@ def test_the_command_draws_the_same_images_on_eight_devices(run, three, tmp_path
 @pytest.mark.slow
 def test_two_processes_draw_the_same_images_and_one_writes_them(run, three, tmp_path):
     """As under Slurm, whose variables are set by hand."""
-    port_from = os.getpid() % 4096  # JAX makes the coordinator's port of the job's number
-    program = ('import os, runpy, sys; os.environ |= {{"SLURM_JOB_ID": "{0}", "SLURM_NTASKS": "2", '
-               '"SLURM_STEP_NODELIST": "localhost", "SLURM_PROCID": "{1}", "SLURM_LOCALID": "{1}"}}'
-               '; runpy.run_module("ddmd_jax.sample", run_name="__main__", alter_sys=True)')
     args = [f'--checkpoint={run}', *asking(*PROMPTS), '--count=2', f'--out={tmp_path}']
-    outputs = together([['-c', program.format(port_from, i), *args] for i in range(2)])
+    outputs = together([['ddmd_jax.sample', *args]] * 2, **under_slurm())
     assert [output.count('student, 2 steps: 2 network') for output in outputs] == [1, 0]
     for file in three.glob('0*'):
         close(tmp_path / file.name, file)
@@ -137,15 +130,10 @@ def test_two_processes_draw_the_same_images_and_one_writes_them(run, three, tmp_
 @pytest.mark.slow
 def test_what_one_of_two_processes_refuses_ends_both(run, tmp_path):
     """As a checkpoint that only one of them can read."""
-    environ = os.environ | {'SLURM_JOB_ID': str(os.getpid() % 4096), 'SLURM_NTASKS': '2',
-                            'SLURM_STEP_NODELIST': 'localhost'}
-    started = [subprocess.Popen(
-        [sys.executable, '-m', 'ddmd_jax.sample', f'--checkpoint={run}', '--prompt=a cat',
-         f'--out={tmp_path / "out"}', *(['--step=99'] if i else [])], cwd=tiny.ROOT, text=True,
-        env=environ | {'SLURM_PROCID': str(i), 'SLURM_LOCALID': str(i)}, stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE) for i in range(2)]
-    said = [p.communicate(timeout=300)[1] for p in started]
-    assert [p.returncode for p in started] == [1, 1] and 'Traceback' not in ''.join(said), said
+    args = [f'--checkpoint={run}', '--prompt=a cat', f'--out={tmp_path / "out"}']
+    said = together([['ddmd_jax.sample', *args, *more] for more in ([], ['--step=99'])], code=1,
+                    **under_slurm())
+    assert 'Traceback' not in ''.join(said), said
     lines = [[x for x in text.splitlines() if x.startswith('sample: ')] for text in said]
     assert 'has no step 99; there are 7' in lines[1][0], said
     assert 'process 1 has failed (its own output says why)' in lines[0][-1], said

@@ -3,10 +3,9 @@
 import json
 import re
 import signal
-import subprocess
-import sys
 import time
 
+import forked
 import numpy as np
 import pytest
 import tiny
@@ -204,8 +203,7 @@ def test_a_result_counts_for_the_fields_it_was_made_with(tmp_path):
     (('--config=configs/emoji.py', '--workdir=x', '--set', 'lr'), "--set 'lr' is not field=value"),
 ])
 def test_wrong_flags_are_one_line(flags, line):
-    done = subprocess.run([sys.executable, '-m', 'ddmd_jax.study', *flags], cwd=tiny.ROOT,
-                          capture_output=True, text=True, check=False)
+    done = forked.run('ddmd_jax.study', *flags)
     assert done.returncode == 2 and done.stderr.startswith(f'study: {line}'), done.stderr
     assert len(done.stderr.strip().splitlines()) == 1
 
@@ -218,10 +216,8 @@ def test_results_of_other_fields_are_left_out_and_told(tmp_path):
         fields = suites.fields(suite, experiment, config, False, 0) | changed
         (tmp_path / 'results' / f'{name}-seed0.json').write_text(
             json.dumps(result() | {'fields': fields}))
-    done = subprocess.run(
-        [sys.executable, '-m', 'ddmd_jax.study', '--config=configs/emoji.py',
-         f'--workdir={tmp_path}', '--report_only'], cwd=tiny.ROOT, capture_output=True, text=True,
-        check=False)
+    done = forked.run('ddmd_jax.study', '--config=configs/emoji.py', f'--workdir={tmp_path}',
+                      '--report_only')
     assert done.returncode == 0, done.stderr
     assert done.stderr == ('study: warning: dm_only, seed 0, was made with other fields and is '
                            'left out\n')
@@ -234,7 +230,7 @@ SMALLEST = ('train.steps=2', 'data.global_batch=4', 'student.steps=2', 'critic.u
 
 
 def command(folder, weights, *flags):
-    return [sys.executable, '-m', 'ddmd_jax.study', '--config=configs/emoji.py',
+    return ['ddmd_jax.study', '--config=configs/emoji.py',
             f'--workdir={folder}', '--only=hybrid,ca_gan', '--seeds=1', *flags,
             *(x for field in (f'teacher.path={weights}', *SMALLEST) for x in ('--set', field))]
 
@@ -243,16 +239,14 @@ def command(folder, weights, *flags):
 def test_the_smallest_study_is_stopped_goes_on_and_is_reported(tmp_path, weights, monkeypatch):
     """Two steps a run, a toy teacher on two devices: through `main`, as for any other."""
     monkeypatch.setenv('XLA_FLAGS', tiny.xla_flags(2))
-    first = subprocess.Popen(command(tmp_path, weights), cwd=tiny.ROOT, text=True,
-                             stderr=subprocess.PIPE, stdout=subprocess.PIPE)
+    first = forked.start(*command(tmp_path, weights))
     while not (tmp_path / 'runs' / 'hybrid-seed0' / 'lock').exists():
         assert first.poll() is None, first.communicate()
         time.sleep(0.1)
     first.send_signal(signal.SIGTERM)
     _, err = first.communicate(timeout=120)
     assert first.returncode == 1 and 'run the same command to go on' in err
-    done = subprocess.run(command(tmp_path, weights), cwd=tiny.ROOT, text=True, capture_output=True,
-                          check=False)
+    done = forked.run(*command(tmp_path, weights))
     assert done.returncode == 0, done.stderr
     assert '2 of 2 runs to do' in done.stderr
     found = {p.stem: json.loads(p.read_text()) for p in (tmp_path / 'results').glob('*.json')}
@@ -265,8 +259,7 @@ def test_the_smallest_study_is_stopped_goes_on_and_is_reported(tmp_path, weights
     page = (tmp_path / 'report.html').read_text()
     assert 'alt="ca_gan"' in page and 'not decided at this scale' in page
     assert not (tmp_path / 'runs' / 'hybrid-seed0').exists()  # only results are kept
-    again = subprocess.run(command(tmp_path, weights), cwd=tiny.ROOT, text=True,
-                           capture_output=True, check=False)
+    again = forked.run(*command(tmp_path, weights))
     assert again.returncode == 0 and '0 of 2 runs to do' in again.stderr
 
 

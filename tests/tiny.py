@@ -7,11 +7,10 @@ from __future__ import annotations
 
 import dataclasses
 import os
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
+import forked
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -172,19 +171,16 @@ def xla_flags(devices: int) -> str:
     return f'{os.environ.get("XLA_FLAGS", "")} --xla_force_host_platform_device_count={devices}'
 
 
-def run_on_devices(script: str | Path, devices: int = 8, *args: str) -> str:
-    """Output of a Python file run with `args` on `devices` host devices, in its own process.
+def run_on_devices(what: str | Path, devices: int = 8, *args: Any) -> str:
+    """Output of a module or file run with `args` on `devices` host devices, in its own process.
 
     The number of host devices is fixed when JAX starts, so that no test can change it for
     itself, and setting it for all of them would slow down every other test.
     """
-    env = os.environ | {
-        'XLA_FLAGS': xla_flags(devices),
-        'PYTHONPATH': os.pathsep.join([str(ROOT), os.environ.get('PYTHONPATH', '')])}
-    done = subprocess.run([sys.executable, str(script), *args], env=env, cwd=ROOT, text=True,
-                          capture_output=True, timeout=600, check=False)
-    assert done.returncode == 0, f'{done.stdout}\n{done.stderr}'
-    return done.stdout + done.stderr
+    process = forked.start(what, *args, XLA_FLAGS=xla_flags(devices))
+    out, err = process.communicate(timeout=600)
+    assert process.returncode == 0, f'{out}\n{err}'
+    return out + err
 
 
 def unshift(t, shift):

@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 import json
-import os
 import socket
 import subprocess
-import sys
 from pathlib import Path
 
+import forked
 import jax
 import numpy as np
 import orbax.checkpoint as ocp
@@ -37,25 +36,23 @@ class Runs:
     def __init__(self, root):
         self.root, self.weights = root, tiny.save_toy(root)
 
-    def command(self, workdir, fields=None, flags=()):
+    def arguments(self, workdir, fields=None, flags=()):
         named = FIELDS | {'teacher.path': self.weights} | (fields or {})
-        return [sys.executable, str(DRIVER), '--config=configs/emoji.py', f'--workdir={workdir}',
+        return ['--config=configs/emoji.py', f'--workdir={workdir}',
                 *(f'--config.{name}={value}' for name, value in named.items()), *flags]
 
     def start(self, workdir, fields=None, flags=(), devices=1, **environ):
         """A process, its output as text; names in capitals go into its environment."""
-        env = os.environ | {'XLA_FLAGS': tiny.xla_flags(devices)} | environ
-        return subprocess.Popen(
-            self.command(workdir, fields, flags), cwd=tiny.ROOT, env=env, text=True,
-            stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+        return forked.start(DRIVER, *self.arguments(workdir, fields, flags),
+                                   **{'XLA_FLAGS': tiny.xla_flags(devices)} | environ)
 
     def start_together(self, count, workdir, fields=None, flags=(), devices=2, **environ):
-        """So many processes of one run; each is told its part of what is a list in `environ`."""
-        port = free_port()
-        mine = lambda i: {k: v[i] if isinstance(v, list) else v for k, v in environ.items()}
-        return [self.start(workdir, fields, [
+        """So many processes of one run; each has its own of a list of `fields` or in `environ`."""
+        port, mine = free_port(), lambda given, i: given[i] if isinstance(given, list) else given
+        return [self.start(workdir, mine(fields, i), [
             *flags, f'--coordinator=127.0.0.1:{port}', f'--num_processes={count}',
-            f'--process_id={i}'], devices, **mine(i)) for i in range(count)]
+            f'--process_id={i}'], devices, **{k: mine(v, i) for k, v in environ.items()})
+            for i in range(count)]
 
     def finish(self, *args, code=0, **kwargs):
         """(stdout, stderr) of a run from its start to its end, which has this code."""

@@ -4,17 +4,14 @@ First with a dictionary in place of JAX's coordinator, then in real processes th
 halted while they wait for one another.
 """
 
-import os
 import random
 import signal
-import subprocess
-import sys
 import time
 from pathlib import Path
 
+import forked
 import pytest
 import runs
-import tiny
 
 from ddmd_jax.parallel import distributed
 
@@ -89,13 +86,12 @@ def test_a_clock_that_is_put_back_changes_nothing(monkeypatch):
 def together(count, timeout=6, started=None, **environ):
     """So many processes that wait for one another; they have begun."""
     port = runs.free_port()
-    env = os.environ | {'JAX_PLATFORMS': 'cpu', 'PYTHONPATH': str(tiny.ROOT)} | environ
-    processes = [subprocess.Popen(
-        [sys.executable, str(SCRIPT), *map(str, (port, count, i, timeout))], env=env, text=True,
-        stdout=subprocess.PIPE, stderr=subprocess.PIPE) for i in range(started or count)]
-    if not started:
-        for p in processes:
-            assert '0\n' in iter(p.stdout.readline, ''), p.communicate()  # Gloo speaks first
+    processes = [forked.start(SCRIPT, port, count, i, timeout, **environ)
+                 for i in range(started or count)]
+    for p in processes:
+        while not started and '0\n' not in p.out.read_text():
+            assert p.poll() is None, p.communicate()
+            time.sleep(0.02)
     return processes
 
 

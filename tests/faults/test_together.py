@@ -3,11 +3,9 @@
 import json
 import shutil
 
-import pair
 import pytest
 import runs
 import stores
-import tiny
 
 from ddmd_jax.train.durable import checksums
 from ddmd_jax.util import buckets, jsonl, places
@@ -20,10 +18,7 @@ GONE = 'process {} has failed (its own output says why)'
 
 @pytest.fixture(scope='module')
 def toy(tmp_path_factory):
-    found = runs.Runs(tmp_path_factory.mktemp('together'))
-    found.pairs = pair.Pairs()
-    yield found
-    found.pairs.close()
+    return runs.Runs(tmp_path_factory.mktemp('together'))
 
 
 @pytest.fixture(scope='module')
@@ -40,14 +35,8 @@ def workdir(finished, tmp_path):
 
 def both(toy, workdir, code=0, fields=({}, {}), **environ):
     """[(stdout, stderr) of process 0, of process 1], which have fields of their own."""
-    port, mine = runs.free_port(), lambda i: {
-        k: v[i] if isinstance(v, list) else v for k, v in environ.items()}
-    ended = toy.pairs([(
-        toy.command(workdir, FIELDS | fields[i], [
-            f'--coordinator=127.0.0.1:{port}', '--num_processes=2', f'--process_id={i}'])[2:],
-        {'XLA_FLAGS': tiny.xla_flags(2), 'TOY': '1'} | mine(i)) for i in range(2)])
-    assert [found for found, _, _ in ended] == [code, code], ended
-    return [(out, err) for _, out, err in ended]
+    started = toy.start_together(2, workdir, [FIELDS | own for own in fields], TOY='1', **environ)
+    return [runs.ended(p, code) for p in started]
 
 
 def told(ended):
