@@ -29,12 +29,9 @@ if TYPE_CHECKING:  # JAX takes seconds to import: not before the flags are right
 
     from jax.sharding import Mesh
 
-    from ddmd_jax.diffusion.drawing import ImageName
-    from ddmd_jax.evaluation.benchmarks import Prompt
+    from ddmd_jax.evaluation.asked import Asked
     from ddmd_jax.evaluation.evaluate import Entry
-    from ddmd_jax.evaluation.kept import Kept
-    from ddmd_jax.evaluation.results import Part
-    from ddmd_jax.evaluation.suites import Examples, Suite
+    from ddmd_jax.evaluation.suites import Suite
 
 FLAGS = flags.FLAGS
 MISSING = 3  # exit code
@@ -137,12 +134,17 @@ def evaluate() -> bool:
     """
     import jax
 
-    from ddmd_jax.evaluation import results as results_lib
+    from ddmd_jax.evaluation import kept, measuring, results as results_lib
+    from ddmd_jax.evaluation.evaluate import SHEET
+    from ddmd_jax.evaluation.measuring import Measures
     from ddmd_jax.parallel import distributed
     from ddmd_jax.util import files
 
-    prompts, weights = pairs('prompts'), pairs('weights')
-    results = {name: found[-1] for name, found in pairs('results').items()}
+    prompts, results = pairs('prompts'), pairs('results')
+    by = Measures(
+        FLAGS.metrics, pairs('weights'),
+        buckets.local(places.of(FLAGS.reference)) if FLAGS.reference else None,
+        {name: buckets.local(places.of(found[-1])) for name, found in results.items()})
     out = commands.folder('--out', FLAGS.out)
     held = files.lock(out / '.lock') if jax.process_index() == 0 else (None, '')
     if jax.process_index() == 0 and held[0] is None:
@@ -155,7 +157,17 @@ def evaluate() -> bool:
     asked = [ask(find_suite(name, models), prompts, models) for name in FLAGS.suite]
     about, notes = draw(asked, models, out) if models else {}, []
     if jax.process_index() == 0:
-        parts = [measure(one, out, weights, results) for one in asked]
+        parts = []
+        for one in asked:
+            if FLAGS.images:
+                folder = buckets.local(places.of(FLAGS.images))
+                parts.append(measuring.part_of_folder(one, folder, by))
+                continue
+            images = measuring.stored(out / 'images', one, (*ROWS[1:], ROWS[0]))
+            parts.append(measuring.part(one, images, by, out / SHEET))
+            for row, found in images.items() if FLAGS.official and one.prompts else ():
+                kept.write_official(out / 'official' / one.suite.name / row, one.suite,
+                                    one.prompts, found)
         print(results_lib.write(out, parts, {
             'seed': FLAGS.seed, **about,
             'suites': {one.suite.name: one.about() for one in asked}}))
@@ -179,22 +191,6 @@ def pairs(flag: str) -> dict[str, list[str]]:
 # --- What is asked for ---
 
 
-@dataclasses.dataclass(frozen=True)
-class Asked:
-    """A suite with its prompts: a family's own has `examples`, a published one `prompts`."""
-
-    suite: Suite
-    named: Sequence[ImageName]
-    groups: Sequence[str]
-    examples: Examples | None = None
-    prompts: Sequence[Prompt] = ()
-
-    def about(self) -> dict[str, Any]:
-        from ddmd_jax.evaluation import kept
-
-        return {'images': len(self.named), 'names': kept.digest(self.named)}
-
-
 def find_suite(name: str, models: Sequence[Model]) -> Suite:
     """The suite of that name; raises `DataFileError` or `UnknownFamily`."""
     from ddmd_jax import families
@@ -211,33 +207,22 @@ def find_suite(name: str, models: Sequence[Model]) -> Suite:
 
 
 def ask(suite: Suite, prompts: Mapping[str, list[str]], models: Sequence[Model]) -> Asked:
-    """Its prompts; raises `DataFileError`."""
-    from ddmd_jax.diffusion import drawing
+    """A suite with its prompts; raises `DataFileError`."""
+    from ddmd_jax.evaluation import asked
     from ddmd_jax.export.student import field_of
 
     if suite.read is None:
-        assert suite.examples is not None
         run = models[0].workdir if models else None
         fields = [field_of(run, f'eval.{name}') if run else None
                   for name in ('prompts', 'held_out')]
         given = FLAGS.count or fields
-        seen, held = COUNT if None in given else map(int, given)
-        examples = suite.examples(seen, held, FLAGS.seed)
-        return Asked(suite, drawing.names(examples.captions, 1, FLAGS.seed),
-                     [''] * len(examples.captions), examples)
+        seen, held_out = COUNT if None in given else map(int, given)
+        return asked.own(suite, seen, held_out, FLAGS.seed)
     if suite.name not in prompts:
         raise UserError(f'{suite.name} wants its prompts: --prompts={suite.name}=PATH; they come '
                         f'from {suite.origin}, {sum(suite.counts.values())} in all')
-    found = suite.prompts(buckets.local(places.of(prompts[suite.name][-1])))
-    if FLAGS.limit:
-        seen_of: dict[str, int] = {}
-        kept = []
-        for prompt in found:
-            seen_of[prompt.group] = seen_of.get(prompt.group, 0) + 1
-            kept += [prompt] * (seen_of[prompt.group] <= FLAGS.limit)
-        found = kept
-    return Asked(suite, drawing.names([prompt.text for prompt in found], suite.images, FLAGS.seed),
-                 [prompt.group for prompt in found for _ in range(suite.images)], None, found)
+    place = buckets.local(places.of(prompts[suite.name][-1]))
+    return asked.published(suite, place, FLAGS.limit, FLAGS.seed)
 
 
 # --- Drawing ---
@@ -377,99 +362,6 @@ def draw(asked: Sequence[Asked], models: Sequence[Model], out: Path) -> dict[str
                 kept.finish()
     step = models[0].saved.step if models[0].saved else None
     return {'step': step, 'weights': about}
-
-
-# --- Measuring ---
-
-
-def measure(one: Asked, out: Path, weights: Mapping[str, list[str]],
-            results: Mapping[str, str]) -> Part:
-    """The rows of a suite: of the images in ``out``, or of --images."""
-    from ddmd_jax.evaluation import evaluate, kept
-    from ddmd_jax.evaluation.results import Part
-
-    folder = out / 'images' / one.suite.name
-    stored = {} if FLAGS.images else {
-        row: kept.opened(folder / row, one.named) for row in stored_rows(folder)}
-    if not stored and not FLAGS.images:
-        raise UserError(f'{folder} holds no images; name a model with --checkpoint or --model')
-    settings = {row: {name: images.about.get(name) for name in evaluate.settings_of(None)}
-                for row, images in stored.items()}
-    if one.examples is not None:
-        if FLAGS.images:
-            raise UserError(f"--images: {one.suite.name} is a family's own; draw it")
-        rows, each, notes = evaluate.measured(one.examples, stored, settings)
-        titles = {row: f'{row}\n{settings[row]["steps"]} steps' for row in stored}
-        evaluate.samples(one.examples, stored, titles, out / evaluate.SHEET)
-    else:
-        rows, each, notes = [], {}, []
-        for row, images in stored.items() if stored else [('images', None)]:
-            line, numbers, missing = measure_row(one, row, images, weights, results)
-            rows.append({'name': row, **settings.get(row, evaluate.settings_of(None)), **line})
-            each[row] = numbers
-            notes += missing
-    for row, images in stored.items() if FLAGS.official else ():
-        kept.write_official(out / 'official' / one.suite.name / row, one.suite, one.prompts, images)
-    return Part(one.suite, rows, each, one.named, one.groups, notes)
-
-
-def stored_rows(folder: Path) -> list[str]:
-    """Rows whose images are there, in the order in which a table has them."""
-    there = [path.name for path in sorted(folder.iterdir()) if path.is_dir()
-             ] if folder.is_dir() else []
-    order = (*ROWS[1:], ROWS[0])
-    return [row for row in order if row in there] + [row for row in there if row not in order]
-
-
-def measure_row(one: Asked, row: str, images: Kept | None, weights: Mapping[str, list[str]],
-                results: Mapping[str, str]) -> tuple[dict[str, Any], dict[str, Any], list[str]]:
-    """(figures of a row, those of each image, what is missing)."""
-    import numpy as np
-
-    from ddmd_jax.evaluation import kept, metrics
-
-    suite, n = one.suite, len(one.named)
-    title = suite.name if images is None else f'{suite.name}, {row}'
-    pictures: Any = images
-    there, notes = list(range(n)), []
-    if images is None:
-        pictures = kept.Folder(buckets.local(places.of(FLAGS.images)), suite, one.prompts)
-        there = pictures.rows
-        notes += pictures.faults
-    names = suite.metrics if FLAGS.metrics is None else FLAGS.metrics
-    reference = buckets.local(places.of(FLAGS.reference)) if FLAGS.reference else None
-    given = metrics.Given(weights, kept.Plain(reference) if reference else None,
-                          metrics.local_mesh())
-    prompts, groups = ([x[i] for i in there] for x in (
-        [name.prompt for name in one.named], one.groups))
-    each, line, gaps = metrics.measure(names, given, pictures, prompts)
-    notes += [f'{title}: {name}: {why}' for name, why in gaps.items()]
-    found: dict[str, Any] = {'images': len(there), **line}
-    bounds = {}
-    for name, scores in each.items():
-        for group, interval in metrics.by_group(scores, prompts, groups).items():
-            key = f'{name}/{group}' if group else name
-            found[key], bounds[key] = interval.mean, [interval.low, interval.high]
-    path = results.get(f'{suite.name}:{row}') or results.get(suite.name)
-    if path and suite.results is None:
-        raise UserError(f"--results={suite.name}: its scorers are here; leave it out")
-    if path and suite.results is not None:
-        try:
-            found |= suite.results(buckets.local(places.of(path)), one.prompts,
-                                   suite.images)
-        except UserError as e:
-            notes.append(f'{title}: {e}')
-    absent = [name for name in suite.columns if name not in found and '/' not in name
-              and name not in gaps]
-    for name in absent:
-        notes.append(f'{title}: {name} is not measured here; run the scorer of its authors on the '
-                     f'images (--official), then give --results={suite.name}=PATH')
-    full = {name: np.full(n, np.nan) for name in each}
-    for name, scores in each.items():
-        full[name][there] = scores
-    if bounds:
-        found['intervals'] = bounds
-    return found, full, notes
 
 
 # --- Evaluations side by side ---
