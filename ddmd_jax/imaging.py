@@ -180,7 +180,7 @@ class _Encoding:
         if not caption:
             return _Read(name, reason='has no caption')
         try:
-            image = pixels.decode(raw)
+            image = pixels.decode(raw, name)
             bucket = pixels.bucket((image.height, image.width), self.wanted.sizes)
             fitted = pixels.fitted(image, self.wanted.sizes[bucket])
         except BadImage as e:

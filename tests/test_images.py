@@ -3,6 +3,7 @@
 import io
 import json
 import shutil
+import struct
 import tarfile
 
 import forked
@@ -19,7 +20,9 @@ from ddmd_jax.config import load
 from ddmd_jax.data import DataFileError
 from ddmd_jax.data.batch import CondSpec
 from ddmd_jax.data.images import cache, pixels, sources
+from ddmd_jax.data.images.pixels import BadImage
 from ddmd_jax.diffusion.time import StepTable
+from ddmd_jax.evaluation import kept
 from ddmd_jax.families import LoadOptions, published_vae
 from ddmd_jax.families.base import Latents, Teacher
 from ddmd_jax.models import autoencoder_kl
@@ -195,6 +198,68 @@ def test_pictures_of_every_mode_become_rgb():
     turned.save(out, 'JPEG', exif=b'Exif\0\0MM\0*\0\0\0\x08\0\x01\x01\x12\0\x03\0\0\0\x01\0\x06\0\0'
                                   b'\0\0\0\0')
     assert pixels.decode(out.getvalue()).size == (3, 5)
+
+
+def saved(image, kind='PNG', **more):
+    out = io.BytesIO()
+    image.save(out, kind, **more)
+    return out.getvalue()
+
+
+RAMP = np.arange(256, dtype=np.uint8).reshape(16, 16)
+WIDE = RAMP.astype(np.uint16) * 257
+
+
+def tiff(changed, **entry):
+    """A grey TIFF of 16 bits; one entry of its header `changed`, from a value to another."""
+    (old, new), = entry.values()
+    raw = saved(Image.fromarray(WIDE), 'TIFF')
+    found = struct.pack('<HHII', changed, 3, 1, old)
+    assert raw.count(found) == 1
+    return raw.replace(found, struct.pack('<HHII', changed, 3, 1, new))
+
+
+@pytest.fixture(params=['prepare', 'evaluate'])
+def seen(request, tmp_path):
+    """``seen(bytes)``: the levels that each command's reader sees, and what it raises."""
+    def read(raw):
+        if request.param == 'prepare':
+            return np.asarray(pixels.decode(raw))
+        (tmp_path / 'x.tif').write_bytes(raw)  # what a file is called does not count
+        return next(iter(kept.Plain(tmp_path)))
+
+    return read, BadImage if request.param == 'prepare' else kept.ImagesError
+
+
+def test_grey_of_16_bits_is_the_same_grey(seen):
+    read, _ = seen
+    big = Image.frombytes('I;16B', (16, 16), WIDE.astype('>u2').tobytes())
+    clear = Image.fromarray(WIDE)
+    for raw in (saved(Image.fromarray(RAMP)), saved(clear), saved(clear, 'PPM'),
+                saved(clear, 'TIFF'), saved(clear, 'TIFF', compression='tiff_lzw'),
+                saved(big, 'TIFF'), saved(big, 'TIFF', compression='tiff_lzw')):
+        np.testing.assert_array_equal(read(raw), np.stack([RAMP] * 3, -1))
+    turned = Image.Exif()
+    turned[0x0112] = 6
+    np.testing.assert_array_equal(read(saved(clear, exif=turned))[..., 0], np.rot90(RAMP, -1))
+    # As with 8 bits, what a file calls transparent is white.
+    for one in (Image.fromarray(RAMP), clear):
+        level = 7 if one.mode == 'L' else 7 * 257
+        found = read(saved(one, transparency=level))
+        assert (found[0, 7] == 255).all() and (found[0, 6] == 6).all()
+
+
+@pytest.mark.parametrize('raw, words', [
+    (lambda: saved(Image.fromarray(RAMP / np.float32(255)), 'TIFF'), 'grey of floats'),
+    (lambda: saved(Image.fromarray(RAMP.astype(np.int32)), 'TIFF'), 'grey of signed or 32-bit'),
+    (lambda: tiff(258, bits=(16, 12)), 'grey of 12 bits'),
+    (lambda: tiff(262, meaning=(1, 0)), 'grey of 16 bits whose 0 is white')],
+    ids=['float', 'int32', 'twelve', 'inverted'])
+def test_levels_that_do_not_say_what_is_white_are_refused(seen, raw, words):
+    read, error = seen
+    with pytest.raises(error, match=f'is {words}.*save it with 8 bits') as e:
+        read(raw())
+    assert len(str(e.value).splitlines()) == 1
 
 
 def test_an_image_goes_to_the_nearest_aspect():

@@ -20,6 +20,7 @@ import numpy as np
 from PIL import Image
 
 from ddmd_jax.data import DataFileError, records
+from ddmd_jax.data.images import pixels
 from ddmd_jax.diffusion import drawing
 from ddmd_jax.diffusion.drawing import ImageName
 from ddmd_jax.evaluation import pictures
@@ -27,7 +28,6 @@ from ddmd_jax.evaluation.benchmarks import Prompt
 from ddmd_jax.evaluation.suites import Suite
 from ddmd_jax.util import errors, files
 from ddmd_jax.util.errors import UserError
-from ddmd_jax.util.text import first_line
 
 FORMS = ('arrayrecord', 'png')
 MANIFEST, WHOLE = 'manifest.json', 'images.arrayrecord'
@@ -41,11 +41,9 @@ class ImagesError(UserError):
 def decode(data: bytes, where: str) -> np.ndarray:
     """``[H, W, 3] uint8`` of an image file; raises `ImagesError`."""
     try:
-        with Image.open(io.BytesIO(data)) as image:
-            return np.asarray(image.convert('RGB'))
-    except Exception as e:  # Pillow's decoders raise whatever they like
-        errors.raise_environment(e, where)
-        raise ImagesError(f'{where} cannot be decoded ({first_line(e)}); make it again') from e
+        return np.asarray(pixels.decode(data, where))
+    except pixels.BadImage as e:
+        raise ImagesError(f'{where} {e}; make it again') from e
 
 
 class Real:
@@ -278,13 +276,11 @@ class Folder:
 class Plain:
     """All images in a folder and below it, by name: a set to compare with."""
 
-    SUFFIXES = ('.png', '.jpg', '.jpeg', '.webp')
-
     def __init__(self, folder: Path):
         self.files = sorted(file for file in folder.rglob('*')
-                            if file.suffix.lower() in self.SUFFIXES) if folder.is_dir() else []
+                            if file.suffix.lower() in pixels.SUFFIXES) if folder.is_dir() else []
         if not self.files:
-            raise ImagesError(f'{folder} holds no images ({", ".join(self.SUFFIXES)})')
+            raise ImagesError(f'{folder} holds no images ({", ".join(pixels.SUFFIXES)})')
 
     def __len__(self) -> int:
         return len(self.files)

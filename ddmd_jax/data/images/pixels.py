@@ -12,30 +12,70 @@ from ddmd_jax.util import errors
 from ddmd_jax.util.text import first_line
 
 Size = tuple[int, int]  # pixels, height first
+SUFFIXES = ('.jpg', '.jpeg', '.png', '.webp', '.bmp', '.tif', '.tiff')  # of what is taken for one
 
 
 class BadImage(ValueError):
     """An image that cannot be used; its message says why."""
 
 
-def decode(raw: bytes) -> Image.Image:
-    """The upright picture in RGB, transparent places white.
+def decode(raw: bytes, where: str = '') -> Image.Image:
+    """The upright picture in RGB, transparent places white; the one reader of others' images.
+
+    Grey of 16 bits becomes the same grey of 8. `where` is what an error of the machine names.
 
     Raises:
-      BadImage: damaged, cut short, or so large that it is taken for an attack.
+      BadImage: damaged, cut short, so large that it is taken for an attack, or of levels that do
+        not say which of them is white (float, 32 bits, signed).
     """
     try:
         with warnings.catch_warnings():
             warnings.simplefilter('error', Image.DecompressionBombWarning)
-            image = ImageOps.exif_transpose(Image.open(io.BytesIO(raw)))
+            opened = Image.open(io.BytesIO(raw))
+            wide = _is_wide(opened)
+            image = ImageOps.exif_transpose(opened)
+            if wide:
+                return _narrowed(image).convert('RGB')
             if 'A' in image.getbands() or 'transparency' in image.info:
                 image = image.convert('RGBA')
                 white = Image.new('RGBA', image.size, 'white')
                 return Image.alpha_composite(white, image).convert('RGB')
             return image.convert('RGB')
+    except BadImage:
+        raise
     except Exception as e:  # whatever a decoder raises, the bytes are at fault, if not the machine
-        errors.raise_environment(e)
-        raise BadImage(f'cannot be decoded: {first_line(e)[:120]}') from e
+        errors.raise_environment(e, where)
+        raise BadImage(f'cannot be decoded ({first_line(e)[:120]})') from e
+
+
+def _is_wide(image: Image.Image) -> bool:
+    """Whether an image that was opened is grey of 16 bits, 0 to 65535; raises `BadImage`."""
+    cure = 'save it with 8 bits a channel'
+    if image.mode not in ('I', 'F') and not image.mode.startswith('I;'):
+        clear = image.info.get('transparency')
+        if isinstance(clear, tuple) and max(clear) > 255:  # Pillow has cut the colours to 8
+            raise BadImage(f'has a transparent colour of 16 bits, which is not read; {cure}')
+        return False
+    # Pillow below 10.3 opens a PNG of 16 bits as `I`; a PGM it brings to 16 bits.
+    if image.mode == 'F' or image.mode == 'I' and image.format not in ('PNG', 'PPM'):
+        raise BadImage(f'is grey of {"floats" if image.mode == "F" else "signed or 32-bit numbers"}'
+                       f', which do not say what is white; {cure}')
+    if image.format == 'TIFF':  # whose levels Pillow leaves as they are
+        tags = image.tag_v2  # type: ignore[attr-defined]
+        bits, meaning = tags.get(258, (1,)), tags.get(262)
+        if tuple(bits) != (16,) or meaning != 1:
+            white = '' if meaning == 1 else ' whose 0 is white'
+            raise BadImage(f'is grey of {bits[0]} bits{white}, which is not read; {cure}')
+    return True
+
+
+def _narrowed(image: Image.Image) -> Image.Image:
+    """Grey of 16 bits in 8; a level that the file calls transparent is white."""
+    levels = np.asarray(image).astype(np.int32)
+    grey = ((levels * 255 + 32767) // 65535).astype(np.uint8)
+    if isinstance(clear := image.info.get('transparency'), int):
+        grey[levels == clear] = 255
+    return Image.fromarray(grey)
 
 
 def bucket(size: Size, sizes: Sequence[Size]) -> int:

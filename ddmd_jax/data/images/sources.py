@@ -15,12 +15,12 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from ddmd_jax.data import DataFileError
+from ddmd_jax.data.images.pixels import SUFFIXES
 from ddmd_jax.data.prompts import files
 from ddmd_jax.data.prompts.text import normalise
 from ddmd_jax.util import errors, places
 from ddmd_jax.util.text import first_line
 
-SUFFIXES = ('.jpg', '.jpeg', '.png', '.webp', '.bmp', '.tif', '.tiff')
 TFDS = 'tfds:'
 
 
