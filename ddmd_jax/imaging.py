@@ -174,9 +174,9 @@ class _Encoding:
             return _Read(name, reason=f'cannot be read: {first_line(e)[:120]}')
         try:
             caption = entry[1].caption()
-        except (ValueError, OSError) as e:
+        except (ValueError, DataFileError, OSError) as e:
             errors.raise_environment(e, name)
-            return _Read(name, reason=f'has a caption that cannot be read: {first_line(e)[:120]}')
+            return _Read(name, reason=f'has a caption that cannot be read: {first_line(e)[:200]}')
         if not caption:
             return _Read(name, reason='has no caption')
         try:

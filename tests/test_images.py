@@ -1,5 +1,6 @@
 """Real images to latents on disk: what is written is what the codec makes of the right pixels."""
 
+import codecs
 import io
 import json
 import shutil
@@ -21,6 +22,7 @@ from ddmd_jax.data import DataFileError
 from ddmd_jax.data.batch import CondSpec
 from ddmd_jax.data.images import cache, pixels, sources
 from ddmd_jax.data.images.pixels import BadImage
+from ddmd_jax.data.prompts import files
 from ddmd_jax.diffusion.time import StepTable
 from ddmd_jax.evaluation import kept
 from ddmd_jax.families import LoadOptions, published_vae
@@ -143,6 +145,12 @@ def test_stopped_work_goes_on_and_ends_alike(tmp_path, encoder, mesh, monkeypatc
     assert encode(images, encoder, mesh, tmp_path / 'out')['count'] == 6 and not seen
     with pytest.raises(DataFileError, match='made otherwise .seed: 0 -> 1'):
         encode(images, encoder, mesh, tmp_path / 'out', seed=1)
+
+
+def table(path, **columns):
+    path.write_text(''.join(json.dumps(dict(zip(columns, row))) + '\n'
+                            for row in zip(*columns.values())))
+    return str(path)
 
 
 def test_any_number_of_processes_writes_the_same(tmp_path, encoder, mesh):
@@ -285,9 +293,66 @@ def test_a_table_has_a_folders_captions(tmp_path):
         assert [entry.caption() for entry in found] == ['from a table 0', '', 'from a table 2']
 
 
+CAPTION = 'ein kleiner Bär, 猫'
+
+
+@pytest.mark.parametrize('raw', [
+    CAPTION.encode('utf-8-sig'), CAPTION.encode('utf-16'), CAPTION.encode('utf-32'),
+    codecs.BOM_UTF16_BE + CAPTION.encode('utf-16-be')], ids=['8', '16', '32', '16-be'])
+def test_captions_are_read_in_every_encoding_that_prompts_are(tmp_path, raw):
+    folder = tmp_path / 'in'
+    folder.mkdir()
+    (folder / '0.png').write_bytes(picture(0))
+    (folder / '0.txt').write_bytes(raw)
+    code = 'utf-16' if len(raw) > 30 and not raw.startswith(b'\xef') else 'utf-8-sig'
+    tar = pack(tmp_path / 'a.tar', {
+        'k.png': picture(0), 'k.txt': raw, 'l.png': picture(1),
+        'l.json': json.dumps({'caption': CAPTION}, ensure_ascii=False).encode(code)})
+    found = sources.open_source([str(folder), str(tar)])
+    assert [entry.caption() for entry in found] == [CAPTION] * 3
+    assert [*files.read(folder / '0.txt', '')] == [CAPTION]
+
+
+def test_captions_that_are_no_text_are_named(tmp_path, encoder, mesh):
+    members = {f'{i}.png': picture(i) for i in range(6)} | {
+        '0.txt': b'good', '1.txt': 'a cat'.encode('utf-16-le'), '2.txt': b'a\0b',
+        '3.json': b'{"caption": ["a", "b"]}', '4.json': b'[' * 9999, '5.txt': b'\xe4'}
+    folder = tmp_path / 'in'
+    folder.mkdir()
+    for name, raw in members.items():
+        (folder / name).write_bytes(raw)
+    for given, count in ((folder, 5), (pack(tmp_path / 'a.tar', members), 5)):
+        out = tmp_path / f'{given.name}.out'
+        card = encode(given, encoder, mesh, out, max_bad=1)
+        reasons = [' '.join(x) for x in card['left_out']['first']]
+        assert card['count'] == 1 and len(reasons) == count
+        assert '1.txt line 1: it holds a NUL, so it is UTF-16 without its mark' in reasons[0]
+        assert '2.txt line 1: it holds a NUL' in reasons[1] and 'not UTF-8' in reasons[4]
+    assert "'caption' is ['a', 'b'], not a text" in reasons[2] and 'nested too deep' in reasons[3]
+
+
+def test_a_caption_has_one_image_and_an_image_one_caption(tmp_path):
+    images = fill(tmp_path / 'in', 2, captions=False)
+    other = fill(tmp_path / 'other', 1, captions=False)
+    tar = pack(tmp_path / 'a.tar', {'k.png': picture(0), 'k.txt': b'x'})
+    twice = table(tmp_path / 'twice.jsonl', file_name=['0.png', './0.png'], caption=['a', 'b'])
+    alike = table(tmp_path / 'alike.jsonl', file_name=['0.png', './0.png'], caption=['a', ' a'])
+    for inputs, captions, words in (
+            ([images], twice, "names ./0.png twice, with 'a' and with 'b'; leave it one row"),
+            ([images, other], alike, 'names 0.png, which is in two folders of --input'),
+            ([tar], alike, 'is for the images of a folder, and --input names none')):
+        with pytest.raises(DataFileError, match=words) as e:
+            sources.open_source([*map(str, inputs)], captions)
+        assert len(str(e.value).splitlines()) == 1
+    assert sources.open_source([str(images)], alike)[0].caption() == 'a'
+    pack(tar, [('k.png', picture(0)), ('k.txt', b'x'), ('k.txt', b'y')])
+    with pytest.raises(DataFileError, match='a.tar holds k.txt twice'):
+        sources.open_source([str(tar)])
+
+
 def pack(path, members):
     with tarfile.open(path, 'w') as tar:
-        for name, raw in members.items():
+        for name, raw in members.items() if isinstance(members, dict) else members:
             info = tarfile.TarInfo(name)
             info.size = len(raw)
             tar.addfile(info, io.BytesIO(raw))

@@ -37,7 +37,10 @@ USUAL = Fields()
 
 
 class Entry(NamedTuple):
-    """One image: its name, its encoded bytes, and its caption, '' if it has none."""
+    """One image: its name, its encoded bytes, and its caption, '' if it has none.
+
+    `caption` raises `ValueError`, `DataFileError` or `OSError` where it cannot be read.
+    """
 
     name: str
     read: Callable[[], bytes]
@@ -63,6 +66,11 @@ class Source(Sequence):
         return self._parts[part][index - (self._ends[part - 1] if part else 0)]
 
 
+def printable(name: str) -> str:
+    """A file's name; bytes of it that are no text are written as their numbers."""
+    return name.encode('utf-8', 'backslashreplace').decode()
+
+
 def open_source(inputs: Sequence[str], captions: str = '', fields: Fields = USUAL) -> Source:
     """The images of `inputs`: folders, ``.tar`` files, or ``tfds:`` and a name or a folder.
 
@@ -71,19 +79,20 @@ def open_source(inputs: Sequence[str], captions: str = '', fields: Fields = USUA
     ``KEY.txt`` or in a field of ``KEY.json``.
 
     Raises:
-      DataFileError: an input is missing, of no known kind, holds no images, or none has a caption.
+      DataFileError: an input is missing, of no known kind, holds no images, or none has a caption;
+        there are captions for no folder, or two captions of one image.
       PlaceError: an input, or `captions`, is not on this machine.
     """
-    parts: list[Sequence[Entry]] = []
+    parts: list[Any] = []
     names: list[Iterator[str]] = []
+    table = _table(Path(places.of(captions, places.LOCAL)), fields) if captions else None
     for given in inputs:
         tfds = given.startswith(TFDS)
         path = Path(places.of(given.removeprefix(TFDS) if tfds else given, places.LOCAL))
         if tfds:
             part: Any = Tfds(given.removeprefix(TFDS), path, fields)
         elif path.is_dir():
-            part = Folder(path, _table(Path(places.of(captions, places.LOCAL)), fields)
-                          if captions else None)
+            part = Folder(path, table)
         elif path.is_file() and path.suffix.lower() == '.tar':
             part = Tar(path, fields.caption)
         else:
@@ -92,16 +101,43 @@ def open_source(inputs: Sequence[str], captions: str = '', fields: Fields = USUA
                                 f'of WebDataset, and {TFDS}NAME')
         parts.append(part)
         names.append(part.names())
+    folders = [part for part in parts if isinstance(part, Folder)]
+    if table is not None:
+        _check_meant(captions, table, folders)
     return Source(parts, itertools.chain(*names))
 
 
+def _check_meant(captions: str, table: Mapping[str, str], folders: Sequence[Any]) -> None:
+    """Raises unless each name in the table can only mean one image."""
+    if not folders:
+        raise DataFileError(f'--captions {captions} is for the images of a folder, and --input '
+                            'names none; leave it out: tars and data sets have their own')
+    seen: set[str] = set()
+    for folder in folders:
+        mine = table.keys() & set(folder.names())
+        if both := seen & mine:
+            raise DataFileError(f'--captions {captions} names {printable(min(both))}, which is in '
+                                'two folders of --input; give one folder at a time, or that '
+                                'which holds both')
+        seen |= mine
+
+
 def _table(path: Path, fields: Fields) -> dict[str, str]:
-    """Captions by file of a table that has both."""
+    """Captions by file of a table that has both, a file once."""
     if path.suffix.lower() == '.txt':
         raise DataFileError(f'--captions {path} is no table; give a .jsonl, .csv, .tsv or .parquet '
                             f'with the fields {fields.file} and {fields.caption}')
     rows = zip(files.read(path, fields.file), files.read(path, fields.caption), strict=True)
-    return {os.path.normpath(name): caption for name, caption in rows}
+    found: dict[str, str] = {}
+    for name, caption in rows:
+        if not name:  # of no image
+            continue
+        there = found.setdefault(os.path.normpath(name), caption)
+        if normalise(there) != normalise(caption):
+            raise DataFileError(
+                f'--captions {path} names {name} twice, with {normalise(there)[:60]!r} and with '
+                f'{normalise(caption)[:60]!r}; leave it one row')
+    return found
 
 
 class Folder(Sequence):
@@ -148,7 +184,7 @@ class Folder(Sequence):
         if self._table is not None:
             return normalise(self._table.get(name, ''))
         file = (self.path / name).with_suffix('.txt')
-        return normalise(file.read_text(encoding='utf-8-sig')) if file.is_file() else ''
+        return normalise(files.text(file.read_bytes(), file.name)) if file.is_file() else ''
 
 
 class Tar(Sequence):
@@ -157,7 +193,7 @@ class Tar(Sequence):
     Headers are read when it is opened, members when they are asked for.
 
     Raises:
-      DataFileError: it is no tar, cut short, or holds no image with a caption.
+      DataFileError: it is no tar, cut short, holds a member twice, or no image with a caption.
     """
 
     def __init__(self, path: Path, field: str):
@@ -170,6 +206,9 @@ class Tar(Sequence):
                     key, _, kind = name.partition('.')
                     if member.isfile() and key:
                         parts = examples.setdefault(os.path.join(folder, key), {})
+                        if f'.{kind.lower()}' in parts:  # WebDataset refuses it too
+                            raise DataFileError(f'{path} holds {printable(member.name)} twice; pack'
+                                                ' it anew with names that differ')
                         parts[f'.{kind.lower()}'] = member.offset_data, member.size
         except (tarfile.TarError, OSError, EOFError) as e:
             errors.raise_environment(e, path)
@@ -196,22 +235,34 @@ class Tar(Sequence):
     def __getitem__(self, index: int) -> Entry:  # type: ignore[override]
         key, image, text, caption = self._examples[index]
         return Entry(f'{self.path.name}/{key}', lambda: self._read(*image),
-                     lambda: self._caption(text, caption))
+                     lambda: self._caption(key + text, caption))
 
     def _read(self, offset: int, size: int) -> bytes:
         with self.path.open('rb') as file:
             file.seek(offset)
             return file.read(size)
 
-    def _caption(self, kind: str, place: tuple[int, int]) -> str:
-        if not kind:
+    def _caption(self, name: str, place: tuple[int, int]) -> str:
+        if not name.endswith(('.txt', '.json')):
             return ''
-        text = self._read(*place).decode('utf-8-sig')
-        if kind == '.txt':
+        text = files.text(self._read(*place), os.path.basename(name))
+        if name.endswith('.txt'):
             return normalise(text)
-        found = json.loads(text)
+        try:
+            found = json.loads(text)
+        except RecursionError as e:
+            raise ValueError('its JSON is nested too deep') from e
         found = found.get(self._field) if isinstance(found, dict) else None
-        return normalise(found) if isinstance(found, str) else ''
+        return normalise(_as_text(found, self._field))
+
+
+def _as_text(found: Any, field: str) -> str:
+    """A caption that was read; raises `ValueError` unless it is text, or nothing."""
+    if isinstance(found, bytes):
+        found = found.decode()
+    if not isinstance(found, str | None):
+        raise ValueError(f'{field!r} is {found!r:.40}, not a text')
+    return found or ''
 
 
 class Tfds(Sequence):
@@ -251,8 +302,8 @@ class Tfds(Sequence):
 
     def __getitem__(self, index: int) -> Entry:  # type: ignore[override]
         def caption() -> str:
-            found = self._rows[index][self._fields.caption]
-            return normalise(found.decode() if isinstance(found, bytes) else str(found))
+            field = self._fields.caption
+            return normalise(_as_text(self._rows[index][field], field))
 
         return Entry(f'{self._name}/{self._fields.split}/{index}',
                      lambda: bytes(self._rows[index][self._fields.image]), caption)

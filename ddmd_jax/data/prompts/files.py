@@ -7,7 +7,7 @@ import json
 import sys
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 from tqdm import tqdm
 
@@ -49,36 +49,46 @@ def read(path: Path, field: str) -> Iterator[str]:
     raise DataFileError(f'{path}: unknown kind {path.suffix!r}; known are {", ".join(KINDS)}')
 
 
+def text(raw: bytes, name: str) -> str:
+    """The text of a whole file, read as `read` reads its lines; errors call it `name`."""
+    return ''.join(_decoded(io.BytesIO(raw), name))
+
+
 def _lines(path: Path) -> Iterator[str]:
+    with path.open('rb') as file, bar(path.name, path.stat().st_size, 'B') as progress:
+        for line in _decoded(file, path):
+            yield line
+            progress.update(len(line))
+
+
+def _decoded(file: BinaryIO, name: str | Path) -> Iterator[str]:
     """Lines with their ends, of which there are three: ``\\n``, ``\\r\\n`` and ``\\r``.
 
     The text is UTF-8, or UTF-16 or UTF-32 with a mark that says so. One NUL is enough to tell that
     it is neither: UTF-16 without a mark, or no text.
     """
-    with path.open('rb') as file, bar(path.name, path.stat().st_size, 'B') as progress:
-        start = file.read(5)
-        file.seek(0)
-        # A mark and nothing after it is no text.
-        marked = next((name for mark, name in MARKS
-                       if start.startswith(mark) and len(start) > len(mark)), '')
-        # Latin-1 keeps every byte, so that a line that is not UTF-8 can be named.
-        lines = io.TextIOWrapper(file, marked or 'latin-1', newline='')
-        number = 0
-        try:
-            for number, line in enumerate(lines, 1):
-                if not marked:
-                    raw = line.encode('latin-1')
-                    line = raw.decode('utf-8-sig' if number == 1 else 'utf-8')
-                if '\0' in line:
-                    raise DataFileError(f'{path} line {number}: it holds a NUL, so it is UTF-16 '
-                                        'without its mark, or no text; save it as UTF-8')
-                yield line
-                progress.update(len(line))
-        except UnicodeDecodeError as e:
-            where = (f'a line after {number}: not {marked.upper()}, as its mark says' if marked else
-                     f'line {number}: not UTF-8 (byte {e.start} of the line, '
-                     f'0x{e.object[e.start]:02x})')
-            raise DataFileError(f'{path} {where}; save it as UTF-8') from e
+    start = file.read(5)
+    file.seek(0)
+    # A mark and nothing after it is no text.
+    marked = next((code for mark, code in MARKS
+                   if start.startswith(mark) and len(start) > len(mark)), '')
+    # Latin-1 keeps every byte, so that a line that is not UTF-8 can be named.
+    lines = io.TextIOWrapper(file, marked or 'latin-1', newline='')
+    number = 0
+    try:
+        for number, line in enumerate(lines, 1):
+            if not marked:
+                raw = line.encode('latin-1')
+                line = raw.decode('utf-8-sig' if number == 1 else 'utf-8')
+            if '\0' in line:
+                raise DataFileError(f'{name} line {number}: it holds a NUL, so it is UTF-16 '
+                                    'without its mark, or no text; save it as UTF-8')
+            yield line
+    except UnicodeDecodeError as e:
+        where = (f'a line after {number}: not {marked.upper()}, as its mark says' if marked else
+                 f'line {number}: not UTF-8 (byte {e.start} of the line, '
+                 f'0x{e.object[e.start]:02x})')
+        raise DataFileError(f'{name} {where}; save it as UTF-8') from e
 
 
 def _find(field: str, names: Sequence[str], where: str) -> None:
