@@ -25,7 +25,7 @@ from tqdm import tqdm
 from ddmd_jax.data import DataFileError
 from ddmd_jax.data.images import cache, pixels
 from ddmd_jax.data.images.pixels import BadImage, Size
-from ddmd_jax.data.images.sources import Entry, Source
+from ddmd_jax.data.images.sources import Entry, Source, printable
 from ddmd_jax.families.base import ImageEncoder
 from ddmd_jax.parallel import sharding
 from ddmd_jax.util import errors
@@ -71,15 +71,16 @@ class _Read:
 
 
 def encode(source: Source, encoder: ImageEncoder, wanted: Wanted, mesh: Mesh, out: Path,
-           share: tuple[int, int] = (0, 1)) -> dict[str, Any] | None:
-    """The card of the finished folder `out`; None if other processes have parts to write.
+           share: tuple[int, int] = (0, 1)) -> tuple[dict[str, Any] | None, bool]:
+    """The card of the finished folder `out`, None if other processes have parts to write; and
+    whether it was there already.
 
     Args:
       share: (which, of how many) processes this one is; it writes every so many-th part.
 
     Raises:
       DataFileError: more than `max_bad` of the images cannot be used, sizes do not divide by the
-        codec's factor, `out` is something else, the disk is full.
+        codec's factor, `out` is something else or of another request, the disk is full.
     """
     odd = [size for size in wanted.sizes if any(side % encoder.factor for side in size)]
     if odd:
@@ -90,9 +91,17 @@ def encode(source: Source, encoder: ImageEncoder, wanted: Wanted, mesh: Mesh, ou
         'channels': encoder.channels, 'sizes': wanted.sizes, 'mean': wanted.mean,
         'seed': wanted.seed, 'part': wanted.part, 'images': len(source),
         'listing': source.listing}
-    parts = cache.Parts(out, settings, -(-len(source) // wanted.part))
+    states = [source.states(first, min(first + wanted.part, len(source)))
+              for first in range(0, len(source), wanted.part)]
+    parts = cache.Parts(out, settings, source.asked, states)
     if parts.finished:
-        return parts.finished
+        first, count = (parts.finished['left_out'][name] for name in ('first', 'count'))
+        if count > wanted.max_bad * len(source):
+            words = cache.summary(first, count)
+            raise DataFileError(f'{out} is done, and of {len(source)} images {words}: more than '
+                                f'--max_bad={wanted.max_bad:g} of them; raise it, or mend them and '
+                                'choose another --out')
+        return parts.finished, True
     run = _Encoding(encoder, wanted, mesh)
     bad: list[Any] = []
     with tqdm(total=len(source), desc='images', unit=' images', file=sys.stderr,
@@ -109,9 +118,9 @@ def encode(source: Source, encoder: ImageEncoder, wanted: Wanted, mesh: Mesh, ou
     cards = [parts.done(number) for number in range(parts.count)]
     every = [card for card in cards if card]
     if len(every) < len(cards):
-        return None
+        return None, False
     _check_bad([one for card in every for one in card['left_out']], len(source), wanted.max_bad)
-    return parts.finish(every)
+    return parts.finish(every), False
 
 
 def _in_order(pool: ThreadPoolExecutor, read: Callable[[Any], _Read],
@@ -131,7 +140,7 @@ def _write(parts: cache.Parts, number: int, found: Iterator[_Read],
     def kept() -> Iterator[tuple[int, _Read]]:
         for place, one in enumerate(found):
             if one.reason:
-                left_out.append((one.name, one.reason))
+                left_out.append((printable(one.name), one.reason))
             else:
                 digest.update(f'{one.name}\0{one.caption}\0{one.digest}\0'.encode(
                     'utf-8', 'surrogateescape'))

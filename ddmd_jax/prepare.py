@@ -131,15 +131,16 @@ def images() -> None:
         families.LoadOptions(FLAGS.path, mesh, variant=FLAGS.variant))
     wanted = imaging.Wanted(sizes, FLAGS.mean, FLAGS.seed, FLAGS.max_bad, FLAGS.batch)
     out = Path(places.of(FLAGS.out, places.LOCAL))
-    card = imaging.encode(source, encoder, wanted, mesh, out, (FLAGS.process, FLAGS.processes))
+    card, there = imaging.encode(source, encoder, wanted, mesh, out,
+                                 (FLAGS.process, FLAGS.processes))
     if card is None:
         print(f"{FLAGS.out}: this process's part is written; others have theirs to write")
         return
     counts = ', '.join(f'{n} of {h}x{w}' for n, (h, w) in zip(
         card['of_each_size'], card['settings']['sizes']))
     left_out = card['left_out']
-    print(f'{FLAGS.out}: {card["count"]} images ({counts}), {left_out["count"]} left out; '
-          f'identity {card["identity"]}')
+    print(f'{FLAGS.out} {"is done already" if there else "written"}: {card["count"]} images '
+          f'({counts}), {left_out["count"]} left out; identity {card["identity"]}')
     if left_out['count']:
         print(f'prepare: {cache.summary(left_out["first"], left_out["count"])}', file=sys.stderr)
 

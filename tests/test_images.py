@@ -7,16 +7,16 @@ import shutil
 import struct
 import tarfile
 
-import forked
 import jax
 import numpy as np
 import published_sdxl
 import published_text
 import pytest
+from absl import flags
 from PIL import Image
 from test_sdxl import written
 
-from ddmd_jax import families, imaging
+from ddmd_jax import families, imaging, prepare
 from ddmd_jax.config import load
 from ddmd_jax.data import DataFileError
 from ddmd_jax.data.batch import CondSpec
@@ -30,6 +30,7 @@ from ddmd_jax.families.base import Latents, Teacher
 from ddmd_jax.models import autoencoder_kl
 from ddmd_jax.parallel import sharding
 from ddmd_jax.train import prompts
+from ddmd_jax.util import commands
 from ddmd_jax.util.places import PlaceError
 from ddmd_jax.weights import diffusers
 from ddmd_jax.weights.flat import WeightsError
@@ -82,13 +83,41 @@ def fill(folder, count=6, captions=True):
 
 
 def encode(folder, encoder, mesh, out, share=(0, 1), **wanted):
-    source = sources.open_source([str(folder)])
-    wanted = imaging.Wanted(SIZES, part=4, **({'rows': 2} | wanted))
+    return asked(sources.open_source([str(folder)]), encoder, mesh, out, share, **wanted)[0]
+
+
+def asked(source, encoder, mesh, out, share=(0, 1), **wanted):
+    """The card, and whether it was there already."""
+    wanted = imaging.Wanted(SIZES, **({'rows': 2, 'part': 4} | wanted))
     return imaging.encode(source, encoder, wanted, mesh, out, share)
 
 
 def contents(folder):
     return {p.name: p.read_bytes() for p in sorted(folder.iterdir())}
+
+
+@pytest.fixture
+def command():
+    """``command(*args)``: the exit code of `prepare images` in this process, or what it says."""
+    before = set(flags.FLAGS)
+    prepare.images_flags()
+    mine = set(flags.FLAGS) - before
+
+    def call(*args):
+        for name in mine:
+            flags.FLAGS[name].unparse()
+        flags.FLAGS.unparse_flags()
+        try:
+            rest = commands.parser('prepare')(['prepare', *args])
+            commands.call('prepare', lambda _: prepare.images(), rest)
+        except SystemExit as e:
+            return e.code
+        return 0
+
+    yield call
+    flags.FLAGS.unparse_flags()
+    for name in mine:
+        delattr(flags.FLAGS, name)
 
 
 # --- Latents ---
@@ -151,6 +180,111 @@ def table(path, **columns):
     path.write_text(''.join(json.dumps(dict(zip(columns, row))) + '\n'
                             for row in zip(*columns.values())))
     return str(path)
+
+
+def change_nothing(images, captions):
+    return captions, {}
+
+
+def other_field(images, captions):
+    return captions, {'caption': 'long'}
+
+
+def other_table(images, captions):
+    return shutil.copy(captions, images.parent / 'other.jsonl'), {}
+
+
+def no_table(images, captions):
+    for i in range(6):
+        (images / f'{i}.txt').write_text('beside')
+    return '', {}
+
+
+def other_folder(images, captions):
+    return shutil.copytree(images, images.parent / 'copy'), {}  # as its name says
+
+
+def caption_mended(images, captions):
+    file = images.parent / 'captions.jsonl'
+    file.write_text(file.read_text().replace('short 5', 'mended!'))
+    return captions, {}
+
+
+def image_mended(images, captions):
+    (images / '1.png').write_bytes(picture(9))
+    return captions, {}
+
+
+def image_added(images, captions):
+    (images / '7.png').write_bytes(picture(9))
+    return captions, {}
+
+
+@pytest.mark.parametrize('change, words', [
+    (change_nothing, ''), (other_field, 'otherwise .field: caption -> long'),
+    (other_table, r'otherwise .captions: captions.jsonl -> other.jsonl'),
+    (no_table, r'otherwise .captions: captions.jsonl -> NAME.txt'),
+    (other_folder, r"otherwise .input: \['in'\] -> \['copy'\]"),
+    (caption_mended, r'changed since .captions of 4.png to 5.png'),
+    (image_mended, r'changed since .images of 0.png to 3.png'),
+    (image_added, 'images: 6 -> 7')], ids=lambda x: getattr(x, '__name__', ''))
+@pytest.mark.parametrize('half', [False, True], ids=['whole', 'half'])
+def test_a_folder_is_of_one_request(tmp_path, encoder, mesh, change, words, half):
+    """Another one is refused; a half written folder goes on after its inputs were mended, and ends
+    as if it had been written at once."""
+    images = fill(tmp_path / 'in', captions=False)
+    names = [f'{i}.png' for i in range(6)]
+    captions = table(tmp_path / 'captions.jsonl', file_name=names,
+                     caption=[f'short {i}' for i in range(6)], long=[f'long {i}' for i in range(6)])
+    opened = lambda folder, of, fields: sources.open_source(
+        [str(folder)], of, sources.Fields(**fields))
+    # Of two processes one leaves the folder half written.
+    first, _ = asked(opened(images, captions, {}), encoder, mesh, tmp_path / 'out',
+                     share=(0, 2 if half else 1))
+    assert (first is None) == half
+    again, fields = change(images, captions)
+    if change is other_folder:
+        images, again = again, captions
+    call = lambda out: asked(opened(images, again, fields), encoder, mesh, tmp_path / out)
+    if not words:
+        card, there = call('out')
+        assert (card['count'], there) == (6, not half) and (half or card == first)
+    elif half and 'since' in words:
+        # The first part alone was there; it is written again where its own files have changed.
+        assert call('out')[0] == call('fresh')[0]
+        assert contents(tmp_path / 'out') == contents(tmp_path / 'fresh')
+    else:
+        before = contents(tmp_path / ('out.parts' if half else 'out'))
+        with pytest.raises(DataFileError, match=words) as e:
+            call('out')
+        said = str(e.value)
+        assert len(said.splitlines()) == 1 and 'choose another --out or delete it' in said
+        assert contents(tmp_path / ('out.parts' if half else 'out')) == before
+
+
+def test_a_folder_that_left_out_more_is_not_done(tmp_path, encoder, mesh):
+    images = fill(tmp_path / 'in', 3)
+    (images / '1.txt').write_text('')
+    encode(images, encoder, mesh, tmp_path / 'out', max_bad=0.5)
+    with pytest.raises(DataFileError, match='1 left out .1.png has no caption.: more than --max_b'):
+        encode(images, encoder, mesh, tmp_path / 'out', max_bad=0.1)
+    (images / '1.txt').write_text('mended')
+    with pytest.raises(DataFileError, match='changed since .captions of 0.png to 2.png.; choose'):
+        encode(images, encoder, mesh, tmp_path / 'out', max_bad=0.5)
+
+
+def test_a_half_written_folder_that_says_nothing_is_one_line(tmp_path, encoder, mesh):
+    images = fill(tmp_path / 'in', 6)
+    encode(images, encoder, mesh, tmp_path / 'out', (0, 2))
+    parts = tmp_path / 'out.parts'
+    (parts / 'images-00000.json').write_text('[]')  # made again
+    for text in ('', '[]', '{"seed": 0}', '{"settings": [], "asked": {}}'):
+        (tmp_path / 'settings.json').write_bytes((parts / 'settings.json').read_bytes())
+        (parts / 'settings.json').write_text(text)
+        with pytest.raises(DataFileError, match='does not say what .* is of .*choose another'):
+            encode(images, encoder, mesh, tmp_path / 'out')
+        shutil.move(tmp_path / 'settings.json', parts / 'settings.json')
+    assert encode(images, encoder, mesh, tmp_path / 'out')['count'] == 6
 
 
 def test_any_number_of_processes_writes_the_same(tmp_path, encoder, mesh):
@@ -513,14 +647,23 @@ def test_damaged_latents_are_one_line(tmp_path, encoder, mesh):
         cache.ImageCache(tmp_path / 'nowhere')
 
 
-def test_the_command_says_what_it_wrote(tmp_path, pipeline):
-    images = fill(tmp_path / 'in', 3)
-    call = lambda *more: forked.run(
-        'ddmd_jax.prepare', 'images', f'--input={images}', '--teacher=sdxl',
-        f'--path={pipeline}', '--sizes=16x16,16x24', f'--out={tmp_path / "out"}', *more)
-    done = call()
-    assert done.returncode == 0, done.stderr
-    assert '3 images (2 of 16x16, 1 of 16x24), 0 left out; identity' in done.stdout
-    done = call('--sizes=16x17')
-    assert done.returncode == 1 and '--sizes 16x17: both must be multiples of 2' in done.stderr
-    assert call('--sizes=16').returncode == 2
+def test_the_command_says_what_it_wrote(tmp_path, pipeline, command, capfd):
+    images = fill(tmp_path / 'in', 3, captions=False)
+    captions = table(tmp_path / 't.jsonl', file_name=['0.png', '1.png', '2.png'],
+                     caption=['a', 'b', 'c'], long=['aa', 'bb', 'cc'])
+
+    def call(*more):
+        code = command(f'--input={images}', f'--captions={captions}', '--teacher=sdxl',
+                       f'--path={pipeline}', '--sizes=16x16,16x24', f'--out={tmp_path / "out"}',
+                       *more)
+        return (code, *capfd.readouterr())
+
+    code, written, _ = call()
+    assert code == 0
+    assert 'out written: 3 images (2 of 16x16, 1 of 16x24), 0 left out; identity' in written
+    assert call()[:2] == (0, written.replace('written', 'is done already'))
+    for more, words in (('--field=long', 'made otherwise (field: caption -> long); choose another'),
+                        ('--sizes=16x17', '--sizes 16x17: both must be multiples of 2')):
+        said = str(call(more)[0])
+        assert words in said and len(said.splitlines()) == 1
+    assert call('--sizes=16')[0] == 2

@@ -2,13 +2,15 @@
 
 A finished folder holds
 
-    card.json                     what it is: format, counts, codec, sizes, files, what was left out
+    card.json                     what it is: format, counts, codec, sizes, files, what was left
+                                  out, and of what it was made: flags, states of inputs by part
     index.safetensors             buckets [N] int32: which of the sizes each image has
     images-00000.array_record     a record an image: safetensors of its latent [h, w, C] fp16, and
                                   of its caption and name as bytes
 
 Until it is finished it lies beside its place, as ``NAME.parts``: each part is there whole, with a
-card of its own, or not at all, so that work that was stopped goes on after the last part.
+card of its own, or not at all, so that work that was stopped goes on after the last part. A part
+whose images or captions have changed since is written again.
 """
 
 import contextlib
@@ -22,7 +24,7 @@ from typing import Any
 import numpy as np
 
 from ddmd_jax.data import DataFileError, records
-from ddmd_jax.util import buckets, errors, files
+from ddmd_jax.util import buckets, errors, files, shape
 from ddmd_jax.util.places import Place
 from ddmd_jax.util.text import first_line
 
@@ -31,6 +33,12 @@ CURE = 'write it again with `python -m ddmd_jax.prepare images`'
 FLOAT = np.float16  # latents are about one: 11 bits of them
 SHOWN = 20  # images that were left out which a card names
 Shape = tuple[int, ...]
+SETTINGS = {'factor': shape.positive, 'channels': shape.positive, 'codec': str,
+            'sizes': [[shape.positive]]}
+PART_CARD = {'buckets': [shape.count], 'digest': str, 'left_out': [[str]], 'made_of': {str: str}}
+LIKE = {'identity': str, 'count': shape.count, 'files': [str], 'of_each_size': [shape.count],
+        'left_out': {'count': shape.count, 'first': [[str]]}, 'settings': SETTINGS,
+        'asked?': {}, 'parts?': [{str: str}]}
 
 
 class Parts:
@@ -38,30 +46,53 @@ class Parts:
 
     Args:
       out: where it shall be.
-      settings: all that the latents depend on; parts of other settings are refused.
-      count: of parts.
+      settings: all that the latents depend on but the images and captions themselves.
+      asked: flags that say which these are; see `sources.Source`.
+      states: of the images and captions of each part, by `Source.states`.
 
     Raises:
-      DataFileError: `out` is something else, or other parts lie beside it.
+      DataFileError: `out` is something else, was made otherwise or from files that have changed
+        since, or parts that were made otherwise lie beside it.
     """
 
-    def __init__(self, out: Path, settings: Mapping[str, Any], count: int):
+    def __init__(self, out: Path, settings: Mapping[str, Any], asked: Mapping[str, Any],
+                 states: Sequence[Mapping[str, str]]):
         self.out, self.folder = out, out.with_name(f'{out.name}.parts')
-        self.settings, self.count = json.loads(json.dumps(settings)), count
+        self.settings, self.asked, self.states = json.loads(json.dumps([settings, asked, states]))
+        self.count = len(states)
+        whole = hashlib.sha256(json.dumps([self.settings, self.asked]).encode()).hexdigest()[:16]
+        self._made_of = [state | {'request': whole} for state in self.states]
         self.finished: dict[str, Any] | None = None
         if out.exists() and (not out.is_dir() or any(out.iterdir())):
-            self.finished = ImageCache(out).card
-            self._check(self.finished['settings'], out)
+            card = ImageCache(out).card
+            self._check(card, out)
+            parts = [*card.get('parts', []), *[{}] * self.count]
+            changed = [f'{what} of {state["first"]} to {state["last"]}'
+                       for state, found in zip(self.states, parts)
+                       for what in ('images', 'captions') if state[what] != found.get(what)]
+            if changed:
+                raise DataFileError(f'{out} holds latents of files that have changed since '
+                                    f'({", ".join(changed)[:400]}); choose another --out or delete '
+                                    'it')
+            self.finished = card
             return
         self.folder.mkdir(parents=True, exist_ok=True)
         file = self.folder / 'settings.json'
         if not file.is_file():
-            files.write_json(file, self.settings)
-        self._check(json.loads(file.read_text(encoding='utf-8')), self.folder)
+            files.write_json(file, {'settings': self.settings, 'asked': self.asked})
+        try:
+            found = shape.load(files.patiently(file.read_bytes), {'settings': {}, 'asked': {}})
+        except ValueError as e:
+            raise DataFileError(f'{file} does not say what this half written folder is of '
+                                f'({first_line(e)}); choose another --out or delete {self.folder}'
+                                ) from e
+        self._check(found, self.folder)
 
     def _check(self, found: Mapping[str, Any], where: Path) -> None:
-        other = [f'{name}: {found.get(name)} -> {value}' for name, value in self.settings.items()
-                 if found.get(name) != value]
+        there = {**found['settings'], **found.get('asked', {})}
+        other = [f'{name}: {there.get(name, "unknown")} -> {value}'
+                 for name, value in {**self.asked, **self.settings}.items()
+                 if there.get(name) != value]
         if other:
             raise DataFileError(f'{where} holds latents that were made otherwise '
                                 f'({", ".join(other)[:400]}); choose another --out or delete it')
@@ -71,9 +102,15 @@ class Parts:
         return self.folder / f'{stem}.array_record', self.folder / f'{stem}.json'
 
     def done(self, number: int) -> dict[str, Any] | None:
-        """The card of a part, None if it is still to be written."""
+        """The card of a part, None if it is still to be written, or was of what has changed."""
         file = self._names(number)[1]
-        return json.loads(file.read_text(encoding='utf-8')) if file.is_file() else None
+        if not file.is_file():
+            return None
+        try:
+            card = shape.load(files.patiently(file.read_bytes), PART_CARD)
+        except ValueError:  # whatever it was, it is made again
+            return None
+        return card if card['made_of'] == self._made_of[number] else None
 
     def write(self, number: int, images: Iterable[tuple[str, str, int, np.ndarray]],
               digest: str, left_out: Sequence[tuple[str, str]]) -> None:
@@ -86,6 +123,8 @@ class Parts:
         import safetensors.numpy
 
         file, card = self._names(number)
+        for old in (card, file):  # a card is never beside images that are not its own
+            files.remove(old)
         buckets: list[int] = []
 
         def encoded() -> Iterable[bytes]:
@@ -104,8 +143,8 @@ class Parts:
         if images:
             with files.replacing(file, sync=True) as scratch:
                 records.write(scratch, encoded())
-        files.write_json(card, {'buckets': buckets, 'digest': digest, 'left_out': left_out},
-                         sync=True)
+        files.write_json(card, {'buckets': buckets, 'digest': digest, 'left_out': left_out,
+                                'made_of': self._made_of[number]}, sync=True)
 
     def finish(self, cards: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
         """The card of the finished folder, of the `cards` of all parts.
@@ -124,7 +163,8 @@ class Parts:
             digest.update(one['digest'].encode())
         counts = np.bincount(buckets, minlength=len(self.settings['sizes'])).tolist()
         card = {'format': FORMAT, 'identity': digest.hexdigest()[:16], 'count': len(buckets),
-                'settings': self.settings, 'of_each_size': counts,
+                'settings': self.settings, 'asked': self.asked, 'parts': self.states,
+                'of_each_size': counts,
                 'left_out': {'count': len(left_out), 'first': left_out[:SHOWN]},
                 'files': [self._names(number)[0].name for number, part in enumerate(cards)
                           if part['buckets']]}
@@ -165,15 +205,20 @@ class ImageCache(Sequence):
                 'it is half written: run the same `python -m ddmd_jax.prepare images` to the end'
                 if half else f'set config.data.path, or {CURE}'))
         try:
-            self.card = json.loads((folder / 'card.json').read_text(encoding='utf-8'))
-            if self.card['format'] != FORMAT or any(Path(f).name != f for f in self.card['files']):
+            self.card = shape.load(files.patiently((folder / 'card.json').read_bytes),
+                                   {'format': str})
+            if self.card['format'] != FORMAT:
                 raise ValueError(f'its format is {self.card["format"]!r}')
+            if fault := shape.fault(self.card, LIKE):
+                raise ValueError(fault)
+            if any(Path(f).name != f for f in self.card['files']):
+                raise ValueError('its files are not all in it')
             settings = self.card['settings']
             factor, channels = settings['factor'], settings['channels']
             self.shapes: list[Shape] = [(h // factor, w // factor, channels)
                                         for h, w in settings['sizes']]
             self.identity, self.codec = self.card['identity'], settings['codec']
-        except (OSError, ValueError, KeyError, TypeError) as e:
+        except (OSError, ValueError, TypeError) as e:
             errors.raise_environment(e)
             raise DataFileError(
                 f'{folder} is no folder of latents ({first_line(e)}); {CURE}') from e

@@ -1,7 +1,8 @@
 """Images with captions, by number: of a folder, of WebDataset's tars, or of a TFDS data set.
 
 A source is listed once, by names alone, and read at random, so that any process can take any part
-of it. Its order is that of names in a folder, and as they lie in tars and data sets.
+of it. Its order is that of names in a folder, and as they lie in tars and data sets. What was asked
+for, and files' sizes and times of change, tell it from another one without reading any image.
 """
 
 import bisect
@@ -10,7 +11,7 @@ import itertools
 import json
 import os
 import tarfile
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence, Set
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -36,8 +37,15 @@ class Fields(NamedTuple):
 USUAL = Fields()
 
 
+class State(NamedTuple):
+    """What tells an image, and its caption, from changed ones, without reading the image."""
+
+    image: str
+    caption: str
+
+
 class Entry(NamedTuple):
-    """One image: its name, its encoded bytes, and its caption, '' if it has none.
+    """One image: its name, its encoded bytes, its caption, '' if it has none, and its state.
 
     `caption` raises `ValueError`, `DataFileError` or `OSError` where it cannot be read.
     """
@@ -45,13 +53,20 @@ class Entry(NamedTuple):
     name: str
     read: Callable[[], bytes]
     caption: Callable[[], str]
+    state: Callable[[], State]
 
 
 class Source(Sequence):
-    """Entries of several inputs, one after another; `listing` names all of them in one hash."""
+    """Entries of several inputs, one after another.
 
-    def __init__(self, parts: Sequence[Sequence[Entry]], names: Iterator[str]):
-        self._parts = parts
+    Attributes:
+      listing: names all of them, in one hash.
+      asked: flags that count for these inputs, with their values; paths without their folders.
+    """
+
+    def __init__(self, parts: Sequence[Sequence[Entry]], names: Iterator[str],
+                 asked: Mapping[str, Any]):
+        self._parts, self.asked = parts, asked
         self._ends = list(itertools.accumulate(map(len, parts)))
         digest = hashlib.sha256()
         for name in names:
@@ -65,10 +80,30 @@ class Source(Sequence):
         part = bisect.bisect_right(self._ends, index)
         return self._parts[part][index - (self._ends[part - 1] if part else 0)]
 
+    def states(self, first: int, last: int) -> dict[str, str]:
+        """Of the entries from `first` to before `last`: names of both ends, a hash of the images'
+        states and one of the captions'."""
+        images, captions = hashlib.sha256(), hashlib.sha256()
+        for index in range(first, last):
+            state = self[index].state()
+            for digest, one in ((images, state.image), (captions, state.caption)):
+                digest.update(one.encode('utf-8', 'surrogatepass') + b'\0')
+        return {'first': printable(self[first].name), 'last': printable(self[last - 1].name),
+                'images': images.hexdigest()[:16], 'captions': captions.hexdigest()[:16]}
+
 
 def printable(name: str) -> str:
     """A file's name; bytes of it that are no text are written as their numbers."""
     return name.encode('utf-8', 'backslashreplace').decode()
+
+
+def _state(path: Path) -> str:
+    """Size and time of change of a file, '' if it is not there."""
+    try:
+        found = path.stat()
+    except (FileNotFoundError, NotADirectoryError):
+        return ''
+    return f'{found.st_size} {found.st_mtime_ns}'
 
 
 def open_source(inputs: Sequence[str], captions: str = '', fields: Fields = USUAL) -> Source:
@@ -85,6 +120,7 @@ def open_source(inputs: Sequence[str], captions: str = '', fields: Fields = USUA
     """
     parts: list[Any] = []
     names: list[Iterator[str]] = []
+    called: list[str] = []
     table = _table(Path(places.of(captions, places.LOCAL)), fields) if captions else None
     for given in inputs:
         tfds = given.startswith(TFDS)
@@ -100,11 +136,19 @@ def open_source(inputs: Sequence[str], captions: str = '', fields: Fields = USUA
             raise DataFileError(f'--input {given} {what}; known are a folder of images, .tar files '
                                 f'of WebDataset, and {TFDS}NAME')
         parts.append(part)
+        called.append(printable(path.name))
         names.append(part.names())
     folders = [part for part in parts if isinstance(part, Folder)]
     if table is not None:
         _check_meant(captions, table, folders)
-    return Source(parts, itertools.chain(*names))
+    used = set().union(*(part.FLAGS for part in parts))
+    if folders and table is not None:
+        used |= {'field', 'file_field'}
+    values = {'captions': os.path.basename(captions) or 'NAME.txt', 'field': fields.caption,
+              'file_field': fields.file, 'image_field': fields.image, 'split': fields.split}
+    asked = {'input': called,
+             **{flag: printable(value) for flag, value in values.items() if flag in used}}
+    return Source(parts, itertools.chain(*names), asked)
 
 
 def _check_meant(captions: str, table: Mapping[str, str], folders: Sequence[Any]) -> None:
@@ -147,6 +191,8 @@ class Folder(Sequence):
       DataFileError: there are none, or none that has a caption.
     """
 
+    FLAGS: Set[str] = {'captions'}
+
     def __init__(self, path: Path, table: Mapping[str, str] | None):
         self.path, self._table = path, table
         self._files, texts = [], set()
@@ -178,7 +224,13 @@ class Folder(Sequence):
 
     def __getitem__(self, index: int) -> Entry:  # type: ignore[override]
         name = self._files[index]
-        return Entry(name, (self.path / name).read_bytes, lambda: self._caption(name))
+        return Entry(name, (self.path / name).read_bytes, lambda: self._caption(name),
+                     lambda: self._state(name))
+
+    def _state(self, name: str) -> State:
+        file = self.path / name
+        return State(_state(file), _state(file.with_suffix('.txt')) if self._table is None
+                     else f'text {self._caption(name)}')
 
     def _caption(self, name: str) -> str:
         if self._table is not None:
@@ -196,8 +248,10 @@ class Tar(Sequence):
       DataFileError: it is no tar, cut short, holds a member twice, or no image with a caption.
     """
 
+    FLAGS: Set[str] = {'field'}
+
     def __init__(self, path: Path, field: str):
-        self.path, self._field = path, field
+        self.path, self._field, self._state = path, field, _state(path)
         examples: dict[str, dict[str, tuple[int, int]]] = {}
         try:
             with tarfile.open(path, 'r:') as tar:
@@ -235,7 +289,8 @@ class Tar(Sequence):
     def __getitem__(self, index: int) -> Entry:  # type: ignore[override]
         key, image, text, caption = self._examples[index]
         return Entry(f'{self.path.name}/{key}', lambda: self._read(*image),
-                     lambda: self._caption(key + text, caption))
+                     lambda: self._caption(key + text, caption),
+                     lambda: State(f'{self._state} {image}', f'{self._state} {caption}'))
 
     def _read(self, offset: int, size: int) -> bytes:
         with self.path.open('rb') as file:
@@ -272,6 +327,8 @@ class Tfds(Sequence):
       DataFileError: there is no such data set, split or field.
     """
 
+    FLAGS: Set[str] = {'field', 'image_field', 'split'}
+
     def __init__(self, name: str, folder: Path, fields: Fields):
         import tensorflow_datasets as tfds
 
@@ -286,6 +343,8 @@ class Tfds(Sequence):
                                     '--image_field or --field')
             self._rows = builder.as_data_source(
                 fields.split, decoders={fields.image: tfds.decode.SkipDecoding()})
+            self._state = ', '.join(f'{file.name} {_state(file)}' for file in sorted(
+                Path(builder.data_dir).iterdir()))
         except DataFileError:
             raise
         except Exception as e:  # of a registry, a split, a file: they have no common ancestor
@@ -306,4 +365,5 @@ class Tfds(Sequence):
             return normalise(_as_text(self._rows[index][field], field))
 
         return Entry(f'{self._name}/{self._fields.split}/{index}',
-                     lambda: bytes(self._rows[index][self._fields.image]), caption)
+                     lambda: bytes(self._rows[index][self._fields.image]), caption,
+                     lambda: State(self._state, self._state))
