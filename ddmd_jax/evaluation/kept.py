@@ -41,7 +41,7 @@ class ImagesError(UserError):
 def decode(data: bytes, where: str) -> np.ndarray:
     """``[H, W, 3] uint8`` of an image file; raises `ImagesError`."""
     try:
-        return np.asarray(pixels.decode(data, where))
+        return np.asarray(pixels.decode(data, where, as_scorers=True))
     except pixels.BadImage as e:
         raise ImagesError(f'{where} {e}; make it again') from e
 

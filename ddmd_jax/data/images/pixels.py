@@ -19,10 +19,11 @@ class BadImage(ValueError):
     """An image that cannot be used; its message says why."""
 
 
-def decode(raw: bytes, where: str = '') -> Image.Image:
+def decode(raw: bytes, where: str = '', as_scorers: bool = False) -> Image.Image:
     """The upright picture in RGB, transparent places white; the one reader of others' images.
 
-    Grey of 16 bits becomes the same grey of 8. `where` is what an error of the machine names.
+    Grey of 16 bits becomes the same grey of 8. `where` is what an error of the machine names. With
+    `as_scorers` it is neither turned nor laid on white: published scorers `convert('RGB')`.
 
     Raises:
       BadImage: damaged, cut short, so large that it is taken for an attack, or of levels that do
@@ -33,10 +34,11 @@ def decode(raw: bytes, where: str = '') -> Image.Image:
             warnings.simplefilter('error', Image.DecompressionBombWarning)
             opened = Image.open(io.BytesIO(raw))
             wide = _is_wide(opened)
-            image = ImageOps.exif_transpose(opened)
+            image = opened if as_scorers else ImageOps.exif_transpose(opened)
             if wide:
                 return _narrowed(image).convert('RGB')
-            if 'A' in image.getbands() or 'transparency' in image.info:
+            if not as_scorers and (
+                    'A' in image.getbands() or 'transparency' in image.info):
                 image = image.convert('RGBA')
                 white = Image.new('RGBA', image.size, 'white')
                 return Image.alpha_composite(white, image).convert('RGB')
