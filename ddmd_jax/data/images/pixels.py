@@ -36,7 +36,7 @@ def decode(raw: bytes, where: str = '', as_scorers: bool = False) -> Image.Image
             wide = _is_wide(opened)
             image = opened if as_scorers else ImageOps.exif_transpose(opened)
             if wide:
-                return _narrowed(image).convert('RGB')
+                return _narrowed(image, white=not as_scorers).convert('RGB')
             if not as_scorers and (
                     'A' in image.getbands() or 'transparency' in image.info):
                 image = image.convert('RGBA')
@@ -71,11 +71,11 @@ def _is_wide(image: Image.Image) -> bool:
     return True
 
 
-def _narrowed(image: Image.Image) -> Image.Image:
-    """Grey of 16 bits in 8; a level that the file calls transparent is white."""
+def _narrowed(image: Image.Image, white: bool) -> Image.Image:
+    """Grey of 16 bits in 8; with `white`, a level that the file calls transparent is."""
     levels = np.asarray(image).astype(np.int32)
     grey = ((levels * 255 + 32767) // 65535).astype(np.uint8)
-    if isinstance(clear := image.info.get('transparency'), int):
+    if white and isinstance(clear := image.info.get('transparency'), int):
         grey[levels == clear] = 255
     return Image.fromarray(grey)
 
