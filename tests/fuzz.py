@@ -644,8 +644,8 @@ def of_results(rng: random.Random, folder: Path) -> None:
 
     suite = suites.SUITES[rng.choice(sorted(suites.SUITES))]
     names = [e.name for e in suite.experiments[:2]]
-    row = {'all_match': 0.9, 'all_match_held_out': 0.9, 'frechet': 1.0, 'colour_error': 1.0,
-           'std': 0.5, 'diversity': None}
+    row = {'steps': 4, 'guidance': 1.0, 'all_match': 0.9, 'all_match_held_out': 0.9,
+           'frechet': 1.0, 'colour_error': 1.0, 'std': 0.5, 'diversity': None}
     rows = dict.fromkeys(('student', 'few_step', 'guided', 'real'), row)
     whole = {'fields': {'log.every': 5}, 'data_std': 0.4, **rows,
              'figures': {'std_ratio': 1.0, 'guided_share': 0.5, 'observer_cos': 0.0,
@@ -663,7 +663,7 @@ def of_results(rng: random.Random, folder: Path) -> None:
         found = results.read(folder, names)
         for asked in claims.CLAIMS:
             claims.judge(found, asked)
-        claims_page.table_rows(found, suite.experiments)
+        claims_page.markdown(found, suite)
         with contextlib.suppress(ValueError):  # which the command says in a line
             robustness.read(found)
 

@@ -155,6 +155,22 @@ def test_cosines_are_of_each_sample():
     assert examine.share_of_way(-a, a * scale) < 0
 
 
+def test_the_table_has_real_images_and_the_teacher_once_a_seed():
+    row = lambda steps, w, share: {'steps': steps, 'guidance': w, 'all_match': share}
+    run = lambda student, guided: {'student': row(4, 1.0, student), 'few_step': row(4, 1.0, 0.5),
+                                   'guided': guided, 'real': row(None, None, 1.0)}
+    found = {'hybrid_4': {1: run(0.9, row(50, 2.0, 0.8)), 2: run(0.7, row(50, 2.0, 0.8))},
+             'dmd2_4': {1: run(0.6, row(1, 1.0, 0.0))}}
+    lines = claims_page.markdown(found, suites.SUITES['steps']).splitlines()
+    cells = [[cell.strip() for cell in line.split('|')[1:5]] for line in lines[2:]]
+    assert cells == [
+        ['real images', '', '2', '1.000 ± 0.000'],
+        ['teacher, guided, w = 2', '50', '2', '0.800 ± 0.000'],
+        ['teacher, without guidance', '4', '2', '0.500 ± 0.000'],
+        ['teacher, without guidance', '1', '1', '0.000'],
+        ['hybrid_4', '4', '2', '0.800 ± 0.141'], ['dmd2_4', '4', '1', '0.600']]
+
+
 def test_the_page_stands_alone_and_says_what_was_found(tmp_path):
     path = tmp_path / 'report.html'
     claims_page.write(path, 'A <title>', 'Of 3 seeds.', 'python -m ddmd_jax.study', made_up(),

@@ -1,7 +1,7 @@
 """A study's results as one HTML file that needs nothing beside it: a page for each claim."""
 
 import statistics
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +10,7 @@ from markupsafe import Markup
 
 from ddmd_jax.study import claims, page, statistics as rule
 from ddmd_jax.study.suites import Experiment, Suite
-from ddmd_jax.util import files
+from ddmd_jax.util import files, text
 
 COLUMNS = {'all_match': 3, 'all_match_held_out': 3, 'frechet': 1, 'colour_error': 2, 'std': 3,
            'diversity': 3}
@@ -58,22 +58,48 @@ def curve_figure(results: claims.Results, names: Sequence[str], curve: str) -> b
 
 
 def table_rows(results: claims.Results, experiments: Sequence[Experiment]) -> list[dict[str, Any]]:
-    rows = []
-    for e in experiments:
-        students = [r['student'] for r in results.get(e.name, {}).values() if 'student' in r]
-        cells = []
-        for column, digits in COLUMNS.items():
-            values = [s[column] for s in students if s.get(column) is not None]
-            mean = f'{statistics.fmean(values):.{digits}f}' if values else ''
-            cells.append(mean + (f' ± {statistics.stdev(values):.{digits}f}'
-                                 if len(values) > 1 else ''))
-        rows.append({'name': e.name, 'seeds': len(students), 'cells': cells, 'words': e.words})
-    return rows
+    """What was drawn, a row each: real images, the teacher in as many steps, all students.
+
+    Real images and the teacher are drawn by every run of a seed alike, and count once.
+    """
+    beside: dict[tuple[int, float], dict[int, Mapping[str, Any]]] = {}
+    real: dict[int, Mapping[str, Any]] = {}
+    for by in results.values():
+        for seed, r in by.items():
+            for row in (r[name] for name in ('guided', 'few_step') if name in r):
+                if row.get('steps'):
+                    beside.setdefault((row['steps'], row.get('guidance') or 1.0), {})[seed] = row
+            real |= {seed: r['real']} if 'real' in r else {}
+    rows = [_row('real images', real.values(), '')]
+    rows += [_row('teacher', by.values(), f'guided, w = {w:g}' if w != 1 else 'without guidance')
+             for (_, w), by in sorted(beside.items(), reverse=True)]
+    return rows + [_row(e.name, [r['student'] for r in results.get(e.name, {}).values()
+                                 if 'student' in r], e.words) for e in experiments]
+
+
+def _row(name: str, drawn: Iterable[Mapping[str, Any]], words: str) -> dict[str, Any]:
+    drawn, cells = list(drawn), []
+    for column, digits in COLUMNS.items():
+        values = [row[column] for row in drawn if row.get(column) is not None]
+        mean = f'{statistics.fmean(values):.{digits}f}' if values else ''
+        cells.append(mean + (f' ± {statistics.stdev(values):.{digits}f}'
+                             if len(values) > 1 else ''))
+    steps = next((row.get('steps') for row in drawn), None)
+    return {'name': name, 'steps': steps or '', 'seeds': len(drawn), 'cells': cells,
+            'words': words}
+
+
+def markdown(results: claims.Results, suite: Suite) -> str:
+    """The page's table of what was drawn, without what has not been."""
+    heads = ['', 'steps', 'seeds', *(column.replace('_', ' ') for column in COLUMNS)]
+    name = lambda row: f'{row["name"]}, {row["words"]}' if row['name'] == 'teacher' else row['name']
+    return text.markdown(heads, [[name(row), row['steps'], row['seeds'], *row['cells']]
+                                 for row in table_rows(results, suite.experiments) if row['seeds']])
 
 
 def write(path: Path, title: str, head: str, how: str, results: claims.Results,
           suite: Suite, pictures: Mapping[str, Path]) -> list[claims.Claim]:
-    """Writes the report to `path`; returns the claims with their verdicts.
+    """Writes the report to `path`, its table also beside it; the claims with their verdicts.
 
     Args:
       title, head, how: of the page; the last is what one would type.
@@ -91,4 +117,5 @@ def write(path: Path, title: str, head: str, how: str, results: claims.Results,
         first={name: min(results[name]) for name in pictures},
         words={e.name: e.words for e in suite.experiments},
         table=table_rows(results, suite.experiments)))
+    files.write(path.with_name('table.md'), markdown(results, suite) + '\n')
     return found

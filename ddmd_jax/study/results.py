@@ -59,7 +59,8 @@ def _columns(value: Any) -> str:
 
 
 _ROW: dict[Any, Any] = {str: shape.VALUE} | dict.fromkeys(
-    ('frechet?', 'all_match?', 'all_match_held_out?', 'colour_error?', 'std?', 'diversity?'),
+    ('steps?', 'guidance?', 'frechet?', 'all_match?', 'all_match_held_out?', 'colour_error?',
+     'std?', 'diversity?'),
     _number)
 _LOOKED_AT: dict[str, Any] = {'bands_live?': [_number], 'bands_ema?': [_number]} | dict.fromkeys(
     ('std_ratio?', 'guided_share?', 'observer_cos?'), _number)
