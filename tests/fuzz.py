@@ -29,12 +29,13 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
+import array_record.python.array_record_data_source  # noqa: F401 - it has flags of its own
 from absl import flags
 
 from ddmd_jax.util import commands
 
 FLAGS = flags.FLAGS
-_BEFORE = set(FLAGS)  # absl's own
+_BEFORE = set(FLAGS)  # absl's, and libraries'
 
 
 class FoundError(AssertionError):
@@ -638,6 +639,95 @@ def _other_folder(rng: random.Random, kept: Path) -> str:
     return 'a folder'
 
 
+OUTS = {'compare': 'x.json', 'blind': 'x.html', 'grid': 'x.png'}
+
+
+@functools.cache
+def evaluation() -> tuple[Path, dict[str, Any]]:
+    """(an evaluation of two rows, drawn by nobody; what the commands make of it)."""
+    import numpy as np
+    from evaluate_suites import CAPTIONS
+
+    from ddmd_jax.diffusion import drawing
+    from ddmd_jax.evaluation.kept import Kept
+
+    here = made().run.parent / 'evaluation'
+    named = drawing.names(CAPTIONS[:4], 1, 0)
+    pixels = np.random.default_rng(0).integers(0, 255, (2, 4, 8, 8, 3), np.uint8)
+    for row, form, drawn in zip(('student', 'teacher_few_step'), ('arrayrecord', 'png'), pixels):
+        images = Kept(here / 'images' / 'toy' / row, named, form)
+        images.claim({'steps': 2, 'guidance': 1.0, 'step': 7, 'weights': row})
+        images.add(range(4), drawn)
+        images.finish()
+    ended = call('evaluate', *_measured(here))
+    assert ended.code == 0, ended.said
+    out = Path(shutil.copytree(here, here.with_name('evaluation_out')))
+    return here, {mode: _shown(mode, here, out) for mode in OUTS}
+
+
+def _measured(here: Path) -> tuple[Any, list[str], Any]:
+    from ddmd_jax import evaluate
+
+    return evaluate.main, ['--suite=evaluate_suites.TOY', '--count=3,1', f'--out={here}'], (
+        evaluate.define_flags)
+
+
+def _shown(mode: str, here: Path, out: Path) -> tuple[int, Any]:
+    from ddmd_jax import evaluate
+
+    ended = call('evaluate', evaluate.main, [
+        f'--{mode}', f'{here}:student', f'{here}:teacher_few_step', f'--out={out / OUTS[mode]}'],
+        evaluate.define_flags)
+    return ended.code, None if ended.code else (out / OUTS[mode]).read_bytes()
+
+
+def of_evaluation(rng: random.Random, folder: Path) -> None:
+    """An evaluation's folder, as it is shown, compared and measured again."""
+    whole, shown = evaluation()
+    here, out = Path(shutil.copytree(whole, folder / whole.name)), folder / 'out'
+    out.mkdir()
+    names = [n.relative_to(here).as_posix() for n in sorted(here.rglob('*.*'))
+             if n.suffix in ('.json', '.parquet', '.png', '.arrayrecord')
+             and n.name != 'samples.png']
+    name = damaged(rng, here, names) if rng.random() < 0.85 else _other_rows(rng, here)
+    before = content(here)
+    for mode in OUTS:
+        found = _shown(mode, here, out)
+        if not found[0] and found != shown[mode]:
+            raise FoundError(f'{name} is damaged, and --{mode} shows something else')
+    if content(here) != before:
+        raise FoundError('what was read has changed')
+    ended = call('evaluate', *_measured(here))
+    same = ended.code or name.endswith('manifest.json') or all(  # a manifest may say something else
+        (here / n).read_bytes() == (whole / n).read_bytes()
+        for n in ('eval.json', 'scores.parquet', 'table.md', 'table.html'))
+    if not same:
+        raise FoundError(f'{name} is damaged, and other figures were written')
+
+
+def _other_rows(rng: random.Random, here: Path) -> str:
+    """A table of scores of other columns, types or rows; what."""
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    table = pq.read_table(here / 'scores.parquet').to_pydict()
+    name = rng.choice(sorted(table))
+    kind = rng.randrange(5)
+    if kind == 0:
+        del table[name]
+    elif kind == 1:
+        odd = rng.choice((None, 'x', 1, 1.5, float('inf'), float('nan'), -1, True, b'x', [1]))
+        table[name] = [odd] * len(table[name])
+    elif kind == 2:
+        table[rng.choice(('row', 'x', ''))] = table.pop(name)
+    elif kind == 3:
+        table = {key: values[:3] for key, values in table.items()}
+    else:
+        table[name][0] = rng.choice((None, *table[name]))
+    pq.write_table(pa.table(table), here / 'scores.parquet')
+    return f'scores.parquet, {name}'
+
+
 def of_results(rng: random.Random, folder: Path) -> None:
     """The results of a study, as its report reads them."""
     from ddmd_jax.study import claims, claims_page, results, robustness, suites
@@ -924,7 +1014,7 @@ _MAIN = ('config', 'profile', 'peer_timeout', 'num_processes', 'process_id', 'co
 DOORS: dict[str, Callable[[random.Random, Path], None]] = {
     'prompts': of_prompts, 'set': of_set, 'embeddings': of_embeddings, 'run files': of_run_files,
     'checkpoint': of_checkpoint, 'results': of_results, 'teacher': of_teacher, 'lora': of_lora,
-    'flags': of_flags, 'fields': of_fields, 'main': of_main}
+    'evaluation': of_evaluation, 'flags': of_flags, 'fields': of_fields, 'main': of_main}
 
 
 def tried(door: str, seed: int) -> None:

@@ -5,6 +5,7 @@ import re
 
 import jax
 import numpy as np
+import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import tiny
@@ -12,10 +13,12 @@ from absl import flags
 from evaluate_suites import CAPTIONS
 from PIL import Image
 from saved import save
+from test_blind import make
 from test_distributed import together, under_slurm
 from test_evaluation import noise_sampler, request
 
 from ddmd_jax import evaluate as command_lib, families as teachers
+from ddmd_jax.data import records
 from ddmd_jax.diffusion import drawing
 from ddmd_jax.evaluation import evaluate, kept, pictures
 from ddmd_jax.evaluation.kept import Held, ImagesError, Kept
@@ -239,6 +242,79 @@ def test_a_benchmark_is_drawn_laid_out_and_its_results_are_read(run, command, pr
     assert json.loads((tmp_path / 'other/eval.json').read_text())['rows'][0]['images'] == 4
     head, _, row = (tmp_path / 'other/table.md').read_text().splitlines()[2:5]
     assert head.split(' | ')[4] == 'images' and row.split(' | ')[4:6] == ['4', '-']
+
+
+SCORES = {'suite': 'toy', 'row': 'student', 'group': '', 'prompt': 'a', 'number': 0, 'seed': 0}
+of_scores = lambda **changes: lambda file: pq.write_table(
+    pa.table({name: [x] for name, x in {**SCORES, **changes}.items() if x != 'none'}), file)
+of_text = lambda text: lambda file: file.write_text(text)
+
+
+def in_its_place(file):
+    file.unlink()
+    file.mkdir()
+
+
+def of_two_sizes(file):
+    file.unlink()
+    records.write(file, (pictures.png(np.zeros((4, 4 + (i == 2), 3), np.uint8), {})
+                         for i in range(8)))
+
+
+@pytest.mark.parametrize('name, damage, words', [
+    ('manifest.json', of_text(''), r'is damaged \(Expecting value'),
+    ('manifest.json', of_text('[1]'), r'is damaged \(it is \[1\], not an object'),
+    ('manifest.json', of_text('{}'), r"has no 'form'\).* move .*/student away, then run"),
+    ('manifest.json', of_text('{"form": "gif", "images": 8, "names": ""}'), "form is 'gif', not"),
+    ('manifest.json', of_text('{"form": "png", "images": 8, "names": "a\\nb"}'),
+     'of names a b, asked for is'),
+    ('manifest.json', in_its_place, 'is damaged .*Is a directory'),
+    ('manifest.json', lambda file: file.unlink(), 'there is no manifest.json'),
+    ('images.arrayrecord', lambda file: file.unlink(), 'lacks 8 of 8 images; run its'),
+    ('images.arrayrecord', of_text('x'), 'is damaged .*; delete it, then run its'),
+    ('images.arrayrecord', of_two_sizes, 'image 2, is 4 x 5 pixels, another of its row 4 x 4'),
+    ('scores.parquet', of_scores(row='none'), "has no 'row'"),
+    ('scores.parquet', of_scores(row=None), r'row\[0\] is None, no name'),
+    ('scores.parquet', of_scores(number=0.5), r'number\[0\] is 0.5, not a whole number'),
+    ('scores.parquet', of_scores(fid='good'), r"fid\[0\] is 'good', not a finite number"),
+    ('scores.parquet', of_scores(fid=np.inf), r'fid\[0\] is inf, not a finite number'),
+    ('scores.parquet', of_text('PAR1 and more'), 'scores.parquet is damaged'),
+    ('scores.parquet', in_its_place, 'scores.parquet is damaged .*Is a directory'),
+    ('eval.json', of_text('[]'), 'eval.json is damaged'),
+    ('eval.json', of_text('{"scores": "x"}'), 'it is not what eval.json speaks of'),
+])
+def test_a_folder_of_an_evaluation_is_checked_as_it_is_read(command, tmp_path, name, damage, words):
+    folder = make(tmp_path / 'a')
+    images = folder / 'images' / 'toy' / 'student'
+    if name == 'scores.parquet':
+        (folder / 'eval.json').unlink()
+    damage((images if (images / name).exists() else folder) / name)
+    said = command('--grid', folder, f'--out={tmp_path / "x.png"}', '--prompts_shown=4')
+    assert isinstance(said, str) and len(said.splitlines()) == 1
+    assert re.search(words, said), said
+
+
+def test_images_that_were_not_merged_yet_are_shown(command, tmp_path):
+    """A kill between the last batch and its merging leaves all of them."""
+    folder = make(tmp_path / 'a')
+    whole = folder / 'images' / 'toy' / 'student' / 'images.arrayrecord'
+    found = records.Records([whole], 8, '', '').read(range(8))
+    assert command('--grid', folder, f'--out={tmp_path / "x.png"}') == 0
+    whole.unlink()
+    for part in ((0, 5), (5, 8)):
+        records.write(whole.with_name(f'{part[0]:06d}-{part[1] - 1:06d}.arrayrecord'),
+                      found[slice(*part)])
+    assert command('--grid', folder, f'--out={tmp_path / "y.png"}') == 0
+    assert (tmp_path / 'x.png').read_bytes() == (tmp_path / 'y.png').read_bytes()
+
+
+def test_images_of_nobody_are_not_taken_for_ours(tmp_path):
+    for name in ('0000-a.png', '000000-000001.arrayrecord', 'images.arrayrecord'):
+        folder = tmp_path / name
+        folder.mkdir()
+        (folder / name).touch()
+        with pytest.raises(ImagesError, match='holds images without the manifest.json'):
+            Kept(folder, request('abc').names, 'png').claim(ABOUT)
 
 
 @pytest.mark.parametrize('args, words', [

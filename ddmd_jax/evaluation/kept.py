@@ -26,12 +26,20 @@ from ddmd_jax.diffusion.drawing import ImageName
 from ddmd_jax.evaluation import pictures
 from ddmd_jax.evaluation.benchmarks import Prompt
 from ddmd_jax.evaluation.suites import Suite
-from ddmd_jax.util import errors, files
+from ddmd_jax.util import errors, files, shape
 from ddmd_jax.util.errors import UserError
+from ddmd_jax.util.text import first_line
 
 FORMS = ('arrayrecord', 'png')
 MANIFEST, WHOLE = 'manifest.json', 'images.arrayrecord'
 PART = re.compile(r'(\d+)-(\d+)\.arrayrecord')  # first and last image of a batch
+AGAIN = 'run its `evaluate` again'
+_or_none = lambda like: lambda value: '' if value is None else like(value)
+LIKE: dict[Any, Any] = {  # what a manifest is
+    'form': shape.one_of(*FORMS), 'images': shape.count, 'names': str,
+    'weights?': (str, type(None)), 'guidance?': _or_none(shape.finite), 'latents?': [int],
+    **{f'{name}?': _or_none(shape.count) for name in ('steps', 'evaluations', 'step')},
+    str: shape.VALUE}
 
 
 class ImagesError(UserError):
@@ -96,25 +104,30 @@ class Kept:
     def __init__(self, folder: Path, named: Sequence[ImageName], form: str):
         self.folder, self.named, self._form = folder, named, form
         self.about: dict[str, Any] = {}
-        folder.mkdir(parents=True, exist_ok=True)
         self._files = drawing.file_names(named, '.png') if form == 'png' else []
         self._records: records.Records | None = None
+        self._size: tuple[int, ...] = ()
 
     def claim(self, about: Mapping[str, Any]) -> None:
         """Says how the images are drawn (JSON), before the first of them.
 
         Raises:
-          ImagesError: the folder holds images of other prompts, weights or settings.
+          ImagesError: the folder holds images of other prompts, weights or settings, or of
+            nobody knows which.
         """
-        self.about, path = dict(about), self.folder / MANIFEST
+        self.about, found = dict(about), manifest(self.folder)
         here = {**self.about, 'form': self._form, 'images': len(self), 'names': digest(self.named)}
-        if not path.is_file():
-            return files.write_json(path, here, sync=True)
-        found = json.loads(path.read_text(encoding='utf-8'))
+        if found is None:
+            if any(self.folder.glob('*.arrayrecord')) or any(self.folder.glob('*.png')):
+                raise ImagesError(f'{self.folder} holds images without the {MANIFEST} that says of '
+                                  'what they are; choose another --out, or move it away')
+            self.folder.mkdir(parents=True, exist_ok=True)
+            return files.write_json(self.folder / MANIFEST, here, sync=True)
         for name in {**found, **here}:
             if found.get(name) != here.get(name):
-                raise ImagesError(f'{self.folder} holds images of {name} {found.get(name)}, asked '
-                                  f'for is {here.get(name)}; choose another --out, or delete it')
+                was, asked = (' '.join(str(x.get(name)).split())[:200] for x in (found, here))
+                raise ImagesError(f'{self.folder} holds images of {name} {was}, asked for is '
+                                  f'{asked}; choose another --out, or delete it')
 
     def __len__(self) -> int:
         return len(self.named)
@@ -128,8 +141,10 @@ class Kept:
         return [i for i in range(len(self)) if i not in there]
 
     def _parts(self) -> list[tuple[int, int]]:
-        return sorted((int(found[1]), int(found[2])) for file in self.folder.iterdir()
-                      if (found := PART.fullmatch(file.name)))
+        there = self.folder.iterdir() if self.folder.is_dir() else ()
+        parts = sorted((int(found[1]), int(found[2])) for file in there
+                       if (found := PART.fullmatch(file.name)))
+        return [(first, last) for first, last in parts if first <= last < len(self)]
 
     def add(self, rows: Sequence[int], images: np.ndarray) -> None:
         with ThreadPoolExecutor() as pool:  # zlib lets other threads run; devices wait for this
@@ -153,6 +168,9 @@ class Kept:
             return
         parts = self._parts()
         if not (self.folder / WHOLE).is_file():
+            if [i for first, last in parts for i in range(first, last + 1)] != [*range(len(self))]:
+                raise ImagesError(f'{self.folder} holds some images twice; move it away, then '
+                                  f'{AGAIN}')
             with files.replacing(self.folder / WHOLE, sync=True) as path:
                 records.write(path, (data for first, last in parts
                                      for data in self._part(first, last)))
@@ -164,14 +182,32 @@ class Kept:
         count = last + 1 - first
         return records.Records([file], count, f'{file} is damaged', 'delete it').read(range(count))
 
+    def _opened(self) -> records.Records:
+        """All images, also if the process that drew the last was killed before they were merged."""
+        if (whole := self.folder / WHOLE).is_file():
+            return records.Records([whole], len(self), f'{whole} is damaged',
+                                   f'delete it, then {AGAIN}')
+        parts = [self.folder / f'{first:06d}-{last:06d}.arrayrecord'
+                 for first, last in self._parts()]
+        if not parts:
+            raise ImagesError(f'{whole} is missing; {AGAIN}')
+        return records.Records(parts, len(self), f'{parts[0]} or one after it is damaged', AGAIN)
+
     def read(self, row: int) -> np.ndarray:
-        """``[H, W, 3] uint8`` of an image that is there; raises `ImagesError`."""
+        """``[H, W, 3] uint8`` of an image that is there; raises `ImagesError`, `DataFileError`."""
         if self._files:
-            return read_file(self.folder / self._files[row])
-        if self._records is None:
-            file = self.folder / WHOLE
-            self._records = records.Records([file], len(self), f'{file} is damaged', 'delete it')
-        return decode(self._records.read([row])[0], f'{self.folder / WHOLE}, image {row}')
+            where = str(self.folder / self._files[row])
+            image = read_file(Path(where))
+        else:
+            self._records = self._records or self._opened()
+            where = f'{self.folder / WHOLE}, image {row},'
+            image = decode(self._records.read([row])[0], where)
+        self._size = self._size or image.shape
+        if image.shape != self._size:
+            (h, w, _), (height, width, _) = image.shape, self._size
+            raise ImagesError(f'{where} is {h} x {w} pixels, another of its row {height} x '
+                              f'{width}; move {self.folder} away, then {AGAIN}')
+        return image
 
     def __getitem__(self, rows: np.ndarray) -> np.ndarray:
         return np.stack([self.read(int(row)) for row in rows])
@@ -182,18 +218,33 @@ class Kept:
 
 def opened(folder: Path, named: Sequence[ImageName]) -> Kept:
     """The images in a folder of `Kept` that another command has made; raises `ImagesError`."""
-    path = folder / MANIFEST
-    if not path.is_file():
+    if (found := manifest(folder)) is None:
         raise ImagesError(f'{folder} holds no images of an evaluation: there is no {MANIFEST}')
-    found = json.loads(path.read_text(encoding='utf-8'))
     mine = {name: value for name, value in found.items()
             if name not in ('form', 'images', 'names')}
     kept = Kept(folder, named, found['form'])
     kept.claim(mine)
     if missing := kept.missing():
-        raise ImagesError(f'{folder} lacks {len(missing)} of {len(kept)} images; run its '
-                          '`evaluate` again')
+        raise ImagesError(f'{folder} lacks {len(missing)} of {len(kept)} images; {AGAIN}')
     return kept
+
+
+def manifest(folder: Path) -> dict[str, Any] | None:
+    """What a folder of `Kept` says of its images; None if it says nothing.
+
+    Raises:
+      ImagesError: it is no JSON, or not what `Kept.claim` writes.
+      EnvironmentFault: it cannot be read.
+    """
+    path = folder / MANIFEST
+    try:
+        return shape.load(files.patiently(path.read_bytes), LIKE)
+    except (FileNotFoundError, NotADirectoryError):
+        return None
+    except (OSError, ValueError) as e:
+        errors.raise_environment(e, path)
+        raise ImagesError(f'{path} is damaged ({first_line(e)}), and says of what the images '
+                          f'beside it are; move {folder} away, then {AGAIN}') from e
 
 
 def digest(named: Sequence[ImageName]) -> str:
@@ -264,6 +315,9 @@ class Folder:
     def _read(self, row: int) -> np.ndarray:
         file, tile = self._where[row]
         image = read_file(file)
+        if tile is not None and (image.shape[0] % 2 or image.shape[1] % 2):
+            raise ImagesError(f'{file} is {image.shape[0]} x {image.shape[1]} pixels, not four '
+                              'images in rows of two; make it again')
         return image if tile is None else untiled(image, tile)
 
     def __len__(self) -> int:
@@ -303,15 +357,13 @@ def untiled(image: np.ndarray, tile: int) -> np.ndarray:
 
 
 def write_official(folder: Path, suite: Suite, prompts: Sequence[Prompt], images: Kept) -> None:
-    """The images as the suite's own scorer expects them; files that are there are left alone."""
+    """The images as the suite's own scorer expects them, in place of files that are there."""
     for i, (prompt, found) in enumerate(zip(prompts, places(suite, prompts, suite.images))):
         rows = range(i * suite.images, (i + 1) * suite.images)
         each = {found[0]: rows} if suite.tiled else {place: [row] for place, row
                                                      in zip(found, rows)}
         for place, of in each.items():
             file = folder / place
-            if file.is_file():
-                continue
             file.parent.mkdir(parents=True, exist_ok=True)
             image, out = tiled([images.read(row) for row in of]), io.BytesIO()
             if file.suffix == '.jpg':

@@ -8,8 +8,10 @@ or time.
 from __future__ import annotations
 
 import dataclasses
+import hashlib
 import io
-from collections.abc import Mapping, Sequence
+import math
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -17,13 +19,27 @@ import numpy as np
 
 from ddmd_jax.diffusion.drawing import ImageName
 from ddmd_jax.evaluation import kept, statistics, tables
-from ddmd_jax.evaluation.kept import Kept
+from ddmd_jax.evaluation.kept import ImagesError, Kept
 from ddmd_jax.evaluation.suites import Suite
-from ddmd_jax.util import files, places, text
+from ddmd_jax.util import errors, files, places, shape, text
 from ddmd_jax.util.errors import UserError
 
 RESULT, SCORES, MARKDOWN, PAGE = 'eval.json', 'scores.parquet', 'table.md', 'table.html'
-NAMES = ('suite', 'row', 'group', 'prompt', 'number', 'seed')  # columns that are no figures
+NAMES = ('suite', 'row', 'group', 'prompt', 'weights', 'number', 'seed')  # no figures
+
+
+def _word(value: Any) -> str:
+    return '' if isinstance(value, str) and value and value.isprintable() else 'no name'
+
+
+def _figure(value: Any) -> str:
+    gap = value is None or isinstance(value, float) and math.isnan(value)
+    return '' if gap else shape.finite(value)
+
+
+LIKE = {  # columns of `SCORES`; what is not named is a figure
+    'suite': [_word], 'row': [_word], 'group': [str], 'prompt': [str],
+    'weights?': [(str, type(None))], 'number': [int], 'seed': [int], str: [_figure]}
 
 
 class ResultsError(UserError):
@@ -56,18 +72,18 @@ def write(folder: Path, parts: Sequence[Part], about: Mapping[str, Any]) -> str:
     import pyarrow.parquet as pq
 
     rows = [{**row, 'suite': part.suite.name} for part in parts for row in part.rows]
-    files.write_json(folder / RESULT, {
-        'rows': rows, 'missing': [note for part in parts for note in part.notes], **about})
     lines: dict[str, list[Any]] = {name: [] for name in NAMES}
     figures = list(dict.fromkeys(name for part in parts for found in part.each.values()
                                  for name in found))
     lines |= {name: [] for name in figures}
+    weights = {(row['suite'], row['name']): row.get('weights') for row in rows}
     for part in parts:
         for row in part.each:
             found, n = part.each[row], len(part.named)
             lines['suite'] += [part.suite.name] * n
             lines['row'] += [row] * n
             lines['group'] += part.groups
+            lines['weights'] += [weights.get((part.suite.name, row))] * n
             for name in ('prompt', 'number', 'seed'):
                 lines[name] += [getattr(one, name) for one in part.named]
             for name in figures:
@@ -75,9 +91,12 @@ def write(folder: Path, parts: Sequence[Part], about: Mapping[str, Any]) -> str:
                 lines[name] += [None] * n if x is None else [
                     None if np.isnan(v) else v for v in np.asarray(x, np.float64).tolist()]
     out = io.BytesIO()
-    schema = [(name, pa.string()) for name in NAMES[:4]] + [
-        (name, pa.int64()) for name in NAMES[4:]] + [(name, pa.float64()) for name in figures]
+    schema = [(name, pa.string()) for name in NAMES[:5]] + [
+        (name, pa.int64()) for name in NAMES[5:]] + [(name, pa.float64()) for name in figures]
     pq.write_table(pa.table(lines, schema=pa.schema(schema)), out)
+    files.write_json(folder / RESULT, {
+        'rows': rows, 'missing': [note for part in parts for note in part.notes], **about,
+        'scores': _digest(out.getvalue())})
     files.write(folder / SCORES, out.getvalue())
     shown = [(part.suite.name, [*part.rows, *_paper(part.suite)], _columns(part), part.notes)
              for part in parts]
@@ -118,6 +137,7 @@ class Evaluated:
       suite: its suite's name.
       named, groups: its images.
       scores: figures of each ``[n]`` by name; NaN where an image has none.
+      weights: the identity of those that drew them; None where that is not known.
     """
 
     folder: Path
@@ -126,14 +146,20 @@ class Evaluated:
     named: Sequence[ImageName]
     groups: Sequence[str]
     scores: Mapping[str, np.ndarray]
+    weights: str | None = None
 
     @property
     def title(self) -> str:
         return f'{self.folder.name}:{self.row}'
 
     def images(self) -> Kept:
-        """Raises `ImagesError`."""
-        return kept.opened(self.folder / 'images' / self.suite / self.row, self.named)
+        """Raises `ImagesError`, also if they are of other weights than the figures."""
+        found = kept.opened(self.folder / 'images' / self.suite / self.row, self.named)
+        of = found.about.get('weights')
+        if self.weights is not None and of != self.weights:
+            raise ImagesError(f'{found.folder} holds images of weights {of}, {SCORES} has figures '
+                              f'of {self.weights}; {kept.AGAIN}')
+        return found
 
 
 def read(place: str, suite: str = '') -> Evaluated:
@@ -142,20 +168,13 @@ def read(place: str, suite: str = '') -> Evaluated:
     Without ROW it is 'student', or the only one; `suite` may be left out likewise.
 
     Raises:
-      ResultsError: no evaluation there, or it is not clear which row is meant.
+      ResultsError: no evaluation there, a damaged one, or it is not clear which row is meant.
     """
-    import pyarrow.parquet as pq
-
     folder, colon, row = place.rpartition(':')
     if not colon or places.of(place, places.LOCAL).is_dir():
         folder, row = place, ''
     where = Path(places.of(folder, places.LOCAL))
-    try:
-        table = pq.read_table(where / SCORES).to_pydict()
-    except FileNotFoundError as e:
-        raise ResultsError(f'{where} holds no evaluation: there is no {SCORES}') from e
-    except (OSError, ValueError) as e:  # pyarrow's errors are ValueErrors
-        raise ResultsError(f'{where / SCORES} is damaged ({e}); run its `evaluate` again') from e
+    table = _scores(where)
     found = sorted(set(zip(table['suite'], table['row'])))
     rows = [one for one in found if suite in ('', one[0]) and row in ('', one[1])
             and (row or one[1] != 'real')]
@@ -170,7 +189,49 @@ def read(place: str, suite: str = '') -> Evaluated:
     named = [ImageName(*one) for one in zip(at('seed'), at('prompt'), at('number'))]
     scores = {name: np.asarray(at(name), np.float64) for name in table if name not in NAMES}
     return Evaluated(where, rows[0][1], rows[0][0], named, at('group'), {
-        name: x for name, x in scores.items() if not np.isnan(x).all()})
+        name: x for name, x in scores.items() if not np.isnan(x).all()},
+        at('weights')[0] if 'weights' in table else None)
+
+
+def _scores(folder: Path) -> dict[str, list[Any]]:
+    """The columns of the `SCORES` that its `RESULT` speaks of; raises `ResultsError`."""
+    import pyarrow.parquet as pq
+
+    about = _checked(folder / RESULT, lambda raw: shape.load(raw, {'scores?': str})) or {}
+
+    def parse(raw: bytes) -> dict[str, list[Any]]:
+        if about.get('scores', _digest(raw)) != _digest(raw):
+            raise ValueError(f'it is not what {RESULT} speaks of')
+        opened = pq.ParquetFile(io.BytesIO(raw))
+        names, columns = opened.schema_arrow.names, opened.read().to_pydict()
+        if twice := next((name for name in names if names.count(name) > 1), ''):
+            raise ValueError(f'two columns are called {twice!r}')
+        if fault := shape.fault(columns, LIKE):
+            raise ValueError(fault)
+        return columns
+
+    table = _checked(folder / SCORES, parse)
+    if table is None:
+        raise ResultsError(f'{folder} holds no evaluation: there is no {SCORES}')
+    return table
+
+
+def _checked(path: Path, parse: Callable[[bytes], Any]) -> Any:
+    """A file as `parse` reads it, None if it is not there; raises `ResultsError`."""
+    import pyarrow as pa
+
+    try:
+        return parse(files.patiently(path.read_bytes))
+    except (FileNotFoundError, NotADirectoryError):
+        return None
+    except (OSError, ValueError, ArithmeticError, pa.ArrowException) as e:
+        errors.raise_environment(e, path)
+        raise ResultsError(f'{path} is damaged ({text.first_line(e)}); run its `evaluate` '
+                           'again') from e
+
+
+def _digest(raw: bytes) -> str:
+    return hashlib.sha256(raw).hexdigest()[:16]
 
 
 def check_alike(found: Sequence[Evaluated]) -> None:

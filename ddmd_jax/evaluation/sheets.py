@@ -21,7 +21,7 @@ def chosen(of: Evaluated, count: int, best: str = '', worst: str = '') -> list[i
     prompt without one does not come.
 
     Raises:
-      ResultsError: there is no such figure.
+      ResultsError: there is no such figure, or no prompt has it.
     """
     first: dict[tuple[str, str], list[int]] = {}
     for i, (group, name) in enumerate(zip(of.groups, of.named)):
@@ -34,6 +34,8 @@ def chosen(of: Evaluated, count: int, best: str = '', worst: str = '') -> list[i
         scores = [float(np.mean(of.scores[figure][found])) for found in rows]
         order = sorted((i for i, x in enumerate(scores) if np.isfinite(x)),
                        key=lambda i: -scores[i] if best else scores[i])
+        if not order:
+            raise ResultsError(f'{of.title}: no prompt has {figure!r} of all its images')
         return [rows[i][0] for i in order[:count]]
     at = np.unique(np.linspace(0, len(rows) - 1, min(count, len(rows))).round().astype(int))
     return [rows[i][0] for i in at]
