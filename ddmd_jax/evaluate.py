@@ -15,7 +15,7 @@ from __future__ import annotations
 import dataclasses
 import os
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from absl import flags
@@ -38,6 +38,18 @@ MISSING = 3  # exit code
 TEACHER_STEPS = 50
 COUNT = (256, 128)  # prompts of a family's own suite, seen and held out, where no run says
 ROWS = ('student', 'teacher_guided', 'teacher_few_step', 'teacher_in_student_sampler')
+OTHERS = ('real', 'images')  # rows that nobody draws
+
+# All flags, by who looks at them; what is given to somebody else is refused.
+DRAWING = ('step', 'teacher_path', 'variant', 'rows', 'steps', 'sampler', 'teacher_steps',
+           'guidance', 'solver', 'size', 'batch', 'fsdp', 'keep')
+MEASURING = ('checkpoint', 'model', 'suite', 'prompts', 'count', 'limit', 'seed', 'official',
+             'images', 'metrics', 'weights', 'reference', 'results', 'out')
+SHOWING = ('prompts_shown', 'best', 'worst', 'seeds')
+OF_MODE = {'compare': ('suite', 'out'), 'blind': ('suite', 'out', 'prompts_shown', 'seed'),
+           'grid': ('suite', 'out', *SHOWING)}
+OF_ROWS = {'teacher_steps': ROWS[1:2], 'guidance': ROWS[1:2], 'solver': ROWS[1:2],
+           'steps': (ROWS[0], *ROWS[2:]), 'sampler': (ROWS[0], ROWS[3])}
 
 
 def define_flags() -> None:
@@ -102,13 +114,19 @@ def define_flags() -> None:
         'must be SEEN,HELD_OUT, as 256,128')
     flags.register_validator('rows', lambda given: set(given) <= set(ROWS),
                              f'must be of {", ".join(ROWS)}')
+    for name in ('suite', 'rows', 'metrics'):
+        flags.register_validator(name, lambda given: len(set(given or ())) == len(given or ()),
+                                 'must not name one twice')
 
 
 def main(arguments: list[str]) -> None:
-    modes = [name for name in ('compare', 'blind', 'grid') if FLAGS[name].value]
+    modes = [name for name in OF_MODE if FLAGS[name].value]
     if len(modes) > 1:
         raise UserError(f'--{modes[0]} and --{modes[1]} are two commands; give one')
     if modes:
+        unused({*DRAWING, *MEASURING, *SHOWING} - {*OF_MODE[modes[0]]}, f'of --{modes[0]}')
+        if len(FLAGS.suite) > 1:
+            raise UserError(f'--{modes[0]} takes rows of one suite; name one --suite')
         return {'compare': compare, 'blind': blind, 'grid': grid}[modes[0]](arguments)
     commands.only_flags(arguments)
     commands.need(suite='name one or more, as --suite=hps_v2,geneval', out='name a folder')
@@ -118,6 +136,13 @@ def main(arguments: list[str]) -> None:
         raise UserError('--images are there already; leave out --checkpoint and --model')
     if FLAGS.images and len(FLAGS.suite) > 1:
         raise UserError('--images are those of one suite; name one --suite')
+    unused(SHOWING, 'without --blind or --grid')
+    if not FLAGS.checkpoint:
+        unused(('step', 'teacher_path'), 'without --checkpoint')
+    if not (FLAGS.checkpoint or FLAGS.model):
+        unused(DRAWING, 'where nothing is drawn, without --checkpoint and --model')
+    if FLAGS.images:
+        unused(('official',), 'with --images, which are laid out already')
     from ddmd_jax.parallel import distributed
 
     distributed.start(None, None, None, os.environ, command='evaluate')
@@ -140,22 +165,27 @@ def evaluate() -> bool:
     from ddmd_jax.parallel import distributed
     from ddmd_jax.util import files
 
-    prompts, results = pairs('prompts'), pairs('results')
+    size = tuple(map(int, FLAGS.size)) if FLAGS.size else None
+    models = [find_model(run, FLAGS.teacher_path, size, FLAGS.step, FLAGS.variant)
+              for run in FLAGS.checkpoint] or (
+        [find_model('', FLAGS.model, size, variant=FLAGS.variant)] if FLAGS.model else [])
+    suites = [find_suite(name, models) for name in FLAGS.suite]
+    rows = rows_of(suites, models) if models else []
+    prompts, results = pairs('prompts', 1), pairs('results', 1)
+    check_used(suites, places.of(FLAGS.out, places.LOCAL), row_names(rows, models))
     by = Measures(
         FLAGS.metrics, pairs('weights'),
         buckets.local(places.of(FLAGS.reference)) if FLAGS.reference else None,
-        {name: buckets.local(places.of(found[-1])) for name, found in results.items()})
+        {name: buckets.local(places.of(found[0])) for name, found in results.items()})
     out = commands.folder('--out', FLAGS.out)
     held = files.lock(out / '.lock') if jax.process_index() == 0 else (None, '')
     if jax.process_index() == 0 and held[0] is None:
         raise UserError(f'--out {out} is being written by {held[1]}; wait for it, or choose '
                         'another')
-    size = tuple(map(int, FLAGS.size)) if FLAGS.size else None
-    models = [find_model(run, FLAGS.teacher_path, size, FLAGS.step, FLAGS.variant)
-              for run in FLAGS.checkpoint] or (
-        [find_model('', FLAGS.model, size, variant=FLAGS.variant)] if FLAGS.model else [])
-    asked = [ask(find_suite(name, models), prompts, models) for name in FLAGS.suite]
-    about, notes = draw(asked, models, out) if models else {}, []
+    asked = [ask(suite, prompts, models) for suite in suites]
+    if models:
+        draw(asked, models, rows, out)
+    notes = []
     if jax.process_index() == 0:
         parts = []
         for one in asked:
@@ -169,8 +199,7 @@ def evaluate() -> bool:
                 kept.write_official(out / 'official' / one.suite.name / row, one.suite,
                                     one.prompts, found)
         print(results_lib.write(out, parts, {
-            'seed': FLAGS.seed, **about,
-            'suites': {one.suite.name: one.about() for one in asked}}))
+            'seed': FLAGS.seed, 'suites': {one.suite.name: one.about() for one in asked}}))
         print(f'\n{out / results_lib.RESULT}\n{out / results_lib.PAGE}')
         notes = [note for part in parts for note in part.notes]
         for note in notes:
@@ -179,13 +208,69 @@ def evaluate() -> bool:
     return not notes
 
 
-def pairs(flag: str) -> dict[str, list[str]]:
-    """``NAME=PATH`` of a flag that may be repeated, paths by name."""
+def pairs(flag: str, most: int | None = None) -> dict[str, list[str]]:
+    """``NAME=PATH`` of a flag that may be repeated, paths by name; raises `UserError`."""
     found: dict[str, list[str]] = {}
     for given in FLAGS[flag].value or ():
         name, _, path = given.partition('=')
         found.setdefault(name, []).append(path)
+        if most and len(found[name]) > most:
+            raise UserError(f'--{flag}={name} is given twice; leave one out')
     return found
+
+
+# --- What is given and would not be looked at ---
+
+
+def unused(names: Iterable[str], where: str) -> None:
+    """Raises `UserError` if one of these flags is given."""
+    if given := sorted(f'--{name}' for name in names if FLAGS[name].present):
+        raise UserError(f'{", ".join(given)}: not used {where}; leave it out')
+
+
+def check_used(suites: Sequence[Suite], out: Path, drawn: Sequence[str]) -> None:
+    """Raises `UserError` for a suite twice, and for flags that none of the suites looks at.
+
+    `drawn` are names of rows; others may be in `out` already.
+    """
+    from ddmd_jax.evaluation import measuring
+    from ddmd_jax.evaluation.metrics import METRICS
+
+    names = [suite.name for suite in suites]
+    if twice := next((name for name in names if names.count(name) > 1), ''):
+        raise UserError(f'--suite: two are called {twice}, and their images need a folder each; '
+                        'name one')
+    published = {suite.name: suite for suite in suites if suite.read is not None}
+    if not published:
+        unused(('prompts', 'limit', 'official', 'metrics', 'weights', 'reference', 'results'),
+               "by a family's own suite")
+    if len(published) == len(suites):
+        unused(('count',), "but by a family's own suite")
+    metrics = {name: METRICS.get(name) for suite in published.values() for name in (
+        suite.metrics if FLAGS.metrics is None else FLAGS.metrics)}
+    if not any(metric and metric.between for metric in metrics.values()):
+        unused(('reference',), f'by {", ".join(metrics) or "any metric"}')
+    scored = [name for name, suite in published.items() if suite.results]
+    results = [name.partition(':') for name in pairs('results')]
+    for flag, given, known in (
+            ('prompts', list(pairs('prompts')), list(published)),
+            ('weights', list(pairs('weights')), list(metrics)),
+            ('results', [name for name, *_ in results], scored)):
+        for name in given:
+            if name not in known:
+                raise UserError(f'--{flag}={name}: not used; here it is of '
+                                f'{", ".join(known) or "nothing"}')
+    for name, colon, row in results:
+        there = ['images'] if FLAGS.images else list(dict.fromkeys(
+            [*drawn, *measuring.rows_in(out / 'images' / name)]))
+        if colon and row not in there:
+            raise UserError(f'--results={name}:{row}: no such row; there are '
+                            f'{", ".join(there) or "none"}')
+        if not colon and len(there) > 1:
+            raise UserError(f'--results={name}: there are {len(there)} rows; say whose it is, as '
+                            f'--results={name}:{there[0]}=PATH')
+        if not colon and len([one for one, *_ in results if one == name]) > 1:
+            raise UserError(f'--results={name} is given beside one of its row; leave one out')
 
 
 # --- What is asked for ---
@@ -229,8 +314,8 @@ def ask(suite: Suite, prompts: Mapping[str, list[str]], models: Sequence[Model])
 
 
 def entries(models: Sequence[Model], rows: Sequence[str],
-            mesh: Mesh) -> tuple[dict[str, Entry], dict[str, Any]]:
-    """(rows that are drawn, their parameters on `mesh`; what names their weights).
+            mesh: Mesh) -> tuple[dict[str, Entry], dict[str, dict[str, Any]]]:
+    """(rows that are drawn, their parameters on `mesh`; what tells their images from others').
 
     Raises:
       UserError: a student is asked for where there is none, or runs have different teachers.
@@ -240,11 +325,11 @@ def entries(models: Sequence[Model], rows: Sequence[str],
     from ddmd_jax.models import adapters
     from ddmd_jax.weights import flat
 
-    first, whose = models[0], {'student' if row == 'student' else 'teacher' for row in rows}
-    teacher, params = load(first, sorted(whose) if first.saved else ['teacher'], mesh)
+    first, needed = models[0], {'student' if row == 'student' else 'teacher' for row in rows}
+    teacher, params = load(first, sorted(needed) if first.saved else ['teacher'], mesh)
     if not first.saved:  # published weights are a student's if their folder or a flag says so
         exported = few_steps(first.path)
-        if 'student' in whose and not (exported or FLAGS.steps):
+        if 'student' in needed and not (exported or FLAGS.steps):
             raise UserError(f'--rows=student: {first.path or first.family.name} does not say that '
                             'it is a student; give its --steps, or a run with --checkpoint')
         steps, method = exported or (1, first.sampler)
@@ -263,7 +348,10 @@ def entries(models: Sequence[Model], rows: Sequence[str],
         'teacher_in_student_sampler': lambda: dataclasses.replace(few(first), model='teacher')}
     found = {row: Entry(make(), params['teacher']) for row, make in of_teacher.items()
              if row in rows}
-    about: dict[str, Any] = {'teacher': teacher.identity}
+    whose: dict[str, Any] = {
+        'step': None, 'weights': teacher.identity, 'latents': list(teacher.latents.shape)}
+    about = {row: {**whose, 'time': str(first.time(teacher.time) if row == ROWS[3]
+                                        else teacher.time)} for row in found}
     for i, (row, model) in enumerate(zip(student_rows(models), [first, *models[1:]])
                                      if 'student' in rows else ()):
         mine = params['student']
@@ -274,18 +362,34 @@ def entries(models: Sequence[Model], rows: Sequence[str],
                 raise UserError(f'{model.workdir} distils another teacher than {first.workdir}; '
                                 'evaluate runs of one teacher together')
         found[row] = Entry(few(model), mine)
-        about[row] = flat.corner_identity(adapters.unbound(mine), mesh)
+        about[row] = {**whose, 'step': model.saved.step if model.saved else None,
+                      'weights': flat.corner_identity(adapters.unbound(mine), mesh),
+                      'time': str(model.time(teacher.time))}
     return found, about
 
 
+def row_names(rows: Sequence[str], models: Sequence[Model]) -> list[str]:
+    """Names of the rows that are drawn, the students' last."""
+    return [row for row in rows if row != 'student'] + (
+        student_rows(models) if 'student' in rows else [])
+
+
 def student_rows(models: Sequence[Model]) -> list[str]:
-    """Names of the students' rows: of one run 'student', of several their folders'."""
-    names = [model.workdir.name if model.workdir else '' for model in models]
-    if len(names) == 1:
+    """Names of the students' rows: of one run 'student', of several their folders'.
+
+    Raises:
+      UserError: two have one name, or one that is no name or another row's.
+    """
+    if len(models) == 1:
         return ['student']
-    if twice := [name for name in names if names.count(name) > 1]:
-        raise UserError(f'--checkpoint: two runs are called {twice[0]}, and their rows need names '
-                        'of their own')
+    names = [os.path.basename(os.path.abspath(str(model.workdir))) for model in models]
+    for name in names:
+        if names.count(name) > 1:
+            raise UserError(f'--checkpoint: two runs are called {name}, and their rows need names '
+                            'of their own')
+        if name in (*ROWS, *OTHERS) or not name.isprintable() or not name or ':' in name:
+            raise UserError(f'--checkpoint: a run is called {name!r}, and its row cannot be; '
+                            'evaluate it alone, or rename its folder')
     return names
 
 
@@ -310,28 +414,31 @@ def few_steps(path: str) -> tuple[int, str] | None:
     return steps, 'renoise' if stochastic else 'deterministic'
 
 
-def rows_of(asked: Sequence[Asked], models: Sequence[Model]) -> list[str]:
-    """What is drawn, of `ROWS`."""
+def rows_of(suites: Sequence[Suite], models: Sequence[Model]) -> list[str]:
+    """What is drawn, of `ROWS`; raises `UserError` for a flag that none of them looks at."""
     if FLAGS.rows:
-        return list(FLAGS.rows)
-    if not models[0].saved:
-        return ['student' if few_steps(models[0].path) else 'teacher_guided']
-    return list(ROWS) if any(one.examples is not None for one in asked) else ['student']
+        rows = list(FLAGS.rows)
+    elif not models[0].saved:
+        rows = ['student' if few_steps(models[0].path) else 'teacher_guided']
+    else:
+        rows = list(ROWS) if any(suite.read is None for suite in suites) else ['student']
+    for flag, users in OF_ROWS.items():
+        if not set(users) & set(rows):
+            unused([flag], f'by the rows {", ".join(rows)}')
+    return rows
 
 
-def draw(asked: Sequence[Asked], models: Sequence[Model], out: Path) -> dict[str, Any]:
-    """Draws what is missing of every row of every suite into ``images``; what names the weights."""
+def draw(asked: Sequence[Asked], models: Sequence[Model], rows: Sequence[str], out: Path) -> None:
+    """Draws what is missing of every row of every suite into ``images``."""
     import jax
 
     from ddmd_jax.evaluation import evaluate
     from ddmd_jax.evaluation.kept import Kept
     from ddmd_jax.parallel import sharding
 
-    rows = rows_of(asked, models)
-    names = [row for row in rows if row != 'student'] + (
-        student_rows(models) if 'student' in rows else [])
     there = {one.suite.name: {row: Kept(out / 'images' / one.suite.name / row, one.named,
-                                        FLAGS.keep) for row in names} for one in asked}
+                                        FLAGS.keep) for row in row_names(rows, models)}
+             for one in asked}
     left = {suite: {row: set(found) for row, found in evaluate.missing(images).items()}
             for suite, images in there.items()}
     # Each device has all of the weights unless it is told otherwise, and the text encoder does
@@ -345,9 +452,8 @@ def draw(asked: Sequence[Asked], models: Sequence[Model], out: Path) -> dict[str
     for one in asked:
         images = there[one.suite.name]
         for row, entry in found.items():
-            weights = about.get(row, about['teacher'])
             settings = {'model': entry.sampler.model, **evaluate.settings_of(entry.sampler),
-                        'sampler': entry.sampler.method, 'weights': weights}
+                        'sampler': entry.sampler.method, **about[row]}
             if jax.process_index() == 0:
                 images[row].claim(settings)
         if one.suite.name in requests:
@@ -360,8 +466,6 @@ def draw(asked: Sequence[Asked], models: Sequence[Model], out: Path) -> dict[str
         elif jax.process_index() == 0:
             for kept in images.values():
                 kept.finish()
-    step = models[0].saved.step if models[0].saved else None
-    return {'step': step, 'weights': about}
 
 
 # --- Evaluations side by side ---

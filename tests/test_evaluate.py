@@ -2,6 +2,7 @@
 
 import json
 import re
+import shutil
 
 import jax
 import numpy as np
@@ -25,6 +26,7 @@ from ddmd_jax.evaluation.kept import Held, ImagesError, Kept
 from ddmd_jax.export.models import Model
 from ddmd_jax.models.adapters import LoRA
 from ddmd_jax.parallel.sharding import make_mesh
+from ddmd_jax.train.durable import checkpoint
 from ddmd_jax.util import commands
 from ddmd_jax.util.errors import UserError
 from ddmd_jax.weights import flat, scheduler
@@ -146,6 +148,7 @@ def command():
             return e.code
         return 0
 
+    call.flags = set(mine)
     yield call
     flags.FLAGS.unparse_flags()
     for name in mine:
@@ -175,8 +178,7 @@ def test_a_familys_suite_is_drawn_measured_and_written(toy):
     found = json.loads((toy / 'eval.json').read_text())
     assert [(row['name'], row['steps'], row['evaluations'], row['suite']) for row in found[
         'rows']] == [('teacher_few_step', 2, 2, 'toy'), ('student', 2, 2, 'toy')]
-    assert found['step'] == 7 and found['missing'] == [] and set(found['weights']) == {
-        'teacher', 'student'}
+    assert [row['step'] for row in found['rows']] == [None, 7] and found['missing'] == []
     table = pq.read_table(toy / 'scores.parquet').to_pydict()
     assert table['prompt'] == CAPTIONS[:4] * 2 and table['number'] == [0, 0, 1, 0] * 2
     assert np.mean(table['brightness'][4:]) == pytest.approx(found['rows'][1]['brightness'])
@@ -185,6 +187,34 @@ def test_a_familys_suite_is_drawn_measured_and_written(toy):
     lines = (toy / 'table.md').read_text().splitlines()
     assert lines[0] == '## toy' and lines[4].startswith(
         '| teacher_few_step | 2 | 2 | 1.000 |')
+
+
+def test_every_row_says_whose_it_is(run, toy, command, tmp_path):
+    """Of several checkpoints, of one that is not drawn now, and long after."""
+    one, two = (shutil.copytree(run, tmp_path / name) for name in ('one', 'two'))
+    (two / 'checkpoints' / '7').rename(two / 'checkpoints' / '9')
+    out = shutil.copytree(toy, tmp_path / 'out')
+    images = out / 'images' / 'toy'
+    for row, step in (('one', 7), ('two', 9)):  # all have been drawn: by the same weights
+        shutil.copytree(images / 'student', images / row)
+        file = images / row / 'manifest.json'
+        file.write_text(json.dumps(json.loads(file.read_text()) | {'step': step}))
+    args = [TOY, '--count=3,1', f'--out={out}']
+    whose = lambda: {row['name']: (row['step'], row['weights']) for row in json.loads(
+        (out / 'eval.json').read_text())['rows']}
+    assert command(f'--checkpoint={one}', f'--checkpoint={two}', '--rows=teacher_few_step,student',
+                   *args) == 0
+    found = whose()
+    (_, teacher), (_, student) = found['teacher_few_step'], found['student']
+    assert teacher == checkpoint.saved(run).manifest['teacher_identity'] != student
+    assert found == {'teacher_few_step': (None, teacher), 'student': (7, student),
+                     'one': (7, student), 'two': (9, student)}
+    assert command(*args) == 0 and whose() == found
+    # Whoever shows images beside figures looks whether they are of one another.
+    file = images / 'student' / 'manifest.json'
+    file.write_text(json.dumps(json.loads(file.read_text()) | {'weights': 'others'}))
+    said = command('--grid', f'{out}:student', f'--out={tmp_path / "x.png"}')
+    assert 'holds images of weights others, scores.parquet has figures of' in said
 
 
 def test_an_evaluation_is_measured_again_without_its_model(toy, command, capsys):
@@ -317,6 +347,54 @@ def test_images_of_nobody_are_not_taken_for_ours(tmp_path):
             Kept(folder, request('abc').names, 'png').claim(ABOUT)
 
 
+def test_every_flag_has_a_use(command):
+    lib = command_lib
+    assert command.flags == {*lib.DRAWING, *lib.MEASURING, *lib.SHOWING, *lib.OF_MODE}
+
+
+@pytest.mark.parametrize('args, words', [
+    ([SMALL, '--weights=clpi=P'], '--weights=clpi: not used; here it is of '),
+    ([SMALL, '--metrics=clip', '--weights=fid=P'], '--weights=fid: not used; here it is of clip$'),
+    ([SMALL, '--results=smal=P'], '--results=smal: not used; here it is of small$'),
+    ([SMALL, '--results=small:studnt=P'], '--results=small:studnt: no such row; there are none'),
+    ([SMALL, '--results=small=P', '--checkpoint=RUN', '--rows=student,teacher_guided'],
+     'there are 2 rows; say whose it is, as --results=small:teacher_guided=PATH'),
+    ([SMALL, '--results=small:=P'], '--results=small:: no such row'),
+    ([SMALL, '--results=small=P', '--results=small:images=Q', '--images=X'],
+     '--results=small is given beside one of its row'),
+    ([SMALL, '--prompts=smal=P'], '--prompts=smal: not used'),
+    ([SMALL, '--prompts=small=P', '--prompts=small=Q'], '--prompts=small is given twice'),
+    ([SMALL, '--count=1,1'], "--count: not used but by a family's own suite"),
+    ([SMALL, '--reference=P'], '--reference: not used by any metric'),
+    ([SMALL, '--images=P', '--official'], '--official: not used with --images'),
+    ([TOY, '--limit=2'], "--limit: not used by a family's own suite"),
+    ([TOY, '--metrics=clip', '--weights=clip=P'], '--metrics, --weights: not used by a family'),
+    ([TOY, '--step=7', '--model=emoji'], '--step: not used without --checkpoint'),
+    ([TOY, '--teacher_path=P', '--model=emoji'], '--teacher_path: not used without --checkpoint'),
+    ([TOY, '--rows=student', '--keep=png'], '--keep, --rows: not used where nothing is drawn'),
+    ([TOY, '--checkpoint=RUN', '--rows=student', '--solver=heun'],
+     '--solver: not used by the rows student'),
+    ([TOY, '--checkpoint=RUN', '--rows=teacher_guided', '--steps=3'],
+     '--steps: not used by the rows teacher_guided'),
+    ([TOY, '--best=fid'], '--best: not used without --blind or --grid'),
+    ([TOY + ',evaluate_suites.TOY'], '--suite: two are called toy'),
+    (['--compare', '--seed=3'], '--seed: not used of --compare'),
+    (['--grid', '--suite=a,b'], '--grid takes rows of one suite'),
+])
+def test_what_would_not_be_looked_at_is_refused(run, command, tmp_path, args, words):
+    said = command(*(arg.replace('RUN', str(run)) for arg in args), f'--out={tmp_path / "out"}')
+    assert isinstance(said, str) and len(said.splitlines()) == 1
+    assert re.search(words, said), said
+    assert not (tmp_path / 'out').exists()
+
+
+@pytest.mark.parametrize('flag', ['--suite=toy,toy', '--rows=student,student', '--metrics=fid,fid'])
+def test_nothing_is_named_twice(command, capsys, flag):
+    with pytest.raises(SystemExit, match='2'):
+        command(flag)
+    assert 'must not name one twice' in capsys.readouterr().err
+
+
 @pytest.mark.parametrize('args, words', [
     ([], 'no --suite given'), (['--suite=hps_v2'], 'no --out given'),
     (['--suite=hps_v2', '--out=OUT'], r'hps_v2 wants its prompts: .*zhwang/HPDv2.* 3200 in all'),
@@ -359,16 +437,20 @@ def test_adapters_over_the_teacher_are_a_student(weights, command, tmp_path):
     assert command(f'--checkpoint={run}', TOY, '--count=1,0', '--rows=student',
                    f'--out={tmp_path}') == 0
     found = json.loads((tmp_path / 'eval.json').read_text())
-    assert found['weights']['student'] == flat.corner_identity(trained, mesh())
-    assert [row['name'] for row in found['rows']] == ['student']
+    assert [(row['name'], row['weights']) for row in found['rows']] == [
+        ('student', flat.corner_identity(trained, mesh()))]
 
 
 def test_rows_of_several_runs_are_their_folders(tmp_path):
     model = lambda name: Model(None, '', 'float32', None, tmp_path / name)
-    assert command_lib.student_rows([model('x/one')]) == ['student']
-    assert command_lib.student_rows([model('one'), model('two')]) == ['one', 'two']
+    assert command_lib.student_rows([model('x/teacher_guided')]) == ['student']
+    assert command_lib.student_rows([model('one'), model('x/../two/.')]) == ['one', 'two']
     with pytest.raises(UserError, match='two runs are called one'):
         command_lib.student_rows([model('x/one'), model('y/one')])
+    for name in ('teacher_guided', 'student', 'real', 'a:b', 'a\nb'):
+        with pytest.raises(UserError, match='a run is called .*, and its row cannot be') as e:
+            command_lib.student_rows([model('x/one'), model(name)])
+        assert len(str(e.value).splitlines()) == 1
 
 
 @pytest.mark.slow

@@ -15,6 +15,8 @@ from ddmd_jax.evaluation.kept import Kept
 from ddmd_jax.evaluation.results import Part
 from ddmd_jax.util.errors import UserError
 
+WHOSE = ('step', 'weights')  # of a row: the checkpoint it was drawn with, and its weights' identity
+
 
 @dataclasses.dataclass(frozen=True)
 class Measures:
@@ -33,6 +35,11 @@ class Measures:
     results: Mapping[str, Path] = dataclasses.field(default_factory=dict)
 
 
+def rows_in(place: Path) -> list[str]:
+    """Names of the rows whose images are in an evaluation's folder of a suite."""
+    return [p.name for p in sorted(place.iterdir()) if p.is_dir()] if place.is_dir() else []
+
+
 def stored(folder: Path, asked: Asked, rows: Sequence[str]) -> dict[str, Kept]:
     """The suite's images in an evaluation's ``images`` by row: those of `rows` first, in order.
 
@@ -40,7 +47,7 @@ def stored(folder: Path, asked: Asked, rows: Sequence[str]) -> dict[str, Kept]:
       UserError: there are none.
     """
     place = folder / asked.suite.name
-    there = [p.name for p in sorted(place.iterdir()) if p.is_dir()] if place.is_dir() else []
+    there = rows_in(place)
     if not there:
         raise UserError(f'{place} holds no images; name a model with --checkpoint or --model')
     order = [row for row in rows if row in there] + [row for row in there if row not in rows]
@@ -55,12 +62,15 @@ def part(asked: Asked, images: Mapping[str, Kept], by: Measures, sheet: Path) ->
         rows, each, notes = evaluate.measured(asked.examples, images, settings)
         titles = {row: f'{row}\n{settings[row]["steps"]} steps' for row in images}
         evaluate.samples(asked.examples, images, titles, sheet)
-        return Part(asked.suite, rows, each, asked.named, asked.groups, notes)
-    rows, each, notes = [], {}, []
-    for row, found in images.items():
-        line, each[row], missing = _row(asked, row, found, range(len(asked.named)), by)
-        rows.append({'name': row, **settings[row], **line})
-        notes += missing
+    else:
+        rows, each, notes = [], {}, []
+        for name, found in images.items():
+            line, each[name], missing = _row(asked, name, found, range(len(asked.named)), by)
+            rows.append({'name': name, **settings[name], **line})
+            notes += missing
+    for row in rows:  # whoever measures says of each row whose it is, also long after it was drawn
+        about = images[row['name']].about if row['name'] in images else {}
+        row |= {name: about.get(name) for name in WHOSE}
     return Part(asked.suite, rows, each, asked.named, asked.groups, notes)
 
 
@@ -74,7 +84,7 @@ def part_of_folder(asked: Asked, folder: Path, by: Measures) -> Part:
         raise UserError(f"--images: {asked.suite.name} is a family's own; draw it")
     images = kept.Folder(folder, asked.suite, asked.prompts)
     line, each, missing = _row(asked, 'images', images, images.rows, by)
-    row = {'name': 'images', **evaluate.settings_of(None), **line}
+    row = {'name': 'images', **evaluate.settings_of(None), **line, **dict.fromkeys(WHOSE)}
     return Part(asked.suite, [row], {'images': each}, asked.named, asked.groups,
                 [*images.faults, *missing])
 
@@ -98,8 +108,6 @@ def _row(asked: Asked, row: str, images: Any, there: Sequence[int],
             key = f'{name}/{group}' if group else name
             found[key], bounds[key] = interval.mean, [interval.low, interval.high]
     path = by.results.get(f'{suite.name}:{row}') or by.results.get(suite.name)
-    if path and suite.results is None:
-        raise UserError(f'--results={suite.name}: its scorers are here; leave it out')
     if path and suite.results is not None:
         try:
             found |= suite.results(path, asked.prompts, suite.images)
