@@ -20,6 +20,7 @@ from typing import TYPE_CHECKING, Any
 
 from absl import flags
 
+import ddmd_jax
 from ddmd_jax.export.models import Model, encoded, find_model, load
 from ddmd_jax.util import buckets, commands, places
 from ddmd_jax.util.errors import UserError
@@ -147,6 +148,7 @@ def main(arguments: list[str]) -> None:
 
     distributed.start(None, None, None, os.environ, command='evaluate')
     with distributed.ending_together():
+        distributed.agree('command', commands.given() | {'version': ddmd_jax.__version__})
         complete = evaluate()
     if not complete:
         sys.exit(MISSING)
@@ -182,6 +184,7 @@ def evaluate() -> bool:
     if jax.process_index() == 0 and held[0] is None:
         raise UserError(f'--out {out} is being written by {held[1]}; wait for it, or choose '
                         'another')
+    distributed.same_folder(out / '.lock', '--out')
     asked = [ask(suite, prompts, models) for suite in suites]
     if models:
         draw(asked, models, rows, out)

@@ -98,6 +98,7 @@ def main(arguments: list[str]) -> None:
 
     distributed.start(None, None, None, os.environ, command='sample')
     with distributed.ending_together():
+        distributed.agree('command', commands.given() | {'version': ddmd_jax.__version__})
         draw()
 
 

@@ -2,6 +2,9 @@
 
 import json
 import re
+import shutil
+import types
+from pathlib import Path
 
 import jax
 import jax.numpy as jnp
@@ -9,6 +12,7 @@ import numpy as np
 import published
 import published_text
 import pytest
+import safetensors.numpy
 import tiny
 from absl import flags
 from flax import nnx
@@ -26,7 +30,7 @@ from ddmd_jax.families.lumina import names, teacher as lumina
 from ddmd_jax.models import autoencoder_kl
 from ddmd_jax.models.layers import abstract_params
 from ddmd_jax.models.nextdit import NextDiT
-from ddmd_jax.parallel import sharding
+from ddmd_jax.parallel import distributed, sharding
 from ddmd_jax.util import commands
 from ddmd_jax.util.errors import UserError
 from ddmd_jax.weights import diffusers
@@ -128,16 +132,53 @@ def test_two_processes_draw_the_same_images_and_one_writes_them(run, three, tmp_
 
 
 @pytest.mark.slow
-def test_what_one_of_two_processes_refuses_ends_both(run, tmp_path):
-    """As a checkpoint that only one of them can read."""
+@pytest.mark.parametrize('other, words', [
+    ('--checkpoint=/nowhere', '/nowhere holds no checkpoints'),  # a place is each process's own
+    ('--seed=5', 'process 1 has another command than process 0: --seed: absent, here 5')])
+def test_what_one_of_two_processes_refuses_ends_both(run, tmp_path, other, words):
     args = [f'--checkpoint={run}', '--prompt=a cat', f'--out={tmp_path / "out"}']
-    said = together([['ddmd_jax.sample', *args, *more] for more in ([], ['--step=99'])], code=1,
+    said = together([['ddmd_jax.sample', *args, *more] for more in ([], [other])], code=1,
                     **under_slurm())
     assert 'Traceback' not in ''.join(said), said
     lines = [[x for x in text.splitlines() if x.startswith('sample: ')] for text in said]
-    assert 'has no step 99; there are 7' in lines[1][0], said
+    assert words in lines[1][0], said
     assert 'process 1 has failed (its own output says why)' in lines[0][-1], said
     assert not list((tmp_path / 'out').glob('*.png'))
+
+
+def test_what_is_drawn_with_is_compared_among_processes(run, tmp_path, monkeypatch):
+    """In one process, which is told what another would say: flags, prompts, weights."""
+    asked = []
+
+    def of_first(mine):
+        asked.append(json.loads(mine))
+        return mine
+
+    monkeypatch.setattr(distributed, '_peers', types.SimpleNamespace(me=1, of_first=of_first))
+    other = Path(shutil.copytree(run, tmp_path / 'run'))
+    (other / 'checkpoints' / '7').rename(other / 'checkpoints' / '8')
+    mesh = sharding.make_mesh({}, jax.devices()[:1])
+    for workdir in (run, other):
+        model = sample.find_model(workdir, '', None)
+        sample.encoded(drawing.names(['a cat'], 1, int(workdir == other)), model, mesh)
+        sample.load(model, ['teacher'], mesh)
+    prompts, weights, others, moved = asked
+    assert prompts['encoder'] == others['encoder'] and prompts['prompts'] != others['prompts']
+    assert weights['step'] == 7 and moved == weights | {'step': 8} and all(weights.values())
+
+
+def test_a_teacher_at_the_runs_path_that_is_another_is_refused(run, weights, tmp_path,
+                                                               command):
+    """Also where no student is drawn with: its pictures would be taken for the run's teacher's."""
+    tensors = safetensors.numpy.load_file(weights)
+    with safetensors.safe_open(weights, 'np') as opened:
+        about = opened.metadata()
+    moved = tmp_path / 'toy.safetensors'
+    name = min(name for name in tensors if name.startswith('denoiser/'))
+    safetensors.numpy.save_file(tensors | {name: tensors[name] + 1}, moved, about)
+    with pytest.raises(SystemExit, match='distils another teacher .* with --teacher_path'):
+        command(f'--checkpoint={run}', '--teacher', f'--teacher_path={moved}', '--steps=2',
+                '--prompt=a cat', f'--out={tmp_path / "out"}')
 
 
 def test_another_seed_is_another_image(run, command, three, tmp_path):

@@ -9,6 +9,8 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import hashlib
+import json
 import re
 import sys
 import time
@@ -124,6 +126,12 @@ def names(prompts: Sequence[str], count: int, seed: int) -> list[ImageName]:
         found += [ImageName(seed, prompt, seen[prompt] + i) for i in range(count)]
         seen[prompt] += count
     return found
+
+
+def digest(named: Sequence[ImageName]) -> str:
+    """Sixteen hex digits that name these images, in their order."""
+    rows = [(name.seed, name.prompt, name.number) for name in named]
+    return hashlib.sha256(json.dumps(rows, ensure_ascii=False).encode()).hexdigest()[:16]
 
 
 def name_words(named: Sequence[ImageName]) -> np.ndarray:

@@ -9,7 +9,6 @@ from typing import Any
 
 from ddmd_jax.diffusion import drawing
 from ddmd_jax.diffusion.drawing import ImageName
-from ddmd_jax.evaluation import kept
 from ddmd_jax.evaluation.benchmarks import Prompt
 from ddmd_jax.evaluation.suites import Examples, Suite
 
@@ -31,7 +30,7 @@ class Asked:
     prompts: Sequence[Prompt] = ()
 
     def about(self) -> dict[str, Any]:
-        return {'images': len(self.named), 'names': kept.digest(self.named)}
+        return {'images': len(self.named), 'names': drawing.digest(self.named)}
 
 
 def own(suite: Suite, seen: int, held_out: int, seed: int) -> Asked:

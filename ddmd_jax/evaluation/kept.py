@@ -7,9 +7,7 @@ or in an ArrayRecord.
 
 from __future__ import annotations
 
-import hashlib
 import io
-import json
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -116,7 +114,8 @@ class Kept:
             nobody knows which.
         """
         self.about, found = dict(about), manifest(self.folder)
-        here = {**self.about, 'form': self._form, 'images': len(self), 'names': digest(self.named)}
+        here = {**self.about, 'form': self._form, 'images': len(self),
+                'names': drawing.digest(self.named)}
         if found is None:
             if any(self.folder.glob('*.arrayrecord')) or any(self.folder.glob('*.png')):
                 raise ImagesError(f'{self.folder} holds images without the {MANIFEST} that says of '
@@ -245,12 +244,6 @@ def manifest(folder: Path) -> dict[str, Any] | None:
         errors.raise_environment(e, path)
         raise ImagesError(f'{path} is damaged ({first_line(e)}), and says of what the images '
                           f'beside it are; move {folder} away, then {AGAIN}') from e
-
-
-def digest(named: Sequence[ImageName]) -> str:
-    """Names the images."""
-    rows = [(name.seed, name.prompt, name.number) for name in named]
-    return hashlib.sha256(json.dumps(rows, ensure_ascii=False).encode()).hexdigest()[:16]
 
 
 def _runs(rows: Sequence[int]) -> list[list[int]]:

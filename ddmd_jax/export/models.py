@@ -86,10 +86,13 @@ def encoded(named: Sequence[ImageName], model: Model, mesh: Mesh) -> Request:
     """The images asked for with their prompts encoded; the text encoder is let go."""
     from ddmd_jax.diffusion import drawing
     from ddmd_jax.families import LoadOptions
+    from ddmd_jax.parallel import distributed
     from ddmd_jax.train import prompts
 
     text = model.family.load_text(LoadOptions(
         model.path, mesh, model.dtype, variant=model.variant))
+    distributed.agree('text encoder or prompts', {
+        'encoder': text.identity, 'prompts': drawing.digest(named)})
     prompts.count_cut(text, [list(dict.fromkeys(name.prompt for name in named))])
     return drawing.Request.encoded(named, lambda texts: prompts.encode_texts(texts, text, mesh))
 
@@ -100,7 +103,7 @@ def load(model: Model, whose: Sequence[str], mesh: Mesh) -> tuple[Teacher, dict[
 
     from ddmd_jax.export.student import binding_of, check_teacher, trained_shapes
     from ddmd_jax.families import LoadOptions
-    from ddmd_jax.parallel import sharding
+    from ddmd_jax.parallel import distributed, sharding
 
     # Kernels in the type of the products: predictions are the same, and half is read.
     teacher = model.family.load_teacher(LoadOptions(
@@ -108,8 +111,10 @@ def load(model: Model, whose: Sequence[str], mesh: Mesh) -> tuple[Teacher, dict[
     if teacher.latents.decode is None:
         raise UserError(f'{model.path} has no autoencoder beside its transformer; give the '
                         "pipeline's folder with --teacher_path")
-    if model.saved and 'student' in whose:
+    if model.saved:  # also where the teacher alone is drawn with: it is the run's
         check_teacher(model.saved, teacher.identity, '--teacher_path')
+    distributed.agree('teacher or checkpoint', {
+        'teacher': teacher.identity, **(model.saved.identities() if model.saved else {})})
     lay_out = lambda tree: sharding.shard_tree(tree, teacher.rules, mesh)
     binding = binding_of(model.saved.manifest if model.saved else {})
     shapes = jax.eval_shape(lambda: teacher.params)

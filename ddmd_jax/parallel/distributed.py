@@ -223,8 +223,9 @@ def agree(what: str, mine: Mapping[str, Any]) -> None:
                                'one version')
 
 
-def same_folder(file: Place) -> None:
-    """Waits until this process sees the `file` that process 0 has just written.
+def same_folder(file: Place, flag: str = '--workdir') -> None:
+    """Waits until this process sees the `file` that process 0 has just written, in the folder that
+    `flag` names.
 
     Raises:
       DistributedError: it does not, within `SEEN` seconds, or at a URL that is another: its
@@ -233,14 +234,14 @@ def same_folder(file: Place) -> None:
     if _peers is None:
         return
     if places.is_url(file):  # of one name for all; a lock there changes as it is renewed
-        agree('folder', {'--workdir': str(file.parent)})
+        agree('folder', {flag: str(file.parent)})
         return
     end = time.monotonic() + SEEN
     wanted = _peers.of_first(file.read_text('utf-8') if _peers.me == 0 else '')
     while not file.is_file() or file.read_text('utf-8') != wanted:
         if time.monotonic() > end:
             raise DistributedError(f'process {_peers.me} sees another {file.parent} than process '
-                                   '0; --workdir must be one folder that all of them share')
+                                   f'0; {flag} must be one folder that all of them share')
         time.sleep(0.2)
 
 

@@ -135,6 +135,16 @@ def at_most(limit: int, *names: str) -> None:
                                  f'must be at most {limit}')
 
 
+def given() -> dict[str, Any]:
+    """The flags of the command line by ``--name``, but for absl's own and for those that name
+    places: where something lies may differ from process to process, and what lies there counts."""
+    absls = {flag.name for module, found in FLAGS.flags_by_module_dict().items()
+             if module.startswith('absl') for flag in found}
+    return {f'--{name}': FLAGS[name].value for name in FLAGS
+            if FLAGS[name].present and name not in absls
+            and not isinstance(FLAGS[name].parser, _PlaceParser)}
+
+
 def only_flags(arguments: list[str]) -> None:
     """Raises `UserError` if there is an argument that is no flag."""
     if arguments:

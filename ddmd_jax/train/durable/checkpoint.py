@@ -1,6 +1,7 @@
 """Reading Orbax checkpoints: state, data iterator, and the manifest, which identifies their run."""
 
 import dataclasses
+import hashlib
 import importlib.metadata
 import json
 import sys
@@ -275,6 +276,15 @@ class Saved:
     @property
     def step(self) -> int:
         return int(self.folder.name)
+
+    def identities(self) -> dict[str, Any]:
+        """What tells it from other checkpoints, wherever it lies: its step, hashes of its manifest
+        and of its checksums."""
+        hashed = lambda raw: hashlib.sha256(raw).hexdigest()[:16]
+        summed = self.folder / checksums.NAME
+        return {'step': self.step,
+                'manifest': hashed(json.dumps(self.manifest, sort_keys=True).encode()),
+                'checksums': hashed(files.patiently(summed.read_bytes)) if summed.is_file() else ''}
 
     def part(self, name: str, abstract: Any, shardings: Any) -> Any:
         """See `restore_part`; raises `CheckpointError` as well where a file is damaged."""
