@@ -1,6 +1,7 @@
 """What is written down of a run's weights is compared by whoever reads it."""
 
 import json
+import types
 
 import jax
 import ml_dtypes
@@ -11,10 +12,13 @@ from saved import save
 
 from ddmd_jax import config as config_lib, sample
 from ddmd_jax.data import DataFileError, conditioning, embeddings
+from ddmd_jax.diffusion.time import Shift, StepTable
 from ddmd_jax.evaluation import pictures
 from ddmd_jax.export import student
+from ddmd_jax.families.base import TextEncoder
 from ddmd_jax.parallel import sharding
 from ddmd_jax.study import summarise
+from ddmd_jax.train import distillation, prompts
 from ddmd_jax.train.durable import checkpoint as ckpt, checksums, resume
 from ddmd_jax.util.errors import UserError
 from ddmd_jax.weights import flat
@@ -25,18 +29,62 @@ TREE = {'bias': np.ones(3, np.float32)}
 # --- A student and its teacher ---
 
 
-def of_teacher(identity, folder):
+def of_teacher(identity, folder, **more):
     manifest = {'task': 'distill', 'teacher.name': 'lumina', 'teacher.path': str(folder),
-                'teacher_identity': identity}
+                'teacher_identity': identity, **more}
     return ckpt.Saved(folder / 'checkpoints' / '3', manifest)
 
 
 def test_a_student_goes_with_the_teacher_it_distils(tmp_path):
     for known, given in (('a', 'a'), ('a', None), (None, 'a')):
-        student.check_teacher(of_teacher(known, tmp_path), given, '--teacher')
+        student.check_teacher(of_teacher(known, tmp_path), given, Shift(3.0), '--teacher')
     with pytest.raises(ckpt.CheckpointError, match='another teacher .identity a. than the one '
                        r'given .b.; give the path of its own with --teacher'):
-        student.check_teacher(of_teacher('a', tmp_path), 'b', '--teacher')
+        student.check_teacher(of_teacher('a', tmp_path), 'b', Shift(3.0), '--teacher')
+
+
+@pytest.mark.parametrize('own, given, fits', [
+    (Shift(6.0), Shift(6.0), True), (Shift(6.0), Shift(3.0), False),
+    (StepTable(), StepTable(), True), (StepTable(), StepTable(beta_end=0.02), False),
+    (StepTable(), Shift(3.0), False), (None, Shift(3.0), True)])
+def test_weights_of_one_identity_draw_by_the_time_they_were_distilled_by(tmp_path, own, given,
+                                                                         fits):
+    """A folder's scheduler_config.json is no weight, and moves every step of a student."""
+    said = {'teacher_time': own.identity} if own else {}  # older manifests do not
+    saved = of_teacher('a', tmp_path, **said)
+    check = lambda saved: student.check_teacher(saved, 'a', given, '--teacher')
+    if fits:
+        return check(saved)
+    with pytest.raises(ckpt.CheckpointError, match='a teacher of another time .* by its scheduler'):
+        check(saved)
+    check(of_teacher('a', tmp_path, **said, **{'method.shift': 2.0}))  # the run's own
+
+
+@pytest.mark.parametrize('name', ['teacher_time', 'encoder_identity'])
+def test_a_run_goes_on_with_the_time_and_the_encoder_it_had(tmp_path, name):
+    """Neither is in the identity of the teacher's weights, nor in that of a set of prompts."""
+    config = config_lib.load('lumina')
+    of = lambda **more: resume.manifest_of(config, {'teacher_identity': 'a', **more})
+    folder = save(tmp_path / 'run', of(**{name: 'x'}), TREE) / 'checkpoints' / '3'
+    ckpt.check_manifest(folder, of(**{name: 'x'}))
+    with pytest.raises(ckpt.CheckpointError, match=f"{name}: 'x' -> 'y'"):
+        ckpt.check_manifest(folder, of(**{name: 'y'}))
+    older = save(tmp_path / 'older', of(), TREE) / 'checkpoints' / '3'
+    ckpt.check_manifest(older, of(**{name: 'y'}))  # it does not say
+
+
+def test_a_distillation_says_by_which_time_and_encoder():
+    """Prompts that are encoded as they are needed have the identity of their texts alone."""
+    text = TextEncoder('x', {}, lambda texts: {'mask': np.ones((len(texts), 2), bool)},
+                       lambda params, tokens: {'mask': tokens['mask']}, 2, 4, (), 'of the encoder')
+    stored = type('Stored', (list,), {'identity': 'of the texts'})(['a cat'])
+    found = prompts.as_needed(stored, text, sharding.make_mesh({}, jax.devices()[:1]))
+    assert (found.identity, found.encoder) == ('of the texts', 'of the encoder')
+    teacher = types.SimpleNamespace(identity='t', time=Shift(2.0))
+    assert distillation.identities(teacher, found) == {
+        'teacher_identity': 't', 'teacher_time': 'Shift(shift=2.0)',
+        'data_identity': 'of the texts', 'encoder_identity': 'of the encoder'}
+
 
 
 def test_a_run_goes_on_from_a_teacher_that_has_moved(tmp_path):
@@ -107,6 +155,16 @@ def test_only_runs_alike_are_averaged(tmp_path):
     with pytest.raises(UserError, match=r'differ in more than their seed.*step: 3 and 9; steps: '
                        'None and 50; student.steps: 4 and 50'):
         summarise.check_alike([first, second, other])
+
+
+def test_a_run_has_no_spread_with_itself(tmp_path):
+    runs = [summarise.Evaluated(str(tmp_path / name), [], {}, weights)
+            for name, weights in (('a', 'x'), ('b', 'y'), ('copy', 'x'))]
+    summarise.check_alike(runs[:2])
+    with pytest.raises(UserError, match='/a and .*/copy are of one student .weights x.'):
+        summarise.check_alike(runs)
+    with pytest.raises(UserError, match='are of one student'):  # an older eval.json says no weights
+        summarise.check_alike([summarise.Evaluated(str(tmp_path / 'a'), [], {})] * 2)
 
 
 def test_weights_over_a_mesh_have_one_name_however_they_lie():

@@ -31,6 +31,8 @@ class Prompts:
         has; empty and None where a batch's shape is drawn.
       of_shape: ``(number of rows, shape of a latent) -> arrays`` that go with a batch beside what
         `lookup` gives (`CondSpec.of_shape`), as its latents have some size.
+      encoder: identity of the text encoder that encodes them as they are needed; '' where
+        `identity` says it.
     """
 
     rows: np.ndarray
@@ -45,6 +47,7 @@ class Prompts:
     shapes: Sequence[Shape] = ()
     shape_of: np.ndarray | None = None
     of_shape: Callable[[int, Sequence[int]], dict[str, Any]] | None = None
+    encoder: str = ''
 
     def some(self, count: int, shape: Shape | None) -> np.ndarray:
         """So many rows that may be in a batch of latents of `shape`, as often as it takes."""

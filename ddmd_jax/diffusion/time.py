@@ -33,6 +33,11 @@ class TimeMap:
         """The paper's t, fp32, at uniform times `u` of any shape."""
         raise NotImplementedError
 
+    @property
+    def identity(self) -> str:
+        """Names the map: its class with its fields, if it is a dataclass."""
+        return repr(self) if dataclasses.is_dataclass(self) else type(self).__name__
+
     def steps(self, n: int) -> Array:
         """Uniform times ``[n]`` of an n-step student, noise first: ``0, 1/n, ..., (n-1)/n``.
 

@@ -112,9 +112,10 @@ def load(model: Model, whose: Sequence[str], mesh: Mesh) -> tuple[Teacher, dict[
         raise UserError(f'{model.path} has no autoencoder beside its transformer; give the '
                         "pipeline's folder with --teacher_path")
     if model.saved:  # also where the teacher alone is drawn with: it is the run's
-        check_teacher(model.saved, teacher.identity, '--teacher_path')
+        check_teacher(model.saved, teacher.identity, teacher.time, '--teacher_path')
     distributed.agree('teacher or checkpoint', {
-        'teacher': teacher.identity, **(model.saved.identities() if model.saved else {})})
+        'teacher': teacher.identity, 'time': teacher.time.identity,
+        **(model.saved.identities() if model.saved else {})})
     lay_out = lambda tree: sharding.shard_tree(tree, teacher.rules, mesh)
     binding = binding_of(model.saved.manifest if model.saved else {})
     shapes = jax.eval_shape(lambda: teacher.params)

@@ -165,19 +165,26 @@ def open_student(workdir: Place, teacher: str, ema: bool, step: int | None = Non
         variant = saved.manifest.get('teacher.variant', '')
     path = teacher or saved.manifest.get('teacher.path', '')
     source = export.open_source(path, *family.of_variant(variant))
-    check_teacher(saved, source.identity, '--teacher')
+    check_teacher(saved, source.identity, source.time, '--teacher')
     return Student(workdir, saved, family.name, export, source, ema,
                    sharding.make_mesh({'fsdp': -1}), path)
 
 
-def check_teacher(saved: ckpt.Saved, identity: str | None, flag: str) -> None:
+def check_teacher(saved: ckpt.Saved, identity: str | None, time: time_maps.TimeMap,
+                  flag: str) -> None:
     """Raises `CheckpointError` unless these are the weights that the run distils, whose text side
-    and decoder the student goes with; None is not known. `flag` is where another path is given."""
-    known = saved.manifest.get('teacher_identity')
+    and decoder the student goes with, and their time map where the run has none of its own; None
+    is not known. `flag` is where another path is given."""
+    known, of_time = (saved.manifest.get(name) for name in ('teacher_identity', 'teacher_time'))
     if None not in (known, identity) and known != identity:
         raise ckpt.CheckpointError(
             f'{saved.folder} distils another teacher (identity {known}) than the one given '
             f'({identity}); give the path of its own with {flag}')
+    if of_time not in (None, time.identity) and saved.manifest.get('method.shift') is None:
+        raise ckpt.CheckpointError(
+            f'{saved.folder} distils a teacher of another time ({of_time}) than the one given '
+            f'({time.identity}), by its scheduler_config.json; give the path of its own with '
+            f'{flag}')
 
 
 def plain_export(family: Family) -> Export:

@@ -23,6 +23,7 @@ class Evaluated:
     workdir: str
     rows: list[dict[str, Any]]
     conditions: dict[str, Any]  # whatever makes figures of two runs unlike: all but the seed
+    weights: str | None = None  # identity of the student
 
 
 def load(workdir: str) -> Evaluated:
@@ -35,15 +36,22 @@ def load(workdir: str) -> Evaluated:
         drawn = {f'{row["name"]}.{name}': row[name] for row in rows for name in tables.SETTINGS}
         conditions = {name: value for name, value in config_lib.dotted(found['config']).items()
                       if name != 'seed' and not name.startswith(HOW)}
-        return Evaluated(workdir, rows, conditions | drawn | {'step': found['step']})
+        return Evaluated(workdir, rows, conditions | drawn | {'step': found['step']},
+                         found.get('weights'))
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as e:
         raise UserError(f'{path} is not the result of a finished run ({type(e).__name__}); run '
                         'main with that --workdir to its end') from e
 
 
 def check_alike(runs: Sequence[Evaluated]) -> None:
-    """Raises `UserError`, naming what differs, unless the runs may be averaged."""
-    first = runs[0]
+    """Raises `UserError`, naming what differs or does not, unless the runs may be averaged."""
+    first, seen = runs[0], {}
+    for run in runs:
+        whose = run.weights or places.of(run.workdir)
+        if whose in seen:
+            raise UserError(f'{seen[whose]} and {run.workdir} are of one student (weights '
+                            f'{run.weights}), and have no spread; name each run once')
+        seen[whose] = run.workdir
     for other in runs[1:]:
         names = sorted({*first.conditions, *other.conditions})
         unlike = [f'{n}: {first.conditions.get(n)!r} and {other.conditions.get(n)!r}'

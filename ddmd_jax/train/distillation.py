@@ -160,6 +160,14 @@ def _refuse_distilled(family: Family, path: str) -> None:
             'Give its base model, or config.teacher.allow_distilled=True to distil it all the same')
 
 
+def identities(teacher: Teacher, prompts: Prompts) -> dict[str, str]:
+    """Of what a run distils and on what: the weights' does not say by which time they draw, nor
+    the prompts', which are encoded as they are needed, by whom."""
+    return {'teacher_identity': teacher.identity, 'teacher_time': teacher.time.identity,
+            'data_identity': prompts.identity,
+            **({'encoder_identity': prompts.encoder} if prompts.encoder else {})}
+
+
 def suite_of(config: Any) -> Suite | None:
     """The suite that `eval.suite` names, or else the family's own; None if it has none.
 
@@ -190,7 +198,7 @@ class Distillation:
         # The one copy there is: `train.offload` frees the devices of the teacher's.
         self.teacher = dataclasses.replace(teacher, params=self.frozen.teacher)
         self.spec = dataclasses.replace(planned.spec, source=(self.frozen.teacher,))
-        self.identities = {'teacher_identity': teacher.identity, 'data_identity': prompts.identity}
+        self.identities = identities(teacher, prompts)
         self.extra_updates = 0  # of the critic, in every step, as the health verdict has it
         self._compile(planned)
         self._watch()

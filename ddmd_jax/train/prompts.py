@@ -110,7 +110,7 @@ def as_needed(stored: Any, text: TextEncoder, mesh: Mesh, measure: bool = False)
     return Prompts(
         np.arange(len(stored)), lookup, lambda rows: alone(lookup(rows, None)),
         alone(text.tokenize([''])), lambda row: stored[int(row)], stored.identity,
-        token_counts(text, stored) if measure else None, encode)
+        token_counts(text, stored) if measure else None, encode, encoder=text.identity)
 
 
 def token_counts(text: TextEncoder, stored: Any) -> np.ndarray:

@@ -166,8 +166,9 @@ def hook(environ):
 
     def prepared(config):
         task = prepare(config)
-        if environ.get('IDENTITY'):
-            task.identities = task.identities | {'data_identity': environ['IDENTITY']}
+        for name, what in (('IDENTITY', 'data_identity'), ('TEACHER', 'teacher_identity')):
+            if environ.get(name):
+                task.identities = task.identities | {what: environ[name]}
         patch(task, 'step', lambda *args: (at('step'), step()))
         return task
 

@@ -76,10 +76,11 @@ def test_processes_of_unlike_configs_end_at_once(toy, workdir):
     assert GONE.format(1) in lines[0] and contents(workdir) == before
 
 
-def test_processes_of_unlike_data_end_at_once(toy, workdir):
+@pytest.mark.parametrize('name, what', [('IDENTITY', 'data'), ('TEACHER', 'teacher')])
+def test_processes_of_unlike_data_or_teachers_end_at_once(toy, workdir, name, what):
     before = contents(workdir)
-    lines = told(both(toy, workdir, 1, IDENTITY=['', 'other']))
-    assert ("process 1 has another teacher or data than process 0: data_identity: 'toy', here "
+    lines = told(both(toy, workdir, 1, **{name: ['', 'other']}))
+    assert (f"process 1 has another teacher or data than process 0: {what}_identity: 'toy', here "
             "'other'") in lines[1]
     assert GONE.format(1) in lines[0] and contents(workdir) == before
 
