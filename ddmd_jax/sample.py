@@ -78,6 +78,8 @@ def check_flags() -> None:
     if not (FLAGS.teacher and FLAGS.teacher_path):
         commands.need(checkpoint='name the --workdir of a run, or draw with a teacher: --teacher '
                       '--teacher_path=emoji')
+    if FLAGS.step and not FLAGS.checkpoint:
+        raise UserError('--step is a checkpoint of a run; name the run with --checkpoint')
     if not FLAGS.prompts:
         commands.need(prompt='repeat it for several, or name a file: --prompts')
     commands.need(out='name a folder, or a file that ends in .png or .webp')

@@ -26,7 +26,7 @@ from ddmd_jax.data.batch import CondSpec
 from ddmd_jax.diffusion import process
 from ddmd_jax.diffusion.sampling import Predict
 from ddmd_jax.diffusion.time import Shift
-from ddmd_jax.families import published_vae
+from ddmd_jax.families import published_config, published_vae
 from ddmd_jax.families.base import (
     Array,
     Cond,
@@ -89,7 +89,8 @@ def model_config(flow: Flow, published: dict[str, Any], dtype: str = 'float32',
       WeightsError: a field is missing or not to be had here.
     """
     try:
-        return flow.config(**flow.fields(published), dtype=dtype, remat=remat, attention=attention)
+        values = published_config.checked(flow.config, flow.fields(published))
+        return flow.config(**values, dtype=dtype, remat=remat, attention=attention)
     except (KeyError, TypeError, ValueError) as e:
         raise WeightsError(f'transformer/config.json is not one of {flow.transformer} ({e}); fetch '
                            'the folder again') from e

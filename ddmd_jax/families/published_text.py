@@ -19,11 +19,12 @@ import numpy as np
 from flax import nnx
 from jax.sharding import Mesh
 
+from ddmd_jax.families import published_config
 from ddmd_jax.families.base import Cond, LoadOptions, TextEncoder
 from ddmd_jax.models import flops
 from ddmd_jax.models.layers import abstract_params, functional
 from ddmd_jax.parallel import sharding
-from ddmd_jax.util import errors, places
+from ddmd_jax.util import errors, places, shape
 from ddmd_jax.util.text import first_line
 from ddmd_jax.weights import diffusers, fetch, transformers as folders
 from ddmd_jax.weights.flat import WeightsError
@@ -77,16 +78,22 @@ def config_of(kind: type, published: Mapping[str, Any], fixed: Mapping[str, Any]
         if (published.get(name) or value) != value:
             raise ValueError(f'{name} is {published[name]}, supported is {value}')
     fields = {f.name for f in dataclasses.fields(kind)} - {'dtype', 'penultimate'} - OPTIONAL
-    return kind(**{name: published[name] for name in fields}, **own)
+    values = {name: published[name] for name in fields} | own
+    return kind(**published_config.checked(kind, values))
 
 
 def rope_theta(published: Mapping[str, Any]) -> float:
     """Base of the rotary frequencies, where transformers 5 writes it or where 4 did."""
     rope = published.get('rope_parameters') or published.get('rope_scaling') or {}
+    if fault := shape.fault(rope, {'rope_theta?': shape.positive}, 'rope_parameters'):
+        raise ValueError(fault)
     kind = rope.get('rope_type', rope.get('type', 'default'))
     if kind != 'default':
         raise ValueError(f'rope_type is {kind}, supported is default')
-    return float(rope['rope_theta'] if 'rope_theta' in rope else published['rope_theta'])
+    theta = rope['rope_theta'] if 'rope_theta' in rope else published['rope_theta']
+    if words := shape.positive(theta):
+        raise ValueError(f'rope_theta is {words}')
+    return float(theta)
 
 
 # --- Encoders ---

@@ -11,6 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
 
+from ddmd_jax.families import published_config
 from ddmd_jax.families.base import Decoder, ImageEncoder, LoadOptions
 from ddmd_jax.models import autoencoder_kl, flops
 from ddmd_jax.models.autoencoder_kl import AutoencoderKLConfig
@@ -46,7 +47,8 @@ def vae_config(published: dict[str, Any], dtype: str) -> AutoencoderKLConfig:
     try:
         values = ABSENT | {name: published[name] for name in fields if name in published}
         values['block_out_channels'] = tuple(values['block_out_channels'])
-        return AutoencoderKLConfig(**values, dtype=dtype)
+        return AutoencoderKLConfig(
+            **published_config.checked(AutoencoderKLConfig, values), dtype=dtype)
     except (KeyError, TypeError, ValueError) as e:
         raise WeightsError(f'vae/config.json is not one of {AUTOENCODER} ({e}); fetch the folder '
                            'again') from e

@@ -89,6 +89,8 @@ class NextDiTConfig:
             raise ValueError('hidden_size must be a multiple of num_attention_heads')
         if self.num_attention_heads % self.num_kv_heads:
             raise ValueError('num_attention_heads must be a multiple of num_kv_heads')
+        if self.ffn_dim < 1:
+            raise ValueError(f'ffn_dim_multiplier {self.ffn_dim_multiplier} leaves no width')
         if sum(self.axes_dim_rope) != self.head_dim or any(d % 2 for d in self.axes_dim_rope):
             raise ValueError(f'axes_dim_rope {self.axes_dim_rope} must be even numbers that sum '
                              f'to the head size {self.head_dim}')

@@ -108,7 +108,9 @@ class Parts:
             return None
         try:
             card = shape.load(files.patiently(file.read_bytes), PART_CARD)
-        except ValueError:  # whatever it was, it is made again
+            if card['buckets']:
+                records.Records([self._names(number)[0]], len(card['buckets']), 'damaged', '')
+        except (ValueError, DataFileError):  # whatever it was, it is made again
             return None
         return card if card['made_of'] == self._made_of[number] else None
 
@@ -222,14 +224,27 @@ class ImageCache(Sequence):
             errors.raise_environment(e)
             raise DataFileError(
                 f'{folder} is no folder of latents ({first_line(e)}); {CURE}') from e
-        damaged = f'latents damaged: {folder}'
+        self._damaged = damaged = f'latents damaged: {folder}'
         try:
             self.buckets = _arrays((folder / 'index.safetensors').read_bytes())['buckets']
+            self._check()
         except Exception as e:  # safetensors' errors have no common ancestor
             errors.raise_environment(e, folder)
             raise DataFileError(f'{damaged} ({first_line(e)}); {CURE}') from e
         self._records = records.Records([folder / f for f in self.card['files']],
                                         len(self.buckets), damaged, CURE)
+
+    def _check(self) -> None:
+        """Raises `ValueError` where index and card contradict one another."""
+        found = self.buckets
+        if found.dtype != np.int32 or found.ndim != 1:
+            raise ValueError(f'buckets are {found.dtype} {found.shape}, and are to be int32 '
+                             '(images,)')
+        if len(found) and not 0 <= found.min() <= found.max() < len(self.shapes):
+            raise ValueError(f'buckets from {found.min()} to {found.max()} are not of '
+                             f'{len(self.shapes)} sizes')
+        if np.bincount(found, minlength=len(self.shapes)).tolist() != self.card['of_each_size']:
+            raise ValueError('its index and its card have other counts of each size')
 
     def __len__(self) -> int:
         return len(self.buckets)
@@ -247,8 +262,14 @@ class ImageCache(Sequence):
 
     def latents(self, rows: Sequence[int] | np.ndarray) -> np.ndarray:
         """``[n, h, w, C]`` fp32 of rows that have one shape."""
-        return np.stack([_arrays(raw)['latent'].astype(np.float32)
-                         for raw in self._records.read([int(row) for row in rows])])
+        found = []
+        for row, raw in zip(rows, self._records.read([int(row) for row in rows]), strict=True):
+            latent, wanted = _arrays(raw)['latent'], self.shapes[self.buckets[row]]
+            if latent.shape != wanted:
+                raise DataFileError(f'{self._damaged} (the latent {row} is {latent.shape}, by its '
+                                    f'size {wanted}); {CURE}')
+            found.append(latent.astype(np.float32))
+        return np.stack(found)
 
 
 def _arrays(raw: bytes) -> dict[str, np.ndarray]:

@@ -17,6 +17,7 @@
 
 import dataclasses
 import functools
+import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -30,7 +31,7 @@ from ddmd_jax.data.batch import CondField, CondSpec
 from ddmd_jax.diffusion import process
 from ddmd_jax.diffusion.sampling import Predict
 from ddmd_jax.diffusion.time import SPACINGS, StepTable
-from ddmd_jax.families import published_text, published_vae
+from ddmd_jax.families import published_config, published_text, published_vae
 from ddmd_jax.families.base import (
     Array,
     Cond,
@@ -48,6 +49,7 @@ from ddmd_jax.models.layers import abstract_params, functional
 from ddmd_jax.models.text.clip import BIG_G, ClipConfig
 from ddmd_jax.models.unet import TIME_IDS, UNet, UNetConfig
 from ddmd_jax.parallel import sharding
+from ddmd_jax.util import shape
 from ddmd_jax.weights import diffusers, fetch
 from ddmd_jax.weights.flat import WeightsError
 
@@ -78,6 +80,12 @@ FIXED = {
     'reverse_transformer_layers_per_block': None, 'time_cond_proj_dim': None,
     'time_embedding_act_fn': None, 'time_embedding_dim': None, 'time_embedding_type': 'positional',
     'timestep_post_act': None, 'use_linear_projection': True}
+SCHEDULER = {
+    'num_train_timesteps?': lambda x: '' if not shape.count(x) and 0 < x <= 10**5 else (
+        'not a number of steps'),
+    'steps_offset?': lambda x: '' if not shape.count(x) and x < 10**5 else 'not a number of steps',
+    'timestep_spacing?': lambda x: '' if x is None else shape.one_of(*SPACINGS, 'linspace')(x),
+    'beta_start?': shape.positive, 'beta_end?': shape.positive, 'beta_schedule?': str}
 OPTIONAL = ('in_channels', 'out_channels', 'layers_per_block', 'norm_num_groups', 'norm_eps')
 PER_LEVEL = ('transformer_layers_per_block', 'attention_head_dim')  # one number stands for all
 
@@ -111,7 +119,8 @@ def model_config(published: Mapping[str, Any], dtype: str = 'float32', remat: st
         for name in ('layers_per_block', 'cross_attention_dim', *PER_LEVEL):
             if not all(isinstance(x, int) for x in _several(values.get(name, 0))):
                 raise ValueError(f'{name} is {published[name]}, supported are whole numbers')
-        return UNetConfig(**values, dtype=dtype, remat=remat, attention=attention)
+        return UNetConfig(**published_config.checked(UNetConfig, values), dtype=dtype,
+                          remat=remat, attention=attention)
     except (KeyError, TypeError, ValueError) as e:
         raise WeightsError(f"unet/config.json is not one of SDXL's {UNET} ({e}); {GIVE}") from e
 
@@ -163,7 +172,10 @@ class Opened:
 def open_folder(folder: Path) -> Opened:
     """Raises `WeightsError`: it is of another model, which it names."""
     index_file = folder / 'model_index.json'
-    index = diffusers.read_json(index_file) if index_file.exists() else {}
+    flag = (bool, type(None))
+    index = diffusers.read_json(index_file, {
+        'force_zeros_for_empty_prompt?': flag, 'requires_aesthetics_score?': flag,
+    }) if index_file.exists() else {}
     found = str(index.get('_class_name'))
     if index and found not in text.PIPELINE.class_names:
         early = found in ('StableDiffusionPipeline', 'StableDiffusionImg2ImgPipeline',
@@ -188,17 +200,20 @@ def table_of(file: Path) -> StepTable:
     Raises:
       WeightsError: of another process, or of a prediction other than the noise.
     """
-    config = diffusers.read_json(file)
+    config = diffusers.read_json(file, SCHEDULER)
     for name, value in (('prediction_type', 'epsilon'), ('rescale_betas_zero_snr', False),
                         ('trained_betas', None)):
         if config.get(name) not in (None, value):
             raise WeightsError(f'{file}: {name} is {str(config[name])[:40]}, supported is {value}; '
                                'a teacher of another process needs a family of its own')
     count, spacing = config.get('num_train_timesteps', 1000), config.get('timestep_spacing')
+    if spacing == 'linspace':  # between two steps of the table, where no level is asked of it
+        print(f"warning: {file}: the teacher's own sampler takes the steps of 'leading' here, not "
+              "of 'linspace'; no training depends on it", file=sys.stderr)
     try:
         return StepTable(
             config['beta_start'], config['beta_end'], config['beta_schedule'], count, count - 1,
-            spacing if spacing in SPACINGS else 'leading', config.get('steps_offset', 1))
+            spacing if spacing in SPACINGS else SPACINGS[0], config.get('steps_offset', 1))
     except (KeyError, TypeError, ValueError) as e:
         raise WeightsError(f'{file} has no table of steps that is known here ({e}); fetch the '
                            'folder again') from e
