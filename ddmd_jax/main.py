@@ -217,28 +217,7 @@ def _main(argv: list[str]) -> None:
         raise
 
 
-def _named_config(argv: list[str]) -> str:
-    return next((a.split('=', 1)[1] for a in argv if a.startswith('--config=')), 'the file')
-
-
-def parse_flags(argv: list[str]) -> list[str]:
-    """absl's parser, with what goes wrong in a config's name or fields said in one line."""
-    try:
-        rest = flags.FLAGS(argv)
-        if flags.FLAGS.config is not None:
-            flags.FLAGS.config.to_dict()  # a missing file is only noticed when it is looked at
-        return rest
-    except OSError:
-        print(f'config: {_named_config(argv)} cannot be read; try --config=emoji',
-              file=sys.stderr)
-    except (AttributeError, KeyError) as e:  # an override of a field that is not there
-        reason = ' '.join(str(e.args[0]).replace('\\n', ' ').replace("\\'", '').split())
-        print(f'config: no such field: {reason}', file=sys.stderr)
-    except flags.Error as e:
-        print(f'main: {" ".join(str(e).split())}', file=sys.stderr)
-    except Exception as e:  # the config file is the user's code and may raise anything
-        print(f'config: {" ".join(str(e).split())}', file=sys.stderr)
-    sys.exit(2)
+parse_flags = config_lib.parser('main')
 
 
 if __name__ == '__main__':

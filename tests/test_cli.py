@@ -21,8 +21,19 @@ CASES = [
     (['--config=configs/emoji.py', '--workdir='], 1, '--workdir'),
     (['--config=configs/emoji.py', '--workdir=/proc/nowhere'], 1, 'cannot be made'),
     (['--config=configs/emoji.py', '--config.teacher.path=/nowhere.safetensors'], 1,
-     'weights missing: /nowhere.safetensors'),
+     'weights missing: /nowhere.safetensors; correct the path'),
 ]
+# What a config's file may be, of whatever command has one.
+CONFIGS = [
+    ('', '=nofile.py', 'nofile.py cannot be read'), ('', '=FOLDER', 'cannot be read'),
+    ('', '=emoji --config.nope=1', "no such field: \"'nope'\""),
+    ('def get_config():\n  raise RuntimeError("boom\\nboom")', '=FILE',
+     'mine.py cannot be run (RuntimeError boom boom)'),
+    ('def get_config():\n  return {}["x"]', '=FILE --config.seed=3',
+     "mine.py cannot be run (KeyError 'x')"),
+    ('x = = 1', '=FILE', 'cannot be run (SyntaxError invalid syntax'),
+    ('x = 1', '=FILE', 'cannot be run (it has no get_config()'),
+    ('get_config = lambda: 3', '=FILE', 'returns a int, not a ConfigDict')]
 
 
 @pytest.mark.parametrize('args, code, words', CASES)
@@ -33,6 +44,17 @@ def test_bad_input(tmp_path, args, code, words):
     errors = [x for x in done.stderr.splitlines() if x.startswith(('main:', 'config:', 'method.'))]
     assert done.returncode == code, done.stderr
     assert words in ' '.join(errors) and 'Traceback' not in done.stderr
+
+
+@pytest.mark.parametrize('program, args, words', CONFIGS)
+def test_a_config_that_is_none_is_one_line(commands, tmp_path, program, args, words):
+    (tmp_path / 'mine.py').write_text(program)
+    args = f'--config{args}'.replace('FILE', str(tmp_path / 'mine.py')).replace(
+        'FOLDER', str(tmp_path)).split()
+    for module in ('ddmd_jax.main', 'ddmd_jax.plan'):
+        done = commands(module, *args)
+        assert done.returncode == 2 and words in done.stderr, done.stderr
+        assert len(done.stderr.splitlines()) == 1 and done.stderr.startswith('config: ')
 
 
 PREPARE = [

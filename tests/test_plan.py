@@ -22,6 +22,12 @@ def plan(*flags):
     return forked.run('ddmd_jax.plan', *flags, ALLOW_MULTIPLE_LIBTPU_LOAD='1')
 
 
+@pytest.mark.parametrize('slices', ['99999999999', '1025'])
+def test_more_slices_than_anybody_has_are_not_described(slices):
+    with pytest.raises(programs.PlanError, match='at most 1024 slices are planned for'):
+        programs.topology(f'{slices}xv5e:4x4')
+
+
 @pytest.mark.tpu_compiler
 @needs_libtpu
 def test_both_steps_are_compiled_for_a_topology(weights):

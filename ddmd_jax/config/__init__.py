@@ -15,11 +15,11 @@ from ml_collections import ConfigDict, config_dict
 
 from ddmd_jax.config import fields, together
 from ddmd_jax.config.fields import REQUIRED, Field, under
-from ddmd_jax.config.files import define_flag, load
+from ddmd_jax.config.files import define_flag, load, parser
 from ddmd_jax.config.rules import ANY
 
 __all__ = ['ConfigError', 'check', 'defaults', 'define_flag', 'field', 'fields_of', 'load',
-           'validate']
+           'parser', 'validate']
 
 
 class ConfigError(ValueError):

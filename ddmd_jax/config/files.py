@@ -4,6 +4,8 @@
 ``--config=configs/lumina.py`` is the file, as ever.
 """
 
+import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -45,9 +47,54 @@ def load(name: str) -> ConfigDict:
     return config
 
 
+class _FlagParser(_Parser):
+    """The parser of a flag: what the file itself raises is told from a wrong override."""
+
+    def parse(self, path: str) -> Any:
+        try:
+            found = super().parse(path)
+        except (OSError, ValueError, TypeError):  # which ml_collections and absl know
+            raise
+        except Exception as e:  # the file is the user's code and may raise anything
+            what = ('it has no get_config(), which returns the config'
+                    if "has no attribute 'get_config'" in str(e) else
+                    f'{type(e).__name__} {" ".join(str(e).split())}'.strip())
+            raise _FileError(f'{path} cannot be run ({what})') from e
+        if not isinstance(found, ConfigDict):
+            getattr(found, 'to_dict', None)  # raises OSError where there is no such file
+            raise _FileError(f'{path} returns a {type(found).__name__}, not a ConfigDict')
+        return found
+
+
+class _FileError(Exception):
+    """A config's file that is none."""
+
+
+def parser(name: str) -> Callable[[list[str]], list[str]]:
+    """absl's parser for the command `name`, which has ``--config``: what goes wrong in a config's
+    name, file or fields is one line, and exit code 2."""
+    def parse(argv: list[str]) -> list[str]:
+        named = next((a.split('=', 1)[1] for a in argv if a.startswith('--config=')), 'the file')
+        try:
+            return flags.FLAGS(argv)
+        except OSError:
+            wrong = f'config: {named} cannot be read; try --config=emoji'
+        except (AttributeError, KeyError) as e:  # an override of a field that is not there
+            reason = str(e.args[0]).replace('\\n', ' ').replace("\\'", '')
+            wrong = f'config: no such field: {" ".join(reason.split())}'
+        except flags.Error as e:
+            wrong = f'{name}: {" ".join(str(e).split())}'
+        except Exception as e:  # of the file, or of how ml_collections reads an override
+            wrong = f'config: {" ".join(str(e).split())}'
+        print(wrong, file=sys.stderr)
+        sys.exit(2)
+
+    return parse
+
+
 def define_flag() -> Any:
     """Defines ``--config``, its name or file, and ``--config.field=value``; absl's flag holder."""
     holder = config_flags.DEFINE_config_file(
         'config', None, 'A file such as configs/emoji.py, or its name: emoji.', lock_config=True)
-    flags.FLAGS['config'].parser = _Parser('config')
+    flags.FLAGS['config'].parser = _FlagParser('config')
     return holder

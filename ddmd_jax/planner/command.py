@@ -61,6 +61,9 @@ def _largest(config: Any) -> Any:
 def main(arguments: list[str]) -> None:
     commands.only_flags(arguments)
     commands.need(config='try --config=lumina')
+    for flag in ('json', 'only'):
+        if FLAGS.layout and FLAGS[flag].value:
+            raise UserError(f'--layout compiles nothing and prints a table; leave out --{flag}')
     from ddmd_jax.parallel import sharding
     from ddmd_jax.planner import layout, plan, programs
 
@@ -82,4 +85,4 @@ def main(arguments: list[str]) -> None:
 
 
 def run() -> None:
-    commands.run('plan', main, define_flags)
+    commands.run('plan', main, define_flags, config_lib.parser('plan'))

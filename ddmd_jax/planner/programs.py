@@ -25,6 +25,9 @@ class PlanError(UserError):
     """A topology that cannot be compiled for."""
 
 
+SLICES = 1024  # each of up to thousands of chips, which all are described
+
+
 def topology(name: str) -> Any:
     """The devices of a TPU topology such as ``v5e:4x4``; needs libtpu, not a TPU.
 
@@ -39,6 +42,8 @@ def topology(name: str) -> Any:
     os.environ.setdefault('TPU_SKIP_MDS_QUERY', '1')
     os.environ.setdefault('ALLOW_MULTIPLE_LIBTPU_LOAD', '1')
     slices, shape = chips.split_slices(name)
+    if slices > SLICES:
+        raise PlanError(f'no topology {name!r}: at most {SLICES} slices are planned for')
     more = {'chip_config_name': 'megacore'} if shape.startswith('v4') else {}
     try:
         return topologies.get_topology_desc(

@@ -17,10 +17,12 @@ FLAGS = flags.FLAGS
 flags.disclaim_key_flags()  # those defined here are their command's, and in its --help
 
 
-def run(name: str, main: Callable[[list[str]], None], define_flags: Callable[[], None]) -> None:
-    """Defines and parses flags, then runs ``main(arguments that are no flags)``; see `call`."""
+def run(name: str, main: Callable[[list[str]], None], define_flags: Callable[[], None],
+        parse: Callable[[list[str]], list[str]] | None = None) -> None:
+    """Defines flags and parses them, by `parser` or `parse`, then runs ``main(arguments that are
+    no flags)``; see `call`."""
     define_flags()
-    app.run(functools.partial(call, name, main), flags_parser=parser(name))
+    app.run(functools.partial(call, name, main), flags_parser=parse or parser(name))
 
 
 class _PlaceParser(flags.ArgumentParser):

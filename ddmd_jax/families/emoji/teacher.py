@@ -49,6 +49,7 @@ SHIFT = 1.0
 WEIGHTS = FILES / 'teacher.safetensors'
 RESTORE_HINT = ('reinstall the package, or train it again with '
                 '`python -m ddmd_jax.main --config=configs/emoji_teacher.py --workdir=DIR`')
+GIVEN_HINT = "correct the path, or leave it out for the package's own teacher"
 RULES = (*nextdit.RULES, (r'to_qkv/kernel$', ('fsdp', 'tensor')),
          (r'token/embedding$', ('fsdp', None)), (r'position$', ()))
 
@@ -140,17 +141,18 @@ def read(path: str = '') -> tuple[dict[str, Any], dict[str, Any]]:
         raise flat.WeightsError(f'{file} is a folder, and an emoji teacher or student one file; '
                                 'give that, such as the student.safetensors that `export '
                                 '--format=safetensors` writes')
-    params, meta = flat.load(file, RESTORE_HINT)
+    cure = GIVEN_HINT if path else RESTORE_HINT
+    params, meta = flat.load(file, cure)
     try:
         model = shape.load(meta['model'].encode(), {'denoiser': {str: _size}, 'text': {str: _size}})
         expected = jax.eval_shape(lambda: init_params(model, jax.random.key(0)))
         if jax.tree.map(jnp.shape, params) != jax.tree.map(jnp.shape, expected):
             raise ValueError('its tensors are not those of the architecture it names')
     except (KeyError, TypeError, ValueError, ArithmeticError) as e:
-        raise flat.WeightsError(f'not an emoji teacher: {file} ({e}); {RESTORE_HINT}') from e
+        raise flat.WeightsError(f'not an emoji teacher: {file} ({e}); {cure}') from e
     if meta.get('codec') != codec.load().identity:
         raise flat.WeightsError(f'{file} was trained on latents of codec {meta.get("codec")}, the '
-                                f'package has {codec.load().identity}; {RESTORE_HINT}')
+                                f'package has {codec.load().identity}; {cure}')
     return model, params
 
 

@@ -200,7 +200,7 @@ def table_of(file: Path) -> StepTable:
     Raises:
       WeightsError: of another process, or of a prediction other than the noise.
     """
-    config = diffusers.read_json(file, SCHEDULER)
+    config = diffusers.read_json(file)
     for name, value in (('prediction_type', 'epsilon'), ('rescale_betas_zero_snr', False),
                         ('trained_betas', None)):
         if config.get(name) not in (None, value):
@@ -211,6 +211,8 @@ def table_of(file: Path) -> StepTable:
         print(f"warning: {file}: the teacher's own sampler takes the steps of 'leading' here, not "
               "of 'linspace'; no training depends on it", file=sys.stderr)
     try:
+        if words := shape.fault(config, SCHEDULER):
+            raise ValueError(words)
         return StepTable(
             config['beta_start'], config['beta_end'], config['beta_schedule'], count, count - 1,
             spacing if spacing in SPACINGS else SPACINGS[0], config.get('steps_offset', 1))
