@@ -70,12 +70,12 @@ def defined(define_flags: Callable[[], None]):
 
 
 def call(name: str, act: Callable[[list[str]], Any], args: Sequence[str] = (),
-         define_flags: Callable[[], None] = lambda: None) -> Ended:
+         define_flags: Callable[[], None] = lambda: None, parse: Any = None) -> Ended:
     """Runs `act` in the frame of the command `name`; raises `FoundError` where the frame breaks."""
     value, err, out, code = [], io.StringIO(), io.StringIO(), 0
     with defined(define_flags), contextlib.redirect_stderr(err), contextlib.redirect_stdout(out):
         try:
-            argv = commands.parser(name)([name, *args])
+            argv = (parse or commands.parser(name))([name, *args])
             commands.call(name, lambda rest: value.append(act(rest)), argv)
         except SystemExit as e:
             if isinstance(e.code, str):
@@ -84,7 +84,8 @@ def call(name: str, act: Callable[[list[str]], Any], args: Sequence[str] = (),
         except BaseException as e:
             raise FoundError(f'{name} {args}: traceback\n{traceback.format_exc()}') from e
     ended = Ended(code, err.getvalue(), value[0] if value else None, out.getvalue())
-    own = [x for x in ended.said.splitlines() if x.startswith(f'{name}: ')]
+    heads = (f'{name}: ', 'config: ') if parse else f'{name}: '
+    own = [x for x in ended.said.splitlines() if x.startswith(heads)]
     if code and len(own) != 1:
         raise FoundError(f'{name} {args}: code {code} with {ended.said!r}')
     return ended
@@ -371,12 +372,15 @@ def of_prompts(rng: random.Random, folder: Path) -> None:
 
 @dataclasses.dataclass(frozen=True)
 class Made:
-    """Undamaged folders, made once: `set` of prompts, `embeddings`, `run` of an emoji student."""
+    """Undamaged folders, made once: `set` of prompts, `embeddings`, `run` of an emoji student,
+    `latents` of real images, `evaluation`."""
 
     set: Path
     embeddings: Path
     run: Path
     teacher: Path
+    latents: Path
+    evaluation: Path
 
     @classmethod
     def below(cls, folder: Path) -> Made:
@@ -385,10 +389,12 @@ class Made:
         import tiny
         from PIL import Image
         from saved import save
+        from test_blind import make as make_evaluation
         from test_report import make_run
 
         from ddmd_jax import families
         from ddmd_jax.data import embeddings
+        from ddmd_jax.data.images import cache
         from ddmd_jax.data.prompts import build
 
         (folder / 'p.txt').write_text('\n'.join(f'{a} {b}' for a in 'abcdef' for b in 'uvwxyz'))
@@ -412,7 +418,15 @@ class Made:
             'rows': rows, 'seconds': {'input_wait': 0.5}, 'step': 7, 'seed': 0,
             'config': json.loads((run / 'config.json').read_text())}))
         Image.new('RGB', (8, 8)).save(run / 'samples.png')
-        return cls(folder / 'set', folder / 'embeddings', run, teacher)
+        sizes = {'sizes': [[8, 8], [8, 16]], 'factor': 2, 'channels': 3}
+        parts = cache.Parts(folder / 'latents', {'family': 'x', 'codec': 'y', **sizes}, 2)
+        for part in range(2):
+            parts.write(part, [(f'{i}.png', f'caption {i}', i % 2, rng.normal(
+                size=(4, 8 if i % 2 else 4, 3))) for i in range(3)], f'{part}', [])
+        parts.finish([parts.done(0), parts.done(1)])
+        make_evaluation(folder / 'evaluation')
+        return cls(folder / 'set', folder / 'embeddings', run, teacher, folder / 'latents',
+                   folder / 'evaluation')
 
 
 @functools.cache
@@ -488,6 +502,32 @@ def _other_arrays(rng: random.Random, folder: Path) -> str:
     st.save_file({k: np.full(rng.choice(shapes), rng.choice((0, 1, 2, 200)), rng.choice(kinds))
                   for k in keys[:rng.randint(1, 3)]}, folder / name)
     return name
+
+
+def of_latents(rng: random.Random, folder: Path) -> None:
+    """A folder of real images' latents, as a run opens it and reads its batches."""
+    import numpy as np
+
+    from ddmd_jax.data.images.cache import ImageCache
+
+    def read(path):
+        stored = ImageCache(path)
+        rows = range(len(stored))
+        return [stored.identity, stored.codec, stored.shapes, stored.buckets, *map(
+            stored.__getitem__, rows), *map(stored.name, rows), *map(
+                lambda row: stored.latents([row]), rows)]
+
+    here = Path(shutil.copytree(made().latents, folder / 'latents'))
+    name = damaged(rng, here, ['card.json', 'card.json', 'index.safetensors',
+                               'images-00000.array_record', 'images-00001.array_record'])
+    before = content(folder)
+    ended = call('main', lambda rest: read(here))
+    if not ended.code and 'digests' in json.loads((here / 'card.json').read_bytes()):
+        wanted = read(made().latents)
+        if len(ended.value) != len(wanted) or not all(map(np.array_equal, ended.value, wanted)):
+            raise FoundError(f'{name} is damaged, and other latents were read')
+    if content(folder) != before:
+        raise FoundError('what was read has changed')
 
 
 FILES = ('config.json', 'run.json', 'eval.json', 'metrics.jsonl', 'times.jsonl')
@@ -881,24 +921,30 @@ _OWN = {'sample': ('--checkpoint=/nowhere', '--prompt=a', '--out=OUT/x'),
         'embed': ('--prompts=/nowhere', '--out=OUT/x', '--teacher=emoji', '--path=/nowhere'),
         'images': ('--input=/nowhere', '--teacher=sdxl', '--path=/nowhere', '--out=OUT/x'),
         'emoji': ('--packages=/nowhere', '--out=OUT/x'),
+        'evaluate': ('--suite=geneval', '--prompts=geneval=/nowhere', '--model=/nowhere',
+                     '--out=OUT/x'),
+        'plan': ('--config=emoji', '--layout', '--topology=nowhere'),
         'study': ('--config=/nowhere.py', '--workdir=OUT/x', '--report_only')}
 # What a hub or a bucket is asked for, and what is written where the tests stand: never of these.
-FETCHED, WRITTEN = ('path', 'teacher_path', 'teacher', 'push'), ('out', 'packages', 'workdir')
+FETCHED = ('path', 'teacher_path', 'teacher', 'push', 'model')
+WRITTEN = ('out', 'packages', 'workdir')
 # Of these a gs:// URL is asked for, an http:// one refused.
-IN_BUCKETS = ('checkpoint', 'prompts', 'input', 'captions')
+IN_BUCKETS = ('checkpoint', 'prompts', 'input', 'captions', 'images', 'reference')
 URLS = ('http://', 'gs://')
 
 
 def of_flags(rng: random.Random, folder: Path) -> None:
     """A command with a flag of another value: what can be said of it before weights are read."""
-    from ddmd_jax import checkpoints, prepare, sample
+    from ddmd_jax import checkpoints, config as config_lib, evaluate, prepare, sample
     from ddmd_jax.export import __main__ as export
+    from ddmd_jax.planner import command as planner
     from ddmd_jax.report import __main__ as report
     from ddmd_jax.study import __main__ as study, summarise
 
     acts = {'summarise': (summarise.main, lambda: None),
             **{module.__name__.split('.')[1]: (module.main, module.define_flags)
-               for module in (sample, export, report, study, checkpoints)},
+               for module in (sample, evaluate, export, report, study, checkpoints)},
+            'plan': (planner.main, planner.define_flags),
             **{word: (lambda rest, run=run: (commands.only_flags(rest), run()), define)
                for word, (define, run) in prepare.COMMANDS.items()}}
     name = rng.choice(sorted(acts))
@@ -924,7 +970,8 @@ def of_flags(rng: random.Random, folder: Path) -> None:
                 continue
             args.append(f'--{flag}={edge}')
     args = [a for a in args if a not in ('/', '.', '..')]
-    call('prepare' if name in prepare.COMMANDS else name, act, args, define_flags)
+    call('prepare' if name in prepare.COMMANDS else name, act, args, define_flags,
+         config_lib.parser(name) if name == 'plan' else None)
 
 
 CONFIGS = ('emoji', 'emoji_prompts', 'emoji_teacher', 'emoji_codec', 'lumina', 'sdxl', 'zimage')
@@ -1013,8 +1060,9 @@ _MAIN = ('config', 'profile', 'peer_timeout', 'num_processes', 'process_id', 'co
 
 DOORS: dict[str, Callable[[random.Random, Path], None]] = {
     'prompts': of_prompts, 'set': of_set, 'embeddings': of_embeddings, 'run files': of_run_files,
-    'checkpoint': of_checkpoint, 'results': of_results, 'teacher': of_teacher, 'lora': of_lora,
-    'evaluation': of_evaluation, 'flags': of_flags, 'fields': of_fields, 'main': of_main}
+    'latents': of_latents, 'evaluation': of_evaluation, 'checkpoint': of_checkpoint,
+    'results': of_results, 'teacher': of_teacher, 'lora': of_lora, 'flags': of_flags,
+    'fields': of_fields, 'main': of_main}
 
 
 def tried(door: str, seed: int) -> None:

@@ -107,6 +107,40 @@ def prompts_of(name, folder, n=2):
     return suite.prompts(folder)
 
 
+@pytest.mark.parametrize('raw', [
+    b'{"prompt": 5, "tag": "a"}', b'{"prompt": "x", "tag": ["a"]}', b'{"prompt": null, "tag": "a"}',
+    b'[]', b'[' * 10**5, b'{"prompt": "caf\xe9", "tag": "a"}'])
+def test_genevals_entries_are_what_they_should_be(tmp_path, raw):
+    (tmp_path / 'evaluation_metadata.jsonl').write_bytes(raw)
+    with pytest.raises(DataFileError, match='is none of GenEval') as e:
+        benchmarks.read_geneval(tmp_path, {'': 1}, 'x')
+    assert len(str(e.value).splitlines()) == 1
+
+
+@pytest.mark.parametrize('correct', ['"false"', '0', 'null', '[]', '[' * 10**5])
+def test_what_is_right_is_true_or_false(tmp_path, correct):
+    (tmp_path / 'results.jsonl').write_text(f'{{"tag": "a", "correct": {correct}}}\n')
+    with pytest.raises(UserError, match='results.jsonl is damaged'):
+        benchmarks.import_geneval(tmp_path, [benchmarks.Prompt('x', 'a')], 1)
+
+
+@pytest.mark.parametrize('raw, found', [
+    ('caf\u00e9'.encode('utf-8-sig'), 'caf\u00e9'), ('a\u2028b\r\n'.encode('utf-16'), 'a\u2028b'),
+    (b'caf\xe9', None), (b'a\0b\0', None)])
+def test_texts_are_read_as_prompts_are(tmp_path, raw, found):
+    """Whatever their mark and their line ends, of which there are three; else they are refused."""
+    for read, name, counts in ((benchmarks.read_dpg, 'a.txt', {'': 1}),
+                               (benchmarks.read_t2i_compbench, 'color_val.txt', {'color': 1})):
+        folder = tmp_path / name.partition('.')[0]
+        folder.mkdir()
+        (folder / name).write_bytes(raw)
+        if found:
+            assert [prompt.text for prompt in read(folder, counts, 'x')] == [found]
+        else:
+            with pytest.raises(DataFileError, match='is no list of prompts'):
+                read(folder, counts, 'x')
+
+
 def test_geneval_is_the_mean_of_its_tasks(tmp_path):
     found = [benchmarks.Prompt('a', 'counting'), benchmarks.Prompt('b', 'colors')]
     lines = [{'tag': 'counting', 'correct': True}] * 3 + [{'tag': 'counting', 'correct': False}]

@@ -15,6 +15,7 @@ import hashlib
 import io
 import json
 import pickle
+import re
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -22,6 +23,8 @@ from typing import Any
 import numpy as np
 
 from ddmd_jax.data import DataFileError
+from ddmd_jax.data.prompts import files as prompt_files
+from ddmd_jax.util import errors, shape
 from ddmd_jax.util.errors import UserError
 from ddmd_jax.util.text import first_line
 
@@ -53,6 +56,7 @@ def _read(file: Path, origin: str) -> bytes:
     try:
         return file.read_bytes()
     except OSError as e:
+        errors.raise_environment(e, file)
         raise DataFileError(f'{file} is missing ({e.strerror}); it comes from {origin}') from e
 
 
@@ -62,7 +66,8 @@ def _of(file: Path, origin: str, parse: Callable[[bytes], list[str]]) -> list[st
         found = parse(data)
         if not all(isinstance(text, str) for text in found):
             raise ValueError('an entry is no text')
-    except (ValueError, TypeError, KeyError, pickle.UnpicklingError, EOFError) as e:
+    except (ValueError, TypeError, KeyError, RecursionError, pickle.UnpicklingError,
+            EOFError) as e:
         raise DataFileError(f'{file} is no list of prompts ({first_line(e)}); fetch it again from '
                             f'{origin}') from e
     return found
@@ -75,7 +80,8 @@ def _counted(file: Path, found: int, wanted: int | None, origin: str) -> None:
 
 
 def _lines(data: bytes) -> list[str]:
-    return [line.strip() for line in data.decode().splitlines() if line.strip()]
+    return [line.strip() for line in re.split(r'\r\n|\r|\n', prompt_files.decoded(data))
+            if line.strip()]
 
 
 def read_hps_v2(folder: Path, counts: Counts, origin: str) -> list[Prompt]:
@@ -107,7 +113,7 @@ def read_dpg(folder: Path, counts: Counts, origin: str) -> list[Prompt]:
     if not names:
         raise DataFileError(f'{there} holds no prompt files (*.txt); they come from {origin}')
     _counted(there, len(names), counts.get(''), origin)
-    return [Prompt(' '.join(_lines(_read(file, origin))), '', file.stem) for file in names]
+    return [Prompt(' '.join(_of(file, origin, _lines)), '', file.stem) for file in names]
 
 
 def read_geneval(folder: Path, counts: Counts, origin: str) -> list[Prompt]:
@@ -118,9 +124,9 @@ def read_geneval(folder: Path, counts: Counts, origin: str) -> list[Prompt]:
     file = folder / 'evaluation_metadata.jsonl' if folder.is_dir() else folder
     data = _read(file, origin)
     try:
-        entries = [json.loads(line) for line in data.decode().splitlines() if line.strip()]
+        entries = [shape.load(line.encode(), {'prompt': str, 'tag': str}) for line in _lines(data)]
         prompts = [Prompt(x['prompt'], x['tag'], f'{i:05d}', x) for i, x in enumerate(entries)]
-    except (ValueError, TypeError, KeyError) as e:
+    except ValueError as e:
         raise DataFileError(f"{file} is none of GenEval's files ({first_line(e)}); fetch it again "
                             f'from {origin}') from e
     wanted = counts.get('')
@@ -211,8 +217,9 @@ def _entries(file: Path, parse: Callable[[str], Any], cure: str) -> Any:
     try:
         return parse(file.read_text(encoding='utf-8'))
     except OSError as e:
+        errors.raise_environment(e, file)
         raise UserError(f'{file} cannot be read ({e.strerror}); {cure}') from e
-    except (ValueError, KeyError, TypeError) as e:
+    except (ValueError, KeyError, TypeError, RecursionError) as e:
         raise UserError(f'{file} is damaged ({first_line(e)}); {cure}') from e
 
 
@@ -228,8 +235,8 @@ def import_geneval(path: Path, prompts: Sequence[Prompt], images: int) -> dict[s
     def parse(text: str) -> dict[str, list[bool]]:
         right: dict[str, list[bool]] = collections.defaultdict(list)
         for line in filter(None, text.splitlines()):
-            entry = json.loads(line)
-            right[entry['tag']].append(bool(entry['correct']))
+            entry = shape.load(line.encode(), {'tag': str, 'correct': bool})
+            right[entry['tag']].append(entry['correct'])
         return right
 
     file = path / 'results.jsonl' if path.is_dir() else path
