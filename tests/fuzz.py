@@ -380,7 +380,6 @@ class Made:
     run: Path
     teacher: Path
     latents: Path
-    evaluation: Path
 
     @classmethod
     def below(cls, folder: Path) -> Made:
@@ -389,7 +388,6 @@ class Made:
         import tiny
         from PIL import Image
         from saved import save
-        from test_blind import make as make_evaluation
         from test_report import make_run
 
         from ddmd_jax import families
@@ -419,14 +417,14 @@ class Made:
             'config': json.loads((run / 'config.json').read_text())}))
         Image.new('RGB', (8, 8)).save(run / 'samples.png')
         sizes = {'sizes': [[8, 8], [8, 16]], 'factor': 2, 'channels': 3}
-        parts = cache.Parts(folder / 'latents', {'family': 'x', 'codec': 'y', **sizes}, 2)
+        state = {'first': '0.png', 'last': '2.png', 'images': '0', 'captions': '0'}
+        parts = cache.Parts(folder / 'latents', {'codec': 'y', **sizes}, {'input': 'x'},
+                            [state] * 2)
         for part in range(2):
             parts.write(part, [(f'{i}.png', f'caption {i}', i % 2, rng.normal(
                 size=(4, 8 if i % 2 else 4, 3))) for i in range(3)], f'{part}', [])
         parts.finish([parts.done(0), parts.done(1)])
-        make_evaluation(folder / 'evaluation')
-        return cls(folder / 'set', folder / 'embeddings', run, teacher, folder / 'latents',
-                   folder / 'evaluation')
+        return cls(folder / 'set', folder / 'embeddings', run, teacher, folder / 'latents')
 
 
 @functools.cache
@@ -522,7 +520,7 @@ def of_latents(rng: random.Random, folder: Path) -> None:
                                'images-00000.array_record', 'images-00001.array_record'])
     before = content(folder)
     ended = call('main', lambda rest: read(here))
-    if not ended.code and 'digests' in json.loads((here / 'card.json').read_bytes()):
+    if not ended.code:
         wanted = read(made().latents)
         if len(ended.value) != len(wanted) or not all(map(np.array_equal, ended.value, wanted)):
             raise FoundError(f'{name} is damaged, and other latents were read')

@@ -38,7 +38,7 @@ SETTINGS = {'factor': shape.positive, 'channels': shape.positive, 'codec': str,
 PART_CARD = {'buckets': [shape.count], 'digest': str, 'left_out': [[str]], 'made_of': {str: str}}
 LIKE = {'identity': str, 'count': shape.count, 'files': [str], 'of_each_size': [shape.count],
         'left_out': {'count': shape.count, 'first': [[str]]}, 'settings': SETTINGS,
-        'asked?': {}, 'parts?': [{str: str}]}
+        'digests?': [str], 'asked?': {}, 'parts?': [{str: str}]}
 
 
 class Parts:
@@ -160,12 +160,11 @@ class Parts:
         left_out = [tuple(x) for card in cards for x in card['left_out']]
         if not len(buckets):
             raise DataFileError(f'no image is left: {summary(left_out)}')
-        digest = hashlib.sha256(json.dumps(self.settings, sort_keys=True).encode())
-        for one in cards:
-            digest.update(one['digest'].encode())
+        digests = [one['digest'] for one in cards]
         counts = np.bincount(buckets, minlength=len(self.settings['sizes'])).tolist()
-        card = {'format': FORMAT, 'identity': digest.hexdigest()[:16], 'count': len(buckets),
-                'settings': self.settings, 'asked': self.asked, 'parts': self.states,
+        card = {'format': FORMAT, 'identity': _identity(self.settings, digests),
+                'count': len(buckets), 'settings': self.settings, 'digests': digests,
+                'asked': self.asked, 'parts': self.states,
                 'of_each_size': counts,
                 'left_out': {'count': len(left_out), 'first': left_out[:SHOWN]},
                 'files': [self._names(number)[0].name for number, part in enumerate(cards)
@@ -175,6 +174,14 @@ class Parts:
             files.write_json(self.folder / 'card.json', card, sync=True)
             os.replace(self.folder, self.out)
         return card
+
+
+def _identity(settings: Mapping[str, Any], digests: Iterable[str]) -> str:
+    """Of a folder, by its settings and the digests of its parts."""
+    digest = hashlib.sha256(json.dumps(settings, sort_keys=True).encode())
+    for one in digests:
+        digest.update(one.encode())
+    return digest.hexdigest()[:16]
 
 
 def summary(left_out: Sequence[Sequence[str]], count: int | None = None) -> str:
@@ -220,6 +227,9 @@ class ImageCache(Sequence):
             self.shapes: list[Shape] = [(h // factor, w // factor, channels)
                                         for h, w in settings['sizes']]
             self.identity, self.codec = self.card['identity'], settings['codec']
+            if 'digests' in self.card and (  # older folders have none
+                    self.identity != _identity(settings, self.card['digests'])):
+                raise ValueError('its identity is not that of its settings and parts')
         except (OSError, ValueError, TypeError) as e:
             errors.raise_environment(e)
             raise DataFileError(
