@@ -157,7 +157,7 @@ def test_the_published_network_by_hand():
     ('all_patch_size', [2, 4], r'all_patch_size is \[2, 4\], supported is \[2\]'),
     ('qk_norm', False, 'qk_norm is False'), ('siglip_feat_dim', 1152, 'siglip_feat_dim is 1152'),
     ('axes_dims', [8, 8, 6], 'axes_dims'), ('n_heads', 5, 'multiple of n_heads'),
-    ('dim', None, 'unsupported operand')])
+    ('dim', None, 'dim is None, not a whole number from 1')])
 def test_configs_of_other_networks_are_one_line(tmp_path, field, value, words):
     (tmp_path / 'config.json').write_text(json.dumps(CONFIG | {field: value}))
     with pytest.raises(WeightsError, match=words) as e:

@@ -10,7 +10,7 @@ LARGEST = 2**20  # of a width or a vocabulary: the largest that are published ar
 DEEPEST = 200  # layers of a stack, likewise; more than fit into a module take all memory to say so
 
 
-def checked(kind: type, values: Mapping[str, Any]) -> Mapping[str, Any]:
+def checked(kind: Any, values: Mapping[str, Any]) -> Mapping[str, Any]:
     """`values` for the fields of the dataclass `kind`, each as its annotation says.
 
     Sizes are whole numbers from 1 on, all other numbers above 0 and such that float32 has them.

@@ -45,7 +45,8 @@ def load(workdir: str) -> Evaluated:
 
 def check_alike(runs: Sequence[Evaluated]) -> None:
     """Raises `UserError`, naming what differs or does not, unless the runs may be averaged."""
-    first, seen = runs[0], {}
+    first = runs[0]
+    seen: dict[Any, str] = {}
     for run in runs:
         whose = run.weights or places.of(run.workdir)
         if whose in seen:
