@@ -22,7 +22,7 @@ from absl import flags
 
 import ddmd_jax
 from ddmd_jax.export.models import Model, encoded, find_model, load
-from ddmd_jax.util import buckets, commands, places
+from ddmd_jax.util import buckets, commands, places, shape
 from ddmd_jax.util.errors import UserError
 
 if TYPE_CHECKING:  # JAX takes seconds to import: not before the flags are right
@@ -180,6 +180,9 @@ def evaluate() -> bool:
         buckets.local(places.of(FLAGS.reference)) if FLAGS.reference else None,
         {name: buckets.local(places.of(found[0])) for name, found in results.items()})
     out = commands.folder('--out', FLAGS.out)
+    if (out / 'checkpoints').exists() or (out / 'config.json').exists():
+        raise UserError(f'--out {out} is the folder of a run, whose own {results_lib.RESULT} would '
+                        'be written over; choose another')
     held = files.lock(out / '.lock') if jax.process_index() == 0 else (None, '')
     if jax.process_index() == 0 and held[0] is None:
         raise UserError(f'--out {out} is being written by {held[1]}; wait for it, or choose '
@@ -409,9 +412,11 @@ def few_steps(path: str) -> tuple[int, str] | None:
         return None
     if not (folder / 'model_index.json').is_file():
         return None
-    steps = diffusers.read_json(folder / 'model_index.json').get('steps')
+    good = lambda value: value is None or not shape.count(value) and 0 < value <= 1000
+    steps = diffusers.read_json(folder / 'model_index.json', {
+        'steps?': lambda value: '' if good(value) else 'not a number of steps'}).get('steps')
     scheduler = folder / 'scheduler' / 'scheduler_config.json'
-    if not isinstance(steps, int) or not scheduler.is_file():
+    if steps is None or not scheduler.is_file():
         return None
     stochastic = diffusers.read_json(scheduler).get('stochastic_sampling')
     return steps, 'renoise' if stochastic else 'deterministic'
