@@ -66,8 +66,8 @@ def _of(file: Path, origin: str, parse: Callable[[bytes], list[str]]) -> list[st
         found = parse(data)
         if not all(isinstance(text, str) for text in found):
             raise ValueError('an entry is no text')
-    except (DataFileError, ValueError, TypeError, KeyError, RecursionError,
-            pickle.UnpicklingError, EOFError) as e:
+    except (ValueError, TypeError, KeyError, RecursionError, pickle.UnpicklingError,
+            EOFError) as e:
         raise DataFileError(f'{file} is no list of prompts ({first_line(e)}); fetch it again from '
                             f'{origin}') from e
     return found
@@ -80,8 +80,11 @@ def _counted(file: Path, found: int, wanted: int | None, origin: str) -> None:
 
 
 def _lines(data: bytes) -> list[str]:
-    return [line.strip() for line in re.split(r'\r\n|\r|\n', prompt_files.text(data, 'it'))
-            if line.strip()]
+    try:
+        text = prompt_files.text(data, 'it')
+    except DataFileError as e:
+        raise ValueError(e) from e
+    return [line.strip() for line in re.split(r'\r\n|\r|\n', text) if line.strip()]
 
 
 def read_hps_v2(folder: Path, counts: Counts, origin: str) -> list[Prompt]:
