@@ -47,12 +47,12 @@ def test_bad_input(tmp_path, args, code, words):
 
 
 @pytest.mark.parametrize('program, args, words', CONFIGS)
-def test_a_config_that_is_none_is_one_line(commands, tmp_path, program, args, words):
+def test_a_config_that_is_none_is_one_line(tmp_path, program, args, words):
     (tmp_path / 'mine.py').write_text(program)
     args = f'--config{args}'.replace('FILE', str(tmp_path / 'mine.py')).replace(
         'FOLDER', str(tmp_path)).split()
     for module in ('ddmd_jax.main', 'ddmd_jax.plan'):
-        done = commands(module, *args)
+        done = forked.run(module, *args)
         assert done.returncode == 2 and words in done.stderr, done.stderr
         assert len(done.stderr.splitlines()) == 1 and done.stderr.startswith('config: ')
 

@@ -8,7 +8,6 @@ for, and files' sizes and times of change, tell it from another one without read
 import bisect
 import hashlib
 import itertools
-import json
 import os
 import tarfile
 from collections.abc import Callable, Iterator, Mapping, Sequence, Set
@@ -19,7 +18,7 @@ from ddmd_jax.data import DataFileError
 from ddmd_jax.data.images.pixels import SUFFIXES
 from ddmd_jax.data.prompts import files
 from ddmd_jax.data.prompts.text import normalise
-from ddmd_jax.util import errors, places
+from ddmd_jax.util import errors, places, shape
 from ddmd_jax.util.text import first_line
 
 TFDS = 'tfds:'
@@ -303,11 +302,7 @@ class Tar(Sequence):
         text = files.text(self._read(*place), os.path.basename(name))
         if name.endswith('.txt'):
             return normalise(text)
-        try:
-            found = json.loads(text)
-        except RecursionError as e:
-            raise ValueError('its JSON is nested too deep') from e
-        found = found.get(self._field) if isinstance(found, dict) else None
+        found = shape.load(text.encode(), {}).get(self._field)
         return normalise(_as_text(found, self._field))
 
 
