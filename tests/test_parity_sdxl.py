@@ -4,22 +4,29 @@ import contextlib
 import dataclasses
 import functools
 import json
+import signal
 
+import forked
 import jax
 import jax.numpy as jnp
 import numpy as np
 import published_sdxl
 import pytest
+import runs
 import tiny
+from runs import DRIVER
 from saved import save
+from test_images import picture
 
 from ddmd_jax import families as teachers
 from ddmd_jax.data.batch import NULLS
 from ddmd_jax.diffusion import drawing, process, sampling
 from ddmd_jax.diffusion.time import FewSteps, Shift, StepTable
 from ddmd_jax.export import write
+from ddmd_jax.export.models import find_model, load
 from ddmd_jax.families.family import Exported
 from ddmd_jax.families.sdxl import export, teacher as sdxl
+from ddmd_jax.parallel import sharding
 from ddmd_jax.weights.flat import WeightsError
 
 pytestmark = pytest.mark.parity
@@ -229,33 +236,39 @@ def drawn(module, noises):
     assert not left
 
 
+def draws_the_same(folder, teacher, params, cond, mode, few, size):
+    """The pipeline of a folder draws PROMPTS as `params` do."""
+    from diffusers.schedulers import scheduling_lcm
+
+    pipe = diffusers.DiffusionPipeline.from_pretrained(folder)
+    assert type(pipe) is diffusers.StableDiffusionXLPipeline
+    key, steps = jax.random.key(4), len(few.times)
+    with jax.default_matmul_precision('highest'):
+        want = np.asarray(jax.jit(drawing.of_student(teacher, steps, few.time, mode).draw)(
+            params, cond, None, key))
+    noises = np.asarray(sampling.step_noise(key, steps, want.shape))
+    with drawn(scheduling_lcm, noises[1:] if mode == 'renoise' else []), torch.no_grad():
+        got = from_torch(pipe(
+            PROMPTS, latents=to_torch(noises[0]), height=size[0], width=size[1],
+            num_inference_steps=steps, guidance_scale=1.0, output_type='latent',
+            return_dict=False)[0])
+    assert pipe.scheduler.timesteps.tolist() == few.time.step_of(few.times).tolist()
+    assert near(got, want) <= 1e-3
+    assert pipe.config.force_zeros_for_empty_prompt is True
+
+
 @pytest.mark.parametrize(('mode', 'steps', 'first'), [
     ('renoise', 4, 999), ('deterministic', 4, 999), ('renoise', 1, 399)])
 def test_a_student_draws_the_same_in_its_pipeline(folder, cond, tmp_path, mode, steps, first):
     """By itself: the scheduler of the folder takes the student's steps, whatever starts them."""
-    from diffusers.schedulers import scheduling_lcm
-
     teacher = teachers.load_teacher(str(folder), size=PIXELS)
     params = moved(teacher.params)
     source = export.EXPORT.open_source(str(folder))
     table = dataclasses.replace(source.time, first=first)
     export.EXPORT.write_pipeline(
         Exported(params, source, 1, steps, table, 'float32', mode), tmp_path)
-    pipe = diffusers.DiffusionPipeline.from_pretrained(tmp_path)
-    assert type(pipe) is diffusers.StableDiffusionXLPipeline
-    few, key, rows = FewSteps(table, steps), jax.random.key(4), {k: x[:2] for k, x in cond.items()}
-    with jax.default_matmul_precision('highest'):
-        want = np.asarray(jax.jit(drawing.of_student(teacher, steps, table, mode).draw)(
-            params, rows, None, key))
-    noises = np.asarray(sampling.step_noise(key, steps, LATENTS))
-    with drawn(scheduling_lcm, noises[1:] if mode == 'renoise' else []), torch.no_grad():
-        got = from_torch(pipe(
-            PROMPTS, latents=to_torch(noises[0]), height=PIXELS[0], width=PIXELS[1],
-            num_inference_steps=steps, guidance_scale=1.0, output_type='latent',
-            return_dict=False)[0])
-    assert pipe.scheduler.timesteps.tolist() == table.step_of(few.times).tolist()
-    assert near(got, want) <= 1e-3
-    assert pipe.config.force_zeros_for_empty_prompt is True
+    rows = {k: x[:2] for k, x in cond.items()}
+    draws_the_same(tmp_path, teacher, params, rows, mode, FewSteps(table, steps), PIXELS)
 
 
 def test_a_whole_run_exports_what_is_a_teachers_folder(folder, tmp_path):
@@ -284,44 +297,55 @@ def test_what_no_scheduler_takes_is_one_line(folder, tmp_path, time, steps, word
     assert not list(tmp_path.iterdir())
 
 
-CONFIG = """from ddmd_jax.config import defaults
+def test_a_run_on_eight_devices_is_killed_resumed_and_exported(tmp_path, monkeypatch):
+    """The commands a user gives, from images and a pipeline's folder to one diffusers draws with.
 
-def get_config():
-    return defaults('distill', {
-        'teacher.name': 'sdxl', 'teacher.path': '{pipe}', 'data.name': 'prompts',
-        'data.path': '{prompts}', 'data.sizes': ((16, 24),), 'data.global_batch': 8,
-        'student.steps': 2, 'critic.updates': 1, 'method.alpha': 8.0, 'method.null': 'zeros',
-        'optim.student.lr': 1e-3, 'optim.critic.lr': 1e-3, 'train.steps': 1,
-        'mesh.data': 2, 'mesh.fsdp': 2, 'mesh.tensor': 2, 'checkpoint.every': 1, 'log.every': 1,
-        'log.images_every': 100, 'log.probe': 0, 'eval.prompts': 3, 'eval.teacher_steps': 2})
-"""
-
-
-def test_a_run_on_eight_devices_resumes_and_exports(tmp_path, monkeypatch):
-    """The commands a user gives, from prompts and a pipeline's folder to one diffusers loads.
-
-    Prompts are encoded on the mesh by both CLIPs, the size of the images goes with them, and CA
-    leads away from zeros.
+    The paper's recipe at a tiny size, GAN and real images included: captions are encoded on the
+    mesh by both CLIPs, the size of the images goes with them, and CA leads away from zeros.
     """
-    pipe, prompts = tmp_path / 'pipe', tmp_path / 'prompts'
+    pipe, images = tmp_path / 'pipe', tmp_path / 'images'
     published_sdxl.pipeline(text=True, **published_sdxl.ONE_LEVEL).save_pretrained(pipe)
-    (tmp_path / 'p.txt').write_text(''.join(f'prompt number {i}\n' for i in range(40)))
-    tiny.run_on_devices('ddmd_jax.prepare', 1, 'prompts', f'--input={tmp_path / "p.txt"}',
-                        f'--out={prompts}', '--near_threshold=1')
+    (tmp_path / 'in').mkdir()
+    for i in range(24):
+        (tmp_path / 'in' / f'{i}.png').write_bytes(picture(i, width=30))
+        (tmp_path / 'in' / f'{i}.txt').write_text(f'image number {i}')
+    made = forked.run('ddmd_jax.prepare', 'images', f'--input={tmp_path / "in"}', '--teacher=sdxl',
+                      f'--path={pipe}', f'--out={images}', '--sizes=16x24')
+    assert made.returncode == 0, made.stderr
     monkeypatch.setenv('JAX_COMPILATION_CACHE_DIR', str(tmp_path / 'cache'))
-    config = tmp_path / 'config.py'
-    config.write_text(CONFIG.replace('{pipe}', str(pipe)).replace('{prompts}', str(prompts)))
-    for steps in (1, 2):
-        out = tiny.run_on_devices(
-            'ddmd_jax.main', 8, f'--config={config}', f'--workdir={tmp_path / "run"}',
-            f'--config.train.steps={steps}')
-    assert 'resumed' in out
-    lines = [json.loads(x) for x in (tmp_path / 'run/metrics.jsonl').read_text().splitlines()]
-    assert [x['step'] for x in lines] == [1, 2] and all(np.isfinite(x['loss']) for x in lines)
-    assert (tmp_path / 'run/samples.png').stat().st_size > 1000
-    write.export(tmp_path / 'run', tmp_path / 'student')
-    student = diffusers.DiffusionPipeline.from_pretrained(tmp_path / 'student').unet
-    teacher = diffusers.UNet2DConditionModel.from_pretrained(pipe / 'unet')
-    moved = [not torch.equal(a, b) for a, b in zip(
-        student.state_dict().values(), teacher.state_dict().values(), strict=True)]
-    assert sum(moved) > 0.9 * len(moved)
+    fields = {
+        'teacher.path': pipe, 'teacher.dtype': 'float32', 'teacher.param_dtype': 'float32',
+        'data.path': images, 'data.sizes': '((16, 24),)', 'data.global_batch': 8,
+        'student.steps': 2, 'critic.updates': 1, 'train.accumulate': 1, 'train.steps': 3,
+        'optim.student.lr': 1e-3, 'optim.critic.lr': 1e-3, 'optim.student.warmup': 0,
+        'optim.critic.warmup': 0, 'mesh.data': 2, 'mesh.fsdp': 2, 'mesh.tensor': 2,
+        'checkpoint.every': 1, 'log.every': 1, 'log.images_every': 100, 'log.probe': 0,
+        'eval.prompts': 3, 'eval.teacher_steps': 2}
+    args = lambda workdir: ['--config=configs/sdxl.py:decoupled_hybrid', f'--workdir={workdir}',
+                            *(f'--config.{k}={v}' for k, v in fields.items())]
+    whole, killed = tmp_path / 'whole', tmp_path / 'killed'
+    tiny.run_on_devices(DRIVER, 8, *args(whole))
+    process = forked.start(DRIVER, *args(killed), XLA_FLAGS=tiny.xla_flags(8), KILL='saving:2:0')
+    _, err = process.communicate(timeout=600)
+    assert process.returncode == -signal.SIGKILL, err
+    out = tiny.run_on_devices('ddmd_jax.main', 8, *args(killed))
+    assert f'resumed {killed} at step ' in out and 'at step 0' not in out
+    assert (killed / 'samples.png').stat().st_size > 1000
+    runs.assert_same(whole, killed, 3, {'student', 'critic', 'extra', 'student_opt', 'critic_opt'})
+    lines = runs.lines(killed)
+    assert [x['step'] for x in lines] == [1, 2, 3]
+    assert all(np.isfinite([x['loss'], x['gan_loss']]).all() for x in lines)
+
+    write.export(killed, tmp_path / 'student')
+    size = (16, 24)
+    model = find_model(killed, '', size)
+    mesh = sharding.make_mesh({}, jax.devices()[:1])
+    teacher, params = load(model, ['student', 'teacher'], mesh)
+    moved = jax.tree.map(lambda a, b: np.abs(np.asarray(a - b)).max(), params['student'],
+                         params['teacher'])
+    assert min(jax.tree.leaves(moved)) > 0
+    text = teachers.get('sdxl').load_text(teachers.LoadOptions(str(pipe)))
+    with jax.default_matmul_precision('highest'):
+        cond = jax.jit(text.apply)(text.params, text.tokenize(PROMPTS))
+    draws_the_same(tmp_path / 'student', teacher, params['student'], cond, 'renoise',
+                   FewSteps(model.time(teacher.time), 2), size)

@@ -22,6 +22,7 @@ FIELDS = {
     'log.report': False, 'optim.student.lr': 1e-3, 'optim.critic.lr': 1e-3,
     'optim.student.decay': 0.0, 'optim.critic.decay': 0.0, 'eval.prompts': 3, 'eval.held_out': 3,
     'eval.batch': 4, 'eval.teacher_steps': 2}
+PARTS = ('student', 'critic', 'ema', 'student_opt', 'critic_opt')
 
 
 def free_port():
@@ -101,10 +102,10 @@ def state_of(workdir, step):
     return reader.restore(folder, args=ocp.args.PyTreeRestore(restore_args=kinds))
 
 
-def assert_same(one, two, step):
+def assert_same(one, two, step, parts=PARTS):
     """Weights, EMA, optimisers, counters, place in the data and metrics are equal, bit for bit."""
     a, b = state_of(one, step), state_of(two, step)
-    assert {'student', 'critic', 'ema', 'student_opt', 'critic_opt', 'step'} <= set(a)
+    assert {*parts, 'step'} <= set(a)
     assert jax.tree.structure(a) == jax.tree.structure(b)
     for x, y in zip(jax.tree.leaves(a), jax.tree.leaves(b), strict=True):
         np.testing.assert_array_equal(x, y)
