@@ -315,6 +315,7 @@ def test_a_run_on_eight_devices_is_killed_resumed_and_exported(tmp_path, monkeyp
     monkeypatch.setenv('JAX_COMPILATION_CACHE_DIR', str(tmp_path / 'cache'))
     fields = {
         'teacher.path': pipe, 'teacher.dtype': 'float32', 'teacher.param_dtype': 'float32',
+        'teacher.remat': 'none',  # fewer programs' lines to compile
         'data.path': images, 'data.sizes': '((16, 24),)', 'data.global_batch': 8,
         'student.steps': 2, 'critic.updates': 1, 'train.accumulate': 1, 'train.steps': 3,
         'optim.student.lr': 1e-3, 'optim.critic.lr': 1e-3, 'optim.student.warmup': 0,
@@ -324,8 +325,8 @@ def test_a_run_on_eight_devices_is_killed_resumed_and_exported(tmp_path, monkeyp
     args = lambda workdir: ['--config=configs/sdxl.py:decoupled_hybrid', f'--workdir={workdir}',
                             *(f'--config.{k}={v}' for k, v in fields.items())]
     whole, killed = tmp_path / 'whole', tmp_path / 'killed'
-    tiny.run_on_devices(DRIVER, 8, *args(whole))
-    process = forked.start(DRIVER, *args(killed), XLA_FLAGS=tiny.xla_flags(8), KILL='saving:2:0')
+    tiny.run_on_devices('ddmd_jax.main', 8, *args(whole))
+    process = forked.start(DRIVER, *args(killed), XLA_FLAGS=tiny.xla_flags(8), KILL='saving:3:0')
     _, err = process.communicate(timeout=600)
     assert process.returncode == -signal.SIGKILL, err
     out = tiny.run_on_devices('ddmd_jax.main', 8, *args(killed))
