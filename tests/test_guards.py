@@ -18,6 +18,7 @@ from ddmd_jax.data.order import Order
 from ddmd_jax.parallel import sharding
 from ddmd_jax.train import state as st, train as trains
 from ddmd_jax.train.durable import guards, rollback
+from ddmd_jax.train.durable.checkpoint import CheckpointError
 from ddmd_jax.train.durable.rollback import DivergedError
 from ddmd_jax.train.update import keep_if
 from ddmd_jax.util import jsonl as lines
@@ -103,6 +104,15 @@ def test_before_the_first_checkpoint_a_run_begins_again(tmp_path):
     # The batches that came before are not new ones, and nothing is logged twice.
     assert [x['step'] for x in lines.read(tmp_path / 'metrics.jsonl')] == [2, 4, 6]
     assert int(state.critic_step) == STEPS
+
+
+def test_fewer_steps_than_are_done_are_refused(tmp_path):
+    train(tmp_path)
+    before = (tmp_path / 'config.json').read_bytes()
+    with pytest.raises(CheckpointError, match='train.steps is 2, and this run has done 6 already'):
+        train(tmp_path, steps=2)
+    assert (tmp_path / 'config.json').read_bytes() == before
+    assert int(train(tmp_path).step) == STEPS
 
 
 def test_the_warm_up_of_a_run_that_begins_again_is_done_again(tmp_path):

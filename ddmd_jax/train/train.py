@@ -19,6 +19,7 @@ from ddmd_jax.parallel import distributed, sharding
 from ddmd_jax.train import prompts as prompt_sources
 from ddmd_jax.train.distillation import Distillation, load_teacher, plan, request_of, suite_of
 from ddmd_jax.train.durable import guards, resume, rollback, signals
+from ddmd_jax.train.durable.checkpoint import CheckpointError
 from ddmd_jax.train.durable.rollback import DivergedError, Taken
 from ddmd_jax.train.durable.saving import Checkpoints
 from ddmd_jax.train.feed import Feed
@@ -227,6 +228,9 @@ def _attempt(task: Task, config: Any, workdir: Place, options: Options,
         with task.startup.stage('state'):
             state = jax.block_until_ready(resume.start(source, task, checkpoints, feed))
         step = first = int(state.step)
+        if step > total:
+            raise CheckpointError(f'config.train.steps is {total}, and this run has done {step} '
+                                  'already; raise it, or choose another --workdir')
         record(workdir, config, options.about)  # now that the folder is known to be this run's
 
         log = stack.enter_context(contextlib.closing(
