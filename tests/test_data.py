@@ -77,7 +77,7 @@ def test_a_teacher_of_another_codec_is_refused(tmp_path):
     params, about = flat.load(path, '')
     flat.save(path, params, about | {'codec': '0123456789abcdef'})
     with pytest.raises(flat.WeightsError, match='latents of codec 0123456789abcdef, the package '
-                                                f'has {codec.load().identity}; rein') as e:
+                                                f'has {codec.load().identity}; correct the path') as e:
         teacher.load(LoadOptions(str(path)))
     assert len(str(e.value).splitlines()) == 1
 
