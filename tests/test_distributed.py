@@ -70,33 +70,8 @@ def run(workdir, weights, processes, steps=5):
     return together(commands)
 
 
-@pytest.fixture(scope='module')
-def workdirs(tmp_path_factory):
-    root = tmp_path_factory.mktemp('runs')
-    tiny.save_toy(root)
-    (root / 'p.txt').write_text(''.join(f'{word} apple{" on a blue background" * long}\n'
-                                        for word in ('red', 'green', 'blue', 'old', 'two', 'big')
-                                        for long in (0, 1)))
-    prompts.prepare(prompts.Settings((str(root / 'p.txt'),), near_threshold=1.0, validation=0.0),
-                    root / 'prompts')
-    for processes in (1, 2):
-        run(root / str(processes), root / 'toy.safetensors', processes)
-    return root / '1', root / '2'
-
-
 def lines(workdir):
     return [json.loads(x) for x in (workdir / 'metrics.jsonl').read_text().splitlines()]
-
-
-@pytest.mark.slow
-def test_two_processes_train_and_log_as_one(workdirs):
-    one, two = map(lines, workdirs)
-    assert [x['step'] for x in one] == [x['step'] for x in two] == [1, 2, 3, 4, 5]
-    for a, b in zip(one, two, strict=True):
-        assert a.keys() == b.keys()
-        numbers = [k for k, v in a.items() if not isinstance(v, str)]
-        np.testing.assert_allclose([a[k] for k in numbers], [b[k] for k in numbers],
-                                   rtol=1e-3, atol=1e-5, err_msg=str(a['step']))
 
 
 def state_of(workdir):
@@ -108,8 +83,28 @@ def state_of(workdir):
 
 
 @pytest.mark.slow
-def test_two_processes_end_with_the_weights_of_one(workdirs):
-    """Also the checkpoint that two wrote is read by one."""
+def test_two_processes_are_one_run(tmp_path):
+    """One test, as its two runs take minutes and pytest's workers share no fixture."""
+    tiny.save_toy(tmp_path)
+    (tmp_path / 'p.txt').write_text(''.join(
+        f'{word} apple{" on a blue background" * long}\n'
+        for word in ('red', 'green', 'blue', 'old', 'two', 'big') for long in (0, 1)))
+    prompts.prepare(prompts.Settings((str(tmp_path / 'p.txt'),), near_threshold=1.0,
+                                     validation=0.0), tmp_path / 'prompts')
+    workdirs = tmp_path / '1', tmp_path / '2'
+    for processes, workdir in enumerate(workdirs, 1):
+        run(workdir, tmp_path / 'toy.safetensors', processes)
+
+    # They train and log as one.
+    one, two = map(lines, workdirs)
+    assert [x['step'] for x in one] == [x['step'] for x in two] == [1, 2, 3, 4, 5]
+    for a, b in zip(one, two, strict=True):
+        assert a.keys() == b.keys()
+        numbers = [k for k, v in a.items() if not isinstance(v, str)]
+        np.testing.assert_allclose([a[k] for k in numbers], [b[k] for k in numbers],
+                                   rtol=1e-3, atol=1e-5, err_msg=str(a['step']))
+
+    # They end with the weights of one; the checkpoint that two wrote is read by one.
     one, two = map(state_of, workdirs)
     moved = jax.tree.map(lambda a, b: np.abs(a - b).max(), one['student'], one['ema'])
     assert max(jax.tree.leaves(moved)) > 1e-4  # it trained at all
@@ -117,21 +112,16 @@ def test_two_processes_end_with_the_weights_of_one(workdirs):
         jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-3, atol=2e-4),
                      one[part], two[part])
 
-
-@pytest.mark.slow
-def test_two_processes_evaluate_as_one(workdirs):
+    # They evaluate as one.
     one, two = (json.loads((w / 'eval.json').read_text())['rows'] for w in workdirs)
     for a, b in zip(one, two, strict=True):
         assert a['name'] == b['name']
         assert a['std'] == pytest.approx(b['std'], rel=1e-3)
     assert (workdirs[1] / 'samples.png').stat().st_size > 1000
 
-
-@pytest.mark.slow
-def test_a_run_of_two_processes_is_resumed_by_one(workdirs):
-    _, two = workdirs
-    run(two, two.parent / 'toy.safetensors', 1, steps=6)
-    assert [x['step'] for x in lines(two)] == [1, 2, 3, 4, 5, 6]
+    # And one goes on from two.
+    run(workdirs[1], tmp_path / 'toy.safetensors', 1, steps=6)
+    assert [x['step'] for x in lines(workdirs[1])] == [1, 2, 3, 4, 5, 6]
 
 
 # --- The order of the data ---
