@@ -441,6 +441,14 @@ def test_adapters_over_the_teacher_are_a_student(weights, command, tmp_path):
         ('student', flat.corner_identity(trained, mesh()))]
 
 
+def test_the_folder_of_a_run_is_no_out(run, command):
+    """Whose eval.json would be written over."""
+    before = sorted(run.rglob('*'))
+    said = command(f'--checkpoint={run}', TOY, '--count=2,1', f'--out={run}')
+    assert f'--out {run} is the folder of a run' in said
+    assert sorted(run.rglob('*')) == before
+
+
 def test_rows_of_several_runs_are_their_folders(tmp_path):
     model = lambda name: Model(None, '', 'float32', None, tmp_path / name)
     assert command_lib.student_rows([model('x/teacher_guided')]) == ['student']
