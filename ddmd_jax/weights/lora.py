@@ -194,7 +194,7 @@ def _pairs(path: Path, tensors: Mapping[str, np.ndarray], places: Mapping[str, A
     """``{published module: {'A', 'B', 'alpha'}}`` of a file's tensors.
 
     Raises:
-      WeightsError: a tensor is none of these, or of no module of the network.
+      WeightsError: a tensor is none of these, is there twice, or of no module of the network.
     """
     underscored = {module.replace('.', '_'): module for module in places}
     prefixes = (f'{names.component}.', 'diffusion_model.', 'base_model.model.', '')
@@ -218,7 +218,10 @@ def _pairs(path: Path, tensors: Mapping[str, np.ndarray], places: Mapping[str, A
         if module is None:
             raise WeightsError(f"{path} adapts {name}, which is no module of the teacher's network "
                                f'({names.component}); give a LoRA of this base, its network alone')
-        pairs.setdefault(module, {})[part] = tensor
+        if part in pairs.setdefault(module, {}):
+            raise WeightsError(f'{path} has factor {part} of {module} twice, by two names; leave '
+                               'one in')
+        pairs[module][part] = tensor
     return pairs
 
 
