@@ -252,7 +252,7 @@ def together(name: str) -> None:
 
 
 _peers: Peers | None = None
-_exiting = threading.Lock()
+_exiting = threading.RLock()
 
 
 def exit_now(reason: str) -> None:
@@ -264,7 +264,7 @@ def exit_now(reason: str) -> None:
 def _exit(line: str) -> None:
     """Ends this process with code 1 and `line`, without Python's own exit, which would wait.
 
-    Two threads may get here: the second waits for the first to end the process.
+    Two threads may get here: the second waits for the first to end the process, and is not heard.
     """
     with _exiting:
         print(line, file=sys.stderr, flush=True)
@@ -317,5 +317,6 @@ def exit_if_lost(error: Exception) -> None:
 def exit_if_distributed(error: Exception) -> None:
     """Ends a process of several with the traceback of `error`, and tells the others."""
     if _peers is not None:
-        traceback.print_exception(error)
-        exit_now(f'{type(error).__name__}: {first_line(error)[:200]}')
+        with _exiting:
+            traceback.print_exception(error)
+            exit_now(f'{type(error).__name__}: {first_line(error)[:200]}')

@@ -13,7 +13,7 @@ from ddmd_jax.parallel import distributed
 faulthandler.enable()  # as absl does: pages for each thread of a process that aborts
 port, count, process, timeout = map(int, sys.argv[1:])
 distributed.JOINING = int(os.environ.get('JOINING', distributed.JOINING))
-try:
+with distributed.ending_together():
     distributed.start(f'127.0.0.1:{port}', count, process, os.environ, timeout)
     from jax.experimental import multihost_utils
 
@@ -21,6 +21,3 @@ try:
         multihost_utils.process_allgather(step)
         multihost_utils.reached_preemption_sync_point(step)
         print(step, flush=True)
-except Exception as e:
-    distributed.exit_if_distributed(e)
-    raise
