@@ -289,8 +289,22 @@ def beside_dmd2(r: Results) -> Claim:
         ('hybrid_4', 'dmd2_4', 'hybrid_1', 'dmd2_1'), 'ema_match')
 
 
+def low_rank(r: Results) -> Claim:
+    parts = []
+    for name in ('lora16_4', 'lora32_4'):
+        parts += [
+            apart(r, f'{name}: at most 5 points fewer captions are right.',
+                  'share right', name, 'hybrid_4', lambda x: x['student']['all_match'], -0.05),
+            apart(r, f'{name}: its Frechet distance is at most a quarter larger.',
+                  'log frechet', 'hybrid_4', name, frechet, -EQUAL_FRECHET)]
+    return Claim(
+        4, 'LoRA does what full fine-tuning does',
+        'Student and critic are low-rank adapters over the teacher, with as many updates.',
+        tuple(parts), ('hybrid_4', 'lora16_4', 'lora32_4'), 'ema_std')
+
+
 CLAIMS = {'paper': (engine, regulariser, others, levels, observer, schedules),
-          'steps': (like_guided, few_steps, beside_dmd2)}
+          'steps': (like_guided, few_steps, beside_dmd2, low_rank)}
 
 
 def judge(results: Results, suite: str = 'paper') -> list[Claim]:

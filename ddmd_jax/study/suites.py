@@ -94,7 +94,13 @@ STEPS = tuple(
                {**fields, **(GUIDED if (name, steps) == ('hybrid', 4) else {}),
                 'student.steps': steps},
                quick=steps in (1, 4))
-    for name, (words, fields) in RECIPES.items() for steps in (4, 1, 2, 8))
+    for name, (words, fields) in RECIPES.items() for steps in (4, 1, 2, 8)) + tuple(
+    Experiment(f'lora{rank}_4', f'CA + DM by LoRA of rank {rank}; 4 steps',
+               {f'{network}.adapter.{name}': value for network in ('student', 'critic')
+                for name, value in (('kind', 'lora'), ('rank', rank))}
+               # Ten times the rates of full fine-tuning: a factor that begins at 0 moves little.
+               | {'optim.student.lr': 3e-4, 'optim.critic.lr': 1e-3, 'student.steps': 4})
+    for rank in (16, 32))
 
 # Steps of the map below: learning rates and alpha as factors of the config's.
 STUDENT_LR, CRITIC_LR = (0.5, 1.0, 2.0, 3.0), (0.03, 0.3, 3.0)
