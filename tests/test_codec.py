@@ -106,6 +106,25 @@ def test_another_file_is_refused(tmp_path):
         emoji.read(tmp_path / 'x.safetensors')
 
 
+@pytest.mark.parametrize('part, changes, line', [
+    ('config', {'scaling_factor': 0.0}, 'scaling_factor is 0.0, not a number above 0'),
+    ('config', {'scaling_factor': None}, 'scaling_factor is None'),
+    ('config', {'shift_factor': 'a'}, "shift_factor is 'a', not a finite number"),
+    ('config', {'norm_num_groups': True}, 'norm_num_groups is True'),
+    ('config', {'layers_per_block': 10**7}, 'not a whole number from 1 to 200'),
+    ('config', {'dtype': 'int8'}, "dtype is 'int8', not 'float32' or 'bfloat16'"),
+    ('about', {'std': None}, 'std is None, not a number above 0'),
+    ('about', {'moments': [0.0]}, r'moments is \[0.0\], not two finite numbers')])
+def test_a_file_of_odd_values_is_refused(tmp_path, part, changes, line):
+    cfg, params, about = emoji.read()
+    values = {'config': dataclasses.asdict(cfg), 'about': about}
+    values[part] = values[part] | changes
+    flat.save(tmp_path / 'codec.safetensors', params, {
+        'class': emoji.ARCHITECTURE, **{name: json.dumps(v) for name, v in values.items()}})
+    with pytest.raises(WeightsError, match=f'is no EmojiCodec .*{line}'):
+        emoji.read(tmp_path / 'codec.safetensors')
+
+
 @pytest.mark.parametrize('change', ['config', 'tensors'])
 def test_a_file_that_contradicts_itself_is_refused(tmp_path, change):
     cfg, params, about = emoji.read()

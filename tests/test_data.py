@@ -2,6 +2,7 @@
 
 import numpy as np
 import pytest
+import safetensors.numpy
 import tiny
 
 from ddmd_jax.families.base import LoadOptions
@@ -90,6 +91,30 @@ def test_missing_and_truncated_weights_are_named_with_the_cure(tmp_path):
     path.write_bytes(path.read_bytes()[:-100])
     with pytest.raises(flat.WeightsError, match='damaged.*mend it'):
         flat.load(path, 'mend it')
+
+
+@pytest.mark.parametrize('more, line', [
+    ({'b': np.full(2, np.nan, 'f')}, 'b holds values that are not finite'),
+    ({'a/c': np.ones(2, 'f')}, 'a has others within it')])
+def test_weights_that_no_network_has_are_damaged(tmp_path, more, line):
+    safetensors.numpy.save_file({'a': np.ones(2, 'f'), **more}, tmp_path / 'w')
+    with pytest.raises(flat.WeightsError, match=f'w \\({line}\\); mend it'):
+        flat.load(tmp_path / 'w', 'mend it')
+
+
+@pytest.mark.parametrize('part, changes, line', [
+    ('denoiser', {'in_channels': 3}, 'patches of 4 latents of 3 channels, and there are 16 of 8'),
+    ('denoiser', {'patch_size': 3}, 'patches of 3 latents'),
+    ('denoiser', {'norm_eps': -1.0}, 'norm_eps is -1.0, not a number above 0'),
+    ('denoiser', {'num_layers': 10**7}, 'not a whole number from 1 to 200'),
+    ('text', {'vocab_size': 32}, 'it knows 32 words of 56')])
+def test_a_teacher_that_does_not_fit_the_world_is_refused(tmp_path, part, changes, line):
+    model = tiny.TOY | {part: tiny.TOY[part] | changes}
+    built = model if model[part].get('num_layers') != 10**7 else tiny.TOY
+    path = tmp_path / 'w.safetensors'
+    teacher.save(path, model, tiny.random_params(built, 0), steps=0)
+    with pytest.raises(flat.WeightsError, match=f'not an emoji teacher: .*{line}'):
+        teacher.read(str(path))
 
 
 def test_weights_round_trip_and_identity(tmp_path):

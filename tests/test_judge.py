@@ -127,6 +127,17 @@ def test_training_writes_a_judge_of_this_world(world, tmp_path, monkeypatch):
     assert judge.WEIGHTS.stat().st_size <= 1e6
 
 
+@pytest.mark.parametrize('change', [
+    lambda params: params.pop('stem'), lambda params: params.update(more=params['stem']),
+    lambda params: params['dense'].update(bias=params['dense']['bias'][:1])])
+def test_another_networks_file_is_no_judge(world, tmp_path, change):
+    params, about = flat.load(judge.WEIGHTS, '')
+    change(params)
+    flat.save(tmp_path / 'judge', params, about)
+    with pytest.raises(flat.WeightsError, match='not a judge: .*judge .its tensors are not'):
+        judge.load(world, tmp_path / 'judge')
+
+
 @pytest.fixture(scope='module')
 def found():
     return suite.SUITE.examples(128, 64, 5)

@@ -79,11 +79,31 @@ def open_file(path: Path, cure: str) -> Any:
 
 
 def load(path: Path, cure: str) -> tuple[Tree, dict[str, str]]:
-    """Reads ``(tree of fp32 numpy arrays, metadata)``; raises as `open_file`."""
+    """Reads ``(tree of fp32 numpy arrays, metadata)``.
+
+    Raises:
+      WeightsError: as `open_file`; or values are not finite, or a name is within another.
+    """
     file = open_file(path, cure)
     names = file.keys()
-    return (unflatten({name: np.asarray(file.get_tensor(name), np.float32) for name in names}),
-            file.metadata() or {})
+    found = {name: np.asarray(file.get_tensor(name), np.float32) for name in names}
+    groups = {parent for name in found for parent in _parents(name)}
+    for name, values in found.items():
+        if name in groups or not np.isfinite(values).all():
+            why = 'has others within it' if name in groups else 'holds values that are not finite'
+            raise WeightsError(f'weights damaged: {path} ({name} {why}); {cure}')
+    return unflatten(found), file.metadata() or {}
+
+
+def _parents(name: str) -> list[str]:
+    return [name[:i] for i, letter in enumerate(name) if letter == '/']
+
+
+def check_shapes(tree: Tree, expected: Tree) -> None:
+    """Raises `ValueError` unless `tree` has an architecture's names and shapes, `expected`."""
+    found, wanted = ({name: x.shape for name, x in flatten(t).items()} for t in (tree, expected))
+    if found != wanted:
+        raise ValueError('its tensors are not those of the architecture it names')
 
 
 def identity(tree: Tree) -> str:

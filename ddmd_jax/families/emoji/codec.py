@@ -14,6 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
 
+from ddmd_jax.families import published_config
 from ddmd_jax.families.base import Decoder, Latents
 from ddmd_jax.families.codec import CodecTraining
 from ddmd_jax.families.emoji import scenes
@@ -94,16 +95,20 @@ def read(path: str | Path = CODEC) -> tuple[AutoencoderKLConfig, Any, dict[str, 
         raise WeightsError(f'{path} is {metadata.get("class", "no file of this package")}, not '
                            f'{ARCHITECTURE}; {CURE}')
     try:
-        fields = shape.load(metadata['config'].encode(), {'block_out_channels': [int]})
+        fields = shape.load(metadata['config'].encode(), {
+            'block_out_channels': list, 'dtype': shape.one_of('float32', 'bfloat16')})
         fields['block_out_channels'] = tuple(fields['block_out_channels'])
-        about = shape.load(metadata['about'].encode(), {})
-        cfg = AutoencoderKLConfig(**fields)
-        expected = jax.tree.map(lambda x: x.shape, autoencoder_kl.abstract_params(cfg))
-        if jax.tree.map(jnp.shape, params) != expected:
-            raise ValueError('its tensors are not those of the architecture it names')
+        cfg = AutoencoderKLConfig(**published_config.checked(AutoencoderKLConfig, fields))
+        about = shape.load(metadata['about'].encode(), {'std': shape.positive, 'moments': _two})
+        flat.check_shapes(params, autoencoder_kl.abstract_params(cfg))
     except (KeyError, TypeError, ValueError, ArithmeticError) as e:
         raise WeightsError(f'{path} is no {ARCHITECTURE} ({e}); {CURE}') from e
     return cfg, params, about
+
+
+def _two(value: Any) -> str:
+    two = isinstance(value, list) and len(value) == 2 and not any(map(shape.finite, value))
+    return '' if two else 'not two finite numbers'
 
 
 @dataclasses.dataclass(frozen=True)

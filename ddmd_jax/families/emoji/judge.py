@@ -10,7 +10,6 @@ half-faded, torn or blended ones), all of which it calls `WRONG`.
 
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -21,6 +20,7 @@ from skimage import color
 from ddmd_jax.evaluation import measures
 from ddmd_jax.families.emoji import scenes
 from ddmd_jax.families.emoji.drawings import FILES, RESTORE_HINT
+from ddmd_jax.models.layers import abstract_params, functional
 from ddmd_jax.weights import flat
 
 Array = jax.Array
@@ -93,31 +93,24 @@ class Judge(nnx.Module):
         return {part: head(hidden) for part, head in self.heads.items()}, features
 
 
-def build(answers: dict[str, int]) -> Callable[[Any, Array], tuple[dict[str, Array], Array]]:
-    """``(params, images) -> (logits, features)``, see `Judge`."""
-    graphdef, abstract = nnx.split(nnx.eval_shape(lambda: Judge(answers, nnx.Rngs(0))))
-
-    def apply(params: Any, images: Array) -> tuple[dict[str, Array], Array]:
-        state = jax.tree.map(lambda x: x, abstract)
-        nnx.replace_by_pure_dict(state, params)
-        return nnx.merge(graphdef, state)(images)
-
-    return apply
-
-
 def load(world: scenes.World, path: Path = WEIGHTS) -> Callable[[Array], tuple[Array, Array]]:
     """Jitted ``images [B, 64, 64, 3] -> (answers [B, 4], features [B, D])`` of the shipped judge.
 
     The answers are the likeliest to each of `PARTS`.
 
     Raises:
-      WeightsError: the file is missing, damaged, or was trained on another world.
+      WeightsError: the file is missing, damaged, no judge, or was trained on another world.
     """
     params, meta = flat.load(path, RESTORE_HINT)
     if meta.get('world') != world.identity:
         raise flat.WeightsError(f'{path} was trained on scenes {meta.get("world")}, the package '
                                 f'has {world.identity}; {RESTORE_HINT}')
-    apply = build(classes(world))
+    make = lambda: Judge(classes(world), nnx.Rngs(0))
+    try:
+        flat.check_shapes(params, abstract_params(make))
+    except ValueError as e:
+        raise flat.WeightsError(f'not a judge: {path} ({e}); {RESTORE_HINT}') from e
+    apply = functional(make)
 
     @jax.jit
     def judge(images: Array) -> tuple[Array, Array]:

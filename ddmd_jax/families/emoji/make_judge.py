@@ -24,6 +24,7 @@ from tqdm import tqdm
 from ddmd_jax.evaluation import measures
 from ddmd_jax.families.emoji import judge, scenes
 from ddmd_jax.families.emoji.scenes import COLOURS, GRID, SIDE, Scene, World
+from ddmd_jax.models.layers import functional
 from ddmd_jax.util import commands, places
 from ddmd_jax.weights import flat
 
@@ -283,9 +284,8 @@ def rough(key: Array, images: Array) -> Array:
 def train(steps: int, seed: int, out: Path) -> None:
     """Trains the judge and writes it to `out`."""
     world = scenes.load()
-    answers = judge.classes(world)
-    apply = judge.build(answers)
-    params = nnx.to_pure_dict(nnx.state(judge.Judge(answers, nnx.Rngs(seed)), nnx.Param))
+    make = lambda: judge.Judge(judge.classes(world), nnx.Rngs(seed))
+    apply, params = functional(make), nnx.to_pure_dict(nnx.state(make(), nnx.Param))
     rate = optax.warmup_cosine_decay_schedule(0, 3e-3, min(100, steps // 10), steps)
     tx = optax.adamw(rate, weight_decay=1e-2)
 

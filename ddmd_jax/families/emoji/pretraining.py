@@ -14,6 +14,7 @@ from ddmd_jax.evaluation import pictures
 from ddmd_jax.families.emoji import codec, scenes, teacher, words
 from ddmd_jax.families.emoji.codec import Codec
 from ddmd_jax.families.pretraining import Pretraining
+from ddmd_jax.util.errors import UserError
 
 SHOWN = 12  # prompts of the picture that is logged during training
 STEPS, GUIDANCE = 20, 3.0
@@ -46,8 +47,12 @@ class EncodedScenes:
 
 
 def pretraining(config: Any) -> Pretraining:
-    """By a config of the task `pretrain`; raises `DataFileError`, `WeightsError`."""
+    """By a config of the task `pretrain`; raises `DataFileError`, `WeightsError`, `UserError`."""
     model, world, space = config.teacher.model.to_dict(), scenes.load(), codec.load()
+    try:
+        teacher.check_fits(model)
+    except ValueError as e:
+        raise UserError(f'teacher.model: {e}') from e
     predict, encode = teacher.make_denoiser(model), teacher.make_text_encoder(model)
     length, count = model['text']['max_length'], config.data.scenes
 

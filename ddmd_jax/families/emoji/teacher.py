@@ -25,6 +25,7 @@ from flax import nnx
 from ddmd_jax.data.batch import CondSpec
 from ddmd_jax.diffusion.sampling import Predict
 from ddmd_jax.diffusion.time import Shift
+from ddmd_jax.families import published_config
 from ddmd_jax.families.base import (
     Array,
     Latents,
@@ -123,11 +124,15 @@ def save(path: Path, model: dict[str, Any], params: dict[str, Any], steps: int,
     flat.save(path, params, meta, dtype=dtype)
 
 
-def _size(value: Any) -> str:
-    """Of `shape`: sizes are whole numbers from 1 on, and nobody's network has a million of any."""
-    sizes = value if isinstance(value, list) else [value]
-    bad = any(type(n) is int and not 0 < n < 10**6 or not isinstance(n, shape.VALUE) for n in sizes)
-    return 'not a size' if bad else ''
+def check_fits(model: dict[str, Any]) -> None:
+    """Raises `ValueError` where an architecture is not of this package's words and latents."""
+    denoiser, text = model_configs(model)
+    (side, _, channels), known = codec.load().latents.shape, words.load().get_vocab_size()
+    if denoiser.in_channels != channels or side % denoiser.patch_size:
+        raise ValueError(f'it draws patches of {denoiser.patch_size} latents of '
+                         f'{denoiser.in_channels} channels, and there are {side} of {channels}')
+    if text.vocab_size < known:
+        raise ValueError(f'it knows {text.vocab_size} words of {known}')
 
 
 def read(path: str = '') -> tuple[dict[str, Any], dict[str, Any]]:
@@ -144,10 +149,11 @@ def read(path: str = '') -> tuple[dict[str, Any], dict[str, Any]]:
     cure = GIVEN_HINT if path else RESTORE_HINT
     params, meta = flat.load(file, cure)
     try:
-        model = shape.load(meta['model'].encode(), {'denoiser': {str: _size}, 'text': {str: _size}})
-        expected = jax.eval_shape(lambda: init_params(model, jax.random.key(0)))
-        if jax.tree.map(jnp.shape, params) != jax.tree.map(jnp.shape, expected):
-            raise ValueError('its tensors are not those of the architecture it names')
+        model = shape.load(meta['model'].encode(), {'denoiser': dict, 'text': dict})
+        published_config.checked(NextDiTConfig, model['denoiser'])
+        published_config.checked(CaptionEncoderConfig, model['text'])
+        flat.check_shapes(params, jax.eval_shape(lambda: init_params(model, jax.random.key(0))))
+        check_fits(model)
     except (KeyError, TypeError, ValueError, ArithmeticError) as e:
         raise flat.WeightsError(f'not an emoji teacher: {file} ({e}); {cure}') from e
     if meta.get('codec') != codec.load().identity:
