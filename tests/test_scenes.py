@@ -7,6 +7,7 @@ import tarfile
 import numpy as np
 import pytest
 from hypothesis import given, settings, strategies as st
+from PIL import Image
 
 from ddmd_jax.data import DataFileError
 from ddmd_jax.families.emoji import drawings, make_drawings, scenes, words
@@ -129,6 +130,14 @@ def test_one_caption_has_many_images(world):
 # ------------------------------------------------------------------------------------------- files
 
 
+def test_every_set_is_attributed_and_its_licence_is_there():
+    notice = (drawings.DRAWINGS / make_drawings.NOTICE).read_text()
+    for icons in drawings.SETS:
+        row = next(line for line in notice.splitlines() if f'{icons.package} ' in line)
+        assert icons.version in row and icons.licence.replace('CC-BY', 'CC BY') in row
+    assert 'Copyright (c) Microsoft Corporation' in notice and 'NONINFRINGEMENT' in notice
+
+
 @pytest.fixture
 def copied(tmp_path):
     return shutil.copytree(drawings.DRAWINGS, tmp_path / 'drawings')
@@ -153,12 +162,21 @@ def test_drawings_of_another_version(copied):
         drawings.load(copied)
 
 
+@pytest.mark.parametrize('size, fill', [((1, 1), 255), ((500, 500), 255), ((112, 112), 0)])
+def test_drawings_of_other_sizes_or_of_nothing(monkeypatch, size, fill):
+    other = Image.new('RGBA', size, (fill,) * 4)
+    monkeypatch.setattr(drawings.Image, 'open', lambda file: other)
+    with pytest.raises(DataFileError, match='damaged: .*is not one drawing of 112 pixels'):
+        drawings.load()
+
+
 def packed(folder, name, version, icons):
-    """A package of an icon set as npm packs it."""
+    """A package of an icon set as npm packs it; `icons` are a file's text, or its icons."""
     inside = folder / 'package'
     inside.mkdir()
     (inside / 'package.json').write_text(json.dumps({'version': version}))
-    (inside / 'icons.json').write_text(json.dumps({'icons': icons}))
+    (inside / 'icons.json').write_text(
+        icons if isinstance(icons, str) else json.dumps({'icons': icons}))
     with tarfile.open(folder / f'iconify-json-{name}.tgz', 'w:gz') as tar:
         tar.add(inside, 'package')
 
@@ -167,6 +185,7 @@ def packed(folder, name, version, icons):
     ('noto-1.2.8', '1.2.8', r'noto-1\.2\.9\.tgz is missing; there is iconify-json-noto-1\.2\.8'),
     ('noto-1.2.9', '1.3.0', r'is of version 1\.3\.0, not 1\.2\.9'),
     ('noto-1.2.9', '1.2.9', r"noto 1\.2\.9 has no icon 'dog-face'"),
+    ('noto-1.2.9', 1, r'cannot be read \(package\.json: version is 1, not a text\)'),
 ])
 def test_packages_that_will_not_do(tmp_path, name, version, line):
     pytest.importorskip('resvg_py')
@@ -174,6 +193,19 @@ def test_packages_that_will_not_do(tmp_path, name, version, line):
     with pytest.raises(UserError, match=line):
         make_drawings.make(tmp_path, tmp_path / 'out')
     assert not (tmp_path / 'out').exists()
+
+
+@pytest.mark.parametrize('icons, line', [
+    ('{}', "icons.json: has no 'icons'"), ('[' * 10**5, 'icons.json: it is nested more than'),
+    ({'dog-face': 'x'}, "icons.json: icons.dog-face is 'x', not an object"),
+    ({'dog-face': {'body': '', 'width': 0}}, 'icons.dog-face.width is 0, not a number above 0'),
+    ({'dog-face': {'body': '<path'}}, "icon 'dog-face' .* cannot be drawn"),
+    ({'dog-face': {'body': ''}}, "icon 'dog-face' .* shows nothing: remove")])
+def test_icons_that_will_not_do(tmp_path, icons, line):
+    pytest.importorskip('resvg_py')
+    packed(tmp_path, 'noto-1.2.9', '1.2.9', icons)
+    with pytest.raises(UserError, match=line):
+        make_drawings.make(tmp_path, tmp_path / 'out')
 
 
 def test_nothing_that_is_there_is_replaced(tmp_path):

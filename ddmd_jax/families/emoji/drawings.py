@@ -71,7 +71,10 @@ def load(path: Path = DRAWINGS) -> tuple[tuple[str, ...], list[list[np.ndarray]]
         found: dict[str, dict[str, np.ndarray]] = {name: {} for name in OBJECTS}
         for row in rows:
             picture = Image.open(io.BytesIO(row['drawing'])).convert('RGBA')
-            found[row['object'].decode()][row['set'].decode()] = np.asarray(picture)
+            name, by = row['object'].decode(), row['set'].decode()
+            if max(picture.size) != EDGE or picture.getbbox() is None or by in found[name]:
+                raise ValueError(f'the {name} of {by} is not one drawing of {EDGE} pixels')
+            found[name][by] = np.asarray(picture)
     except Exception as e:  # array_record raises bare RuntimeError, whatever the cause
         errors.raise_environment(e, path)
         raise DataFileError(f'data set damaged: {path} ({first_line(e)}); {RESTORE_HINT}') from e
@@ -80,6 +83,6 @@ def load(path: Path = DRAWINGS) -> tuple[tuple[str, ...], list[list[np.ndarray]]
                             f'{VERSION}; {RESTORE_HINT}')
     wanted = {icons.package for icons in SETS}
     if missing := [name for name, by_set in found.items() if set(by_set) != wanted]:
-        raise DataFileError(f'data set damaged: {path} (drawings of {missing[0]} are missing); '
-                            f'{RESTORE_HINT}')
+        raise DataFileError(f'data set damaged: {path} (drawings of {missing[0]} are not those of '
+                            f'{", ".join(sorted(wanted))}); {RESTORE_HINT}')
     return tuple(found), [[by_set[icons.package] for icons in SETS] for by_set in found.values()]

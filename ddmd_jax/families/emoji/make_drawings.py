@@ -8,10 +8,10 @@
 from __future__ import annotations
 
 import io
-import json
 import shutil
 import tarfile
 import tempfile
+import zlib
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -20,12 +20,14 @@ import tensorflow_datasets as tfds
 from PIL import Image
 
 from ddmd_jax.families.emoji.drawings import DRAWINGS, EDGE, OBJECTS, SETS, VERSION, IconSet
-from ddmd_jax.util import files
+from ddmd_jax.util import files, shape
 from ddmd_jax.util.errors import UserError
 from ddmd_jax.util.text import first_line
 
 NOTICE = 'LICENSES.md'  # written by hand, it goes with the drawings
 RENDERED = 256  # pixels; cropped to what is drawn, then reduced to `EDGE`
+EDGES = {'width?': shape.positive, 'height?': shape.positive}
+LIKE = {'icons': {str: {'body': str, **EDGES}}, **EDGES}  # an icons.json
 
 
 class EmojiDrawings(tfds.core.GeneratorBasedBuilder):
@@ -88,6 +90,7 @@ def _drawn(packages: Path, icons: IconSet) -> Iterator[tuple[str, bytes]]:
                         'pip install resvg-py') from None
 
     found = _read(packages, icons)
+    cure = f'remove the package and run `{_command(icons)}`'
     for name, icon in OBJECTS.items():
         # Emoji One 2 is of 2016 and calls four of the faces so.
         entry = found['icons'].get(icon) or found['icons'].get(f'{icon}-face')
@@ -97,9 +100,15 @@ def _drawn(packages: Path, icons: IconSet) -> Iterator[tuple[str, bytes]]:
         edge = {k: entry.get(k, found.get(k, 16)) for k in ('width', 'height')}
         svg = (f'<svg xmlns="http://www.w3.org/2000/svg" xmlns:xlink="http://www.w3.org/1999/xlink"'
                f' viewBox="0 0 {edge["width"]} {edge["height"]}">{entry["body"]}</svg>')
-        png = resvg_py.svg_to_bytes(svg_string=svg, width=RENDERED, height=RENDERED)
+        try:
+            png = resvg_py.svg_to_bytes(svg_string=svg, width=RENDERED, height=RENDERED)
+        except ValueError as e:
+            raise UserError(f'icon {icon!r} of @iconify-json/{icons.package} cannot be drawn '
+                            f'({first_line(e)}): {cure}') from e
         picture = Image.open(io.BytesIO(bytes(png))).convert('RGBA')
-        picture = picture.crop(picture.getbbox())
+        if (box := picture.getbbox()) is None:
+            raise UserError(f'icon {icon!r} of @iconify-json/{icons.package} shows nothing: {cure}')
+        picture = picture.crop(box)
         scale = EDGE / max(picture.size)
         size = tuple(max(1, round(extent * scale)) for extent in picture.size)
         stream = io.BytesIO()
@@ -107,9 +116,13 @@ def _drawn(packages: Path, icons: IconSet) -> Iterator[tuple[str, bytes]]:
         yield name, stream.getvalue()
 
 
+def _command(icons: IconSet) -> str:
+    return f'npm pack @iconify-json/{icons.package}@{icons.version}'
+
+
 def _read(packages: Path, icons: IconSet) -> dict[str, Any]:
     """``icons.json`` of an icon set's package, its version checked."""
-    command = f'npm pack @iconify-json/{icons.package}@{icons.version}'
+    command = _command(icons)
     files = sorted(packages.glob(f'iconify-json-{icons.package}-[0-9]*.tgz'))
     file = packages / f'iconify-json-{icons.package}-{icons.version}.tgz'
     if not file.exists():
@@ -117,12 +130,22 @@ def _read(packages: Path, icons: IconSet) -> dict[str, Any]:
         raise UserError(f'package {file} is missing{there}: run `{command}` in that folder')
     try:
         with tarfile.open(file) as tar:
-            read = lambda name: json.load(tar.extractfile(f'package/{name}'))  # type: ignore[arg-type]
-            version, found = read('package.json')['version'], read('icons.json')
-    except (OSError, KeyError, ValueError, tarfile.TarError, EOFError) as e:
+            version = _json(tar, 'package.json', {'version': str})['version']
+            found = _json(tar, 'icons.json', LIKE)
+    except (OSError, KeyError, ValueError, tarfile.TarError, EOFError, zlib.error) as e:
         raise UserError(f'package {file} cannot be read ({first_line(e)}): remove it and run '
                         f'`{command}`') from e
     if version != icons.version:
         raise UserError(f'package {file} is of version {version}, not {icons.version}: remove it '
                         f'and run `{command}`')
     return found
+
+
+def _json(tar: tarfile.TarFile, name: str, like: Any) -> Any:
+    """What a file of a package holds; raises `KeyError` or `ValueError` if it is not there."""
+    if (file := tar.extractfile(f'package/{name}')) is None:
+        raise ValueError(f'{name} is no file')
+    try:
+        return shape.load(file.read(), like)
+    except ValueError as e:
+        raise ValueError(f'{name}: {first_line(e)}') from e
