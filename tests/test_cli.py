@@ -99,7 +99,8 @@ def test_bad_input_of_prepare(prepare, tmp_path, args, code, words):
 @pytest.mark.parametrize('args, code, words', [
     (['judge'], 1, "unexpected argument 'judge'"), (['--step=3'], 2, "'step'"),
     (['--out=/proc/nowhere/judge.safetensors'], 1, 'cannot be made'),
-    (['--steps=few'], 2, '--steps=few')])
+    (['--steps=few'], 2, '--steps=few'), (['--steps=0'], 2, '--steps=0'),
+    (['--seed=-1'], 2, '--seed=-1'), (['--out=/proc'], 1, '--out=/proc is a folder; name a file')])
 def test_bad_input_of_the_judges_training(args, code, words):
     done = forked.run('ddmd_jax.families.emoji.make_judge', *args)
     (error,) = filter(None, done.stderr.splitlines())

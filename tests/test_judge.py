@@ -173,6 +173,7 @@ def test_what_fails_is_seen(found):
         if found.captions[i] == found.captions[i + 1]:
             once[i + 1] = once[i]
     assert found.measure(once)['diversity'] < 0.1
+    assert found.measure(np.repeat(real[:1], len(real), 0))['diversity'] == 0  # no gap: a collapse
     soft = sum(np.roll(real, (i, j), (1, 2)) for i in range(3) for j in range(3)) / 9
     assert found.measure(soft)['frechet'] > 1.25 * good['frechet']
     assert found.measure(np.roll(real, suite.IMAGES, axis=0))['all_match'] < 0.1

@@ -26,6 +26,7 @@ from ddmd_jax.families.emoji import judge, scenes
 from ddmd_jax.families.emoji.scenes import COLOURS, GRID, SIDE, Scene, World
 from ddmd_jax.models.layers import functional
 from ddmd_jax.util import commands, places
+from ddmd_jax.util.errors import UserError
 from ddmd_jax.weights import flat
 
 FLAGS = flags.FLAGS
@@ -348,13 +349,15 @@ def accuracies(path: Path, seed: int, n: int) -> dict[str, float]:
 
 def define_flags() -> None:
     commands.define_place('out', str(judge.WEIGHTS), 'The file to write.', places.LOCAL)
-    flags.DEFINE_integer('steps', 2400, 'Training steps.')
-    flags.DEFINE_integer('seed', 0, 'Seed of weights, scenes and noise.')
+    flags.DEFINE_integer('steps', 2400, 'Training steps.', 1)
+    flags.DEFINE_integer('seed', 0, 'Seed of weights, scenes and noise.', 0, 2**32 - 2)
 
 
 def main(arguments: list[str]) -> None:
     commands.only_flags(arguments)
     out = places.of(FLAGS.out, places.LOCAL)
+    if out.is_dir():
+        raise UserError(f'--out={out} is a folder; name a file')
     commands.folder('--out', out.parent)
     train(FLAGS.steps, FLAGS.seed, out)
     for part, share in accuracies(out, FLAGS.seed + UNSEEN, 4000).items():

@@ -86,7 +86,7 @@ def examples(seen: int, held_out: int, seed: int) -> Examples:
             'colour_error': measures.average_colour_error(
                 measures.average_colours(of['background'], colours), backgrounds),
             'std': float(np.mean(of['std'])),
-            'diversity': among / apart if among and apart else None,
+            'diversity': among / apart if among is not None and apart else None,
         }
         for part in ('layout', 'objects', 'size', 'colour'):
             found[f'{part}_match'] = _share(of[f'{part}_match'], ~held)

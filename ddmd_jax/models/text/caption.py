@@ -20,8 +20,8 @@ Array = jax.Array
 
 @dataclasses.dataclass(frozen=True)
 class CaptionEncoderConfig:
-    vocab_size: int = 1600
-    max_length: int = 12
+    vocab_size: int = 64
+    max_length: int = 16
     dim: int = 128
     num_layers: int = 2
     num_heads: int = 4

@@ -31,7 +31,7 @@ class CaptionEncoder(ModelMixin, ConfigMixin):
     """``(ids [B, L], mask [B, L] bool) -> states [B, L, dim]``."""
 
     @register_to_config
-    def __init__(self, vocab_size=1600, max_length=12, dim=128, num_layers=2, num_heads=4):
+    def __init__(self, vocab_size=64, max_length=16, dim=128, num_layers=2, num_heads=4):
         super().__init__()
         self.token = nn.Embedding(vocab_size, dim)
         self.position = nn.Parameter(torch.zeros(max_length, dim))
