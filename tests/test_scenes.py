@@ -134,7 +134,7 @@ def test_every_set_is_attributed_and_its_licence_is_there():
     notice = (drawings.DRAWINGS / make_drawings.NOTICE).read_text()
     for icons in drawings.SETS:
         row = next(line for line in notice.splitlines() if f'{icons.package} ' in line)
-        assert icons.version in row and icons.licence.replace('CC-BY', 'CC BY') in row
+        assert icons.version in row and icons.licence.replace('CC-BY-', 'CC BY ') in row
     assert 'Copyright (c) Microsoft Corporation' in notice and 'NONINFRINGEMENT' in notice
 
 
