@@ -202,9 +202,10 @@ def test_cached_and_online_give_the_same_step(tmp_path, text, mesh, stored, pred
 def test_the_size_is_said_first_and_a_finished_folder_is_done(tmp_path, text, mesh, stored, capsys):
     args = (stored, text, mesh, tmp_path / 'e', 8)
     _, there = embedding.embed(*args)
-    said = capsys.readouterr().err
+    warned, said, *_ = capsys.readouterr().err.splitlines()
     assert not there and embedding.embed(*args)[1]
-    assert said.startswith('8 prompts of ') and ' free' in said.splitlines()[0]
+    assert 'words that emoji never learnt' in warned
+    assert said.startswith('8 prompts of ') and ' free' in said
     size = sum(f.stat().st_size for f in (tmp_path / 'e').glob('*.array_record'))
     tokens = embeddings.Embeddings(tmp_path / 'e').lengths.sum() * text.width * 2
     assert in_units(int(tokens)) in said and tokens <= size < tokens + 400 * len(TEXTS) + 2**17
@@ -214,11 +215,15 @@ def test_prompts_that_are_cut_are_counted_and_warned_of_once(tmp_path, text, mes
     longest = text.length - 1  # words beside [BOS]
     fits, over = ' '.join(['red'] * longest), ' '.join(['red'] * (longest + 1))
     assert text.cut([fits, over, '']).tolist() == [False, True, False]
+    assert text.unknown([fits, 'a zebra', 'A Cat', '']).tolist() == [False, True, False, False]
     for name, texts, count in (('e', [fits, over, 'a cat', over], 2), ('f', [fits, ''], 0)):
         embedding.embed(Texts(texts), text, mesh, tmp_path / name, 8)
         assert embeddings.Embeddings(tmp_path / name).card['cut'] == count
         warned = [x for x in capsys.readouterr().err.splitlines() if 'lose their end' in x]
         assert len(warned) == (count > 0)
+    embedding.embed(Texts(['a cat', 'a zebra on ice']), text, mesh, tmp_path / 'h', 8)
+    assert ("warning: 1 of 2 prompts have words that emoji never learnt; the first begins 'a zebra "
+            "on ice'\n") in capsys.readouterr().err
     embedding.embed(Texts([over]), dataclasses.replace(text, cut=None), mesh, tmp_path / 'g', 8)
     assert embeddings.Embeddings(tmp_path / 'g').card['cut'] is None  # not known
 

@@ -62,6 +62,7 @@ class TextEncoder:
     `width` is D of the embeds, `rules` lay `params` out over a mesh, `identity` names the weights.
     `flops(tokens)` is what a row of so many costs, `ids` are the names of its ids: the planner's.
     `cut(prompts)` says which lose their end, ``[n]`` bool; None of an encoder that does not tell.
+    `unknown(prompts)`, likewise, which have words outside its vocabulary; None where none are.
     """
 
     name: str
@@ -76,6 +77,7 @@ class TextEncoder:
     flops: Callable[[int], int] | None = None
     ids: tuple[str, ...] = ('ids',)
     cut: Callable[[Sequence[str]], np.ndarray] | None = None
+    unknown: Callable[[Sequence[str]], np.ndarray] | None = None
 
 
 @dataclasses.dataclass(frozen=True)

@@ -128,19 +128,24 @@ def chunks(stored: Any) -> Iterator[list[str]]:
 def count_cut(text: TextEncoder, parts: Iterable[Sequence[str]]) -> int | None:
     """How many prompts lose their end at the encoder's limit; a warning says so, once.
 
-    None where the encoder does not tell.
+    Another says how many have words that it does not know. None where the encoder does not tell.
     """
     if text.cut is None:
         return None
-    total, lost, first = 0, 0, ''
+    tests = {f'are longer than the {text.length} tokens that {text.name} reads, and lose their end':
+             text.cut}
+    if text.unknown:
+        tests[f'have words that {text.name} never learnt'] = text.unknown
+    total, counts, first = 0, dict.fromkeys(tests, 0), dict[str, str]()
     for part in parts:
-        cut = text.cut(part)
-        first = first or next((prompt for prompt, over in zip(part, cut) if over), '')
-        total, lost = total + len(part), lost + int(cut.sum())
-    if lost:
-        ckpt.warn(f'{lost} of {total} prompts are longer than the {text.length} tokens that '
-                  f'{text.name} reads, and lose their end; the first begins {first[:40]!r}')
-    return lost
+        total += len(part)
+        for words, test in tests.items():
+            bad = test(part)
+            counts[words] += int(bad.sum())
+            first |= {words: part[bad.argmax()]} if bad.any() and words not in first else {}
+    for words, prompt in first.items():
+        ckpt.warn(f'{counts[words]} of {total} prompts {words}; the first begins {prompt[:40]!r}')
+    return next(iter(counts.values()))
 
 
 def make_encoder(text: TextEncoder, mesh: Mesh, whole: bool = False) -> Callable[[Any], Cond]:

@@ -100,7 +100,8 @@ def text_encoder(model: dict[str, Any], params: Any, identity: str) -> TextEncod
     return TextEncoder('emoji', params, tokenize, lambda p, x: run(p, x['ids'], x['mask']),
                        cfg.max_length, cfg.dim, RULES, identity,
                        flops=functools.partial(flops.caption_forward, cfg),
-                       cut=functools.partial(words.cut, length=cfg.max_length))
+                       cut=functools.partial(words.cut, length=cfg.max_length),
+                       unknown=words.unknown)
 
 
 def teacher_from(model: dict[str, Any], params: dict[str, Any], latents: Latents) -> Teacher:

@@ -41,3 +41,9 @@ def cut(texts: Sequence[str], length: int) -> np.ndarray:
     """Which texts `encode` cuts, ``[n]`` bool."""
     return np.asarray([len(encoding.ids) > length
                        for encoding in load().encode_batch(list(texts))], bool)
+
+
+def unknown(texts: Sequence[str]) -> np.ndarray:
+    """Which texts have words that no caption has, ``[n]`` bool."""
+    return np.asarray([UNK in encoding.tokens for encoding in load().encode_batch(list(texts))],
+                      bool)
