@@ -1,5 +1,7 @@
 """A distillation as a task of `fit`, around a network of one matrix: its batches, its probe."""
 
+import dataclasses
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -8,6 +10,7 @@ from small import SHAPES, config_of, task_of
 
 from ddmd_jax.data.batch import Batch
 from ddmd_jax.data.conditioning import Prompts
+from ddmd_jax.families.emoji import judge
 from ddmd_jax.train import train
 from ddmd_jax.train.distillation import request_of
 from ddmd_jax.weights.flat import WeightsError
@@ -47,6 +50,19 @@ def test_a_suite_is_refused_before_training_where_there_is_no_autoencoder():
     config = config_of()
     with pytest.raises(WeightsError, match='has no autoencoder, and eval.suite measures images'):
         train.prepare(config, task_of(config).teacher)
+
+
+def test_a_judge_that_cannot_be_read_is_told_before_training(monkeypatch):
+    config = config_of()
+    teacher = task_of(config).teacher
+    drawing = dataclasses.replace(teacher.latents, decode=lambda z: z)
+
+    def load(world):
+        raise WeightsError('weights missing: judge')
+
+    monkeypatch.setattr(judge, 'load', load)
+    with pytest.raises(WeightsError, match='weights missing: judge'):
+        train.prepare(config, dataclasses.replace(teacher, latents=drawing))
 
 
 def test_a_signature_is_of_shapes_and_of_nothing_else():

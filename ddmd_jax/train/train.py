@@ -142,9 +142,12 @@ def prepare(config: Any, teacher: Teacher | None = None) -> Distillation:
     startup = Startup()
     with startup.stage('weights'):
         teacher = teacher or load_teacher(config, mesh)
-    if suite_of(config) and not teacher.latents.decode:
+    suite = suite_of(config)
+    if suite and not teacher.latents.decode:
         raise WeightsError(f'{config.teacher.path} has no autoencoder, and eval.suite measures '
                            "images: give the pipeline's folder, or a config without a suite")
+    if suite and suite.watched:
+        suite.watched(1, 1, config.seed)  # reads its judge: one that is no good is told now
 
     # ----------------------------------------------------------------------------------- prompts
     # One global order of batches, a function of the seed and of a batch's number alone.
