@@ -160,7 +160,7 @@ def test_json_of_files_is_read_as_what_it_should_be():
     assert found == {
         'shape.py', 'jsonl.py', 'checksums.py',  # which check it themselves, as do readers of data:
         'files.py', 'benchmarks.py',
-        'card.py', 'page.py', 'examine.py', 'distributed.py', 'hlo.py', 'make_drawings.py',  # own
+        'card.py', 'page.py', 'examine.py', 'distributed.py', 'hlo.py',  # own
         'trackers.py', '__main__.py'}  # a tracker is given up; --set name=JSON
 
 

@@ -142,7 +142,7 @@ def count_cut(text: TextEncoder, parts: Iterable[Sequence[str]]) -> int | None:
         for words, test in tests.items():
             bad = test(part)
             counts[words] += int(bad.sum())
-            first |= {words: part[bad.argmax()]} if bad.any() and words not in first else {}
+            first |= {words: part[int(bad.argmax())]} if bad.any() and words not in first else {}
     for words, prompt in first.items():
         ckpt.warn(f'{counts[words]} of {total} prompts {words}; the first begins {prompt[:40]!r}')
     return next(iter(counts.values()))
