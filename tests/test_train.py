@@ -13,10 +13,12 @@ import tiny
 from ddmd_jax import families, main
 from ddmd_jax.config import check
 from ddmd_jax.families.base import LoadOptions
+from ddmd_jax.families.emoji.pretraining import pretraining
 from ddmd_jax.method import schedules
 from ddmd_jax.train import train
 from ddmd_jax.train.durable.checkpoint import CheckpointError
 from ddmd_jax.train.durable.rollback import DivergedError
+from ddmd_jax.util.errors import UserError
 
 ROW = ['name', 'steps', 'evaluations', 'guidance', 'all_match', 'all_match_held_out', 'frechet',
        'colour_error', 'std', 'diversity']
@@ -180,3 +182,10 @@ def test_pretraining_writes_a_teacher_that_loads(tmp_path):
     x_hat = teacher.predict_clean(teacher.params, np.zeros((2, *teacher.latents.shape)), 0.5, cond)
     assert x_hat.shape == (2, 16, 16, 8) and np.isfinite(np.asarray(x_hat)).all()
     assert lines(tmp_path)[-1]['step'] == 2
+
+
+def test_pretraining_of_a_teacher_of_other_words_or_latents_is_refused():
+    config = tiny.load_config('emoji_teacher')
+    config.teacher.model.text.vocab_size = 32
+    with pytest.raises(UserError, match=r'teacher\.model: it knows 32 words of 56'):
+        pretraining(config)
