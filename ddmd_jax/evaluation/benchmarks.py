@@ -178,7 +178,7 @@ def read_coco(folder: Path, counts: Counts, origin: str) -> list[Prompt]:
 
 # --- Where the official scorers look for images ---
 
-Place = Callable[[Prompt, int, int], str]  # (prompt, its number, which image of it) -> path
+Layout = Callable[[Prompt, int, int], str]  # (prompt, its number, which image of it) -> path
 
 
 def place_styles(prompt: Prompt, index: int, number: int) -> str:

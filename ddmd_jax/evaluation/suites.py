@@ -24,7 +24,7 @@ import numpy as np
 
 from ddmd_jax.data import DataFileError
 from ddmd_jax.evaluation import benchmarks
-from ddmd_jax.evaluation.benchmarks import Place, Prompt
+from ddmd_jax.evaluation.benchmarks import Layout, Prompt
 
 BLOCK = 256  # images that are looked at together
 
@@ -110,7 +110,7 @@ class Suite:
     origin: str = ''
     images: int = 1
     metrics: Sequence[str] = ()
-    place: Place = benchmarks.place_numbered
+    place: Layout = benchmarks.place_numbered
     tiled: bool = False
     beside: Callable[[Prompt], tuple[str, str]] | None = None
     results: Callable[[Path, Sequence[Prompt], int], Mapping[str, float]] | None = None
