@@ -21,7 +21,7 @@ from test_evaluation import noise_sampler, request
 from ddmd_jax import evaluate as command_lib, families as teachers
 from ddmd_jax.data import records
 from ddmd_jax.diffusion import drawing
-from ddmd_jax.evaluation import evaluate, kept, pictures
+from ddmd_jax.evaluation import evaluate, kept, options, pictures
 from ddmd_jax.evaluation.kept import Held, ImagesError, Kept
 from ddmd_jax.export.models import Model
 from ddmd_jax.models.adapters import LoRA
@@ -348,8 +348,8 @@ def test_images_of_nobody_are_not_taken_for_ours(tmp_path):
 
 
 def test_every_flag_has_a_use(command):
-    lib = command_lib
-    assert command.flags == {*lib.DRAWING, *lib.MEASURING, *lib.SHOWING, *lib.OF_MODE}
+    assert command.flags == {*options.DRAWING, *options.MEASURING, *options.SHOWING,
+                             *options.OF_MODE}
 
 
 @pytest.mark.parametrize('args, words', [

@@ -71,6 +71,7 @@ def defined():
             name = getattr(call.func, 'attr', '')
             if name in ('define_place', 'define_places'):
                 schemes = [a.attr for a in call.args if isinstance(a, ast.Attribute)]
+                module = module.replace('evaluation.options', 'evaluate')  # whose flags stand apart
                 flag = (module.removesuffix('.__main__') + words.get(id(call), ''),
                         call.args[0].value)
                 found[flag] = (schemes or ['BUCKETS'])[0]

@@ -35,6 +35,17 @@ BLOCK_ROWS = 6
 RESULT, SHEET = 'eval.json', 'samples.png'
 
 
+def beside(teacher: Teacher, student: Sampler, steps: int, guidance: float,
+           solver: str) -> dict[str, Sampler]:
+    """A student's way to draw, the last, and its teacher's, by the name of their row."""
+    return {
+        'teacher_guided': drawing.of_teacher(teacher, steps, guidance, solver),
+        'teacher_few_step': drawing.of_teacher(teacher, student.steps),
+        # What the sampler alone is worth: the student before its first update.
+        'teacher_in_student_sampler': dataclasses.replace(student, model='teacher'),
+        'student': student}
+
+
 @dataclasses.dataclass(frozen=True)
 class Comparison:
     """A student and its teacher, to be drawn beside one another.
@@ -62,13 +73,7 @@ class Comparison:
             self.teacher, student.steps,
             time_maps.chosen(self.teacher.time, self.config.method.shift,
                              student.get('first_step')), student.sampler)
-        return {
-            'teacher_guided': drawing.of_teacher(
-                self.teacher, e.teacher_steps, e.guidance, e.solver),
-            'teacher_few_step': drawing.of_teacher(self.teacher, student.steps),
-            # What the sampler alone is worth: the student before its first update.
-            'teacher_in_student_sampler': dataclasses.replace(few_steps, model='teacher'),
-            'student': few_steps}
+        return beside(self.teacher, few_steps, e.teacher_steps, e.guidance, e.solver)
 
     def entries(self) -> dict[str, Entry]:
         """What is drawn, by the name of its row."""
