@@ -31,6 +31,7 @@ if TYPE_CHECKING:  # JAX takes seconds to import: not before the flags are right
 
 FLAGS = flags.FLAGS
 TEACHER_STEPS = 50  # of the guided teacher, unless --steps says otherwise
+TRAJECTORY = 8  # of a sampler's steps that a sheet shows, at most
 SHEET = 60  # rows and columns of a sheet: a WebP has at most 16,383 pixels a side
 MARK = '.sample.json'  # in a folder that is being written to; see `marked`
 OTHERS = ('.jpg', '.jpeg', '.gif', '.bmp', '.tif', '.tiff', '.avif')  # no names of folders
@@ -56,6 +57,8 @@ def define_flags() -> None:
     flags.DEFINE_enum('solver', 'euler', ('euler', 'heun'), 'ODE solver of the teacher.')
     flags.DEFINE_boolean('grid', False, 'Also a sheet of all images with their prompts.')
     flags.DEFINE_boolean('compare_teacher', False, 'On the sheet, the teacher on the same noise.')
+    flags.DEFINE_boolean('trajectory', False, 'A sheet of what is predicted to be clean along '
+                         f'the way: of each sampler up to {TRAJECTORY} of its steps.')
     flags.DEFINE_list('size', None, "HEIGHT,WIDTH in pixels; default: the teacher's own.")
     flags.DEFINE_integer('batch', 8, 'Images drawn at a time, over all devices.', 1)
     commands.define_place('teacher_path', '', 'Path of the teacher if it moved; without '
@@ -127,8 +130,8 @@ def draw() -> None:
     with marked([*files, *([sheet] if sheet else [])] if writes else []):
         for sampler in columns:
             times.append(drawing.Times())
-            batches = drawing.generate(sampler, params[sampler.model], request, batch, mesh,
-                                       times[-1])
+            how = drawing.along(sampler, shown(sampler)) if FLAGS.trajectory else sampler
+            batches = drawing.generate(how, params[sampler.model], request, batch, mesh, times[-1])
             last = writes and sampler is columns[-1]
             drawn.append(write(batches, named, files if last else [], about,
                                keep=sheet is not None))
@@ -174,8 +177,9 @@ def targets(out: Place, named: Sequence[ImageName],
     from ddmd_jax.diffusion import drawing
     from ddmd_jax.evaluation import pictures
 
-    sheet = FLAGS.grid or FLAGS.compare_teacher
-    rows, columns = (len(named), 3) if FLAGS.compare_teacher else (prompts, FLAGS.count)
+    sheet = FLAGS.grid or FLAGS.compare_teacher or FLAGS.trajectory
+    rows, columns = (prompts, FLAGS.count) if not (FLAGS.compare_teacher or FLAGS.trajectory) else (
+        len(named), 3 * TRAJECTORY)
     if sheet and max(rows, columns) > SHEET:
         raise UserError(f'a sheet has at most {SHEET} rows and {SHEET} columns, not {rows} and '
                         f'{columns}; leave out --grid')
@@ -250,6 +254,14 @@ def samplers(model: Model, teacher: Teacher) -> list[Sampler]:
             drawing.of_teacher(teacher, steps), student]
 
 
+def shown(sampler: Sampler) -> list[int]:
+    """The steps that --trajectory shows, evenly spaced, the first and the last among them."""
+    import numpy as np
+
+    count = min(sampler.steps, TRAJECTORY)
+    return np.linspace(0, sampler.steps - 1, count).round().astype(int).tolist()
+
+
 # --- Writing ---
 
 
@@ -268,7 +280,8 @@ def write(batches: Iterable[np.ndarray], named: Sequence[ImageName], files: Sequ
           about: Mapping[str, str], keep: bool) -> np.ndarray | None:
     """Writes images to `files`, if there are any, as they come; returns them all if `keep`.
 
-    `batches` are ``[<= B, H, W, 3]`` in [-1, 1], in the order of `named` and `files`.
+    `batches` are ``[<= B, H, W, 3]`` in [-1, 1], in the order of `named` and `files`; or ``[<= B,
+    K, H, W, 3]`` along the way, of which the last is the image.
     """
     import numpy as np
     from PIL import Image
@@ -278,7 +291,8 @@ def write(batches: Iterable[np.ndarray], named: Sequence[ImageName], files: Sequ
     kept, start = [], 0
     for images in batches:
         for image, name, file in zip(images, named[start:], files[start:]):
-            pictures.save(Image.fromarray(pictures.to_uint8(image)), file, {
+            last = image if image.ndim == 3 else image[-1]
+            pictures.save(Image.fromarray(pictures.to_uint8(last)), file, {
                 'prompt': name.prompt, 'image': str(name.number), **about})
         kept += [images] * keep
         start += len(images)
@@ -287,13 +301,21 @@ def write(batches: Iterable[np.ndarray], named: Sequence[ImageName], files: Sequ
 
 def write_sheet(file: Place, prompts: Sequence[str], columns: Sequence[Sampler],
                 drawn: Sequence[Any], about: Mapping[str, str]) -> None:
-    """A row a prompt, a column an image of it; or a row an image, a column a sampler."""
+    """A row a prompt, a column an image of it; or a row an image, a column a sampler or a step."""
     from ddmd_jax.evaluation import pictures
 
     titles, n = [sampler.title for sampler in columns], FLAGS.count
-    if columns[1:]:
+    if columns[1:] or FLAGS.trajectory:
         prompts = [prompt for prompt in prompts for _ in range(n)]
-    elif n > 1:
+    if FLAGS.trajectory:
+        titles, drawn = [], [images[:, k] for images in drawn for k in range(images.shape[1])]
+        for sampler in columns:
+            assert sampler.times is not None
+            times = sampler.times()
+            model = sampler.model + (f', w={sampler.guidance:g}' if sampler.guidance != 1 else '')
+            titles += [f'{model}\nstep {k + 1} of {sampler.steps}, t = {times[k]:.2f}'
+                       for k in shown(sampler)]
+    elif n > 1 and not columns[1:]:
         titles = [f'{columns[0].model}\nimage {i + 1}' for i in range(n)]
         drawn = [drawn[0][i::n] for i in range(n)]
     pictures.captioned_sheet([prompt or '(empty)' for prompt in prompts], titles, drawn, file,

@@ -269,6 +269,28 @@ def test_the_sheet_compares_on_the_same_noise(run, command, tmp_path, monkeypatc
         'student', 'deterministic', json.dumps(PROMPTS[1:])])
 
 
+def test_a_trajectory_is_what_every_step_predicts(run, command, three, tmp_path, monkeypatch):
+    """Its columns say step and t; the last of the student is its image, bit for bit."""
+    monkeypatch.setattr(sample, 'TEACHER_STEPS', 11)
+    sheets, own = [], pictures.captioned_sheet
+    monkeypatch.setattr(pictures, 'captioned_sheet', lambda *given: (
+        sheets.append(given), own(*given)))
+    command(f'--checkpoint={run}', *asking(PROMPTS[0]), '--count=2', '--trajectory',
+            '--compare_teacher', '--guidance=2', f'--out={tmp_path}')
+    (captions, titles, columns, *_), = sheets
+    assert captions == [PROMPTS[0]] * 2 and len(titles) == len(columns) == 8 + 2 + 2
+    assert titles[0] == 'teacher, w=2\nstep 1 of 11, t = 0.00'
+    assert titles[7] == 'teacher, w=2\nstep 11 of 11, t = 0.91'
+    assert titles[8:] == [f'{whose}\nstep {i + 1} of 2, t = {t}' for whose in (
+        'teacher', 'student') for i, t in enumerate(('0.00', '0.50'))]
+    # Of one noise: guidance makes a difference from the first step on, and so does training.
+    assert np.abs(columns[0] - columns[8]).max() > 1e-2 < np.abs(columns[10] - columns[8]).max()
+    for i, file in enumerate(sorted(tmp_path.glob('0*.png'))):
+        np.testing.assert_array_equal(pixels(file), pixels(three / file.name))
+        np.testing.assert_array_equal(pictures.to_uint8(columns[-1][i]), pixels(file))
+    assert Image.open(tmp_path / 'grid.png').size[0] > 12 * 256
+
+
 def test_a_teacher_alone_needs_no_run(command, weights, tmp_path, capfd):
     command('--teacher', f'--teacher_path={weights}', '--prompt=a cat', '--steps=3', '--guidance=2',
             '--solver=heun', '--format=webp', f'--out={tmp_path}')

@@ -93,6 +93,22 @@ def sampled(null, guidance, predict=gaussian, steps=4, rescale=None, **kwargs):
                                    sampling.Guidance(guidance, null, rescale), **kwargs)
 
 
+@pytest.mark.parametrize('solver', sampling.SOLVERS)
+def test_a_teachers_steps_predict_by_the_guided_velocity(solver):
+    """Euler's points are those that its predictions lead to, and every solver ends at the last."""
+    noise, times = jax.random.normal(jax.random.key(2), SHAPE), Shift(2.0).grid(5)
+    end, predicted = sampling.trace_teacher(denoise(gaussian), COND, noise, times,
+                                            sampling.Guidance(3.0, NULL), solver)
+    assert predicted.shape == (5, *SHAPE)
+    close(predicted[-1], end)
+    x, known = noise, 5 if solver == 'euler' else 1  # Heun's later points are its own
+    for t, t_next, x_hat in zip(times[:known], times[1:], predicted):
+        at = jnp.full(4, t)
+        close(x_hat, sampling.guided(gaussian(None, x, at, COND), gaussian(None, x, at, NULL), 3.0),
+              1e-4)
+        x = x + (t_next - t) / (1 - t) * (x_hat - x)
+
+
 def test_no_guidance_does_not_call_the_null_prompt():
     """Half the cost, and a poisoned null prompt must not be able to reach the sample."""
     poison = means(*[jnp.nan] * 4)
@@ -181,7 +197,13 @@ def by_hand(params, cond, times, key, shape, mode):
 def test_sample_student_is_the_plain_loop(mode, steps):
     params, cond, few, key = student_case(steps)
     got = sampling.sample_student(denoise(wobble, params), cond, few, key, SHAPE, mode)
-    close(got, by_hand(params, cond, few.times, key, SHAPE, mode)[1])
+    seen, want = by_hand(params, cond, few.times, key, SHAPE, mode)
+    close(got, want)
+    last, predicted = sampling.trace_student(denoise(wobble, params), cond, few, key, SHAPE, mode)
+    np.testing.assert_array_equal(last, got)
+    close(predicted, [wobble(params, z, jnp.full(SHAPE[0], t), cond)
+                      for z, t in zip(seen, few.times, strict=True)])
+    close(predicted[-1], got)
 
 
 def test_deterministic_student_is_eulers_method():

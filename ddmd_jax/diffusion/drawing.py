@@ -55,6 +55,8 @@ class Sampler:
       draw: ``(params, cond, null, key) -> latents [B, H, W, C]``; `cond` and `null`, the null
         prompt's, have B rows; `key` is one for all of them or ``[B]`` (`sampling.step_noise`).
       decode: ``latents -> images [B, H', W', 3]``; None without a decoder.
+      trace: as `draw`, but ``(latents, what each step predicts [steps, B, H, W, C])``.
+      times: the paper's t at which each step begins, ``[steps]``.
     """
 
     model: str
@@ -63,7 +65,9 @@ class Sampler:
     guidance: float
     method: str
     draw: Callable[[Any, Any, Any, Array], Array]
-    decode: Callable[[Any], Array] | None
+    decode: Callable[[Any], Any] | None
+    trace: Callable[[Any, Any, Any, Array], tuple[Array, Array]] | None = None
+    times: Callable[[], Array] | None = None
 
     @property
     def title(self) -> str:
@@ -79,27 +83,43 @@ def of_student(teacher: Teacher, steps: int, time: TimeMap | None = None,
     """Few steps without guidance; `time` None is the teacher's, `mode` of `STUDENT_MODES`."""
     schedule = FewSteps(time or teacher.time, steps)
 
-    def draw(params: Any, cond: Any, null: Any, key: Array) -> Array:
-        return sampling.sample_student(
+    def trace(params: Any, cond: Any, null: Any, key: Array) -> tuple[Array, Array]:
+        return sampling.trace_student(
             functools.partial(teacher.predict_clean, params), cond, schedule, key,
             _shape(teacher, cond), mode)
 
-    return Sampler('student', steps, steps, 1.0, mode, draw, teacher.latents.decode)
+    return Sampler('student', steps, steps, 1.0, mode, lambda *given: trace(*given)[0],
+                   teacher.latents.decode, trace, lambda: schedule.times)
 
 
 def of_teacher(teacher: Teacher, steps: int, guidance: float = 1.0,
                solver: str = 'euler') -> Sampler:
     """The teacher's ODE in `steps`, from the noise at which a student of the same name starts."""
-    def draw(params: Any, cond: Any, null: Any, key: Array) -> Array:
+    def trace(params: Any, cond: Any, null: Any, key: Array) -> tuple[Array, Array]:
         # The first noise is the same for any number of steps: JAX's keys split independently.
         noise = sampling.step_noise(key, 1, _shape(teacher, cond))[0]
-        return sampling.sample_teacher(
+        return sampling.trace_teacher(
             functools.partial(teacher.predict_clean, params), cond,
             teacher.time.grid_input(noise, steps), teacher.time.grid(steps),
             sampling.Guidance(guidance, NULLS[teacher.null](null), teacher.rescale), solver)
 
     return Sampler('teacher', steps, sampling.evaluations(steps, guidance, solver), guidance,
-                   solver, draw, teacher.latents.decode)
+                   solver, lambda *given: trace(*given)[0], teacher.latents.decode, trace,
+                   lambda: teacher.time.grid(steps)[:-1])
+
+
+def along(sampler: Sampler, steps: Sequence[int]) -> Sampler:
+    """`sampler`, but that an image is K of them: what it predicts to be clean at each of `steps`.
+
+    Latents are ``[B, K, H, W, C]`` and images ``[B, K, H', W', 3]``; each is decoded alone.
+    """
+    trace, decode = sampler.trace, sampler.decode
+    assert trace is not None and decode is not None
+    each = lambda latents: np.stack([np.concatenate([
+        np.asarray(decode(one[None])) for one in row]) for row in latents])
+    return dataclasses.replace(
+        sampler, decode=each,
+        draw=lambda *given: jnp.moveaxis(trace(*given)[1][np.asarray(steps)], 0, 1))
 
 
 def _shape(teacher: Teacher, cond: Any) -> tuple[int, ...]:

@@ -101,12 +101,15 @@ def step_noise(key: Array, steps: int, shape: tuple[int, ...]) -> Array:
     return jax.vmap(lambda one: jax.random.normal(one, shape, jnp.float32))(keys)
 
 
-def sample_student(denoise: Denoise, cond: Cond, steps: FewSteps, key: Array,
-                   shape: tuple[int, ...], mode: str = 'renoise') -> Array:
+def trace_student(denoise: Denoise, cond: Cond, steps: FewSteps, key: Array,
+                  shape: tuple[int, ...], mode: str = 'renoise') -> tuple[Array, Array]:
     """Few-step generation without guidance: one network evaluation a step.
 
     'renoise' draws fresh noise between steps, as in training; 'deterministic' follows the
     predicted velocity from the first noise. `key` is as in `step_noise`.
+
+    Returns:
+      ``(latents [B, ...], what each step predicts to be clean [N, B, ...])``; the last is both.
 
     Raises:
       ValueError: unknown mode.
@@ -116,16 +119,22 @@ def sample_student(denoise: Denoise, cond: Cond, steps: FewSteps, key: Array,
     noise, times = step_noise(key, steps.n, shape), steps.times
     following = jnp.append(times[1:], 1.0)
 
-    def body(z: Array, inputs: tuple[Array, ...]) -> tuple[Array, None]:
+    def body(z: Array, inputs: tuple[Array, ...]) -> tuple[Array, Array]:
         t, t_next, fresh = inputs
         x_hat = denoise(z, jnp.full(shape[:1], t), cond)
         if mode == 'deterministic':
             fresh = (z - t * x_hat) / jnp.maximum(1.0 - t, 1e-6)
-        return process.renoise(x_hat, t_next, fresh), None
+        return process.renoise(x_hat, t_next, fresh), x_hat
 
     # The noise of step i + 1 is added after step i; the last renoise (t = 1) adds none.
     first = steps.time.first_input(noise[0])
-    return jax.lax.scan(body, first, (times, following, jnp.roll(noise, -1, axis=0)))[0]
+    return jax.lax.scan(body, first, (times, following, jnp.roll(noise, -1, axis=0)))
+
+
+def sample_student(denoise: Denoise, cond: Cond, steps: FewSteps, key: Array,
+                   shape: tuple[int, ...], mode: str = 'renoise') -> Array:
+    """The latents of `trace_student` alone."""
+    return trace_student(denoise, cond, steps, key, shape, mode)[0]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -146,8 +155,8 @@ def guided(cond: Array, uncond: Array, guidance: float) -> Array:
     return uncond + guidance * (cond - uncond)
 
 
-def sample_teacher(denoise: Denoise, cond: Cond, noise: Array, times: Array,
-                   guidance: Guidance | None = None, solver: str = 'euler') -> Array:
+def trace_teacher(denoise: Denoise, cond: Cond, noise: Array, times: Array,
+                  guidance: Guidance | None = None, solver: str = 'euler') -> tuple[Array, Array]:
     """Multi-step sampling of the probability-flow ODE from noise to clean data.
 
     Args:
@@ -157,6 +166,10 @@ def sample_teacher(denoise: Denoise, cond: Cond, noise: Array, times: Array,
       times: ``[S + 1]`` of t, rising from 0 to 1 (`TimeMap.grid`).
       guidance: None, or scale 1, evaluates `cond` alone.
       solver: 'euler' (one evaluation a step) or 'heun' (two, but for the last step).
+
+    Returns:
+      ``(latents [B, ...], predictions [S, B, ...])``: what is clean by the velocity, guided, with
+      which each step begins; the last is both.
 
     Raises:
       ValueError: unknown solver.
@@ -176,7 +189,7 @@ def sample_teacher(denoise: Denoise, cond: Cond, noise: Array, times: Array,
         v = guided(v_cond, v_uncond, guidance.scale)
         return v if guidance.rescale is None else guidance.rescale(v, v_cond)
 
-    def body(x: Array, span: tuple[Array, Array]) -> tuple[Array, None]:
+    def body(x: Array, span: tuple[Array, Array]) -> tuple[Array, Array]:
         t, t_next = span
         v = slope(x, t)
         ahead = x + (t_next - t) * v
@@ -184,9 +197,15 @@ def sample_teacher(denoise: Denoise, cond: Cond, noise: Array, times: Array,
             # At t = 1 a velocity is 0 / 0: the last step stays Euler's.
             v_ahead = jax.lax.cond(t_next < 1.0, lambda: slope(ahead, t_next), lambda: v)
             ahead = x + (t_next - t) * 0.5 * (v + v_ahead)
-        return ahead, None
+        return ahead, process.to_clean(x, v, t)
 
-    return jax.lax.scan(body, noise, (times[:-1], times[1:]))[0]
+    return jax.lax.scan(body, noise, (times[:-1], times[1:]))
+
+
+def sample_teacher(denoise: Denoise, cond: Cond, noise: Array, times: Array,
+                   guidance: Guidance | None = None, solver: str = 'euler') -> Array:
+    """The latents of `trace_teacher` alone."""
+    return trace_teacher(denoise, cond, noise, times, guidance, solver)[0]
 
 
 def evaluations(steps: int, guidance: float = 1.0, solver: str = 'euler') -> int:
