@@ -83,7 +83,8 @@ def evaluate() -> bool:
     by = Measures(
         FLAGS.metrics, options.pairs('weights'),
         buckets.local(places.of(FLAGS.reference)) if FLAGS.reference else None,
-        {name: buckets.local(places.of(found[0])) for name, found in results.items()})
+        {name: buckets.local(places.of(found[0])) for name, found in results.items()},
+        {name: found[0] for name, found in options.pairs('python', 1).items()})
     out = commands.folder('--out', FLAGS.out)
     if (out / 'checkpoints').exists() or (out / 'config.json').exists():
         raise UserError(f'--out {out} is the folder of a run, whose own {results_lib.RESULT} would '

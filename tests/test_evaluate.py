@@ -364,6 +364,8 @@ def test_every_flag_has_a_use(command):
      '--results=small is given beside one of its row'),
     ([SMALL, '--prompts=smal=P'], '--prompts=smal: not used'),
     ([SMALL, '--prompts=small=P', '--prompts=small=Q'], '--prompts=small is given twice'),
+    ([SMALL, '--python=hps_v3=P'], '--python=hps_v3: not used; here it is of nothing'),
+    ([SMALL, '--metrics=hps_v3', *['--python=hps_v3=P'] * 2], '--python=hps_v3 is given twice'),
     ([SMALL, '--count=1,1'], "--count: not used but by a family's own suite"),
     ([SMALL, '--reference=P'], '--reference: not used by any metric'),
     ([SMALL, '--images=P', '--official'], '--official: not used with --images'),

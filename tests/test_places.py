@@ -23,6 +23,7 @@ FLAGS = {
     ('evaluate', 'teacher_path'): 'ANY', ('evaluate', 'weights'): 'ANY',
     ('evaluate', 'prompts'): 'BUCKETS', ('evaluate', 'results'): 'BUCKETS',
     ('evaluate', 'images'): 'BUCKETS', ('evaluate', 'reference'): 'BUCKETS',
+    ('evaluate', 'python'): 'LOCAL',  # a program
     ('export', 'checkpoint'): 'BUCKETS', ('export', 'out'): 'BUCKETS', ('export', 'teacher'): 'ANY',
     ('families.emoji.make_judge', 'out'): 'LOCAL',
     ('main', 'compile_cache'): 'BUCKETS',

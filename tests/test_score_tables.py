@@ -13,7 +13,7 @@ from ddmd_jax.evaluation import distances, kept, metrics, statistics
 from ddmd_jax.evaluation.kept import ImagesError
 from ddmd_jax.evaluation.metrics import Given
 from ddmd_jax.evaluation.moments import Moments, frechet
-from ddmd_jax.evaluation.scores import preprocess, scorers
+from ddmd_jax.evaluation.scores import outside, preprocess, scorers
 from ddmd_jax.evaluation.scores.scorers import Source
 
 FEATURES = scorers.clip_features('features', towers(), Source('some/where'), pixels=preprocess.cmmd)
@@ -37,7 +37,7 @@ def given(file):
 
 def test_every_metric_has_a_scorer():
     for name, metric in metrics.METRICS.items():
-        assert metric.scorer in {**scorers.SCORERS, 'image_reward': None}, name
+        assert metric.scorer in {**scorers.SCORERS, **outside.OUTSIDE, 'image_reward': None}, name
 
 
 def test_metrics_are_those_of_their_scorers(given, file, monkeypatch):

@@ -27,12 +27,14 @@ class Measures:
       weights: paths of a metric's weights, by its name.
       reference: real images, for distances.
       results: by SUITE or SUITE:ROW, what the suite's own scorer has written.
+      pythons: see `metrics.Given`.
     """
 
     metrics: Sequence[str] | None = None
     weights: Mapping[str, Sequence[str]] = dataclasses.field(default_factory=dict)
     reference: Path | None = None
     results: Mapping[str, Path] = dataclasses.field(default_factory=dict)
+    pythons: Mapping[str, str] = dataclasses.field(default_factory=dict)
 
 
 def rows_in(place: Path) -> list[str]:
@@ -95,7 +97,7 @@ def _row(asked: Asked, row: str, images: Any, there: Sequence[int],
     suite = asked.suite
     title = f'{suite.name}, {row}' if isinstance(images, Kept) else suite.name
     given = metrics.Given(by.weights, kept.Plain(by.reference) if by.reference else None,
-                          metrics.local_mesh())
+                          metrics.local_mesh(), pythons=by.pythons)
     prompts, groups = ([x[i] for i in there] for x in (
         [name.prompt for name in asked.named], asked.groups))
     names = suite.metrics if by.metrics is None else by.metrics
@@ -115,6 +117,7 @@ def _row(asked: Asked, row: str, images: Any, there: Sequence[int],
             notes.append(f'{title}: {e}')
     notes += [f'{title}: {name} is not measured here; run the scorer of its authors on the images '
               f'(--official), then give --results={suite.name}=PATH'
+              + f', or --metrics={name} --python={name}=PATH' * (name in metrics.OUTSIDE)
               for name in suite.columns if name not in found and '/' not in name
               and name not in gaps]
     full = {name: np.full(len(asked.named), np.nan) for name in each}

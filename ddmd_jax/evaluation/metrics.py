@@ -15,7 +15,7 @@ from jax.sharding import Mesh
 
 from ddmd_jax.evaluation import distances, statistics
 from ddmd_jax.evaluation.moments import Moments, frechet
-from ddmd_jax.evaluation.scores import scorers
+from ddmd_jax.evaluation.scores import outside, scorers
 from ddmd_jax.parallel import sharding
 from ddmd_jax.util.errors import UserError
 
@@ -39,7 +39,7 @@ class Metric:
     """A figure.
 
     Attributes:
-      scorer: key of `scorers.SCORERS`, or 'image_reward'.
+      scorer: key of `scorers.SCORERS` or `outside.OUTSIDE`, or 'image_reward'.
       factor: of the scorer's unit, for the table.
       between: ``(features of real pictures, of drawn ones) -> figure``; None: the mean of a
         figure that every picture has.
@@ -63,6 +63,7 @@ METRICS = {
     'clip_h14': Metric('clip_h14', 100), 'hps_v2': Metric('hps_v2', 100),
     'hps_v2.1': Metric('hps_v2.1', 100), 'pickscore': Metric('pickscore'),
     'aesthetic': Metric('aesthetic'), 'image_reward': Metric('image_reward', 100),
+    'hps_v3': Metric('hps_v3'),
     'fid': Metric('fid_features_dmd2', between=_frechet),
     'fid_clean': Metric('fid_features', between=_frechet),
     'patch_fid': Metric('fid_features_patch', between=_frechet),
@@ -70,6 +71,9 @@ METRICS = {
     'cmmd': Metric('cmmd_features', between=distances.cmmd),
     **{name: Metric('fid_features', between=_neighbour(name))
        for name in ('precision', 'recall', 'density', 'coverage')}}
+
+
+OUTSIDE = [name for name, metric in METRICS.items() if metric.scorer in outside.OUTSIDE]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -82,6 +86,7 @@ class Given:
       reference: real pictures, for what is measured between two sets; or None.
       mesh: of this process's own devices.
       table: the scorers by name; tests put small ones there.
+      pythons: by the name of a metric of `outside.OUTSIDE`, the Python that measures it.
     """
 
     weights: Mapping[str, Sequence[str]] = dataclasses.field(default_factory=dict)
@@ -89,6 +94,7 @@ class Given:
     mesh: Mesh | None = None
     table: Mapping[str, scorers.Scorer] = dataclasses.field(
         default_factory=lambda: scorers.SCORERS)
+    pythons: Mapping[str, str] = dataclasses.field(default_factory=dict)
 
     def scorer(self, name: str) -> tuple[scorers.Scorer, list[str]]:
         """(the scorer of the metric `name`, paths of its weights)."""
@@ -125,6 +131,14 @@ def measure(names: Sequence[str], given: Given, pictures: Pictures, prompts: Seq
             if metric.between and given.reference is None:
                 raise MetricError(f'{name} compares with real pictures; give their folder with '
                                   '--reference')
+            if other := outside.OUTSIDE.get(metric.scorer):
+                if name not in given.pythons:
+                    raise MetricError(f'{name} is measured by the package {other.package} in an '
+                                      f'environment of its own; name its Python: --python={name}='
+                                      'PATH')
+                each[name] = metric.factor * outside.run(
+                    other, given.pythons[name], given.weights.get(name, ()), pictures, prompts)
+                continue
             scorer, paths = given.scorer(name)
             key = (metric.scorer, *paths)
             if key not in seen:

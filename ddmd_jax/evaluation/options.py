@@ -26,7 +26,7 @@ ROWS = ('student', 'teacher_guided', 'teacher_few_step', 'teacher_in_student_sam
 DRAWING = ('step', 'teacher_path', 'variant', 'rows', 'steps', 'sampler', 'teacher_steps',
            'guidance', 'solver', 'size', 'batch', 'fsdp', 'keep')
 MEASURING = ('checkpoint', 'model', 'suite', 'prompts', 'count', 'limit', 'seed', 'official',
-             'images', 'metrics', 'weights', 'reference', 'results', 'out')
+             'images', 'metrics', 'weights', 'python', 'reference', 'results', 'out')
 SHOWING = ('prompts_shown', 'best', 'worst', 'seeds')
 OF_MODE = {'compare': ('suite', 'out'), 'blind': ('suite', 'out', 'prompts_shown', 'seed'),
            'grid': ('suite', 'out', *SHOWING)}
@@ -70,6 +70,9 @@ def define_flags() -> None:
     flags.DEFINE_list('metrics', None, "Metrics; default: the suite's.")
     commands.define_places('weights', 'METRIC=PATH of its weights; may be repeated for one that '
                            'wants several; default: the hub.', places.ANY, head='METRIC')
+    commands.define_places('python', 'METRIC=PATH of a Python that has the package by which its '
+                           'authors measure it: hps_v3 (hpsv3 on PyPI).', places.LOCAL,
+                           head='METRIC')
     commands.define_place('reference', '', 'Folder of real images, for FID and its like.')
     commands.define_places('results', "SUITE=PATH or SUITE:ROW=PATH, what the suite's own scorer "
                            'has written.', head='SUITE')
@@ -151,7 +154,7 @@ def check_suites(suites: Sequence[Suite], out: Path, drawn: Sequence[str]) -> No
     `drawn` are names of rows; others may be in `out` already.
     """
     from ddmd_jax.evaluation import measuring
-    from ddmd_jax.evaluation.metrics import METRICS
+    from ddmd_jax.evaluation.metrics import METRICS, OUTSIDE
 
     names = [suite.name for suite in suites]
     if twice := next((name for name in names if names.count(name) > 1), ''):
@@ -159,8 +162,8 @@ def check_suites(suites: Sequence[Suite], out: Path, drawn: Sequence[str]) -> No
                         'name one')
     published = {suite.name: suite for suite in suites if suite.read is not None}
     if not published:
-        unused(('prompts', 'limit', 'official', 'metrics', 'weights', 'reference', 'results'),
-               "by a family's own suite")
+        unused(('prompts', 'limit', 'official', 'metrics', 'weights', 'python', 'reference',
+                'results'), "by a family's own suite")
     if len(published) == len(suites):
         unused(('count',), "but by a family's own suite")
     metrics = {name: METRICS.get(name) for suite in published.values() for name in (
@@ -172,6 +175,7 @@ def check_suites(suites: Sequence[Suite], out: Path, drawn: Sequence[str]) -> No
     for flag, given, known in (
             ('prompts', list(pairs('prompts')), list(published)),
             ('weights', list(pairs('weights')), list(metrics)),
+            ('python', list(pairs('python', 1)), [name for name in metrics if name in OUTSIDE]),
             ('results', [name for name, *_ in results], scored)):
         for name in given:
             if name not in known:
