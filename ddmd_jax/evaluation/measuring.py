@@ -110,16 +110,17 @@ def _row(asked: Asked, row: str, images: Any, there: Sequence[int],
             key = f'{name}/{group}' if group else name
             found[key], bounds[key] = interval.mean, [interval.low, interval.high]
     path = by.results.get(f'{suite.name}:{row}') or by.results.get(suite.name)
-    if path and suite.results is not None:
-        try:
+    try:
+        if path and suite.results is not None:
             found |= suite.results(path, asked.prompts, suite.images)
-        except UserError as e:
-            notes.append(f'{title}: {e}')
-    notes += [f'{title}: {name} is not measured here; run the scorer of its authors on the images '
-              f'(--official), then give --results={suite.name}=PATH'
-              + f', or --metrics={name} --python={name}=PATH' * (name in metrics.OUTSIDE)
-              for name in suite.columns if name not in found and '/' not in name
-              and name not in gaps]
+    except UserError as e:  # which is why its figures are not there
+        notes.append(f'{title}: {e}')
+    else:
+        notes += [f'{title}: {name} is not measured here; run the scorer of its authors on the '
+                  f'images (--official), then give --results={suite.name}=PATH'
+                  + f', or --metrics={name} --python={name}=PATH' * (name in metrics.OUTSIDE)
+                  for name in suite.columns if name not in found and '/' not in name
+                  and name not in gaps]
     full = {name: np.full(len(asked.named), np.nan) for name in each}
     for name, scores in each.items():
         full[name][list(there)] = scores

@@ -68,6 +68,58 @@ def locked(folder: Path) -> None:
     fcntl.flock(os.open(folder / 'run' / 'lock', os.O_RDWR), fcntl.LOCK_EX)
 
 
+EVALUATE = ('--suite=hps_v3', '--prompts=hps_v3=DIR/prompts', '--limit=1', '--images=DIR/images',
+            '--results=hps_v3=DIR/scores.csv', '--out=DIR/out')
+
+
+def benchmark(folder: Path) -> None:
+    """HPS v3's prompts in the published number, an image of each first one, and their scores."""
+    import numpy as np
+
+    from ddmd_jax.evaluation import pictures, suites
+
+    rows = ['prompt,score']
+    for i, category in enumerate(suites.CATEGORIES):
+        texts = [f'{category} {k}' for k in range(1000)]
+        write(f'prompts/benchmark_{category}.json', json.dumps(
+            [{'caption': text} for text in texts]))(folder)
+        write(f'images/{category}/00000.png', '')(folder)
+        (folder / 'images' / category / '00000.png').write_bytes(
+            pictures.png(np.full((8, 8, 3), i, np.uint8), {}))
+        rows.append(f'{texts[0]},{i}')
+    write('scores.csv', '\n'.join(rows))(folder)
+
+
+def spoilt(spoil: Callable[[Path], object]) -> Callable[[Path], None]:
+    """A benchmark of which something is wrong."""
+    def make(folder: Path) -> None:
+        benchmark(folder)
+        spoil(folder)
+    return make
+
+
+def other_shape(folder: Path) -> None:
+    """Inception's weights by their names, but of other shapes."""
+    import numpy as np
+    import safetensors.numpy
+    from flax import nnx
+
+    from ddmd_jax.models import inception
+    from ddmd_jax.models.layers import abstract_params
+    from ddmd_jax.weights import flat
+
+    shapes = flat.flatten(abstract_params(lambda: inception.Inception(nnx.Rngs(0))))
+    safetensors.numpy.save_file(
+        {name: np.zeros(3, np.float32) for path, leaf in shapes.items()
+         for name in inception.entry(path).names(leaf.shape)}, folder / 'fid.safetensors')
+
+
+def python(folder: Path) -> None:
+    """A Python that has nothing installed."""
+    (folder / 'python').write_text(f'#!/bin/sh\nexec {sys.executable} -S "$@"\n')
+    (folder / 'python').chmod(0o755)
+
+
 @dataclasses.dataclass(frozen=True)
 class Case:
     """A command with bad arguments; DIR in them stands for a folder that `make` has filled."""
@@ -139,6 +191,27 @@ CASES = (
          lambda folder: (write('run/config.json', '{}')(folder),
                          write('run/eval.json', '{')(folder))),
     Case('a window that is none', 'main', (*RUN, '--profile=20:10')),
+    Case('a benchmark of a prompt less', 'evaluate', EVALUATE, spoilt(write(
+        'prompts/benchmark_Arts.json', json.dumps([{'caption': 'a cat'}] * 999)))),
+    Case('weights that are not the published ones', 'evaluate',
+         (*EVALUATE, '--metrics=fid', '--reference=DIR/images',
+          '--weights=fid=DIR/weights-inception-2015-12-05-6726825d.pth'),
+         spoilt(write('weights-inception-2015-12-05-6726825d.pth', 'another'))),
+    Case('weights of another shape', 'evaluate',
+         (*EVALUATE, '--metrics=fid', '--reference=DIR/images',
+          '--weights=fid=DIR/fid.safetensors'),
+         spoilt(other_shape)),
+    Case('an image that is missing', 'evaluate', EVALUATE,
+         spoilt(lambda folder: (folder / 'images/Food/00000.png').unlink())),
+    Case('an image that cannot be decoded', 'evaluate', EVALUATE,
+         spoilt(write('images/Food/00000.png', 'half of it'))),
+    Case('a score that is NaN', 'evaluate', EVALUATE,
+         spoilt(lambda folder: (folder / 'scores.csv').write_text(
+             (folder / 'scores.csv').read_text().replace('Food 0,5', 'Food 0,nan')))),
+    Case('a Python without the package', 'evaluate',
+         (*(x for x in EVALUATE if 'results' not in x), '--metrics=hps_v3',
+          '--python=hps_v3=DIR/python'),
+         spoilt(python)),
     Case('no such suite', 'study', ('--config=configs/emoji.py', '--workdir=DIR', '--suite=all')),
 )
 
@@ -155,9 +228,10 @@ def outcome(case: Case, folder: Path) -> tuple[int, str]:
     lines = [' '.join(x.split()) for x in log.read_text().replace('\r', '\n').splitlines()]
     if (folder / 'executed').exists():
         lines.append('EXECUTED')
-    wanted = re.compile(r'(main|config|checkpoints|export|report|study|EXECUTED|Traceback|'
+    wanted = re.compile(r'(main|config|checkpoints|export|report|study|evaluate|EXECUTED|Traceback|'
                         r'\w+\.\w+|\w+_\w+)\b.*')
-    told = [x for x in lines if wanted.match(x) and not x.startswith('config: 1 field is wrong')]
+    told = [x for x in lines if wanted.match(x) and not x.startswith('config: 1 field is wrong')
+            and f'{case.command}: {x}' not in lines]  # what it says again below its table
     return code, ' / '.join(told).replace(str(folder), 'DIR')
 
 

@@ -6,7 +6,7 @@ import warnings
 from collections.abc import Sequence
 
 import numpy as np
-from PIL import Image, ImageOps
+from PIL import Image, ImageOps, UnidentifiedImageError
 
 from ddmd_jax.util import errors
 from ddmd_jax.util.text import first_line
@@ -47,7 +47,9 @@ def decode(raw: bytes, where: str = '', as_scorers: bool = False) -> Image.Image
         raise
     except Exception as e:  # whatever a decoder raises, the bytes are at fault, if not the machine
         errors.raise_environment(e, where)
-        raise BadImage(f'cannot be decoded ({first_line(e)[:120]})') from e
+        unknown = isinstance(e, UnidentifiedImageError)  # whose words name an address in memory
+        words = 'it is of no known format' if unknown else first_line(e)[:120]
+        raise BadImage(f'cannot be decoded ({words})') from e
 
 
 def _is_wide(image: Image.Image) -> bool:

@@ -88,8 +88,8 @@ def run(scorer: Outside, python: str, weights: Sequence[str], images: Iterable[n
                     asked = {'file': file.name, 'sha256': hashlib.sha256(data).hexdigest(),
                              'prompt': prompts[len(scores)]}
                     if not (answer := _answer(process, asked)):
-                        raise ScoreError(f'{scorer.title}: ' + _why(
-                            scorer, python, process, said, f'{len(scores)} of {len(prompts)}'))
+                        raise ScoreError(_why(scorer, python, process, said,
+                                              f'{len(scores)} of {len(prompts)}'))
                     scores.append(_checked(scorer, answer, asked))
                     file.unlink()
                 if len(scores) < len(prompts):
