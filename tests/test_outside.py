@@ -4,7 +4,9 @@ That Python is a virtual environment with two packages written here: `hpsv3`, wh
 and arguments are those of hpsv3 1.0.0 on PyPI (sha256 1a1b3ed1...), and the four names of `torch`
 that are used. Shown: the process, the lines that go to and fro, the files it is handed, that
 gradients are off, every check of what comes back, and every way to end early. Not shown: the
-published package itself with its 7B weights, which no test can run.
+published package, which pins versions of its own, and its 7B weights. By hand, hpsv3 1.0.0 with a
+Qwen2-VL of hidden size 64 and random weights gave through `outside.run`, on a CPU and bit for bit,
+what its own `reward` gives of each of four pictures alone (of all at once: to 5e-7, relative).
 """
 
 import dataclasses
@@ -54,10 +56,11 @@ class HPSv3RewardInferencer:
     def __init__(self, config_path=None, checkpoint_path=None, device='cuda', differentiable=False):
         assert device == 'cpu' and config_path is None and not differentiable
         self.added = float(open(checkpoint_path).read()) if checkpoint_path else 0.0
-        self.calls = 0
+        self.calls, self.model = 0, self
+        self.float = lambda: setattr(self, 'wide', True)
 
     def reward(self, ORDER):
-        assert torch.no_grad.on and len(image_paths) == len(prompts) == 1
+        assert torch.no_grad.on and self.wide and len(image_paths) == len(prompts) == 1
         self.calls += 1
         THEN
         raw = open(image_paths[0], 'rb').read()

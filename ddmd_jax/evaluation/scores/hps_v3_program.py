@@ -18,8 +18,11 @@ def main():
     import torch
     from hpsv3 import HPSv3RewardInferencer
 
+    device = 'cuda' if torch.cuda.is_available() else 'cpu'
     model = HPSv3RewardInferencer(checkpoint_path=sys.argv[1] if sys.argv[1:] else None,
-                                  device='cuda' if torch.cuda.is_available() else 'cpu')
+                                  device=device)
+    if device == 'cpu':  # its fp32 head takes the network's bf16 under CUDA's autocast alone
+        model.model.float()
     for line in sys.stdin:
         asked = json.loads(line)
         with open(asked['file'], 'rb') as file:
