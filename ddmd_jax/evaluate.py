@@ -136,6 +136,45 @@ def find_suite(name: str, models: Sequence[Model]) -> Suite:
                     "model's family, or my_module.SUITE")
 
 
+def rows_of(suites: Sequence[Suite], models: Sequence[Model]) -> list[str]:
+    """What is drawn, of `ROWS`; raises `UserError` for a flag that none of them looks at."""
+    if FLAGS.rows:
+        rows = list(FLAGS.rows)
+    elif not models[0].saved:
+        rows = ['student' if few_steps(models[0].path) else 'teacher_guided']
+    else:
+        rows = list(ROWS) if any(suite.read is None for suite in suites) else ['student']
+    for flag, users in options.OF_ROWS.items():
+        if not set(users) & set(rows):
+            options.unused([flag], f'by the rows {", ".join(rows)}')
+    return rows
+
+
+def row_names(rows: Sequence[str], models: Sequence[Model]) -> list[str]:
+    """Names of the rows that are drawn, the students' last."""
+    return [row for row in rows if row != 'student'] + (
+        student_rows(models) if 'student' in rows else [])
+
+
+def student_rows(models: Sequence[Model]) -> list[str]:
+    """Names of the students' rows: of one run 'student', of several their folders'.
+
+    Raises:
+      UserError: two have one name, or one that is no name or another row's.
+    """
+    if len(models) == 1:
+        return ['student']
+    names = [os.path.basename(os.path.abspath(str(model.workdir))) for model in models]
+    for name in names:
+        if names.count(name) > 1:
+            raise UserError(f'--checkpoint: two runs are called {name}, and their rows need names '
+                            'of their own')
+        if name in (*ROWS, *OTHERS) or not name.isprintable() or not name or ':' in name:
+            raise UserError(f'--checkpoint: a run is called {name!r}, and its row cannot be; '
+                            'evaluate it alone, or rename its folder')
+    return names
+
+
 def ask(suite: Suite, prompts: Mapping[str, list[str]], models: Sequence[Model]) -> Asked:
     """A suite with its prompts; raises `DataFileError`."""
     from ddmd_jax.evaluation import asked
@@ -156,6 +195,46 @@ def ask(suite: Suite, prompts: Mapping[str, list[str]], models: Sequence[Model])
 
 
 # --- Drawing ---
+
+
+def draw(asked: Sequence[Asked], models: Sequence[Model], rows: Sequence[str], out: Path) -> None:
+    """Draws what is missing of every row of every suite into ``images``."""
+    import jax
+
+    from ddmd_jax.evaluation import evaluate
+    from ddmd_jax.evaluation.kept import Kept
+    from ddmd_jax.parallel import sharding
+
+    there = {one.suite.name: {row: Kept(out / 'images' / one.suite.name / row, one.named,
+                                        FLAGS.keep) for row in row_names(rows, models)}
+             for one in asked}
+    left = {suite: {row: set(found) for row, found in evaluate.missing(images).items()}
+            for suite, images in there.items()}
+    # Each device has all of the weights unless it is told otherwise, and the text encoder does
+    # the same on each: bits of an image are then the same on any number of devices.
+    mesh, requests = sharding.make_mesh({'data': -1, 'fsdp': FLAGS.fsdp}), {}
+    for one in asked:  # the text encoder is let go before the denoiser is read
+        wanted = sorted(set().union(*left[one.suite.name].values()))
+        if wanted:
+            requests[one.suite.name] = encoded([one.named[i] for i in wanted], models[0], mesh)
+    found, about = entries(models, rows, mesh)
+    for one in asked:
+        images = there[one.suite.name]
+        for row, entry in found.items():
+            settings = {'model': entry.sampler.model, **evaluate.settings_of(entry.sampler),
+                        'sampler': entry.sampler.method, **about[row]}
+            if jax.process_index() == 0:
+                images[row].claim(settings)
+        if one.suite.name in requests:
+            times = evaluate.draw(found, images, requests[one.suite.name], FLAGS.batch, mesh)
+            for row, t in times.items():
+                if t.images and jax.process_index() == 0:
+                    print(f'{one.suite.name}, {row}: {t.images} images, '
+                          f'{(t.drawing + t.decoding) / t.images:.4f} s an image; compiled before '
+                          f'in {t.compiling:.1f} s')
+        elif jax.process_index() == 0:
+            for kept in images.values():
+                kept.finish()
 
 
 def entries(models: Sequence[Model], rows: Sequence[str],
@@ -209,31 +288,6 @@ def entries(models: Sequence[Model], rows: Sequence[str],
     return found, about
 
 
-def row_names(rows: Sequence[str], models: Sequence[Model]) -> list[str]:
-    """Names of the rows that are drawn, the students' last."""
-    return [row for row in rows if row != 'student'] + (
-        student_rows(models) if 'student' in rows else [])
-
-
-def student_rows(models: Sequence[Model]) -> list[str]:
-    """Names of the students' rows: of one run 'student', of several their folders'.
-
-    Raises:
-      UserError: two have one name, or one that is no name or another row's.
-    """
-    if len(models) == 1:
-        return ['student']
-    names = [os.path.basename(os.path.abspath(str(model.workdir))) for model in models]
-    for name in names:
-        if names.count(name) > 1:
-            raise UserError(f'--checkpoint: two runs are called {name}, and their rows need names '
-                            'of their own')
-        if name in (*ROWS, *OTHERS) or not name.isprintable() or not name or ':' in name:
-            raise UserError(f'--checkpoint: a run is called {name!r}, and its row cannot be; '
-                            'evaluate it alone, or rename its folder')
-    return names
-
-
 def few_steps(path: str) -> tuple[int, str] | None:
     """(steps, sampler) of an exported student's folder; None of a teacher's."""
     from ddmd_jax.weights import diffusers
@@ -255,60 +309,6 @@ def few_steps(path: str) -> tuple[int, str] | None:
         return None
     stochastic = diffusers.read_json(scheduler).get('stochastic_sampling')
     return steps, 'renoise' if stochastic else 'deterministic'
-
-
-def rows_of(suites: Sequence[Suite], models: Sequence[Model]) -> list[str]:
-    """What is drawn, of `ROWS`; raises `UserError` for a flag that none of them looks at."""
-    if FLAGS.rows:
-        rows = list(FLAGS.rows)
-    elif not models[0].saved:
-        rows = ['student' if few_steps(models[0].path) else 'teacher_guided']
-    else:
-        rows = list(ROWS) if any(suite.read is None for suite in suites) else ['student']
-    for flag, users in options.OF_ROWS.items():
-        if not set(users) & set(rows):
-            options.unused([flag], f'by the rows {", ".join(rows)}')
-    return rows
-
-
-def draw(asked: Sequence[Asked], models: Sequence[Model], rows: Sequence[str], out: Path) -> None:
-    """Draws what is missing of every row of every suite into ``images``."""
-    import jax
-
-    from ddmd_jax.evaluation import evaluate
-    from ddmd_jax.evaluation.kept import Kept
-    from ddmd_jax.parallel import sharding
-
-    there = {one.suite.name: {row: Kept(out / 'images' / one.suite.name / row, one.named,
-                                        FLAGS.keep) for row in row_names(rows, models)}
-             for one in asked}
-    left = {suite: {row: set(found) for row, found in evaluate.missing(images).items()}
-            for suite, images in there.items()}
-    # Each device has all of the weights unless it is told otherwise, and the text encoder does
-    # the same on each: bits of an image are then the same on any number of devices.
-    mesh, requests = sharding.make_mesh({'data': -1, 'fsdp': FLAGS.fsdp}), {}
-    for one in asked:  # the text encoder is let go before the denoiser is read
-        wanted = sorted(set().union(*left[one.suite.name].values()))
-        if wanted:
-            requests[one.suite.name] = encoded([one.named[i] for i in wanted], models[0], mesh)
-    found, about = entries(models, rows, mesh)
-    for one in asked:
-        images = there[one.suite.name]
-        for row, entry in found.items():
-            settings = {'model': entry.sampler.model, **evaluate.settings_of(entry.sampler),
-                        'sampler': entry.sampler.method, **about[row]}
-            if jax.process_index() == 0:
-                images[row].claim(settings)
-        if one.suite.name in requests:
-            times = evaluate.draw(found, images, requests[one.suite.name], FLAGS.batch, mesh)
-            for row, t in times.items():
-                if t.images and jax.process_index() == 0:
-                    print(f'{one.suite.name}, {row}: {t.images} images, '
-                          f'{(t.drawing + t.decoding) / t.images:.4f} s an image; compiled before '
-                          f'in {t.compiling:.1f} s')
-        elif jax.process_index() == 0:
-            for kept in images.values():
-                kept.finish()
 
 
 if __name__ == '__main__':
