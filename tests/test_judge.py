@@ -55,6 +55,28 @@ def test_it_calls_spoilt_scenes_wrong(world, look):
         assert share >= 0.6, (kind.__name__, share)
 
 
+def test_a_third_object_is_right_for_no_caption(world, look):
+    """A whole one in the quarter that a pair leaves empty, as the training does not place it."""
+    rng, asked, images = np.random.default_rng(5), [], []
+    while len(asked) < 300:
+        scene = world.scene(rng)
+        image = world.image(scene, rng).astype(np.float32)
+        more = int(rng.integers(len(world.names)))
+        ground = np.median(image[::63, ::63].reshape(-1, 3), axis=0)
+        full = (np.abs(image - ground).max(-1) > 8).reshape(2, 32, 2, 32).mean((1, 3))
+        if scene.second is None or more in scene.places or full.min() >= 0.01:
+            continue
+        sprite = world.sprite(more, 0, int(rng.choice(scenes.PAIR_EDGES)), False)
+        corner = 32 * np.array(np.unravel_index(full.argmin(), (2, 2)))
+        top, left = corner + (32 - np.array(sprite.shape[:2])) // 2
+        under = image[top:top + sprite.shape[0], left:left + sprite.shape[1]]
+        under *= 1 - sprite[..., 3:] / 255
+        under += sprite[..., :3]
+        asked.append(scene)
+        images.append(np.round(image).astype(np.uint8))
+    assert judge.matches(look(np.stack(images))[0], asked)['all'].mean() <= 0.02
+
+
 def test_an_image_of_another_scene_does_not_match(look, real):
     asked, images = real
     assert judge.matches(look(np.roll(images, 1, axis=0))[0], asked)['all'].mean() < 0.01

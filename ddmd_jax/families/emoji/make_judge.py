@@ -144,9 +144,13 @@ class Canvas:
 
     def sprite(self, number: int, size: int) -> np.ndarray:
         """Any drawing of an object in a square, ``[n, n, 4]`` fp32, premultiplied, 0-255."""
-        rng, edges = self.rng, scenes.EDGES[size]
+        return self.sprite_of(number, int(self.rng.choice(scenes.EDGES[size])))
+
+    def sprite_of(self, number: int, edge: int) -> np.ndarray:
+        """Likewise, with the longer side of the drawing in pixels."""
+        rng = self.rng
         found = self.world.sprite(number, int(rng.integers(len(self.world.drawings[number]))),
-                                  int(edges[rng.integers(len(edges))]), bool(rng.integers(2)))
+                                  edge, bool(rng.integers(2)))
         edge = max(found.shape[:2])
         square = np.zeros((edge, edge, 4), np.float32)
         top, left = ((edge - extent) // 2 for extent in found.shape[:2])
@@ -188,6 +192,19 @@ def many(canvas: Canvas) -> None:
         half = SIDE // 2
         corner = half * np.array(divmod(quarter, 2))
         canvas.paste(canvas.sprite(number, 0), rng.integers(0, half + 1, 2) if loose else corner)
+
+
+def third(canvas: Canvas) -> None:
+    """A scene of two objects, and one more where they leave most room."""
+    rng, (first, second, more) = canvas.rng, canvas.objects(3)
+    relation = scenes.RELATIONS[rng.integers(len(scenes.RELATIONS))]
+    pair = Scene(first, second, 0, max(canvas.colour, 0), relation)
+    canvas.pixels = canvas.world.compose(pair, canvas.background, rng).astype(np.float32)
+    taken = np.abs(canvas.pixels - canvas.background).max(-1) > 8
+    edge = int(rng.integers(16, max(scenes.PAIR_EDGES) + 1))
+    corners = rng.integers(0, SIDE - edge + 1, (16, 2))
+    covered = [taken[top:top + edge, left:left + edge].mean() for top, left in corners]
+    canvas.paste(canvas.sprite_of(more, edge), corners[np.argmin(covered)])
 
 
 def overlapping(canvas: Canvas) -> None:
@@ -251,8 +268,8 @@ def smeared(canvas: Canvas) -> None:
     canvas.paste_spoilt(np.asarray(blurred, np.float32), size, other)
 
 
-KINDS = (nothing, many, overlapping, blended, faded, torn, smeared)
-SHARES = (0.04, 0.15, 0.25, 0.22, 0.08, 0.18, 0.08)
+KINDS = (nothing, many, third, overlapping, blended, faded, torn, smeared)
+SHARES = (0.04, 0.10, 0.15, 0.23, 0.20, 0.07, 0.14, 0.07)
 
 
 # --- Training ---
