@@ -1,14 +1,22 @@
 """benchmarks/accelerator.sh, at a tiny size, on a CPU."""
 
+import copy
+import dataclasses
 import json
 import os
 import subprocess
 import sys
 
+import jax
+import jax.numpy as jnp
+import numpy as np
 import pytest
 import tiny
 from PIL import Image
 
+sys.path.insert(0, str(tiny.ROOT))  # for benchmarks
+
+from benchmarks.accelerator import first_light, record, synthetic
 from ddmd_jax.families.emoji import codec
 from ddmd_jax.weights import flat
 
@@ -52,3 +60,111 @@ def test_codec_keeps_the_latents(tmp_path):
     assert Image.open(tmp_path / 'codec.png').width > 64
     (cfg, old, _), (refined, new, _) = codec.read(), codec.read(tmp_path / 'codec.safetensors')
     assert refined == cfg and flat.identity(new['encoder']) == flat.identity(old['encoder'])
+
+
+# --- First light: one tiny Lumina, compiled once ---
+
+
+@pytest.fixture(scope='module')
+def patched():
+    with pytest.MonkeyPatch.context() as patch:
+        yield patch
+
+
+@pytest.fixture(scope='module')
+def light(patched, tmp_path_factory):
+    """(folder of the results, figures) of a whole first light; what it has built serves others."""
+    built, subject, compiled = {}, synthetic.subject, first_light.compiled
+
+    def once(make, key, *args):
+        if key not in built:
+            built[key] = make(*args)
+        return built[key]
+
+    patched.setattr(synthetic, 'subject', lambda config, *args: once(
+        subject, config.to_json_best_effort(sort_keys=True), config, *args))
+    patched.setattr(first_light, 'compiled', lambda made: once(compiled, id(made), made))
+    out = tmp_path_factory.mktemp('light')
+    with jax.default_matmul_precision('highest'):
+        return out, first_light.lit(fp32_config(), out, updates=2, tiny=True)
+
+
+def fp32_config():
+    config = tiny.load_config('lumina')
+    config.update_from_flattened_dict(synthetic.FP32)
+    return config
+
+
+def test_first_light_is_the_same_twice(light):
+    out, figures = light
+    written = json.loads((out / 'first_light.json').read_text())
+    assert written['part'] == 'first_light' and written['device']['platform'] == 'cpu'
+    assert written['figures']['stage'] == 'done' and figures['largest_difference'] == 0
+    assert [x['program'] for x in figures['updates']] == ['critic', 'generator'] * 2
+    assert [x['metrics'] for x in figures['updates']] == [x['metrics'] for x in figures['again']]
+    losses = [x['metrics']['loss'] for x in figures['updates'] if x['program'] == 'generator']
+    assert losses[0] != losses[1] and figures['flops_utilisation'] is None
+    step = figures['programs']['generator']
+    assert step['analytic_flops'] > figures['programs']['critic']['analytic_flops'] > 1e6
+    # Nine fp32 copies of the weights at least: state, teacher and gradients.
+    assert step['planned_peak_bytes'] > 9 * 4 * figures['parameters']
+    assert figures['step_seconds'] > step['seconds'] == np.median(step['seconds_of_each'][1:])
+
+
+def test_first_light_tells_of_nan(light, patched, tmp_path):
+    subject = synthetic.subject(fp32_of(light), None, synthetic.TINY_NETWORKS['lumina'])
+    programs = first_light.compiled(subject)
+    cond = subject.batch.cond | {'embeds': jnp.full_like(subject.batch.cond['embeds'], jnp.inf)}
+    bad = dataclasses.replace(subject, batch=dataclasses.replace(subject.batch, cond=cond))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(synthetic, 'subject', lambda *_: bad)
+        patch.setattr(first_light, 'compiled', lambda _: programs)
+        with pytest.raises(first_light.NotLit, match='not finite: .*fake_loss = nan'):
+            first_light.lit(fp32_config(), tmp_path, tiny=True)
+    figures = json.loads((tmp_path / 'first_light.json').read_text())['figures']
+    assert figures['stage'] == 'first run' and len(figures['updates']) == 1
+    assert figures['updates'][0]['metrics']['fake_loss'] == 'nan'
+
+
+def fp32_of(light):
+    """The config that the figures name, as `lit` has left it."""
+    config = fp32_config()
+    synthetic.shrunk(config)
+    first_light.mesh_of(config)
+    return config
+
+
+def test_first_light_tells_of_another_second_run():
+    line = {'program': 'critic', 'metrics': {'fake_loss': 1.5, 'finite': 1.0}}
+    other = copy.deepcopy(line)
+    other['metrics']['fake_loss'] = 1.5 + 1e-6
+    assert first_light.apart([line, line], [line, line]) == (0.0, '')
+    difference, where = first_light.apart([line, line], [line, other])
+    assert difference == pytest.approx(1e-6 / 1.5, rel=1e-3) and 'update 1 (critic)' in where
+    assert first_light.apart([line], [line, line])[0] == np.inf
+    assert 'gradient' in first_light.not_finite(
+        {'metrics': {'fake_loss': 1.5, 'finite': 0.0}})
+
+
+@pytest.mark.parametrize('name, recipe', [('sdxl', 'decoupled_hybrid'), ('zimage', 'lora')])
+def test_first_light_of_the_others_is_built(patched, name, recipe):
+    """Shapes, layouts, batch; the programs are those of `main`, whose compilation is not cheap."""
+    config = tiny.load_config(name, recipe)
+    zeros = lambda shapes, layout, seed: jax.tree.map(
+        lambda x, where: jax.device_put(np.zeros(x.shape, x.dtype), where), shapes, layout)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(synthetic, 'random_params', zeros)
+        network = synthetic.shrunk(config)
+        found = synthetic.subject(config, first_light.mesh_of(config), network)
+    assert list(found.counts.values()) == ([1, 4] if name == 'sdxl' else [5, 1])
+    assert (found.batch.real is not None) == (name == 'sdxl')
+    assert found.batch.cond['mask'].all() == (name == 'sdxl')
+    assert found.teacher.flops(found.tokens) > 1e5
+    trained = {x.shape for x in jax.tree.leaves(found.planned.spec.shapes.student)}
+    assert any(4 in x for x in trained) or name == 'sdxl'  # the rank of its adapters
+
+
+def test_utilisation_is_of_a_known_peak():
+    assert record.peak_flops('NVIDIA H100 80GB HBM3', 'bfloat16') == 989.4e12
+    assert record.peak_flops('NVIDIA H100 80GB HBM3', 'float32') is None
+    assert record.peak_flops('cpu', 'bfloat16') is None

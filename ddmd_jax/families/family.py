@@ -110,8 +110,9 @@ class Family:
     # Of its codec, by the teacher's path and variant; None: no latents are made of images here.
     images: Callable[[LoadOptions], ImageEncoder] | None = None
     # As `load`, with shapes for weights, and with its text side: to compile for, not to run.
+    # Keywords are fields of its network's config that are not to be as published.
     # None: the planner loads the teacher.
-    abstract: Callable[[LoadOptions], Teacher] | None = None
+    abstract: Callable[..., Teacher] | None = None
     # (path) -> what in its folder says that guidance has been distilled into the teacher already,
     # which leaves CA without a signal; '' if nothing does. Reads no weights; raises `WeightsError`.
     distilled: Callable[[str], str] | None = None

@@ -214,14 +214,15 @@ def images(flow: Flow, options: LoadOptions) -> ImageEncoder:
     return published_vae.image_encoder(flow.family, folder, options)
 
 
-def abstract(flow: Flow, text: TextEncoder, options: LoadOptions) -> Teacher:
+def abstract(flow: Flow, text: TextEncoder, options: LoadOptions, **network: Any) -> Teacher:
     """The published teacher with shapes in place of weights: to compile for, not to run.
 
-    `text` is its text side, likewise.
+    `text` is its text side, likewise; `network` are fields of its transformer's config that are
+    not to be as published.
     """
     mesh, size = options.devices, options.size or SIZE
     kind = resolve(options.attention, mesh.devices.flat[0].platform)
-    cfg = flow.config(dtype=options.dtype, remat=options.remat, attention=kind)
+    cfg = flow.config(dtype=options.dtype, remat=options.remat, attention=kind, **network)
     shape = _latent_shape(size, cfg, FACTOR)
     latents = Latents(
         shape, limit=LIMIT, shape_of=functools.partial(_latent_shape, cfg=cfg, factor=FACTOR),

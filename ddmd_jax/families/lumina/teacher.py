@@ -53,7 +53,7 @@ images = functools.partial(published_flow.images, FLOW)
 export = functools.partial(published_flow.export, FLOW)
 
 
-def abstract(options: LoadOptions) -> Teacher:
-    """The published teacher with shapes in place of weights: to compile for, not to run."""
+def abstract(options: LoadOptions, **network: Any) -> Teacher:
+    """The published teacher with shapes in place of weights; see `published_flow.abstract`."""
     encoder = published_text.abstract(text.PIPELINE, [Gemma2Config()], options)
-    return published_flow.abstract(FLOW, encoder, options)
+    return published_flow.abstract(FLOW, encoder, options, **network)

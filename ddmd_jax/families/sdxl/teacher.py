@@ -341,11 +341,11 @@ def images(options: LoadOptions) -> ImageEncoder:
     return published_vae.image_encoder('sdxl', folder, options)
 
 
-def abstract(options: LoadOptions) -> Teacher:
-    """The published teacher with shapes in place of weights: to compile for, not to run."""
+def abstract(options: LoadOptions, **network: Any) -> Teacher:
+    """The published teacher with shapes in place of weights; see `published_flow.abstract`."""
     mesh, size = options.devices, options.size or SIZE
     kind = resolve(options.attention, mesh.devices.flat[0].platform)
-    cfg = UNetConfig(dtype=options.dtype, remat=options.remat, attention=kind)
+    cfg = UNetConfig(dtype=options.dtype, remat=options.remat, attention=kind, **network)
     shape = _latent_shape(size, cfg, FACTOR)
     latents = Latents(shape, limit=LIMIT,
                       shape_of=functools.partial(_latent_shape, cfg=cfg, factor=FACTOR),

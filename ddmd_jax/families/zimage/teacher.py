@@ -47,10 +47,10 @@ load = functools.partial(published_flow.load, FLOW)
 images = functools.partial(published_flow.images, FLOW)
 
 
-def abstract(options: LoadOptions) -> Teacher:
-    """The published teacher with shapes in place of weights: to compile for, not to run."""
+def abstract(options: LoadOptions, **network: Any) -> Teacher:
+    """The published teacher with shapes in place of weights; see `published_flow.abstract`."""
     encoder = published_text.abstract(text.PIPELINE, [Qwen3Config()], options)
-    return published_flow.abstract(FLOW, encoder, options)
+    return published_flow.abstract(FLOW, encoder, options, **network)
 
 
 def distilled(path: str) -> str:
