@@ -16,7 +16,7 @@ from PIL import Image
 
 sys.path.insert(0, str(tiny.ROOT))  # for benchmarks
 
-from benchmarks.accelerator import first_light, record, synthetic
+from benchmarks.accelerator import first_light, record, selftest, synthetic
 from ddmd_jax.families.emoji import codec
 from ddmd_jax.weights import flat
 
@@ -62,7 +62,7 @@ def test_codec_keeps_the_latents(tmp_path):
     assert refined == cfg and flat.identity(new['encoder']) == flat.identity(old['encoder'])
 
 
-# --- First light: one tiny Lumina, compiled once ---
+# --- First light, and the test of a device: one tiny Lumina, compiled once ---
 
 
 @pytest.fixture(scope='module')
@@ -168,3 +168,24 @@ def test_utilisation_is_of_a_known_peak():
     assert record.peak_flops('NVIDIA H100 80GB HBM3', 'bfloat16') == 989.4e12
     assert record.peak_flops('NVIDIA H100 80GB HBM3', 'float32') is None
     assert record.peak_flops('cpu', 'bfloat16') is None
+
+
+def test_selftest_of_this_device(light, tmp_path):
+    found = selftest.tested(tmp_path, jax.devices()[0])
+    assert {name: x['passed'] for name, x in found.items()} == dict.fromkeys(found, True)
+    assert found['attention']['not_run'] and len(found['attention']['cases']) == 4
+    written = json.loads((tmp_path / 'selftest.json').read_text())
+    assert list(written['figures']) == list(selftest.CHECKS)
+
+
+def test_selftest_sees_what_is_off():
+    got, want = ({'metrics': {'loss': 1.0}, 'gradients': {'student': {'a': np.ones(3)}}}
+                 for _ in range(2))
+    assert selftest.compared(got, want)['passed']
+    got['metrics']['loss'] = 1.01
+    assert not selftest.compared(got, want)['passed']
+    got['metrics']['loss'], got['gradients']['student']['a'] = 1.0, np.array([1, 1, 1.01])
+    assert not selftest.compared(got, want)['passed']
+    got['gradients']['student']['a'] = np.array([1, 1, np.nan])
+    assert not selftest.compared(got, want)['passed']
+    assert selftest.off(np.nan, 1.0) == (np.inf, np.inf)
