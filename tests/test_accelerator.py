@@ -189,3 +189,26 @@ def test_selftest_sees_what_is_off():
     got['gradients']['student']['a'] = np.array([1, 1, np.nan])
     assert not selftest.compared(got, want)['passed']
     assert selftest.off(np.nan, 1.0) == (np.inf, np.inf)
+
+
+@pytest.mark.parity
+def test_an_update_is_the_one_in_pytorch(tmp_path):
+    """Losses, norms of gradients, and where AdamW and EMA have led to, after two updates each."""
+    pytest.importorskip('diffusers')
+    from benchmarks.accelerator import vs_torch
+
+    found = vs_torch.compared(vs_torch.SIZES['tiny'], 'float32', ('ours', 'torch'), 2, 1, tiny=True)
+    assert found['equal'], (found['differences'], found['moved_apart'])
+    assert set(found['differences']['torch']) == {
+        'loss', 'grad_norm', 'fake_loss', 'critic_grad_norm'}
+    assert max(found['differences']['torch'].values()) <= 1e-3
+    assert set(found['moved_apart']['torch']) == {'student', 'critic', 'ema'}
+    for turns in (found['sides'][side]['turns'] for side in ('ours', 'torch')):
+        assert all(turn[kind] > 0 for turn in turns for kind in ('generator', 'critic'))
+    # Another learning rate would be seen by where the weights are, and a loss by itself.
+    lines = found['updates']['ours']
+    other = copy.deepcopy(lines)
+    other[-1]['metrics']['loss'] *= 1.01
+    assert vs_torch.differences(other, lines)['loss'] == pytest.approx(0.01)
+    a, b, start = ({'x': np.full(3, x)} for x in (1.2, 1.1, 1.0))
+    assert vs_torch.moved_apart(a, b, start) == pytest.approx(1.0)

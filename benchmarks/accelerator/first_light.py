@@ -81,11 +81,11 @@ def compiled(subject: Any) -> tuple[dict[str, Any], dict[str, dict[str, Any]]]:
 
 
 def run(subject: Any, programs: dict[str, Any], updates: int,
-        until: float = math.inf) -> list[dict[str, Any]]:
-    """A line an update: its program, seconds, and metrics as numbers; from step 0, each in turn.
+        until: float = math.inf) -> tuple[list[dict[str, Any]], Any]:
+    """(A line an update: its program, seconds, and metrics as numbers; the state at its end).
 
-    Ends after `updates` of each, after the first ones once `until` is past, or when something is
-    not finite.
+    Programs run in turn, from step 0. Ends after `updates` of each, after the first ones once
+    `until` is past, or when something is not finite.
     """
     import jax
 
@@ -100,10 +100,10 @@ def run(subject: Any, programs: dict[str, Any], updates: int,
             lines.append({'program': kind, 'seconds': seconds,
                           'peak_bytes': record.peak_bytes(), 'metrics': metrics})
             if not_finite(lines[-1]):
-                return lines
+                return lines, state
         if time.monotonic() > until:
             break
-    return lines
+    return lines, state
 
 
 def not_finite(line: dict[str, Any]) -> str:
@@ -187,11 +187,11 @@ def lit(config: Any, out: Path, name: str = 'first_light', updates: int = 3,
     written('compiled', programs=known)
     # What is left is for two runs, of which the first may take its half.
     now = time.monotonic()
-    first = run(subject, programs, updates, now + (until - now) / 2)
+    first = run(subject, programs, updates, now + (until - now) / 2)[0]
     fault = not_finite(first[-1])
     written('first run', updates=first, **({} if fault else speed(subject, known, first)))
     if not fault:
-        second = run(subject, programs, len(first) // len(programs))
+        second = run(subject, programs, len(first) // len(programs))[0]
         fault = not_finite(second[-1])
         difference, where = apart(first, second)
         written('done', again=second, largest_difference=difference, difference_at=where,

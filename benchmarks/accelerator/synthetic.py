@@ -41,8 +41,11 @@ TINY_NETWORKS: dict[str, dict[str, Any]] = {
     'zimage': {'dim': 48, 'n_layers': 2, 'n_refiner_layers': 1, 'n_heads': 2, 'cap_feat_dim': 24,
                'axes_dims': (8, 8, 8)},
 }
+# Rates at which an update is seen in the next: the critic is the teacher at first, and DM nothing.
 TINY_FIELDS = {'data.sizes': ((64, 64),), 'data.lengths': (12,), 'student.steps': 2,
-               'student.adapter.rank': 4, 'critic.adapter.rank': 4}
+               'student.adapter.rank': 4, 'critic.adapter.rank': 4,
+               'optim.student.warmup': 0, 'optim.critic.warmup': 0,
+               'optim.student.lr': 3e-3, 'optim.critic.lr': 3e-3}
 FP32 = {'teacher.dtype': 'float32', 'teacher.remat': 'none'}  # of a config, to compare numbers
 
 

@@ -1,0 +1,477 @@
+"""The same update here and in plain PyTorch: equal first, then timed in turns.
+
+    python -m benchmarks.accelerator.vs_torch --out=OUT --size=20m|100m|half|full [--compile]
+
+Lumina by diffusers' own `Lumina2Transformer2DModel`, and ours, on the same weights, prompts, noises
+and levels: backward simulation, CA and DM, clipping, AdamW and EMA of a generator's update,
+denoising loss of a critic's. What each says of every update, losses and norms of gradients, has to
+be the same; a tiny network in fp32 goes first. A side has the device to itself in its turns, and
+makes its state anew in each. `--compile` brings in `torch.compile` as a third side.
+
+In bf16 PyTorch has fp32 parameters under `torch.autocast`; its AdamW is fused, its random numbers
+are made before the clock starts, and it does not look whether an update is finite. `half` is half
+of the layers, for what states of both sides need in 80 GB. Leaves OUT/vs_torch.json.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import os
+import statistics
+import threading
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from absl import flags
+
+from benchmarks.accelerator import first_light, record, synthetic
+from ddmd_jax import config as config_lib
+from ddmd_jax.util import commands
+from ddmd_jax.util.errors import UserError
+
+STARTED = time.monotonic()
+FLAGS = flags.FLAGS
+SIDES = ('ours', 'torch', 'torch_compiled')
+LIMITS = {'float32': 1e-3, 'bfloat16': 0.1}  # relative, of losses and norms of gradients
+COMPARED = {'generator': ('loss', 'grad_norm'), 'critic': ('fake_loss', 'critic_grad_norm')}
+MOVED_LIMIT = 0.02  # of what weights have moved by, in fp32: AdamW turns rounding into signs
+MOST_COMPARED = 200_000_000  # parameters of networks whose weights are compared, too
+PERIOD = 0.01  # seconds between two looks at the memory in use
+
+
+@dataclasses.dataclass(frozen=True)
+class Size:
+    """A Lumina: fields of its network, an image's edge in pixels, tokens of a caption, a batch."""
+
+    network: dict[str, Any]
+    edge: int
+    tokens: int
+    rows: int = 4
+
+
+SMALL = {'num_refiner_layers': 1, 'multiple_of': 64, 'axes_dim_rope': (16, 24, 24)}
+SIZES = {
+    'tiny': Size(synthetic.TINY_NETWORKS['lumina'], 64, 12, 2),
+    '20m': Size(SMALL | {'hidden_size': 384, 'num_layers': 6, 'num_attention_heads': 6,
+                         'num_kv_heads': 2, 'cap_feat_dim': 384}, 256, 32),
+    '100m': Size(SMALL | {'hidden_size': 768, 'num_layers': 7, 'num_attention_heads': 12,
+                          'num_kv_heads': 4, 'cap_feat_dim': 768}, 256, 32),
+    'half': Size({'num_layers': 13}, 1024, 256),
+    'full': Size({}, 1024, 256),
+}
+ON_CPU = {'fold_tokens': True, 'unroll': True}  # of networks that are timed there
+
+
+def define_flags() -> None:
+    flags.DEFINE_string('out', None, 'Folder of the results.')
+    flags.DEFINE_string('name', 'vs_torch', 'Of the file there.')
+    flags.DEFINE_enum('size', 'full', list(SIZES), 'Of the network.')
+    flags.DEFINE_enum('dtype', None, list(LIMITS), 'Default: bfloat16 of half and full.')
+    flags.DEFINE_integer('rows', None, 'Of a batch, a multiple of 4.', 1)
+    flags.DEFINE_integer('updates', 3, 'Of each program in a turn; the first is not timed.', 2)
+    flags.DEFINE_integer('rounds', 3, 'Turns of each side, at most.', 1)
+    flags.DEFINE_float('seconds', 180, 'When it should have ended; fewer rounds then.')
+    flags.DEFINE_boolean('compile', False, 'Whether torch.compile is a side, too.')
+
+
+# --- What both are given ---
+
+
+def subject_of(size: Size, dtype: str, tiny: bool) -> synthetic.Subject:
+    """The distillation of `configs/lumina.py` at that size, on the first device."""
+    import jax
+
+    from ddmd_jax.parallel import sharding
+
+    config = config_lib.load('lumina').unlock()
+    fields = {'teacher.dtype': dtype, 'mesh.data': 1, 'mesh.fsdp': 1}
+    if dtype == 'float32':
+        fields |= synthetic.FP32
+    else:
+        fields['teacher.param_dtype'] = dtype
+    config.update_from_flattened_dict(fields)
+    network, device = dict(size.network), jax.devices()[0]
+    if tiny:
+        synthetic.shrunk(config)
+    else:
+        config.update_from_flattened_dict({
+            'data.sizes': ((size.edge, size.edge),), 'data.lengths': (size.tokens,),
+            'data.global_batch': size.rows, 'optim.student.warmup': 0, 'optim.critic.warmup': 0})
+        network |= ON_CPU if device.platform == 'cpu' else {}
+    config_lib.check(config)
+    return synthetic.subject(config, sharding.make_mesh({}, [device]), network)
+
+
+def published(tree: Any) -> dict[str, np.ndarray]:
+    """Weights of ours by the published names, fp32 in the host's memory."""
+    import jax
+
+    from ddmd_jax.families.lumina import names
+    from ddmd_jax.weights import flat
+
+    found = {}
+    for path, leaf in flat.flatten(tree).items():
+        entry, whole = names.transformer(path), np.asarray(jax.device_get(leaf), np.float32)
+        for layer, name in enumerate(entry.names(leaf.shape)):
+            found[name] = np.ascontiguousarray(
+                entry.to_theirs(whole[layer] if entry.stacked else whole))
+    return found
+
+
+def draws(subject: synthetic.Subject, kind: str, count: int) -> dict[str, Any]:
+    """Noises ``[B, C, H, W]`` and levels ``[B]`` that the update number `count` of ours draws."""
+    import jax
+    import jax.numpy as jnp
+
+    from ddmd_jax.method.inputs import CriticKeys, GeneratorKeys
+    from ddmd_jax.method.schedules import draw_between
+
+    c, recipe, rows = subject.config, subject.planned.recipe.at(count), subject.batch.rows
+    few, shape = recipe.steps, (rows, *subject.batch.shape)
+    root = jax.random.fold_in(jax.random.key(c.seed), int(kind == 'critic'))
+    key = jax.random.fold_in(root, count)
+    normal = lambda key: np.asarray(
+        jax.random.normal(key, shape, jnp.float32)).transpose(0, 3, 1, 2)
+    if kind == 'critic':
+        keys = CriticKeys.of(key)
+        found = {'noise': normal(keys.noise), 'tau': np.asarray(
+            few.time(draw_between(keys.level, *recipe.critic_range, (rows,))))}
+    else:
+        keys = GeneratorKeys.of(key)
+        step = jnp.arange(rows) % few.n
+        tau = recipe.schedule.levels(keys.levels, few.uniform[step], recipe.ranges, few.time)
+        found = {'noise_ca': normal(keys.noise_ca), 'noise_dm': normal(keys.noise_dm),
+                 'tau_ca': np.asarray(tau.ca), 'tau_dm': np.asarray(tau.dm)}
+    noises = [normal(one) for one in jax.random.split(keys.simulation, few.n)]
+    return found | {f'noise_{j}': x for j, x in enumerate(noises)}
+
+
+# --- The sides: `turn(updates)` is a line an update, and the weights at its end ---
+
+
+class Ours:
+    """The two programs of `main`."""
+
+    def __init__(self, subject: synthetic.Subject):
+        import jax
+
+        precision = 'highest' if subject.config.teacher.dtype == 'float32' else 'default'
+        self.subject, self.device = subject, jax.devices()[0]
+        with jax.default_matmul_precision(precision):
+            self.programs, self.known = first_light.compiled(subject)
+        # Teacher and batch stay when a turn is over.
+        self.resident = sum(x.nbytes for x in jax.tree.leaves(
+            (subject.planned.frozen, subject.batch)))
+
+    def turn(self, updates: int) -> tuple[list[dict[str, Any]], Callable[[str], Any]]:
+        lines, state = first_light.run(self.subject, self.programs, updates)
+        return lines, lambda name: published(getattr(state, name))
+
+
+class Torch:
+    """The same in PyTorch, by the formulas of the paper and diffusers' network."""
+
+    resident = 0
+
+    def __init__(self, subject: synthetic.Subject, network: dict[str, Any],
+                 weights: dict[str, np.ndarray], compiled: bool):
+        import diffusers
+        import jax
+        import torch
+
+        from ddmd_jax.models.nextdit import NextDiTConfig
+
+        c, few = subject.config, subject.planned.recipe.steps
+        self.torch, self.subject, self.weights = torch, subject, weights
+        self.device = torch.device('cuda' if jax.devices()[0].platform == 'gpu' else 'cpu')
+        self.half = c.teacher.dtype == 'bfloat16'
+        known = {name: x for name, x in dataclasses.asdict(NextDiTConfig(**network)).items()
+                 if name not in ('dtype', 'remat', 'attention', 'fold_tokens', 'unroll')}
+        self.nets, self.calls = {}, {}
+        for name in ('teacher', 'student', 'critic'):
+            with torch.device('meta'):
+                net = diffusers.Lumina2Transformer2DModel(**known)
+            # Its tables are no buffers, and would stay on that device.
+            net.rope_embedder = type(net.rope_embedder)(
+                10000, net.config.axes_dim_rope, net.config.axes_lens, net.config.patch_size)
+            net.requires_grad_(name != 'teacher').eval()
+            if c.teacher.remat != 'none' and name != 'teacher':
+                net.enable_gradient_checkpointing()
+            self.nets[name] = net
+            self.calls[name] = torch.compile(net) if compiled else net
+        self.times = torch.tensor(np.asarray(few.times))
+        cond = lambda tree: {k: torch.tensor(np.asarray(x, np.float32 if k == 'embeds' else bool))
+                             for k, x in jax.device_get(tree).items()}
+        self.cond, self.null = cond(subject.batch.cond), cond(subject.planned.frozen.null)
+
+    # The formulas.
+
+    def predict(self, name: str, x: Any, t: Any, cond: dict[str, Any]) -> Any:
+        """x_hat: the published network's output is the velocity ``x - noise``, its time t."""
+        torch = self.torch
+        with torch.autocast(self.device.type, torch.bfloat16, enabled=self.half):
+            v = self.calls[name](x, t, cond['embeds'], cond['mask'], return_dict=False)[0]
+        return x + (1 - at(t)) * v.float()
+
+    def student_inputs(self, d: dict[str, Any]) -> tuple[Any, Any]:
+        """(z, its time): row b is at step b mod N, reached by the student's own earlier steps."""
+        n, z = len(self.times), d['noise_0']
+        k = self.torch.arange(len(z), device=self.device) % n
+        for j in range(n - 1):
+            rows = (k > j).nonzero()[:, 0]
+            t = self.times[j].expand(len(rows))
+            x_hat = self.predict('student', z[rows], t, {
+                name: x[rows] for name, x in self.cond.items()})
+            z = z.index_copy(0, rows, noised(x_hat, self.times[j + 1].expand(len(rows)),
+                                             d[f'noise_{j + 1}'][rows]))
+        return z, self.times[k]
+
+    def generator(self, d: dict[str, Any], count: int) -> dict[str, Any]:
+        torch, recipe = self.torch, self.subject.planned.recipe
+        with torch.no_grad():
+            z, t = self.student_inputs(d)
+        x_hat = self.predict('student', z, t, self.cond)
+        with torch.no_grad():
+            x = x_hat.detach()
+            x_ca, x_dm = (noised(x, d[f'tau_{w}'], d[f'noise_{w}']) for w in ('ca', 'dm'))
+            null = {name: x.expand_as(self.cond[name]) for name, x in self.null.items()}
+            three = {name: torch.cat([c, null[name], c]) for name, c in self.cond.items()}
+            ca_cond, ca_null, dm_cond = self.predict(
+                'teacher', torch.cat([x_ca, x_ca, x_dm]),
+                torch.cat([d['tau_ca'], d['tau_ca'], d['tau_dm']]), three).chunk(3)
+            fake = self.predict('critic', x_dm, d['tau_dm'], self.cond)
+            size = lambda gap: gap.abs().mean((1, 2, 3), keepdim=True).clamp(
+                min=recipe.normaliser.floor)
+            ca = (recipe.alpha.scale - 1) * (ca_cond - ca_null) / size(x - ca_cond)
+            dm = (dm_cond - fake) / size(x - dm_cond)
+            target = x + recipe.weight_ca * ca + recipe.weight_dm * dm
+        loss = 0.5 * torch.nn.functional.mse_loss(x_hat, target)
+        norm = self.step('student', loss, count)
+        student = self.subject.config.student
+        decay = min(student.ema, (1 + count) / (10 + count)) if student.ema_ramp else student.ema
+        torch._foreach_lerp_(self.ema, [p.detach() for p in self.nets['student'].parameters()],
+                             1 - decay)
+        return {'loss': loss.item(), 'grad_norm': norm.item()}
+
+    def critic(self, d: dict[str, Any], count: int) -> dict[str, Any]:
+        torch = self.torch
+        with torch.no_grad():
+            x = self.predict('student', *self.student_inputs(d), self.cond)
+        x_hat = self.predict('critic', noised(x, d['tau'], d['noise']), d['tau'], self.cond)
+        loss = ((x_hat - x) / at((1 - d['tau']).clamp(min=0.02))).square().mean()
+        norm = self.step('critic', loss, count)
+        return {'fake_loss': loss.item(), 'critic_grad_norm': norm.item()}
+
+    def step(self, name: str, loss: Any, count: int) -> Any:
+        """Gradient, clipping and AdamW; the norm before clipping."""
+        from ddmd_jax.train import optim
+
+        cfg, optimiser = self.subject.config.optim[name], self.optimisers[name]
+        loss.backward()
+        norm = self.torch.nn.utils.clip_grad_norm_(self.nets[name].parameters(), cfg.clip)
+        rate = float(optim.learning_rate(cfg, self.subject.config.train.steps)(count))
+        for group in optimiser.param_groups:
+            group['lr'] = rate
+        optimiser.step()
+        optimiser.zero_grad(set_to_none=True)
+        return norm
+
+    # A turn.
+
+    def load(self) -> None:
+        """Everything comes to the device, as it is at step 0."""
+        torch, c = self.torch, self.subject.config
+        stored = getattr(torch, c.teacher.param_dtype)
+        for name, net in self.nets.items():
+            state = {k: torch.tensor(x, device=self.device) for k, x in self.weights.items()}
+            if name == 'teacher':
+                state = {k: x.to(stored) if x.ndim > 1 else x for k, x in state.items()}
+            net.load_state_dict(state, assign=True)
+        self.ema = [p.detach().clone() for p in self.nets['student'].parameters()]
+        self.optimisers = {}
+        for name in ('student', 'critic'):
+            cfg, params = c.optim[name], list(self.nets[name].parameters())
+            groups = [{'params': [p for p in params if p.ndim > 1],
+                       'weight_decay': cfg.weight_decay},
+                      {'params': [p for p in params if p.ndim < 2], 'weight_decay': 0.0}]
+            self.optimisers[name] = torch.optim.AdamW(
+                groups, lr=cfg.lr, betas=(cfg.b1, cfg.b2), eps=cfg.eps, fused=True)
+        move = lambda tree: {k: x.to(self.device) for k, x in tree.items()}
+        self.cond, self.null = move(self.cond), move(self.null)
+        self.times = self.times.to(self.device)
+
+    def free(self) -> None:
+        """Nothing but the networks' shapes is left."""
+        for net in self.nets.values():
+            net.to('meta')
+        del self.ema, self.optimisers
+        if self.device.type == 'cuda':
+            self.torch.cuda.empty_cache()
+
+    def turn(self, updates: int) -> tuple[list[dict[str, Any]], Callable[[str], Any]]:
+        self.load()
+        lines = []
+        for count in range(updates):
+            for kind in self.subject.counts:
+                given = {name: self.torch.tensor(x, device=self.device)
+                         for name, x in draws(self.subject, kind, count).items()}
+                begun = time.monotonic()
+                metrics = getattr(self, kind)(given, count)
+                if self.device.type == 'cuda':
+                    self.torch.cuda.synchronize()
+                lines.append({'program': kind, 'seconds': time.monotonic() - begun,
+                              'metrics': metrics})
+
+        def weights(name: str) -> dict[str, np.ndarray]:
+            names = [k for k, _ in self.nets['student'].named_parameters()]
+            found = self.ema if name == 'ema' else self.nets[name].parameters()
+            return {k: x.detach().cpu().numpy() for k, x in zip(names, found)}
+
+        return lines, weights
+
+
+def at(t: Any) -> Any:
+    """Times ``[B]`` as they stand against ``[B, C, H, W]``."""
+    return t[:, None, None, None]
+
+
+def noised(x: Any, t: Any, noise: Any) -> Any:
+    """``t x + (1 - t) noise``."""
+    return at(t) * x + (1 - at(t)) * noise
+
+
+# --- Comparison ---
+
+
+@contextlib.contextmanager
+def watched(platform: str) -> Iterator[list[int]]:
+    """Looks at the memory in use: of the device, or on a CPU of this process. [before, most]."""
+    def used() -> int:
+        if platform == 'cpu':
+            return int(Path('/proc/self/statm').read_text().split()[1]) * os.sysconf('SC_PAGE_SIZE')
+        import torch
+
+        free, total = torch.cuda.mem_get_info()
+        return total - free
+
+    found, over = [used(), used()], threading.Event()
+
+    def look() -> None:
+        while not over.wait(PERIOD):
+            found[1] = max(found[1], used())
+
+    thread = threading.Thread(target=look, daemon=True)
+    thread.start()
+    try:
+        yield found
+    finally:
+        over.set()
+        thread.join()
+
+
+def differences(lines: list[dict[str, Any]], others: list[dict[str, Any]]) -> dict[str, float]:
+    """The largest relative difference of each of `COMPARED`, over all updates."""
+    found: dict[str, float] = {}
+    for a, b in zip(lines, others, strict=True):
+        for name in COMPARED[a['program']]:
+            x, y = a['metrics'][name], b['metrics'][name]
+            off = float(np.nan_to_num(abs(x - y) / abs(y), nan=np.inf))
+            found[name] = max(found.get(name, 0.0), off)
+    return found
+
+
+def moved_apart(a: dict[str, Any], b: dict[str, Any], start: dict[str, Any]) -> float:
+    """How far two results are apart, by how far the second has moved."""
+    total = lambda x, y: sum(float(np.sum(np.square(np.float64(x[k]) - y[k]))) for k in y)
+    return (total(a, b) / max(total(b, start), 1e-30)) ** 0.5
+
+
+def summed_up(lines: list[dict[str, Any]]) -> dict[str, float]:
+    """Median seconds of each program of a turn, its first run left out."""
+    return {kind: statistics.median([x['seconds'] for x in lines if x['program'] == kind][1:])
+            for kind in COMPARED}
+
+
+def compared(size: Size, dtype: str, sides: tuple[str, ...], updates: int, rounds: int,
+             until: float = float('inf'), tiny: bool = False) -> dict[str, Any]:
+    """Figures of all sides; `equal` says whether they are the same update."""
+    import diffusers
+    import jax
+    import torch
+
+    subject = subject_of(size, dtype, tiny)
+    weights, platform = published(subject.planned.frozen.teacher), jax.devices()[0].platform
+    parameters = sum(x.size for x in weights.values())
+    build = {'ours': lambda: Ours(subject),
+             'torch': lambda: Torch(subject, size.network, weights, False),
+             'torch_compiled': lambda: Torch(subject, size.network, weights, True)}
+    runners = {name: build[name]() for name in sides}
+    figures: dict[str, Any] = {name: {'turns': [], 'peak_bytes': []} for name in sides}
+    found = {'parameters': parameters, 'dtype': dtype, 'size': dataclasses.asdict(size),
+             'programs': runners['ours'].known, 'torch': torch.__version__,
+             'diffusers': diffusers.__version__, 'sides': figures}
+    first: dict[str, Any] = {}
+    for count in range(rounds):
+        for name, side in runners.items():
+            with watched(platform) as memory:
+                lines, at_end = side.turn(updates)
+            if not count:
+                ends = ('student', 'critic', 'ema') if parameters <= MOST_COMPARED else ()
+                first[name] = lines, {k: at_end(k) for k in ends}
+            del at_end  # and with it a state of ours
+            if isinstance(side, Torch):
+                side.free()
+            figures[name]['turns'].append(summed_up(lines))
+            figures[name]['peak_bytes'].append(memory[1] - memory[0] + side.resident)
+        if not count:
+            found |= agreement(first, weights, dtype)
+        if time.monotonic() > until or not found['equal']:
+            break
+    for name in sides[1:]:
+        found[f'{name}_to_ours'] = {kind: [
+            a[kind] / b[kind] for a, b in zip(figures[name]['turns'], figures['ours']['turns'])]
+            for kind in COMPARED}
+    return found
+
+
+def agreement(first: dict[str, Any], start: dict[str, Any], dtype: str) -> dict[str, Any]:
+    """Whether all sides have taken the same updates as ours, and by how much they differ."""
+    lines, ends = first['ours']
+    apart = {name: differences(others, lines) for name, (others, _) in first.items()}
+    moved = {name: {k: moved_apart(x, ends[k], start) for k, x in theirs.items()}
+             for name, (_, theirs) in first.items()}
+    near = all(x <= LIMITS[dtype] for found in apart.values() for x in found.values())
+    same = dtype != 'float32' or all(x <= MOVED_LIMIT for m in moved.values() for x in m.values())
+    return {'differences': apart, 'moved_apart': moved, 'limit': LIMITS[dtype],
+            'equal': near and same, 'updates': {name: x for name, (x, _) in first.items()}}
+
+
+def main(arguments: list[str]) -> None:
+    commands.only_flags(arguments)
+    commands.need(out='give a folder for the results')
+    # Two libraries take turns on one device: memory that is free is given back.
+    os.environ.setdefault('XLA_PYTHON_CLIENT_ALLOCATOR', 'platform')
+    out, size = commands.folder('--out', FLAGS.out), SIZES[FLAGS.size]
+    dtype = FLAGS.dtype or ('bfloat16' if FLAGS.size in ('half', 'full') else 'float32')
+    size = dataclasses.replace(size, rows=FLAGS.rows or size.rows)
+    sides, found = SIDES if FLAGS.compile else SIDES[:2], {}
+    for name in dict.fromkeys(('tiny', FLAGS.size)):
+        tiny = name == 'tiny'
+        found[name] = compared(
+            SIZES['tiny'] if tiny else size, 'float32' if tiny else dtype,
+            SIDES[:2] if tiny else sides, 2 if tiny else FLAGS.updates, 1 if tiny else FLAGS.rounds,
+            STARTED + FLAGS.seconds, tiny)
+        record.write(out, FLAGS.name, found, 'vs_torch')
+        print(f'{name}: {found[name]["differences"]}, ' + ', '.join(
+            f'{k}: {v}' for k, v in found[name].items() if k.endswith('_to_ours')), flush=True)
+        if not found[name]['equal']:
+            raise UserError(f'{name}: the updates of both sides are not the same: '
+                            f'{found[name]["differences"]}, {found[name]["moved_apart"]}')
+
+
+if __name__ == '__main__':
+    commands.run('vs_torch', main, define_flags)
