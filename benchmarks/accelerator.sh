@@ -5,20 +5,43 @@
 #
 # A part is a module of benchmarks/accelerator; it leaves OUT/PART.json (device, versions, command,
 # figures) and what its docstring names. At its time's end it is sent SIGTERM, saves and stops. A
-# variable PART_FLAGS (TEACHER_FLAGS='--seconds=400 --config.seed=1') adds flags to its own, and
-# PYTHON names another interpreter. Exits with 1 if a part failed; the others run all the same.
+# variable PART_FLAGS (TEACHER_FLAGS='--seconds=400 --config.seed=1') adds flags to its own, PYTHON
+# names another interpreter, GPU_MIB the memory of a GPU, which decides what is trained of a
+# critic. Exits with 1 if a part failed; the others run all the same.
 set -uo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.." || exit 2
 if (($# == 0)); then
-    sed -n '2,9s/^# \{0,1\}//p' "${BASH_SOURCE[0]}" >&2
+    sed -n '2,10s/^# \{0,1\}//p' "${BASH_SOURCE[0]}" >&2
     exit 2
 fi
 mkdir -p "$1" && out=$(cd "$1" && pwd) || exit 2
 shift
 
-PARTS=(teacher codec)  # in their order of worth
-declare -A SECONDS_OF=([teacher]=240 [codec]=180)  # unless --seconds says otherwise
+PARTS=(selftest first_light teacher codec vs_torch sdxl zimage_lora)  # in their order of worth
+declare -A MODULE_OF=([sdxl]=first_light [zimage_lora]=first_light)  # others are their own
+declare -A SECONDS_OF=(  # unless --seconds says otherwise
+    [selftest]=90 [first_light]=180 [teacher]=240 [codec]=180 [vs_torch]=180 [sdxl]=180
+    [zimage_lora]=180)
+# Everything of Lumina or SDXL is trained where there is memory for it. In 80 GB the critic is
+# adapters, moments are bf16, and the EMA is the host's.
+mib=${GPU_MIB:-$(nvidia-smi --query-gpu=memory.total --format=csv,noheader,nounits 2>/dev/null |
+    head -n 1)}
+ROWS='--config.data.global_batch=4 --config.teacher.param_dtype=bfloat16
+    --config.train.teacher_passes=apart'
+FIT="$ROWS" SIZE=full
+if ((${mib:-0} < 120000)); then
+    FIT="$ROWS --config.critic.adapter.kind=lora --config.critic.adapter.rank=64
+        --config.train.offload=ema --config.optim.student.mu_dtype=bfloat16
+        --config.optim.critic.mu_dtype=bfloat16"
+    SIZE=half
+fi
+# JAX takes three quarters of a device's memory, unless it is told of more.
+export XLA_PYTHON_CLIENT_MEM_FRACTION=${XLA_PYTHON_CLIENT_MEM_FRACTION:-.95}
 declare -A FLAGS_OF=(
+    [first_light]="--config=lumina $FIT"
+    [vs_torch]="--size=$SIZE"
+    [sdxl]="--name=sdxl --config=sdxl:decoupled_hybrid --config.train.accumulate=1 $FIT"
+    [zimage_lora]="--name=zimage_lora --config=zimage:lora --config.student.steps=4 $ROWS"
     # Unrolled layers are for CPUs; here a scan is as fast, and compiled sooner.
     [teacher]='--config=emoji_teacher
         --config.teacher.model.denoiser.unroll=False
@@ -31,7 +54,7 @@ GRACE=30  # seconds that a part may take to save and to stop
 failed=0
 (($#)) || set -- "${PARTS[@]}"
 for part in "$@"; do
-    if [[ ! -f benchmarks/accelerator/$part.py || -z ${SECONDS_OF[$part]:-} ]]; then
+    if [[ -z ${SECONDS_OF[$part]:-} ]]; then
         echo "accelerator: no part '$part'; there are: ${PARTS[*]}" >&2
         failed=1
         continue
@@ -45,7 +68,8 @@ for part in "$@"; do
     done
     echo "== $part, $limit s"
     PYTHONUNBUFFERED=1 timeout --signal=TERM --kill-after=$GRACE "$limit" \
-        "${PYTHON:-python3}" -m "benchmarks.accelerator.$part" --out="$out" "${flags[@]}" || {
+        "${PYTHON:-python3}" -m "benchmarks.accelerator.${MODULE_OF[$part]:-$part}" \
+        --out="$out" "${flags[@]}" || {
         echo "accelerator: part $part ended with code $?" >&2
         failed=1
     }

@@ -1,9 +1,12 @@
 """benchmarks/accelerator.sh, at a tiny size, on a CPU."""
 
+import ast
 import copy
 import dataclasses
 import json
 import os
+import re
+import shlex
 import subprocess
 import sys
 
@@ -17,6 +20,7 @@ from PIL import Image
 sys.path.insert(0, str(tiny.ROOT))  # for benchmarks
 
 from benchmarks.accelerator import first_light, record, selftest, synthetic
+from ddmd_jax import config as config_lib
 from ddmd_jax.families.emoji import codec
 from ddmd_jax.weights import flat
 
@@ -30,7 +34,39 @@ def call(out, *parts, **environ):
 
 def test_a_part_that_is_not_there(tmp_path):
     told = call(tmp_path, 'techer')
-    assert told.returncode == 1 and "no part 'techer'; there are: teacher" in told.stdout
+    assert told.returncode == 1
+    assert "no part 'techer'; there are: selftest first_light teacher codec" in told.stdout
+
+
+@pytest.mark.parametrize('mib, critic, size', [(81559, 'lora', 'half'), (143771, 'full', 'full')])
+def test_every_part_is_called_as_it_takes_it(tmp_path, mib, critic, size):
+    """By a `python` that says how it was called: modules are there, configs are sound."""
+    told = call(tmp_path, PYTHON='echo', GPU_MIB=str(mib), VS_TORCH_FLAGS='--seconds=9')
+    assert told.returncode == 0, told.stdout
+    named, *calls = re.split(r'^== (?=\w+, \d+ s$)', told.stdout, flags=re.MULTILINE)
+    assert not named and [one.split(',')[0] for one in calls] == [
+        'selftest', 'first_light', 'teacher', 'codec', 'vs_torch', 'sdxl', 'zimage_lora']
+    parts = {one.split(',')[0]: shlex.split(one.split('\n', 1)[1]) for one in calls}
+    for part, (_, module, _, *flags) in parts.items():
+        assert (tiny.ROOT / f'{module.replace(".", "/")}.py').is_file()
+        if config := next((x.split('=', 1)[1] for x in flags if x.startswith('--config=')), ''):
+            config = tiny.load_config(*config.split(':'))
+            given = dict(x.removeprefix('--config.').split('=', 1) for x in flags
+                         if x.startswith('--config.'))
+            known = {f.path for f in config_lib.fields_of(config)}
+            assert set(given) <= known, part
+            config.update_from_flattened_dict({k: literal(x) for k, x in given.items()})
+            config_lib.check(config)
+            if part in ('first_light', 'sdxl'):
+                assert config.critic.adapter.kind == critic
+    assert f'--size={size}' in parts['vs_torch'] and 'vs_torch, 9 s' in told.stdout
+
+
+def literal(text):
+    try:
+        return ast.literal_eval(text)
+    except (SyntaxError, ValueError):
+        return text
 
 
 @pytest.mark.slow

@@ -26,6 +26,7 @@ from ddmd_jax.util import commands
 from ddmd_jax.util.errors import UserError
 
 STARTED = time.monotonic()
+SHARE = 0.9  # of the time, which is planned for
 FLAGS = flags.FLAGS
 
 
@@ -208,7 +209,7 @@ def main(arguments: list[str]) -> None:
     commands.need(config='try --config=lumina', out='give a folder for the results')
     out = commands.folder('--out', FLAGS.out)
     try:
-        found = lit(FLAGS.config, out, FLAGS.name, FLAGS.updates, STARTED + FLAGS.seconds,
+        found = lit(FLAGS.config, out, FLAGS.name, FLAGS.updates, STARTED + SHARE * FLAGS.seconds,
                     FLAGS.tolerance, FLAGS.tiny)
     except config_lib.ConfigError as e:
         print(e, file=sys.stderr)

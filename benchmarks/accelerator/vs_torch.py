@@ -17,6 +17,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import functools
 import os
 import statistics
 import threading
@@ -34,6 +35,7 @@ from ddmd_jax.util import commands
 from ddmd_jax.util.errors import UserError
 
 STARTED = time.monotonic()
+SHARE = 0.9  # of the time, which is planned for
 FLAGS = flags.FLAGS
 SIDES = ('ours', 'torch', 'torch_compiled')
 LIMITS = {'float32': 1e-3, 'bfloat16': 0.1}  # relative, of losses and norms of gradients
@@ -397,8 +399,12 @@ def summed_up(lines: list[dict[str, Any]]) -> dict[str, float]:
 
 
 def compared(size: Size, dtype: str, sides: tuple[str, ...], updates: int, rounds: int,
-             until: float = float('inf'), tiny: bool = False) -> dict[str, Any]:
-    """Figures of all sides; `equal` says whether they are the same update."""
+             until: float = float('inf'), tiny: bool = False,
+             note: Callable[[dict[str, Any]], None] = lambda found: None) -> dict[str, Any]:
+    """Figures of all sides; `equal` says whether they are the same update.
+
+    `note` is given them after every round; there is none that would end after `until`.
+    """
     import diffusers
     import jax
     import torch
@@ -416,6 +422,7 @@ def compared(size: Size, dtype: str, sides: tuple[str, ...], updates: int, round
              'diffusers': diffusers.__version__, 'sides': figures}
     first: dict[str, Any] = {}
     for count in range(rounds):
+        begun = time.monotonic()
         for name, side in runners.items():
             with watched(platform) as memory:
                 lines, at_end = side.turn(updates)
@@ -429,12 +436,13 @@ def compared(size: Size, dtype: str, sides: tuple[str, ...], updates: int, round
             figures[name]['peak_bytes'].append(memory[1] - memory[0] + side.resident)
         if not count:
             found |= agreement(first, weights, dtype)
-        if time.monotonic() > until or not found['equal']:
+        for name in sides[1:]:
+            found[f'{name}_to_ours'] = {kind: [
+                a[kind] / b[kind] for a, b in zip(figures[name]['turns'], figures['ours']['turns'])]
+                for kind in COMPARED}
+        note(found)
+        if 2 * time.monotonic() - begun > until or not found['equal']:
             break
-    for name in sides[1:]:
-        found[f'{name}_to_ours'] = {kind: [
-            a[kind] / b[kind] for a, b in zip(figures[name]['turns'], figures['ours']['turns'])]
-            for kind in COMPARED}
     return found
 
 
@@ -458,19 +466,23 @@ def main(arguments: list[str]) -> None:
     out, size = commands.folder('--out', FLAGS.out), SIZES[FLAGS.size]
     dtype = FLAGS.dtype or ('bfloat16' if FLAGS.size in ('half', 'full') else 'float32')
     size = dataclasses.replace(size, rows=FLAGS.rows or size.rows)
-    sides, found = SIDES if FLAGS.compile else SIDES[:2], {}
+    sides, figures = SIDES if FLAGS.compile else SIDES[:2], {}
+
+    def note(name: str, found: dict[str, Any]) -> None:
+        figures[name] = found
+        record.write(out, FLAGS.name, figures, 'vs_torch')
+
     for name in dict.fromkeys(('tiny', FLAGS.size)):
         tiny = name == 'tiny'
-        found[name] = compared(
+        found = compared(
             SIZES['tiny'] if tiny else size, 'float32' if tiny else dtype,
             SIDES[:2] if tiny else sides, 2 if tiny else FLAGS.updates, 1 if tiny else FLAGS.rounds,
-            STARTED + FLAGS.seconds, tiny)
-        record.write(out, FLAGS.name, found, 'vs_torch')
-        print(f'{name}: {found[name]["differences"]}, ' + ', '.join(
-            f'{k}: {v}' for k, v in found[name].items() if k.endswith('_to_ours')), flush=True)
-        if not found[name]['equal']:
+            STARTED + SHARE * FLAGS.seconds, tiny, functools.partial(note, name))
+        print(f'{name}: {found["differences"]}, ' + ', '.join(
+            f'{k}: {v}' for k, v in found.items() if k.endswith('_to_ours')), flush=True)
+        if not found['equal']:
             raise UserError(f'{name}: the updates of both sides are not the same: '
-                            f'{found[name]["differences"]}, {found[name]["moved_apart"]}')
+                            f'{found["differences"]}, {found["moved_apart"]}')
 
 
 if __name__ == '__main__':
