@@ -403,7 +403,7 @@ def compared(size: Size, dtype: str, sides: tuple[str, ...], updates: int, round
              note: Callable[[dict[str, Any]], None] = lambda found: None) -> dict[str, Any]:
     """Figures of all sides; `equal` says whether they are the same update.
 
-    `note` is given them after every round; there is none that would end after `until`.
+    `note` is given them after every turn; there is no round that would end after `until`.
     """
     import diffusers
     import jax
@@ -434,15 +434,16 @@ def compared(size: Size, dtype: str, sides: tuple[str, ...], updates: int, round
                 side.free()
             figures[name]['turns'].append(summed_up(lines))
             figures[name]['peak_bytes'].append(memory[1] - memory[0] + side.resident)
+            note(found)
         if not count:
             found |= agreement(first, weights, dtype)
         for name in sides[1:]:
             found[f'{name}_to_ours'] = {kind: [
                 a[kind] / b[kind] for a, b in zip(figures[name]['turns'], figures['ours']['turns'])]
                 for kind in COMPARED}
-        note(found)
         if 2 * time.monotonic() - begun > until or not found['equal']:
             break
+    note(found)
     return found
 
 
