@@ -319,6 +319,36 @@ def classic_dmd2(student, recipe, key, cond):
     return 0.5 * jnp.mean((latents - jax.lax.stop_gradient(latents - grad)) ** 2)
 
 
+@names
+def test_a_rollout_is_what_both_would_have_drawn(name):
+    """On the generator's inputs, and on one of the critic's samples, both losses and gradients are
+    those that each has by itself with the same key; the gradient alone asks the student."""
+    recipe, batch = tiny.make_recipe(shift=3.0, schedule=name), tiny.make_batch(BATCH)
+    student, asked = {'a': jnp.float32(0.8), 'b': jnp.float32(0.2)}, []
+
+    def spied(params, x_t, t, cond):
+        asked.append(params is student)
+        return spoken(params, x_t, t, cond)
+
+    key, keys = jax.random.key(0), CriticKeys.of(jax.random.key(1))
+    keys = keys._replace(simulation=GeneratorKeys.of(key).simulation)
+    z, samples = sampling.rollout(functools.partial(spoken, student), batch.cond, recipe.steps,
+                                  keys.simulation, SHAPE)
+    models = dataclasses.replace(SPEAKING, predict=spied)
+    generator = lambda s, batch: generator_objective(
+        s, SPEAKING_CRITIC, models, batch, recipe, key)[0]
+    critic = lambda c, batch: critic_objective(c, student, models, batch, recipe, keys)[0]
+    for objective, trained, given in (
+            (generator, student, {'z': z}), (critic, SPEAKING_CRITIC, {'x': samples[0]})):
+        shared = dataclasses.replace(batch, **given)
+        (a, da), (b, db) = (jax.value_and_grad(objective)(trained, x) for x in (shared, batch))
+        close(a, float(b))
+        close(da['a'], float(db['a']))
+        asked.clear()
+        objective(trained, shared)
+        assert sum(asked) == (objective is generator)
+
+
 @pytest.mark.parametrize('alpha', [1.5, 4.0])
 def test_coupled_shared_with_dmd2s_normaliser_is_classic_dmd2(alpha):
     """The same key, the same loss, the same gradient, up to fp32's rounding."""

@@ -115,7 +115,7 @@ DISTILL = [
     ('critic.updates', 0.5, 'a whole number at least 0'),
     ('critic.warmup', -1, 'at least 0'),
     ('critic.weighting', 'x', 'must be one of velocity, clean, noise'),
-    ('critic.order', 'same', "'critic_first' or 'same_images'"),
+    ('critic.order', 'same', 'must be one of critic_first, same_images, one_rollout'),
     ('student.first_step', 399, 'must be None for emoji, whose time is no table of steps'),
     ('method.gan.head', 'convolution', "did you mean 'convolutions'?"),
     ('critic.tau', (0.0, 1.0), 'no noise left to normalise by'),

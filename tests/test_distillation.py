@@ -110,6 +110,35 @@ def test_in_dmd2s_order_a_step_has_as_many_updates_of_the_critic(monkeypatch):
     assert (int(state.step), int(state.critic_step)) == (2, 5)
 
 
+def test_updates_on_one_rollout_share_a_batch(monkeypatch):
+    """A step has one, whose samples the critic's updates take in turn, and whose inputs are the
+    generator's; a warm-up has one for as many updates as the student has steps."""
+    task = task_of(config_of(**{'critic.updates': 3, 'critic.warmup': 3, 'student.steps': 2,
+                                'critic.order': 'one_rollout'}))
+    feed, state, ran, run = task.feed(frozenset()), task.spec.create(), [], task._run
+
+    def spy(kind, state, batch):
+        ran.append((kind, batch))
+        return run(kind, state, batch)
+
+    monkeypatch.setattr(task, '_run', spy)
+    taken, metrics = [], {}
+    for fresh in (True, False):
+        state, metrics = task.step(state, lambda: taken.append(next(feed)) or taken[-1], fresh)
+        assert bool(metrics['finite']) and {'loss', 'fake_loss'} <= set(metrics)
+    step = ['rollout', *['critic'] * 3, 'generator']
+    assert [kind for kind, _ in ran] == [
+        'rollout', 'critic', 'critic', 'rollout', 'critic', *step, *step]
+    assert (len(taken), int(state.step), int(state.critic_step)) == (4, 2, 9)
+    *first, last = ran[-5:]
+    assert last[1].x is None and last[1].z.shape == first[1][1].x.shape
+    assert all(batch.z is None for _, batch in first)
+    x = [np.asarray(batch.x) for kind, batch in first if kind == 'critic']
+    assert not np.array_equal(x[0], x[1]) and np.array_equal(x[0], x[2])  # of two steps
+    same = [np.asarray(batch.cond['embeds']) for _, batch in ran[-5:]]
+    assert all(np.array_equal(same[0], one) for one in same)
+
+
 # --- The probe ---
 
 

@@ -3,6 +3,8 @@
 Real programs, of a network of one matrix: `test_reference.py` has a NextDiT's figures.
 """
 
+import dataclasses
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -181,6 +183,20 @@ def test_a_merged_critic_is_merged_after_its_update(batch, accumulate):
     want, _ = plain.program.both(plain.frozen, plain.fresh(), batch)
     close(kept(state.critic), jax.tree.map(lambda c, s: 0.9 * c + 0.1 * s, kept(want.critic),
                                            kept(want.student)))
+
+
+def test_a_rollout_is_of_the_student_as_it_is_and_of_its_next_updates_noise(hybrid, batch):
+    """The generator's update on its inputs is the one that simulates them itself."""
+    z, samples = hybrid.program.rollout(hybrid.frozen, hybrid.fresh(), batch)
+    assert len(samples) == 2 and samples[0].shape == z.shape == (BATCH, *batch.shape)
+    state, metrics = hybrid.generator(hybrid.fresh(), dataclasses.replace(batch, z=z))
+    want, alone = hybrid.generator(hybrid.fresh(), batch)
+    close(kept(state.student), kept(want.student))
+    np.testing.assert_allclose(metrics['loss'], alone['loss'], rtol=1e-5)
+    moved = hybrid.fresh()
+    moved.student = jax.tree.map(lambda x: x + 0.1, moved.student)
+    _, others = hybrid.program.rollout(hybrid.frozen, moved, batch)
+    assert np.abs(others[0] - samples[0]).max() > 1e-3
 
 
 def test_ema_after_one_update(hybrid, batch):

@@ -63,7 +63,7 @@ class CondSpec:
                 for name, field in self.fields.items() if field.of_shape}
 
 
-@functools.partial(jax.tree_util.register_dataclass, data_fields=['cond', 'real'],
+@functools.partial(jax.tree_util.register_dataclass, data_fields=['cond', 'real', 'z', 'x'],
                    meta_fields=['shape'])
 @dataclasses.dataclass(frozen=True)
 class Batch:
@@ -73,11 +73,16 @@ class Batch:
       cond: their conditioning; before the text encoder ran, their tokens.
       real: real latents ``[B, H, W, C]`` of the same prompts, where a GAN asks for them.
       shape: of one latent, ``(H, W, C)``; static.
+      z: where a step's updates share a rollout, what goes into the student's steps
+        ``[B, H, W, C]``: the generator's update starts there.
+      x: and a sample of the student ``[B, H, W, C]``: the critic's update learns from it.
     """
 
     cond: Cond
     real: Any = None
     shape: tuple[int, ...] = ()
+    z: Any = None
+    x: Any = None
 
     @property
     def rows(self) -> int:

@@ -89,6 +89,33 @@ def student_inputs(denoise: Denoise, cond: Cond, steps: FewSteps, key: Array,
     return jax.lax.stop_gradient(merge(z)), k
 
 
+def rollout(denoise: Denoise, cond: Cond, steps: FewSteps, key: Array,
+            shape: tuple[int, ...]) -> tuple[Array, list[Array]]:
+    """All of the student's steps from noise, for several updates to learn from.
+
+    N evaluations of a row make N samples of it; one by one, each with a simulation of its own,
+    they would cost N (N + 1) / 2.
+
+    Args as of `student_inputs`.
+
+    Returns:
+      ``(z [B, ...], N samples [B, ...])``: z is that of `student_inputs`. In the i-th sample
+      example b left at step ``(b + i) mod N``, so that every step is equally often in each, and
+      every example at every step in one of them.
+    """
+    noise, n = step_noise(key, steps.n, shape), steps.n
+    x_hat = trace_student(denoise, cond, steps, key, shape)[1]
+    z = jnp.stack([steps.time.first_input(noise[0]), *(
+        process.renoise(x_hat[j - 1], steps.times[j], noise[j]) for j in range(1, n))])
+
+    def left_at(x: Array, turn: int) -> Array:
+        columns = [x[(j + turn) % n].reshape(-1, n, *shape[1:])[:, j] for j in range(n)]
+        return jnp.stack(columns, axis=1).reshape(shape)
+
+    step_assignment(shape[0], n)  # which refuses another batch
+    return jax.lax.stop_gradient((left_at(z, 0), [left_at(x_hat, i) for i in range(n)]))
+
+
 def step_noise(key: Array, steps: int, shape: tuple[int, ...]) -> Array:
     """Fresh noise of each step, ``[steps, *shape]``; the first is what sampling starts from.
 

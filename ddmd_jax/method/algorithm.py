@@ -14,7 +14,7 @@ import jax.numpy as jnp
 
 from ddmd_jax.data.batch import Batch, null_like
 from ddmd_jax.diffusion.process import expand_time, renoise
-from ddmd_jax.diffusion.sampling import student_inputs
+from ddmd_jax.diffusion.sampling import step_assignment, student_inputs
 from ddmd_jax.method import health, losses
 from ddmd_jax.method.inputs import CriticKeys, GeneratorKeys, Models, Params
 from ddmd_jax.method.recipe import Recipe
@@ -47,7 +47,10 @@ def generator_objective(student: Params, critic: Params, models: Models, batch: 
     # student's own earlier steps, without gradient, so that it trains on what it meets when it
     # samples. Examples take the steps in turn.
     simulate = functools.partial(models.predict, jax.lax.stop_gradient(student))
-    z, k = student_inputs(simulate, cond, few, keys.simulation, shape)
+    if batch.z is None:
+        z, k = student_inputs(simulate, cond, few, keys.simulation, shape)
+    else:  # the critic's updates of this step have simulated it
+        z, k = batch.z, step_assignment(batch.rows, few.n)
 
     # x = G(z_t). The gradient of this update enters here and nowhere else.
     x_hat = models.predict(student, z, few.times[k], cond)
@@ -108,10 +111,14 @@ def critic_objective(critic: Params, student: Params, models: Models, batch: Bat
     cond, few = batch.cond, recipe.steps
     shape = (batch.rows, *batch.shape)
 
-    # A fresh sample of the student as it is now, of every step of its schedule, no gradient.
+    # A fresh sample of the student as it is now, of every step of its schedule, no gradient; or
+    # one of the rollout that this step's updates share.
     generate = functools.partial(models.predict, jax.lax.stop_gradient(student))
-    z, k = student_inputs(generate, cond, few, keys.simulation, shape)
-    x = jax.lax.stop_gradient(generate(z, few.times[k], cond))
+    if batch.x is None:
+        z, k = student_inputs(generate, cond, few, keys.simulation, shape)
+        x = jax.lax.stop_gradient(generate(z, few.times[k], cond))
+    else:
+        x = batch.x
 
     # tau' ~ U, whatever the generator's step: s_fake is asked at all levels of tau_DM.
     tau = few.time(draw_between(keys.level, *recipe.critic_range, (batch.rows,)))

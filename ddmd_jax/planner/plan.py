@@ -11,7 +11,7 @@ from jax.sharding import Mesh
 from ddmd_jax.parallel import sharding
 from ddmd_jax.planner import chips, search
 from ddmd_jax.planner.measure import measure, quick_peak
-from ddmd_jax.planner.programs import PlanError, Program, programs
+from ddmd_jax.planner.programs import PlanError, Program, evaluations, programs, runs
 from ddmd_jax.util.text import in_units
 
 STEPS = ('generator_step', 'critic_step')
@@ -127,16 +127,18 @@ class _Search:
 def whole_run(config: Any, measured: dict[str, Any], count: int) -> dict[str, float]:
     """The config's run if every program took its least time; evaluation is left out."""
     seconds = {k: p['roofline_seconds'] for k, p in measured.items()}
-    # With 'same_images' the first of the critic's updates is in the generator's step.
-    alone = config.critic.updates - (config.critic.get('order') == 'same_images')
-    encode = seconds.get('encode', 0.0)
-    critic = seconds['critic_step'] + encode
-    step = seconds['generator_step'] + encode + alone * critic
+    often, encode = runs(config), seconds.get('encode', 0.0)
+    batches = 1 if 'rollout' in often else sum(often.values())
+    step = batches * encode + sum(count * seconds[name] for name, count in often.items())
+    critic = seconds['critic_step'] + (
+        (encode + seconds['rollout']) / config.student.steps if 'rollout' in often else encode)
     total = config.train.steps * step + config.critic.warmup * critic
     drawn = measured['sample']['rows']
     drawing = seconds['sample'] + drawn * seconds.get('decode', 0.0)
-    return {'seconds_per_step': step, 'hours': total / 3600, 'chip_hours': total * count / 3600,
-            'training_images_per_second': (1 + alone) * config.data.global_batch / step,
+    asked, images = evaluations(config), (1 + often['critic_step']) * config.data.global_batch
+    return {'evaluations_per_step': sum(count * asked[name] for name, count in often.items()),
+            'seconds_per_step': step, 'hours': total / 3600, 'chip_hours': total * count / 3600,
+            'training_images_per_second': images / step,
             'sampled_images_per_second': drawn / drawing}
 
 

@@ -213,15 +213,26 @@ class Distillation:
         c, state, work = self.config, self.spec.targets, {}
         frozen = jax.tree.map(lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s),
                               planned.frozen, planned.frozen_shardings)
-        self.together = c.critic.get('order', 'critic_first') == 'same_images'
-        of_step = c.critic.updates + 1 - self.together + c.critic.warmup
+        order = c.critic.get('order', 'critic_first')
+        self.together, self.one_rollout = order == 'same_images', order == 'one_rollout'
+        if self.one_rollout:
+            of_step = 1 + -(-c.critic.warmup // c.student.steps)
+        else:
+            of_step = c.critic.updates + 1 - self.together + c.critic.warmup
         for length, shape in self.order.kinds(of_step):
             batch = self._shapes_of_batch(length, shape)
-            critic = of_step > 1 or c.train.on_health == 'raise_critic'
-            last = 'both' if self.together else 'generator'
-            for kind in ('critic', last) if critic else (last,):
-                shapes = (frozen, state, batch)
-                work[kind, batch.signature] = getattr(planned.program, kind), shapes
+            critic = (c.critic.updates + c.critic.warmup > self.together
+                      or c.train.on_health == 'raise_critic')
+            inputs = {'critic': batch} if critic else {}
+            inputs['both' if self.together else 'generator'] = batch
+            if self.one_rollout:
+                z, (x, *_) = jax.eval_shape(planned.program.rollout, frozen, state, batch)
+                drawn = {'generator': {'z': z}, 'critic': {'x': x}}
+                inputs = {'rollout': batch, **{
+                    kind: dataclasses.replace(batch, **drawn[kind]) for kind in inputs}}
+            for kind, given in inputs.items():
+                work[kind, given.signature] = (getattr(planned.program, kind),
+                                               (frozen, state, given))
         self.startup.compiling = self._programs = Compiling(work)
 
     def _shapes_of_batch(self, length: int | None, shape: tuple[int, ...]) -> Batch:
@@ -282,7 +293,8 @@ class Distillation:
         begins with `critic.warmup` more; the verdict may have added some to every step.
 
         With `critic.order` 'same_images' the step begins with an update of both, and the critic's
-        others follow.
+        others follow. With 'one_rollout' it has one batch, whose prompts the student is taken
+        through once; a warm-up has one for as many updates as the student has steps.
         """
         c, warmup = self.config.critic, 0
         if fresh:  # only then, as these have to be waited for
@@ -291,8 +303,17 @@ class Distillation:
         kinds = ['critic'] * (c.updates + self.extra_updates)
         kinds = ['both', *kinds[1:]] if self.together else [*kinds, 'generator']
         metrics, critic_metrics = {}, []
-        for kind in ['critic'] * warmup + kinds:
-            state, found = self._run(kind, state, next_batch())
+        n = self.recipe.steps.n
+        for place, kind in enumerate(['critic'] * warmup + kinds, -warmup):
+            if not self.one_rollout:
+                batch = next_batch()
+            elif place == 0 or place < 0 and (place + warmup) % n == 0:
+                prompts = next_batch()
+                z, samples = self._run('rollout', state, prompts)
+            if self.one_rollout:
+                batch = dataclasses.replace(prompts, **(
+                    {'z': z} if kind == 'generator' else {'x': samples[place % n]}))
+            state, found = self._run(kind, state, batch)
             if kind == 'critic':
                 critic_metrics.append(found)
             else:
@@ -307,7 +328,7 @@ class Distillation:
         mean = jax.tree.map(lambda *xs: sum(xs) / len(xs), *critic_metrics)
         return state, mean | metrics | {'finite': metrics['finite'] & (mean['finite'] == 1)}
 
-    def _run(self, kind: str, state: TrainState, batch: Batch) -> tuple[TrainState, Any]:
+    def _run(self, kind: str, state: TrainState, batch: Batch) -> tuple[Any, Any]:
         return self._programs[kind, batch.signature](self.frozen, state, batch)
 
     # --- Figures and images of the EMA student ---

@@ -7,6 +7,7 @@ the seed and a counter of the state, so that a resumed run draws what the uninte
 """
 
 import dataclasses
+import functools
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -16,7 +17,7 @@ import optax
 from jax.sharding import Mesh
 
 from ddmd_jax.data.batch import Batch, Cond
-from ddmd_jax.diffusion.sampling import Predict
+from ddmd_jax.diffusion.sampling import Predict, rollout
 from ddmd_jax.method.algorithm import Metrics, critic_objective, generator_objective
 from ddmd_jax.method.inputs import CriticKeys, GeneratorKeys, Models
 from ddmd_jax.method.recipe import Recipe
@@ -66,15 +67,21 @@ class Mechanics:
 # The updates of one step, by name. 'critic_first': the critic's, each on a batch of its own, then
 # the student's. 'same_images' (DMD2's): the student's and one of the critic's at once, on the same
 # images of the student as it was; then the critic's others, each on a batch of its own.
-ORDERS = ('critic_first', 'same_images')
+# 'one_rollout': as 'critic_first', but all on the prompts of one batch and on samples from one way
+# of the student through all its steps, which it does not leave before its own update.
+ORDERS = ('critic_first', 'same_images', 'one_rollout')
 
 
 class Program(NamedTuple):
-    """The jitted updates, each ``(frozen, state, batch) -> (state, metrics)``; `both` at once."""
+    """The jitted updates, each ``(frozen, state, batch) -> (state, metrics)``; `both` at once.
+
+    `rollout` is ``(frozen, state, batch) -> (z, samples)``; see `Updates.rollout`.
+    """
 
     generator: Any
     critic: Any
     both: Any
+    rollout: Any
 
 
 @dataclasses.dataclass(frozen=True)
@@ -173,6 +180,17 @@ class Updates:
         return new, critic_metrics | metrics | {
             'finite': metrics['finite'] & critic_metrics['finite']}
 
+    def rollout(self, frozen: Frozen, state: TrainState,
+                batch: Batch) -> tuple[Array, list[Array]]:
+        """`sampling.rollout` of the student as it is, with the noise of its next update."""
+        m = self.mechanics
+        if m.student.leans:
+            frozen = sharding.on_device(frozen)
+        student = m.student.bind(frozen.teacher, state.student)
+        keys = GeneratorKeys.of(self._generator_key(state))
+        return rollout(functools.partial(self.predict, student), batch.cond, self.recipe.steps,
+                       keys.simulation, (batch.rows, *batch.shape))
+
     def _generator_key(self, state: TrainState) -> Array:
         """Of everything that the generator's next update draws."""
         return jax.random.fold_in(
@@ -184,7 +202,9 @@ class Updates:
         program = lambda update: jax.jit(
             update, in_shardings=(frozen_shardings, state_shardings, batch),
             out_shardings=(state_shardings, whole), donate_argnums=1)
-        return Program(program(self.generator), program(self.critic), program(self.both))
+        rolled = jax.jit(self.rollout, in_shardings=(frozen_shardings, state_shardings, batch),
+                         out_shardings=batch)
+        return Program(program(self.generator), program(self.critic), program(self.both), rolled)
 
 
 def plain(loss_fn: Callable[[Any, Any, Array], tuple[Array, Metrics]],
