@@ -1,8 +1,10 @@
 """Figures of docs/plans.md, made by the planner; no TPU is needed, about an hour on two cores.
 
     python benchmarks/scaling.py plans     # benchmarks/plans/*.json: ddmd_jax.plan on each topology
+    python benchmarks/scaling.py steps     # and the steps of SDXL and Z-Image
     python benchmarks/scaling.py levers    # benchmarks/levers.json: one field changed at a time
-    python benchmarks/scaling.py tables    # writes both as tables into docs/plans.md
+    python benchmarks/scaling.py costs     # benchmarks/costs.json: counted, nothing is compiled
+    python benchmarks/scaling.py tables    # writes all as tables into docs/plans.md
 """
 
 from __future__ import annotations
@@ -22,6 +24,18 @@ CONFIG = 'configs/lumina.py'
 PLANS = (('v5e:4x4', 64, ()), ('v5p:2x2x4', 64, ('--nosearch',)),
          ('v6e:4x4', 64, ('--nosearch',)),
          ('v5e:16x16', 1024, ('--nosearch', '--only=generator_step,critic_step')))
+# (config, topology, fields, effort) whose steps are compiled one by one: SDXL's network, which has
+# few layers alike, takes the compiler ten minutes a program by the least effort (-1).
+STEPS = (
+    ('sdxl:decoupled_hybrid', 'v5e:4x4', {'data.global_batch': 64, 'train.accumulate': 1}, -1),
+    ('sdxl:decoupled_hybrid', 'v6e:4x4', {}, -1),
+    ('zimage:lora', 'v5e:4x4', {'data.global_batch': 64, 'mesh.fsdp': 8, 'mesh.tensor': 2}, 0),
+    ('zimage', 'v5p:2x2x4', {}, 0),
+    ('zimage', 'v5e:16x16', {'data.global_batch': 1024, 'mesh.fsdp': 32, 'mesh.tensor': 2}, 0))
+UPDATES = 'generator_step', 'critic_step'
+# Configs that are counted, in their own order of updates ('') and in two others.
+COUNTED = ('emoji', 'lumina', 'sdxl:dmd2', 'sdxl:decoupled_hybrid', 'zimage')
+ORDERS = ('', 'critic_first', 'one_rollout')
 ROOMY = 'v5p:2x2x4'  # where every lever's program fits
 LEVERS = (
     {}, {'teacher.remat': 'dots'}, {'teacher.remat': 'none'}, {'teacher.attention': 'xla'},
@@ -52,31 +66,87 @@ def plans() -> None:
         print(file)
 
 
+def steps() -> None:
+    """A file for each of `STEPS`; programs that stand there are kept."""
+    for config, topology, fields, effort in STEPS:
+        file = _steps_file(config, topology)
+        found = json.loads(file.read_text()) if file.exists() else {
+            'config': config, 'topology': topology, 'fields': fields, 'effort': effort,
+            'programs': {}}
+        for which in UPDATES:
+            if which not in found['programs']:
+                step, found['resident_bytes'] = _compiled(config, fields, topology, which, effort)
+                found['programs'][which] = step
+                file.write_text(json.dumps(found, indent=1) + '\n')
+                print(file, which, {k: step.get(k) for k in ('fits', 'compile_seconds')})
+
+
+def _steps_file(config: str, topology: str) -> Path:
+    return HERE / 'plans' / f'{config}_{topology}.json'.replace(':', '_')
+
+
 def levers() -> None:
     """The generator's step on `ROOMY` with each of `LEVERS`, compiled with the least effort."""
     found = []
     for changed in LEVERS:
-        step, resident = _quick(changed, ROOMY, 'generator_step')
+        step, resident = _compiled(
+            CONFIG, {'data.name': 'embeddings', **changed}, ROOMY, 'generator_step', -1)
         found.append({'changed': changed, 'resident_bytes': resident, **step})
         print(changed, {k: step.get(k) for k in ('fits', 'temp_bytes', 'compile_seconds')})
     (HERE / 'levers.json').write_text(json.dumps(
         {'topology': ROOMY, 'config': CONFIG, 'effort': -1, 'levers': found}, indent=1) + '\n')
 
 
-def _quick(changed: dict[str, Any], topology: str, which: str) -> tuple[dict[str, Any], int]:
-    """(One program of the config with fields changed, by the least effort; resident bytes)."""
-    os.environ['JAX_PLATFORMS'] = 'cpu'
-    sys.path[:0] = [str(ROOT)]
-    from configs import lumina
+def _compiled(name: str, fields: dict[str, Any], topology: str, which: str,
+              effort: float) -> tuple[dict[str, Any], int]:
+    """(One program of the config with fields changed; resident bytes)."""
     from ddmd_jax.parallel import sharding
-    from ddmd_jax.planner import chips, command, measure, programs, search
+    from ddmd_jax.planner import chips, command, measure, programs
 
-    config = lumina.get_config()
-    for field, value in {'data.name': 'embeddings', **changed}.items():
-        config = search.with_field(config, field, value)
+    config = _config(name, fields)
     mesh = sharding.make_mesh(config.mesh, programs.topology(topology))
     built, resident = programs.programs(config, *command.parts_for(config, mesh))
-    return measure.measure(built[which], chips.chip_for(topology), measure.LEAST_EFFORT), resident
+    return measure.measure(built[which], chips.chip_for(topology), effort), resident
+
+
+def _config(name: str, fields: dict[str, Any]) -> Any:
+    os.environ['JAX_PLATFORMS'] = 'cpu'
+    sys.path[:0] = [str(ROOT)]
+    from ddmd_jax import config as config_lib
+
+    config = config_lib.load(name)
+    with config.unlocked():  # `critic.order` is there only where it is said
+        config.update_from_flattened_dict(fields)
+    return config
+
+
+def costs() -> None:
+    """By count, of every config: network evaluations of an update, and bytes that stay."""
+    rows = [{'config': name, **{order: _evaluations(name, order) for order in ORDERS},
+             'resident_bytes': {kind: _resident(name, kind) for kind in ('full', 'lora')}}
+            for name in COUNTED]
+    (HERE / 'costs.json').write_text(json.dumps(rows, indent=1) + '\n')
+
+
+def _evaluations(name: str, order: str) -> float:
+    """Network evaluations of a row for one update of the student."""
+    from ddmd_jax.planner import programs
+
+    config = _config(name, {'critic.order': order} if order else {})
+    asked = programs.evaluations(config)
+    return sum(often * asked[which] for which, often in programs.runs(config).items())
+
+
+def _resident(name: str, kind: str) -> int:
+    """What stays between the steps, on one device; a LoRA's rank is the default of the field."""
+    import jax
+
+    from ddmd_jax.parallel import sharding
+    from ddmd_jax.planner import command, programs
+
+    config = _config(name, {f'{network}.adapter.kind': kind for network in ('student', 'critic')})
+    mesh = sharding.make_mesh({}, jax.devices()[:1])
+    return programs.programs(config, *command.parts_for(config, mesh))[1]
 
 
 def _gib(size: float) -> str:
@@ -96,6 +166,40 @@ def plans_table() -> str:
                 _gib(found['usable_bytes_per_chip']), f'{p["flops"] / 1e12:.1f}',
                 f'{sum(p["collective_bytes"].values()) / 2**30:.1f}',
                 f'{p["roofline_seconds"]:.2f}']) + ' |')
+    return '\n'.join(lines)
+
+
+def steps_table() -> str:
+    """One line for each program of each of `STEPS`."""
+    lines = ['| config, topology | changed | program | peak GiB | of | TFLOP | of analytic | '
+             'sent GiB | least s |', '|' + '---|' * 9]
+    for config, topology, fields, effort in STEPS:
+        if not (file := _steps_file(config, topology)).exists():
+            continue
+        words = ', '.join(f'`{k}={v}`' for k, v in fields.items())
+        for which, p in json.loads(file.read_text())['programs'].items():
+            start = f'| `{config}`, {topology}{" *" * (effort < 0)} | {words} | `{which}` | '
+            if 'error' in p:
+                lines.append(f'{start}refused: {p["error"][:80]} | | | | | |')
+                continue
+            usable = p['peak_bytes'] + p['headroom_bytes']
+            lines.append(start + ' | '.join([
+                _gib(p['peak_bytes']), _gib(usable), f'{p["flops"] / 1e12:.1f}',
+                f'{p["flops"] / p["analytic_flops"]:.2f}',
+                f'{sum(p["collective_bytes"].values()) / 2**30:.1f}',
+                f'{p["roofline_seconds"]:.2f}']) + ' |')
+    return '\n'.join(lines)
+
+
+def costs_table() -> str:
+    """One line for each config that is counted."""
+    lines = ['| config | evaluations | `critic_first` | `one_rollout` | saved | resident GiB | '
+             'by LoRA | share |', '|' + '---|' * 8]
+    for row in json.loads((HERE / 'costs.json').read_text()):
+        own, first, one = (row[order] for order in ORDERS)
+        full, lora = (row['resident_bytes'][kind] for kind in ('full', 'lora'))
+        lines.append(f'| `{row["config"]}` | {own:g} | {first:g} | {one:g} | '
+                     f'{1 - one / first:.0%} | {_gib(full)} | {_gib(lora)} | {lora / full:.2f} |')
     return '\n'.join(lines)
 
 
@@ -120,9 +224,10 @@ def levers_table() -> str:
 
 
 def tables() -> None:
-    """Puts both tables between their marks in docs/plans.md."""
+    """Puts all tables between their marks in docs/plans.md."""
     text = DOCS.read_text()
-    made_by = {'plans': plans_table, 'levers': levers_table}
+    made_by = {'plans': plans_table, 'steps': steps_table, 'levers': levers_table,
+               'costs': costs_table}
     for name, made in ((name, make()) for name, make in made_by.items()):
         start, end = f'<!-- {name}: benchmarks/scaling.py -->', f'<!-- end of {name} -->'
         before, rest = text.split(start)
@@ -131,7 +236,7 @@ def tables() -> None:
 
 
 def main(argv: list[str]) -> Any:
-    known = {'plans': plans, 'levers': levers, 'tables': tables}
+    known = {'plans': plans, 'steps': steps, 'levers': levers, 'costs': costs, 'tables': tables}
     if len(argv) != 1 or argv[0] not in known:
         sys.exit(f'scaling: say one of {", ".join(known)}')
     known[argv[0]]()

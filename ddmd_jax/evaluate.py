@@ -264,7 +264,7 @@ def entries(models: Sequence[Model], rows: Sequence[str],
         return drawing.of_student(teacher, FLAGS.steps or model.steps,
                                   model.time(teacher.time), FLAGS.sampler or model.sampler)
 
-    guidance = first.family.guidance if FLAGS.guidance is None else FLAGS.guidance
+    guidance = first.guidance if FLAGS.guidance is None else FLAGS.guidance
     ways = beside(teacher, few(first), FLAGS.teacher_steps, guidance, FLAGS.solver)
     found = {row: Entry(way, params['teacher']) for row, way in ways.items()
              if row in rows and row != 'student'}

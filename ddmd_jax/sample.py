@@ -52,8 +52,8 @@ def define_flags() -> None:
     flags.DEFINE_enum('sampler', None, ('renoise', 'deterministic'),
                       "Sampler of the student; default: the run's.")
     flags.DEFINE_boolean('teacher', False, 'Draw with the teacher instead of the student.')
-    flags.DEFINE_float('guidance', None, 'Guidance scale of the teacher; 1 is none; default: its '
-                       "family's.", 0)
+    flags.DEFINE_float('guidance', None, 'Guidance scale of the teacher; 1 is none; default: the '
+                       "run's, or its family's.", 0)
     flags.DEFINE_enum('solver', 'euler', ('euler', 'heun'), 'ODE solver of the teacher.')
     flags.DEFINE_boolean('grid', False, 'Also a sheet of all images with their prompts.')
     flags.DEFINE_boolean('compare_teacher', False, 'On the sheet, the teacher on the same noise.')
@@ -241,7 +241,7 @@ def samplers(model: Model, teacher: Teacher) -> list[Sampler]:
     from ddmd_jax.train.durable import checkpoint as ckpt
 
     steps = FLAGS.steps or model.steps
-    guidance = model.family.guidance if FLAGS.guidance is None else FLAGS.guidance
+    guidance = model.guidance if FLAGS.guidance is None else FLAGS.guidance
     if FLAGS.teacher:
         return [drawing.of_teacher(teacher, FLAGS.steps or TEACHER_STEPS, guidance, FLAGS.solver)]
     if steps != model.steps:

@@ -25,6 +25,7 @@ from ddmd_jax.data.prompts import build as prompts
 from ddmd_jax.diffusion import drawing, sampling
 from ddmd_jax.diffusion.time import Shift
 from ddmd_jax.evaluation import pictures
+from ddmd_jax.export.models import find_model
 from ddmd_jax.families import LoadOptions, published_vae
 from ddmd_jax.families.lumina import names, teacher as lumina
 from ddmd_jax.models import autoencoder_kl
@@ -289,6 +290,14 @@ def test_a_trajectory_is_what_every_step_predicts(run, command, three, tmp_path,
         np.testing.assert_array_equal(pixels(file), pixels(three / file.name))
         np.testing.assert_array_equal(pictures.to_uint8(columns[-1][i]), pixels(file))
     assert Image.open(tmp_path / 'grid.png').size[0] > 12 * 256
+
+
+def test_the_teacher_is_guided_as_at_its_runs_end(run, tmp_path):
+    """Compared at its family's scale, it would not be the teacher of the run's own table."""
+    other = shutil.copytree(run, tmp_path / 'run')
+    (other / 'config.json').write_text(json.dumps({'eval': {'guidance': 2.75}}))
+    assert find_model(other, '', None).guidance == 2.75
+    assert find_model('', 'emoji', None).guidance == teachers.get('emoji').guidance
 
 
 def test_a_teacher_alone_needs_no_run(command, weights, tmp_path, capfd):

@@ -56,7 +56,8 @@ def define_flags() -> None:
     flags.DEFINE_enum('sampler', None, ('renoise', 'deterministic'),
                       "Sampler of the student; default: the run's.")
     flags.DEFINE_integer('teacher_steps', TEACHER_STEPS, 'Steps of the guided teacher.', 1)
-    flags.DEFINE_float('guidance', None, "Its guidance scale; default: its family's.", 0)
+    flags.DEFINE_float('guidance', None, "Its guidance scale; default: the run's, or its "
+                       "family's.", 0)
     flags.DEFINE_enum('solver', 'euler', ('euler', 'heun'), 'Its ODE solver.')
     flags.DEFINE_list('size', None, "HEIGHT,WIDTH in pixels; default: the teacher's own.")
     flags.DEFINE_integer('batch', 8, 'Images drawn and written at a time, over all devices; it '

@@ -27,7 +27,8 @@ if TYPE_CHECKING:
 class Model:
     """Where the weights are: the teacher's, and those of a run's student if `workdir` is one.
 
-    `steps`, `sampler`, `shift` and `first_step` are the run's then.
+    `steps`, `sampler`, `shift` and `first_step` are the run's then. So is `guidance`, by which the
+    teacher is drawn; else it is the family's.
     """
 
     family: Family
@@ -41,6 +42,7 @@ class Model:
     shift: float | None = None
     first_step: int | None = None
     variant: str = ''
+    guidance: float = 1.0
 
     def time(self, own: TimeMap) -> TimeMap:
         """That its student draws by: the run's, or else the teacher's `own`."""
@@ -70,13 +72,15 @@ def find_model(checkpoint: str | Path, path: str, size: tuple[int, ...] | None,
             saved.get('teacher.dtype', family.dtype), size or first or None, workdir, opened,
             saved.get('student.steps', 1), field_of(workdir, 'student.sampler') or 'renoise',
             saved.get('method.shift'), saved.get('student.first_step'),
-            saved.get('teacher.variant', '') if variant is None else variant)
+            saved.get('teacher.variant', '') if variant is None else variant,
+            field_of(workdir, 'eval.guidance') or family.guidance)
     else:
         family, path = families.find(path)
         if family.load is None:
             raise UserError(f'--teacher_path {path}: only the text encoder of {family.name} is '
                             'supported')
-        model = Model(family, path, family.dtype, size, variant=variant or '')
+        model = Model(family, path, family.dtype, size, variant=variant or '',
+                      guidance=family.guidance)
     if size and (one := model.family.one_size):
         raise UserError(f'--size: {model.family.name} has one size, {one[0]},{one[1]}')
     return model

@@ -13,8 +13,8 @@ from ddmd_jax.models.text.caption import CaptionEncoderConfig
 SCENES = Field('scenes', COUNT, 131_072, FIXED, 'scenes of an epoch, by number')
 FAMILY = Family(
     'emoji', load=teacher.load, abstract=teacher.abstract,
-    class_names=(teacher.ARCHITECTURE,), ships=True, one_size=(scenes.SIDE, scenes.SIDE),
-    knows_moments=True,
+    class_names=(teacher.ARCHITECTURE,), guidance=2.0, ships=True,
+    one_size=(scenes.SIDE, scenes.SIDE), knows_moments=True,
     data_sets={'emoji': DataSet(prompts.load, (SCENES,), has_reals=True)},
     suite=SUITE, export=EXPORT, pretraining=pretraining, codec=codec.training,
     architecture=of_class('denoiser', NextDiTConfig) + of_class('text', CaptionEncoderConfig))
