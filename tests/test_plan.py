@@ -3,6 +3,7 @@
 import importlib.util
 import json
 import re
+from importlib import metadata
 
 import forked
 import jax
@@ -20,6 +21,23 @@ needs_libtpu = pytest.mark.skipif(
 
 def plan(*flags):
     return forked.run('ddmd_jax.plan', *flags, ALLOW_MULTIPLE_LIBTPU_LOAD='1')
+
+
+# Of a compiled program: exact, and no clock is asked.
+COUNTS = 'flops', 'temp_bytes', 'alias_bytes', 'hbm_bytes', 'collective_bytes'
+
+
+def is_as_it_was(golden, found):
+    """What a change does to the compiled programs is seen, and written down, in a golden file.
+
+    Another compiler may count otherwise: numbers are of one version of JAX and libtpu.
+    """
+    file = tiny.ROOT / 'tests' / 'golden' / golden
+    versions = {name: metadata.version(name) for name in ('jax', 'jaxlib', 'libtpu')}
+    known = json.loads(file.read_text()) if file.exists() else {'versions': versions}
+    if known['versions'] == versions:
+        now = json.dumps({'versions': versions, 'counts': found}, indent=1) + '\n'
+        assert known.get('counts') == found, f'{file} would now be\n{now}'
 
 
 @pytest.mark.parametrize('slices', ['99999999999', '1025'])
@@ -57,6 +75,10 @@ def test_both_steps_are_compiled_for_a_topology(weights):
         assert 0.8 < p['flops'] / p['analytic_flops'] < (1.4 if name == 'decode' else 1.25)
     for p in (generator, critic):
         assert sum(p['collective_bytes'].values()) > 0
+        # The whole state is donated: nothing but metrics has a buffer of its own.
+        assert 0 <= p['output_bytes'] - p['alias_bytes'] < 2**16
+    is_as_it_was('plan.json', {name: {key: p[key] for key in COUNTS}
+                               for name, p in found['programs'].items()})
     assert found['run']['chip_hours'] > 0 and 'advice' not in found
     # The generator's has the teacher's three passes and the critic's one more than the critic's.
     assert 1.3 * critic['flops'] < generator['flops'] < 4 * critic['flops']

@@ -25,6 +25,7 @@ from ddmd_jax.models import adapters
 from ddmd_jax.parallel import sharding
 from ddmd_jax.train import distillation
 from ddmd_jax.train.distillation import Plan
+from ddmd_jax.util.errors import UserError
 
 # --- At toy size: fields of the network, by family, and of the config ---
 
@@ -109,8 +110,11 @@ def subject(config: Any, mesh: Mesh, network: Mapping[str, Any] | None = None,
     Raises:
       ShardingError: mesh and batch, or a parameter, do not divide.
       AdapterError: adapters do not fit the network.
+      UserError: an order of updates that is not timed here.
     """
     c, t = config, config.teacher
+    if c.critic.get('order') == 'one_rollout':
+        raise UserError("config.critic.order: 'one_rollout' is not timed here; try 'critic_first'")
     sharding.check_batch(c.data.global_batch, mesh, c.student.steps * c.train.accumulate)
     size = max(c.data.get('sizes', ()), key=math.prod, default=None)
     options = LoadOptions(t.path, mesh, t.dtype, size, t.remat, t.attention, t.param_dtype)
