@@ -62,7 +62,8 @@ def part(asked: Asked, images: Mapping[str, Kept], by: Measures, sheet: Path) ->
                 for row, found in images.items()}
     if asked.examples is not None:
         rows, each, notes = evaluate.measured(asked.examples, images, settings)
-        titles = {row: f'{row}\n{settings[row]["steps"]} steps' for row in images}
+        titles = {row: f'{row}\n{found.about["steps"]} step' + 's' * (found.about['steps'] != 1)
+                  for row, found in images.items()}
         evaluate.samples(asked.examples, images, titles, sheet)
     else:
         rows, each, notes = [], {}, []
