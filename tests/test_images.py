@@ -509,6 +509,31 @@ def test_tars_are_read_in_their_order(tmp_path):
     assert found.listing != sources.open_source([str(one)]).listing
 
 
+def test_a_tar_that_ends_early_is_not_read_as_a_shorter_one(tmp_path):
+    """Cut off between two members, or with a damaged header, it would be without a word."""
+    names = [f'{i}.{kind}' for i in range(3) for kind in ('png', 'txt')]
+    whole = pack(tmp_path / 'a.tar', {name: picture(0) for name in names}).read_bytes()
+    with tarfile.open(tmp_path / 'a.tar') as tar:
+        headers = [member.offset for member in tar.getmembers()]
+    damaged = [whole[:at] for at in headers[2:]] + [whole[:headers[4] + 100]] + [
+        whole[:at] + b'\xff' * 512 + whole[at + 512:] for at in headers[2:]]
+    for raw in damaged:
+        (tmp_path / 'b.tar').write_bytes(raw)
+        with pytest.raises(DataFileError, match='b.tar is no whole tar .its members end at byte'):
+            sources.open_source([str(tmp_path / 'b.tar')])
+
+
+def test_a_link_that_leads_back_is_not_followed(tmp_path):
+    images = fill(tmp_path / 'in', 2)
+    other = fill(tmp_path / 'other', 1)
+    (images / 'below').mkdir()
+    (images / 'below' / 'loop').symlink_to(images)
+    (images / 'here').symlink_to('.')
+    (images / 'other').symlink_to(other)
+    found = sources.open_source([str(images)])
+    assert [entry.name for entry in found] == ['0.png', '1.png', 'other/0.png']
+
+
 def test_a_tfds_data_set_is_read(tmp_path):
     from ddmd_jax.families.emoji.drawings import DRAWINGS
 
@@ -596,6 +621,14 @@ def test_a_codecs_identity_is_its_encoders(tmp_path, pipeline, encoder):
     assert of(tmp_path / 'vae') != encoder.identity
     with pytest.raises(WeightsError, match='emoji has no codec that makes latents'):
         families.get('emoji').load_images(LoadOptions())
+
+
+@pytest.mark.parametrize('name', ['latents_mean', 'latents_std'])
+def test_a_codec_with_moments_of_each_channel_is_refused(name):
+    """Pipelines scale by these beside the factor; ours would not."""
+    assert published_vae.vae_config(VAE | {name: None}, 'float32')
+    with pytest.raises(WeightsError, match=f'{name} is .0.5, 0.1.* supported is None'):
+        published_vae.vae_config(VAE | {name: [0.5, 0.1, 0.2, 0.3]}, 'float32')
 
 
 def test_a_codec_may_come_in_a_variant(tmp_path, pipeline, encoder, mesh):

@@ -46,6 +46,9 @@ def vae_config(published: dict[str, Any], dtype: str) -> AutoencoderKLConfig:
     fields = {f.name for f in dataclasses.fields(AutoencoderKLConfig)} - {'dtype'}
     try:
         values = ABSENT | {name: published[name] for name in fields if name in published}
+        for name in ('latents_mean', 'latents_std'):  # of each channel, where pipelines know them
+            if published.get(name) is not None:
+                raise ValueError(f'{name} is {str(published[name])[:40]}, supported is None')
         values['block_out_channels'] = tuple(values['block_out_channels'])
         return AutoencoderKLConfig(
             **published_config.checked(AutoencoderKLConfig, values), dtype=dtype)

@@ -195,8 +195,11 @@ class Folder(Sequence):
     def __init__(self, path: Path, table: Mapping[str, str] | None):
         self.path, self._table = path, table
         self._files, texts = [], set()
+        real = lambda *at: os.path.join(os.path.realpath(os.path.join(*at)), '')
         for folder, inside, names in os.walk(path, followlinks=True):
-            inside[:] = sorted(name for name in inside if not name.startswith('.'))
+            inside[:] = sorted(  # a link that leads back would be followed forty times
+                name for name in inside if not name.startswith('.')
+                and not real(folder).startswith(real(folder, name)))
             for name in names:
                 relative = os.path.normpath(os.path.join(os.path.relpath(folder, path), name))
                 stem, suffix = os.path.splitext(relative)
@@ -263,6 +266,11 @@ class Tar(Sequence):
                             raise DataFileError(f'{path} holds {printable(member.name)} twice; pack'
                                                 ' it anew with names that differ')
                         parts[f'.{kind.lower()}'] = member.offset_data, member.size
+                end = tar.offset
+            with path.open('rb') as file:  # a damaged header, or none, ends the loop as quietly
+                file.seek(end)
+                if any(file.read(tarfile.BLOCKSIZE) or b'no'):
+                    raise tarfile.ReadError(f'its members end at byte {end} without a mark')
         except (tarfile.TarError, OSError, EOFError) as e:
             errors.raise_environment(e, path)
             raise DataFileError(f'{path} is no whole tar ({first_line(e)}); fetch it again, and '
