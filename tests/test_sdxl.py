@@ -125,6 +125,9 @@ def test_the_table_is_the_schedulers(tmp_path):
     folder = written(tmp_path, {}, scheduler={'scheduler_config.json': own})
     assert sdxl.open_folder(folder).time == StepTable(
         0.00085, 0.02, count=500, first=499, spacing='trailing', offset=0)
+    bare = {k: x for k, x in published_sdxl.SCHEDULER.items() if k != 'steps_offset'}
+    folder = written(tmp_path, {}, scheduler={'scheduler_config.json': bare})
+    assert sdxl.open_folder(folder).time == StepTable(offset=0)  # diffusers' own default
 
 
 def test_a_run_that_starts_at_another_step_is_drawn_from_there(tmp_path):

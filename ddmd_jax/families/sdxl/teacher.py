@@ -215,7 +215,7 @@ def table_of(file: Path) -> StepTable:
             raise ValueError(words)
         return StepTable(
             config['beta_start'], config['beta_end'], config['beta_schedule'], count, count - 1,
-            spacing if spacing in SPACINGS else SPACINGS[0], config.get('steps_offset', 1))
+            spacing if spacing in SPACINGS else SPACINGS[0], config.get('steps_offset', 0))
     except (KeyError, TypeError, ValueError) as e:
         raise WeightsError(f'{file} has no table of steps that is known here ({e}); fetch the '
                            'folder again') from e
