@@ -11,8 +11,9 @@ from small import SHAPES, config_of, task_of
 from ddmd_jax.data.batch import Batch
 from ddmd_jax.data.conditioning import Prompts
 from ddmd_jax.families.emoji import judge
+from ddmd_jax.parallel import sharding
 from ddmd_jax.train import train
-from ddmd_jax.train.distillation import request_of
+from ddmd_jax.train.distillation import plan, request_of
 from ddmd_jax.weights.flat import WeightsError
 
 FIGURES = {'loss': 0.0, 'dm_rel_gap': 0.1, 'dm_cos': 0.99, 'dm_to_ca': 0.1, 'x_std': 0.5}
@@ -44,6 +45,14 @@ def test_an_offloaded_teacher_leaves_nothing_on_a_device():
     task = task_of(config_of(**{'train.offload': 'teacher'}))
     for tree in (task.frozen.teacher, task.teacher.params):
         assert {x.sharding.memory_kind for x in jax.tree.leaves(tree)} == {'pinned_host'}
+
+
+def test_the_null_prompt_is_the_one_that_the_config_names():
+    null = {'embeds': np.ones((1, 4, 16), np.float32), 'mask': np.ones((1, 4), bool)}
+    mesh, teacher = sharding.make_mesh({}, jax.devices()[:1]), task_of(config_of()).teacher
+    of = lambda **fields: plan(config_of(**fields), teacher, null, mesh).frozen.null
+    assert of()['embeds'].all() and of(**{'method.null': 'encoded'})['embeds'].all()
+    assert not of(**{'method.null': 'zeros'})['embeds'].any()
 
 
 def test_a_suite_is_refused_before_training_where_there_is_no_autoencoder():

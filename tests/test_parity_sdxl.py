@@ -113,6 +113,21 @@ def test_every_step_is_a_rescaled_step_of_the_flow():
         assert near(got[step], clean[step].numpy()) <= 1e-5, step
 
 
+@pytest.mark.parametrize('spacing, offset', [('leading', 1), ('leading', 0), ('trailing', 0)])
+@pytest.mark.parametrize('n', [1, 7, 50])
+def test_a_solver_starts_where_the_pipelines_does(spacing, offset, n):
+    """The steps of its grid, and how large unit noise is made at the first of them."""
+    scheduler = diffusers.EulerDiscreteScheduler(**published_sdxl.SCHEDULER | {
+        'timestep_spacing': spacing, 'steps_offset': offset})
+    scheduler.set_timesteps(n)
+    table = StepTable(spacing=spacing, offset=offset)
+    np.testing.assert_array_equal(table.step_of(table.grid(n)[:-1]), scheduler.timesteps.numpy())
+    noise = np.random.default_rng(n).standard_normal((1, 3, 3, 4)).astype(np.float32)
+    # Theirs is x + sigma noise, which is the flow's but for the factor 1 + sigma.
+    want = noise * float(scheduler.init_noise_sigma / (1 + scheduler.sigmas[0]))
+    np.testing.assert_allclose(table.grid_input(noise, n), want, rtol=1e-5)
+
+
 # --- The network and the codec ---
 
 

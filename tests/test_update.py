@@ -14,6 +14,7 @@ import tiny
 
 from ddmd_jax.data.batch import Batch
 from ddmd_jax.method import schedules
+from ddmd_jax.method.regularisers import Regulariser
 from ddmd_jax.parallel import sharding
 from ddmd_jax.train import state as st
 from ddmd_jax.train.update import Mechanics, Updates, accumulated_grads, ema_decay
@@ -165,6 +166,27 @@ def test_both_at_once_see_each_other_as_they_were(hybrid, batch):
     close(kept(state.critic), kept(want.critic))
     np.testing.assert_allclose(metrics['fake_loss'], beside['fake_loss'], rtol=1e-5)
     assert float(metrics['fake_loss']) != float(other['fake_loss'])
+
+
+class Seen(Regulariser):
+    """Logs how large the samples are that each objective is given."""
+
+    def __init__(self):
+        pass
+
+    def student_term(self, x_hat, sight):
+        return 0.0, {'made': jnp.mean(jnp.square(x_hat))}
+
+    def critic_term(self, x, sight):
+        return 0.0, {'judged': jnp.mean(jnp.square(x))}
+
+
+def test_the_images_are_the_same_in_every_micro_batch(batch):
+    run = Run(accumulate=2, regularisers={'seen': Seen()})
+    _, metrics = run.program.both(run.frozen, run.fresh(), batch)
+    np.testing.assert_allclose(metrics['judged'], metrics['made'], rtol=1e-5)
+    _, other = run.critic(run.fresh(), batch)
+    assert abs(float(other['judged']) - float(metrics['made'])) > 1e-3
 
 
 def test_both_at_once_change_nothing_where_a_row_is_not_finite(hybrid, batch):
