@@ -25,7 +25,8 @@ What is not as published:
   * a batch holds every step of the student equally often, where DMD2 draws one for all of it;
   * its real latents are those of its own captions, where DMD2 takes another shuffle's;
   * weight decay is on kernels alone, and critic and head are clipped each by its own norm;
-  * the student's passes without gradient are in bfloat16 like the others, there in fp32;
+  * passes without gradient of student and critic, and the text encoders, are in bfloat16 like the
+    rest, there in fp32;
   * one step starts at the teacher's weights, where DMD2 has regressed 10,000 pairs before
     (`init_from` takes weights that were).
 
