@@ -1,8 +1,10 @@
 """Real images to latents on disk: what is written is what the codec makes of the right pixels."""
 
 import codecs
+import errno
 import io
 import json
+import os
 import shutil
 import struct
 import tarfile
@@ -31,6 +33,7 @@ from ddmd_jax.models import autoencoder_kl
 from ddmd_jax.parallel import sharding
 from ddmd_jax.train import prompts
 from ddmd_jax.util import commands
+from ddmd_jax.util.errors import UserError
 from ddmd_jax.util.places import PlaceError
 from ddmd_jax.weights import diffusers
 from ddmd_jax.weights.flat import WeightsError
@@ -295,6 +298,30 @@ def test_any_number_of_processes_writes_the_same(tmp_path, encoder, mesh):
     assert contents(tmp_path / 'one') == contents(tmp_path / 'two')
 
 
+def test_another_process_may_begin_a_folder_at_the_same_time(tmp_path, monkeypatch):
+    begin, replace, others = lambda: cache.Parts(tmp_path / 'out', {}, {}, []), os.replace, []
+
+    def after_another(*given):
+        if not others:
+            others.append(None)
+            with monkeypatch.context() as m:
+                m.setattr(os, 'getpid', os.getppid)
+                others.append(begin())
+        return replace(*given)
+
+    monkeypatch.setattr(os, 'replace', after_another)
+    assert begin().folder == others[1].folder
+    assert [p.name for p in (tmp_path / 'out.parts').iterdir()] == ['settings.json']
+
+
+def test_another_process_may_have_finished_the_folder_just_now(tmp_path, encoder, mesh,
+                                                              monkeypatch):
+    finish = cache.Parts.finish
+    monkeypatch.setattr(cache.Parts, 'finish', lambda *given: finish(*given) and finish(*given))
+    assert encode(fill(tmp_path / 'in', 2), encoder, mesh, tmp_path / 'out')['count'] == 2
+    assert len(cache.ImageCache(tmp_path / 'out')) == 2
+
+
 def test_bad_images_are_named_counted_and_left_out(tmp_path, encoder, mesh):
     images = fill(tmp_path / 'in')
     (images / '1.png').write_bytes(picture(1)[:90])
@@ -532,6 +559,34 @@ def test_a_link_that_leads_back_is_not_followed(tmp_path):
     (images / 'other').symlink_to(other)
     found = sources.open_source([str(images)])
     assert [entry.name for entry in found] == ['0.png', '1.png', 'other/0.png']
+
+
+def test_a_folder_that_cannot_be_listed_is_one_line(tmp_path, monkeypatch):
+    """Its images would be missing without a word."""
+    images = fill(tmp_path / 'in', 2)
+    (images / 'closed').mkdir()
+    scandir = os.scandir
+
+    def refused(number):
+        def scan(folder):
+            if os.path.basename(folder) == 'closed':
+                raise OSError(number, os.strerror(number), folder)
+            return scandir(folder)
+
+        monkeypatch.setattr(os, 'scandir', scan)
+        with pytest.raises(UserError, match='closed') as e:
+            sources.open_source([str(images)])
+        return str(e.value)
+
+    assert 'permission is denied' in refused(errno.EACCES)
+    assert 'cannot be listed' in refused(errno.ENOENT)
+
+
+def test_a_table_of_other_names_says_how_images_are_called(tmp_path):
+    images = fill(tmp_path / 'in', 1, captions=False)
+    captions = table(tmp_path / 't.jsonl', file_name=[str(images / '0.png')], caption=['a'])
+    with pytest.raises(DataFileError, match='names none of them, such as 0.png$'):
+        sources.open_source([str(images)], captions)
 
 
 def test_a_tfds_data_set_is_read(tmp_path):

@@ -76,15 +76,16 @@ def copy_folder(source: Path, target: Path, called: Callable[[str], str]) -> Non
                 shutil.copyfile(file, scratch / name)
 
 
-def write(path: Place, content: str | bytes, sync: bool = False) -> None:
+def write(path: Place, content: str | bytes, sync: bool = False, own: bool = False) -> None:
     """Writes text (UTF-8) or bytes; see `replacing`."""
-    with replacing(path, sync) as scratch:
+    with replacing(path, sync, own) as scratch:
         scratch.write_bytes(content.encode() if isinstance(content, str) else content)
 
 
-def write_json(path: Place, value: Any, indent: int | None = 1, sync: bool = False) -> None:
+def write_json(path: Place, value: Any, indent: int | None = 1, sync: bool = False,
+               own: bool = False) -> None:
     """Writes a value as JSON, non-ASCII characters as themselves; see `replacing`."""
-    write(path, json.dumps(value, indent=indent, ensure_ascii=False), sync)
+    write(path, json.dumps(value, indent=indent, ensure_ascii=False), sync, own)
 
 
 class Lock(Protocol):

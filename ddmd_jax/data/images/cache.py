@@ -79,7 +79,7 @@ class Parts:
         self.folder.mkdir(parents=True, exist_ok=True)
         file = self.folder / 'settings.json'
         if not file.is_file():
-            files.write_json(file, {'settings': self.settings, 'asked': self.asked})
+            files.write_json(file, {'settings': self.settings, 'asked': self.asked}, own=True)
         try:
             found = shape.load(files.patiently(file.read_bytes), {'settings': {}, 'asked': {}})
         except ValueError as e:
@@ -170,8 +170,9 @@ class Parts:
                 'files': [self._names(number)[0].name for number, part in enumerate(cards)
                           if part['buckets']]}
         with contextlib.suppress(FileNotFoundError):  # another process was as fast
-            safetensors.numpy.save_file({'buckets': buckets}, self.folder / 'index.safetensors')
-            files.write_json(self.folder / 'card.json', card, sync=True)
+            files.write(self.folder / 'index.safetensors',
+                        safetensors.numpy.save({'buckets': buckets}), own=True)
+            files.write_json(self.folder / 'card.json', card, sync=True, own=True)
             os.replace(self.folder, self.out)
         return card
 

@@ -196,7 +196,13 @@ class Folder(Sequence):
         self.path, self._table = path, table
         self._files, texts = [], set()
         real = lambda *at: os.path.join(os.path.realpath(os.path.join(*at)), '')
-        for folder, inside, names in os.walk(path, followlinks=True):
+
+        def unlisted(error: OSError) -> None:
+            errors.raise_environment(error)
+            raise DataFileError(f'{error.filename} cannot be listed ({error.strerror}); see to it, '
+                                'or move it elsewhere') from error
+
+        for folder, inside, names in os.walk(path, onerror=unlisted, followlinks=True):
             inside[:] = sorted(  # a link that leads back would be followed forty times
                 name for name in inside if not name.startswith('.')
                 and not real(folder).startswith(real(folder, name)))
@@ -213,9 +219,9 @@ class Folder(Sequence):
         has = table.__contains__ if table is not None else (
             lambda name: os.path.splitext(name)[0] in texts)
         if not any(map(has, self._files)):
-            where = 'the table of --captions names none of them' if table is not None else (
-                'put the caption of NAME.jpg into NAME.txt beside it, or give a table of them with '
-                '--captions')
+            where = ('put the caption of NAME.jpg into NAME.txt beside it, or give a table of them '
+                     'with --captions') if table is None else (
+                f'the table of --captions names none of them, such as {printable(self._files[0])}')
             raise DataFileError(f'{path} holds {len(self._files)} images without captions; {where}')
 
     def __len__(self) -> int:
