@@ -310,7 +310,6 @@ def write_sheet(file: Place, prompts: Sequence[str], columns: Sequence[Sampler],
     if FLAGS.trajectory:
         titles, drawn = [], [images[:, k] for images in drawn for k in range(images.shape[1])]
         for sampler in columns:
-            assert sampler.times is not None
             times = sampler.times()
             model = sampler.model + (f', w={sampler.guidance:g}' if sampler.guidance != 1 else '')
             titles += [f'{model}\nstep {k + 1} of {sampler.steps}, t = {times[k]:.2f}'

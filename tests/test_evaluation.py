@@ -3,6 +3,7 @@
 import json
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 import tiny
@@ -36,11 +37,13 @@ np.save(sys.argv[1], noises(make_mesh({'data': 2, 'fsdp': -1}), 'dacb', 16))
 
 def noise_sampler():
     """Draws the noise of two steps beside what conditions it; no network."""
-    def draw(params, cond, null, key):
+    def trace(params, cond, null, key):
         noise = sampling.step_noise(key, 2, (len(cond['embeds']), 4, 4, 3))
-        return params * noise[0] + noise[1] + cond['embeds'][:, :, None] + null['embeds'][0, 0]
+        x = params * noise[0] + noise[1] + cond['embeds'][:, :, None] + null['embeds'][0, 0]
+        return x, noise
 
-    return drawing.Sampler('student', 2, 2, 1.0, 'renoise', draw, lambda x: 0.1 * x)
+    return drawing.Sampler('student', 2, 2, 1.0, 'renoise', lambda: jnp.array([0.0, 0.5]), trace,
+                           lambda x: 0.1 * x)
 
 
 def request(letters, dtype=np.float32):

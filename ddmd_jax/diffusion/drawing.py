@@ -52,11 +52,11 @@ class Sampler:
       evaluations: of the network, for one image.
       guidance: scale; 1 is none.
       method: a student's mode (`sampling.STUDENT_MODES`), or the solver of the teacher's ODE.
-      draw: ``(params, cond, null, key) -> latents [B, H, W, C]``; `cond` and `null`, the null
-        prompt's, have B rows; `key` is one for all of them or ``[B]`` (`sampling.step_noise`).
-      decode: ``latents -> images [B, H', W', 3]``; None without a decoder.
-      trace: as `draw`, but ``(latents, what each step predicts [steps, B, H, W, C])``.
       times: the paper's t at which each step begins, ``[steps]``.
+      trace: ``(params, cond, null, key) -> (latents [B, H, W, C], what each step predicts
+        [steps, B, H, W, C])``; `cond` and `null`, the null prompt's, have B rows; `key` is one for
+        all of them or ``[B]`` (`sampling.step_noise`).
+      decode: ``latents -> images [B, H', W', 3]``; None without a decoder.
     """
 
     model: str
@@ -64,10 +64,13 @@ class Sampler:
     evaluations: int
     guidance: float
     method: str
-    draw: Callable[[Any, Any, Any, Array], Array]
+    times: Callable[[], Array]
+    trace: Callable[[Any, Any, Any, Array], tuple[Array, Any]]
     decode: Callable[[Any], Any] | None
-    trace: Callable[[Any, Any, Any, Array], tuple[Array, Array]] | None = None
-    times: Callable[[], Array] | None = None
+
+    def draw(self, params: Any, cond: Any, null: Any, key: Array) -> Array:
+        """The latents of `trace` alone."""
+        return self.trace(params, cond, null, key)[0]
 
     @property
     def title(self) -> str:
@@ -88,8 +91,8 @@ def of_student(teacher: Teacher, steps: int, time: TimeMap | None = None,
             functools.partial(teacher.predict_clean, params), cond, schedule, key,
             _shape(teacher, cond), mode)
 
-    return Sampler('student', steps, steps, 1.0, mode, lambda *given: trace(*given)[0],
-                   teacher.latents.decode, trace, lambda: schedule.times)
+    return Sampler('student', steps, steps, 1.0, mode, lambda: schedule.times, trace,
+                   teacher.latents.decode)
 
 
 def of_teacher(teacher: Teacher, steps: int, guidance: float = 1.0,
@@ -104,8 +107,7 @@ def of_teacher(teacher: Teacher, steps: int, guidance: float = 1.0,
             sampling.Guidance(guidance, NULLS[teacher.null](null), teacher.rescale), solver)
 
     return Sampler('teacher', steps, sampling.evaluations(steps, guidance, solver), guidance,
-                   solver, lambda *given: trace(*given)[0], teacher.latents.decode, trace,
-                   lambda: teacher.time.grid(steps)[:-1])
+                   solver, lambda: teacher.time.grid(steps)[:-1], trace, teacher.latents.decode)
 
 
 def along(sampler: Sampler, steps: Sequence[int]) -> Sampler:
@@ -114,12 +116,12 @@ def along(sampler: Sampler, steps: Sequence[int]) -> Sampler:
     Latents are ``[B, K, H, W, C]`` and images ``[B, K, H', W', 3]``; each is decoded alone.
     """
     trace, decode = sampler.trace, sampler.decode
-    assert trace is not None and decode is not None
+    assert decode is not None
     each = lambda latents: np.stack([np.concatenate([
         np.asarray(decode(one[None])) for one in row]) for row in latents])
     return dataclasses.replace(
         sampler, decode=each,
-        draw=lambda *given: jnp.moveaxis(trace(*given)[1][np.asarray(steps)], 0, 1))
+        trace=lambda *given: (jnp.moveaxis(trace(*given)[1][np.asarray(steps)], 0, 1), ()))
 
 
 def _shape(teacher: Teacher, cond: Any) -> tuple[int, ...]:
