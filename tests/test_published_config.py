@@ -104,6 +104,19 @@ def test_a_table_of_steps_is_one(tmp_path, field, values):
             sdxl.table_of(file)
 
 
+@pytest.mark.parametrize('fields, told', [
+    ({'_class_name': 'EulerDiscreteScheduler', 'timestep_spacing': None}, "not of 'linspace'"),
+    ({'_class_name': 'DDIMScheduler', 'timestep_spacing': None}, ''),
+    ({'_class_name': 'DPMSolverMultistepScheduler', 'use_karras_sigmas': True}, "not Karras's")])
+def test_a_sampler_of_other_steps_is_told(tmp_path, capsys, fields, told):
+    """Also where the config says nothing, and its class does."""
+    file = tmp_path / 'scheduler_config.json'
+    file.write_text(json.dumps(published_sdxl.SCHEDULER | fields))
+    assert sdxl.table_of(file) == sdxl.TABLE
+    err = capsys.readouterr().err
+    assert told in err and bool(told) == bool(err)
+
+
 def test_a_spacing_that_is_not_known_here_is_told(tmp_path, capsys):
     file = tmp_path / 'scheduler_config.json'
     file.write_text(json.dumps(published_sdxl.SCHEDULER | {'timestep_spacing': 'linspace'}))

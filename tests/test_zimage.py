@@ -188,6 +188,18 @@ def test_what_says_that_a_teacher_is_distilled(tmp_path, file, content, words):
     assert words in found and bool(words) == bool(found)
 
 
+@pytest.mark.parametrize('name, words', [
+    ('stabilityai/sdxl-turbo', 'its card loads stabilityai/sdxl-turbo'),
+    ('ByteDance/SDXL-Lightning', 'its card loads'),
+    ('latent-consistency/lcm-sdxl', 'its card loads'),
+    ('stabilityai/stable-diffusion-xl-base-1.0', '')])
+def test_sdxls_students_are_no_teachers(tmp_path, name, words):
+    (tmp_path / 'README.md').write_text(
+        f'# SDXL\nFaster: SDXL-Turbo.\npipe = AutoPipelineForText2Image.from_pretrained("{name}")')
+    found = families.get('sdxl').distilled(str(tmp_path))
+    assert words in found and bool(words) == bool(found)
+
+
 def test_a_distilled_teacher_is_refused_unless_forced(tmp_path):
     """Before its weights are read: there are none here."""
     config = config_lib.load('zimage')

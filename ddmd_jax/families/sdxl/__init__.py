@@ -6,7 +6,7 @@ from ddmd_jax.families.sdxl.export import EXPORT
 
 FAMILY = Family(
     'sdxl', load=teacher.load, text=text.load, text_identity=text.identity, variants=True,
-    images=teacher.images, abstract=teacher.abstract,
+    images=teacher.images, abstract=teacher.abstract, distilled=teacher.distilled,
     class_names=(*text.PIPELINE.class_names, teacher.UNET), attention=('auto', 'xla', 'splash'),
     dtype='bfloat16', guidance=5.0, nulls=('encoded', 'zeros'), table_steps=teacher.TABLE.count,
     knows_moments=True, export=EXPORT)

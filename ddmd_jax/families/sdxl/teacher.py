@@ -31,7 +31,7 @@ from ddmd_jax.data.batch import CondField, CondSpec
 from ddmd_jax.diffusion import process
 from ddmd_jax.diffusion.sampling import Predict
 from ddmd_jax.diffusion.time import SPACINGS, StepTable
-from ddmd_jax.families import published_config, published_text, published_vae
+from ddmd_jax.families import published_card, published_config, published_text, published_vae
 from ddmd_jax.families.base import (
     Array,
     Cond,
@@ -86,6 +86,10 @@ SCHEDULER = {
     'steps_offset?': lambda x: '' if not shape.count(x) and x < 10**5 else 'not a number of steps',
     'timestep_spacing?': lambda x: '' if x is None else shape.one_of(*SPACINGS, 'linspace')(x),
     'beta_start?': shape.positive, 'beta_end?': shape.positive, 'beta_schedule?': str}
+# Samplers that are `leading` where a config says nothing; diffusers' others are `linspace`.
+LEADING = ('DDIMScheduler', 'DDPMScheduler', 'PNDMScheduler', 'LCMScheduler', 'TCDScheduler')
+# Parts of the names of what SDXL has been distilled into.
+STUDENTS = ('turbo', 'lightning', 'hyper-sd', 'lcm', 'dmd2')
 OPTIONAL = ('in_channels', 'out_channels', 'layers_per_block', 'norm_num_groups', 'norm_eps')
 PER_LEVEL = ('transformer_layers_per_block', 'attention_head_dim')  # one number stands for all
 
@@ -207,9 +211,14 @@ def table_of(file: Path) -> StepTable:
             raise WeightsError(f'{file}: {name} is {str(config[name])[:40]}, supported is {value}; '
                                'a teacher of another process needs a family of its own')
     count, spacing = config.get('num_train_timesteps', 1000), config.get('timestep_spacing')
+    if spacing is None and config.get('_class_name', LEADING[0]) not in LEADING:
+        spacing = 'linspace'
     if spacing == 'linspace':  # between two steps of the table, where no level is asked of it
         print(f"warning: {file}: the teacher's own sampler takes the steps of 'leading' here, not "
               "of 'linspace'; no training depends on it", file=sys.stderr)
+    if config.get('use_karras_sigmas'):
+        print(f"warning: {file}: the teacher's own sampler takes the table's steps here, not "
+              "Karras's; no training depends on it", file=sys.stderr)
     try:
         if words := shape.fault(config, SCHEDULER):
             raise ValueError(words)
@@ -339,6 +348,9 @@ def images(options: LoadOptions) -> ImageEncoder:
     folder = fetch.local_folder(options.path, patterns)
     open_folder(folder)
     return published_vae.image_encoder('sdxl', folder, options)
+
+
+distilled = functools.partial(published_card.few_step, called=STUDENTS)
 
 
 def abstract(options: LoadOptions, **network: Any) -> Teacher:

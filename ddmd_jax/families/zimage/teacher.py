@@ -9,10 +9,9 @@
 """
 
 import functools
-import re
 from typing import Any
 
-from ddmd_jax.families import published_flow, published_text
+from ddmd_jax.families import published_card, published_flow, published_text
 from ddmd_jax.families.base import LoadOptions, Teacher
 from ddmd_jax.families.published_flow import Flow
 from ddmd_jax.families.zimage import names, text
@@ -23,6 +22,7 @@ from ddmd_jax.weights import diffusers, fetch
 
 TRANSFORMER = 'ZImageTransformer2DModel'
 SHIFT, TURBO_SHIFT = 6.0, 3.0
+SCHEDULER = 'scheduler/scheduler_config.json'
 RULES = zimage.RULES
 _READ = ('in_channels', 'dim', 'n_layers', 'n_refiner_layers', 'n_heads', 'norm_eps',
          'cap_feat_dim', 'rope_theta', 't_scale')
@@ -56,28 +56,14 @@ def abstract(options: LoadOptions, **network: Any) -> Teacher:
 def distilled(path: str) -> str:
     """What says that the weights at `path` are Z-Image-Turbo or another few-step student; or ''.
 
-    Asked are the name that configs were saved under, the model that the card's own program loads
-    (the base model's card speaks of Turbo as well), the card's tags as `export` writes them, and
-    the scheduler's shift. A transformer whose folder says none of it cannot be told from the base.
+    Beside what every folder may say, the scheduler's shift.
 
     Raises:
       WeightsError: there is no such folder, or its configs cannot be read.
     """
-    configs = ('model_index.json', 'config.json', 'transformer/config.json',
-               'scheduler/scheduler_config.json')
-    folder = fetch.local_folder(path, (*configs, 'README.md'))
-    there = [name for name in configs if (folder / name).is_file()]
-    found = {name: diffusers.read_json(folder / name) for name in there}
-    for name, config in found.items():
-        if 'turbo' in (called := str(config.get('_name_or_path', ''))).lower():
-            return f'its {name} calls it {called}'
-    if (folder / 'README.md').is_file():
-        card = (folder / 'README.md').read_text('utf-8', 'replace')
-        loaded = re.search(r"""from_pretrained\(\s*["']([^"']+)""", card)
-        if loaded and 'turbo' in loaded[1].lower():
-            return f'its card loads {loaded[1]}'
-        if re.search(r'^tags: .*\bfew-step\b', card, re.MULTILINE):
-            return "its card is a few-step student's"
-    if found.get('scheduler/scheduler_config.json', {}).get('shift') == TURBO_SHIFT:
+    if why := published_card.few_step(path, ('turbo',)):
+        return why
+    scheduler = fetch.local_folder(path, (SCHEDULER,)) / SCHEDULER
+    if scheduler.is_file() and diffusers.read_json(scheduler).get('shift') == TURBO_SHIFT:
         return f"its scheduler's shift is Z-Image-Turbo's {TURBO_SHIFT:g}, the base has {SHIFT:g}"
     return ''
