@@ -52,11 +52,11 @@ def test_micro_batches_average_to_the_whole_batch():
         del key
         assert batch.shape == (7,)
         loss = jnp.mean(jnp.square(p * batch.cond['x'] - 1.0))
-        return loss, {'loss': loss}
+        return loss, ({'loss': loss}, None)
 
     batch = Batch({'x': jax.random.normal(jax.random.key(0), (8, 3))}, shape=(7,))
-    grads, metrics = zip(*(accumulated_grads(loss_fn, jnp.float32(0.3), batch, jax.random.key(0), n)
-                           for n in (1, 4)), strict=True)
+    grads, metrics, _ = zip(*(accumulated_grads(
+        loss_fn, jnp.float32(0.3), batch, jax.random.key(0), n) for n in (1, 4)), strict=True)
     np.testing.assert_allclose(*grads, rtol=1e-5)
     np.testing.assert_allclose(metrics[0]['loss'], metrics[1]['loss'], rtol=1e-5)
 
@@ -65,10 +65,12 @@ def test_micro_batches_draw_their_own_noise_and_hold_rows_of_every_device():
     """Every n-th row each; neighbours of one device would leave the others idle."""
     def loss_fn(p, batch, key):
         draw = jax.random.normal(key)
-        return p * draw, {'rows': batch.cond['x'], 'square': draw**2, 'draw': draw}
+        x = batch.cond['x']
+        return p * draw, ({'rows': x, 'square': draw**2, 'draw': draw}, 10 * x)
 
     batch = Batch({'x': jnp.arange(8.0)})
-    grad, metrics = accumulated_grads(loss_fn, 1.0, batch, jax.random.key(0), 2)
+    grad, metrics, rows = accumulated_grads(loss_fn, 1.0, batch, jax.random.key(0), 2)
+    np.testing.assert_array_equal(rows, 10 * batch.cond['x'])  # each at its place again
     np.testing.assert_allclose(metrics['rows'], [0.5, 2.5, 4.5, 6.5])
     np.testing.assert_allclose(grad, metrics['draw'], rtol=1e-6)
     assert metrics['square'] - metrics['draw'] ** 2 > 1e-3  # two draws, not one twice
@@ -161,8 +163,8 @@ def test_both_at_once_see_each_other_as_they_were(hybrid, batch):
     fresh = hybrid.fresh()
     _, other = hybrid.critic(hybrid.fresh(), batch)
     updates = Updates(tiny.small_network, tiny.make_recipe(), Mechanics(TX, TX, ema=0.9))
-    key = updates._generator_key(fresh)
-    want, beside = jax.jit(updates.critic)(hybrid.frozen, fresh, batch, key)
+    *_, x = jax.jit(updates._generator)(hybrid.frozen, fresh, batch)
+    want, beside = hybrid.critic(fresh, dataclasses.replace(batch, x=x))
     close(kept(state.critic), kept(want.critic))
     np.testing.assert_allclose(metrics['fake_loss'], beside['fake_loss'], rtol=1e-5)
     assert float(metrics['fake_loss']) != float(other['fake_loss'])

@@ -73,9 +73,10 @@ class Batch:
       cond: their conditioning; before the text encoder ran, their tokens.
       real: real latents ``[B, H, W, C]`` of the same prompts, where a GAN asks for them.
       shape: of one latent, ``(H, W, C)``; static.
-      z: where a step's updates share a rollout, what goes into the student's steps
-        ``[B, H, W, C]``: the generator's update starts there.
-      x: and a sample of the student ``[B, H, W, C]``: the critic's update learns from it.
+      z: what goes into the student's steps ``[B, H, W, C]``, where it is simulated already: the
+        generator's update starts there.
+      x: a sample of the student ``[B, H, W, C]``, where there is one: the critic's update learns
+        from it.
     """
 
     cond: Cond

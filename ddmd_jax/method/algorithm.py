@@ -26,7 +26,7 @@ Metrics = dict[str, Array]
 
 
 def generator_objective(student: Params, critic: Params, models: Models, batch: Batch,
-                        recipe: Recipe, key: Array) -> tuple[Array, Metrics]:
+                        recipe: Recipe, key: Array) -> tuple[Array, Metrics, Array]:
     """Loss of the student on one batch, and its health; differentiate in `student` alone.
 
     Args:
@@ -38,7 +38,7 @@ def generator_objective(student: Params, critic: Params, models: Models, batch: 
       key: of everything drawn here.
 
     Returns:
-      (scalar, scalars by name).
+      (scalar, scalars by name, the samples x ``[B, ...]`` that it was made of).
     """
     keys, cond, few = GeneratorKeys.of(key), batch.cond, recipe.steps
     shape = (batch.rows, *batch.shape)
@@ -94,25 +94,26 @@ def generator_objective(student: Params, critic: Params, models: Models, batch: 
         term, curves = regulariser.student_term(x_hat, sight)
         loss, metrics = loss + term, metrics | curves
 
-    return loss, {'loss': loss, **metrics, **health.measure(x, p, delta, recipe.limit)}
+    return loss, {'loss': loss, **metrics, **health.measure(x, p, delta, recipe.limit)}, x
 
 
 def critic_objective(critic: Params, student: Params, models: Models, batch: Batch,
-                     recipe: Recipe, key: Array | CriticKeys) -> tuple[Array, Metrics]:
+                     recipe: Recipe, key: Array) -> tuple[Array, Metrics]:
     """Loss of the critic on fresh samples of the student; differentiate in `critic`.
 
     Regularisers with parameters of their own are trained by the same loss: differentiate in
     `models.extra` too.
 
-    Args and returns as of `generator_objective`; nothing of `recipe` read here changes in a run.
-    `key` may be `CriticKeys`, whose samples are then those of another objective with that key.
+    Args as of `generator_objective`; nothing of `recipe` read here changes in a run.
+
+    Returns:
+      (scalar, scalars by name).
     """
-    keys = key if isinstance(key, CriticKeys) else CriticKeys.of(key)
-    cond, few = batch.cond, recipe.steps
+    keys, cond, few = CriticKeys.of(key), batch.cond, recipe.steps
     shape = (batch.rows, *batch.shape)
 
     # A fresh sample of the student as it is now, of every step of its schedule, no gradient; or
-    # one of the rollout that this step's updates share.
+    # one that this step's other updates have made.
     generate = functools.partial(models.predict, jax.lax.stop_gradient(student))
     if batch.x is None:
         z, k = student_inputs(generate, cond, few, keys.simulation, shape)

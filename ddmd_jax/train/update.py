@@ -19,7 +19,7 @@ from jax.sharding import Mesh
 from ddmd_jax.data.batch import Batch, Cond
 from ddmd_jax.diffusion.sampling import Predict, rollout
 from ddmd_jax.method.algorithm import Metrics, critic_objective, generator_objective
-from ddmd_jax.method.inputs import CriticKeys, GeneratorKeys, Models
+from ddmd_jax.method.inputs import GeneratorKeys, Models
 from ddmd_jax.method.recipe import Recipe
 from ddmd_jax.models.adapters import Binding, Full
 from ddmd_jax.parallel import sharding
@@ -95,6 +95,11 @@ class Updates:
     def generator(self, frozen: Frozen, state: TrainState,
                   batch: Batch) -> tuple[TrainState, Metrics]:
         """One update of the student, its EMA, and the critic's merge."""
+        return self._generator(frozen, state, batch)[:2]
+
+    def _generator(self, frozen: Frozen, state: TrainState,
+                   batch: Batch) -> tuple[TrainState, Metrics, Array]:
+        """`generator`, and the samples ``[B, ...]`` that it learnt from."""
         m, key = self.mechanics, self._generator_key(state)
         recipe = self.recipe.at(state.step, state.alpha_share)
         # `train.offload`: trees that are kept in the hosts' memory are fetched here.
@@ -104,11 +109,12 @@ class Updates:
         models = Models(self.predict, frozen.teacher, frozen.null, state.extra or {},
                         m.teacher_passes)
 
-        def loss_fn(trained: Any, batch: Batch, key: Array) -> tuple[Array, Metrics]:
+        def loss_fn(trained: Any, batch: Batch, key: Array) -> tuple[Array, tuple[Metrics, Array]]:
             student = m.student.bind(frozen.teacher, trained)
-            return generator_objective(student, critic, models, batch, recipe, key)
+            loss, metrics, x = generator_objective(student, critic, models, batch, recipe, key)
+            return loss, (metrics, x)
 
-        grads, metrics = accumulated_grads(loss_fn, state.student, batch, key, m.accumulate)
+        grads, metrics, x = accumulated_grads(loss_fn, state.student, batch, key, m.accumulate)
         updates, opt = m.student_tx.update(grads, state.student_opt, state.student)
         student = optax.apply_updates(state.student, updates)
         decay = ema_decay(state.step, m.ema, m.ema_ramp)
@@ -121,14 +127,11 @@ class Updates:
         finite = jnp.isfinite(metrics['loss']) & jnp.isfinite(grad_norm)
         return keep_if(finite, new, state), metrics | {
             'grad_norm': grad_norm, 'finite': finite, 'alpha_share': state.alpha_share,
-            'critic_extra': state.critic_extra}
+            'critic_extra': state.critic_extra}, x
 
-    def critic(self, frozen: Frozen, state: TrainState, batch: Batch,
-               images: Array | None = None) -> tuple[TrainState, Metrics]:
-        """One update of the critic, and of the regularisers' parameters, on fresh samples.
-
-        Or on those of the generator's update with the key `images`.
-        """
+    def critic(self, frozen: Frozen, state: TrainState,
+               batch: Batch) -> tuple[TrainState, Metrics]:
+        """One update of the critic, and of the regularisers' parameters."""
         m = self.mechanics
         key = jax.random.fold_in(
             jax.random.fold_in(jax.random.key(m.seed), 1), state.critic_step)
@@ -136,18 +139,15 @@ class Updates:
             frozen = sharding.on_device(frozen)
         student = m.student.bind(frozen.teacher, state.student)
 
-        def loss_fn(params: Any, batch: Batch, keys: tuple[Array, Array | None],
-                    ) -> tuple[Array, Metrics]:
+        def loss_fn(params: Any, batch: Batch, key: Array) -> tuple[Array, tuple[Metrics, None]]:
             trained, extra = params
             critic = m.critic.bind(frozen.teacher, trained)
             models = Models(self.predict, frozen.teacher, frozen.null, extra or {})
-            own, images = CriticKeys.of(keys[0]), keys[1]
-            if images is not None:
-                own = own._replace(simulation=GeneratorKeys.of(images).simulation)
-            return critic_objective(critic, student, models, batch, self.recipe, own)
+            loss, metrics = critic_objective(critic, student, models, batch, self.recipe, key)
+            return loss, (metrics, None)
 
         params = (state.critic, state.extra)
-        grads, metrics = accumulated_grads(loss_fn, params, batch, (key, images), m.accumulate)
+        grads, metrics, _ = accumulated_grads(loss_fn, params, batch, key, m.accumulate)
         updates, opt = m.critic_tx.update(grads[0], state.critic_opt, state.critic)
         new = {'critic_step': state.critic_step + 1, 'critic_opt': opt,
                'critic': optax.apply_updates(state.critic, updates)}
@@ -168,9 +168,9 @@ class Updates:
 
         On the same images, as DMD2 has it; either is left out if it is not finite.
         """
-        m, images = self.mechanics, self._generator_key(state)
-        new, metrics = self.generator(frozen, state, batch)
-        judged, critic_metrics = self.critic(frozen, state, batch, images)
+        m = self.mechanics
+        new, metrics, x = self._generator(frozen, state, batch)
+        judged, critic_metrics = self.critic(frozen, state, dataclasses.replace(batch, x=x))
         critic = judged.critic
         if m.merge != 1.0:
             critic = keep_if(metrics['finite'], average(critic, new.student, m.merge), critic)
@@ -236,28 +236,34 @@ def plain(loss_fn: Callable[[Any, Any, Array], tuple[Array, Metrics]],
     return jax.jit(update, donate_argnums=0)
 
 
-def accumulated_grads(loss_fn: Callable[[Any, Batch, Any], tuple[Array, Metrics]], params: Any,
-                      batch: Batch, key: Any, parts: int) -> tuple[Any, Metrics]:
-    """Mean gradient and metrics over `parts` micro-batches.
+def accumulated_grads(loss_fn: Callable[[Any, Batch, Array], tuple[Array, tuple[Metrics, Any]]],
+                      params: Any, batch: Batch, key: Array,
+                      parts: int) -> tuple[Any, Metrics, Any]:
+    """Mean gradient and metrics over `parts` micro-batches, and what each has of its rows.
 
     Micro-batches take every `parts`-th row, so that each holds rows of every device; each has a
-    key of its own, but for a single one, which has `key`. `key` may be a tree of keys.
+    key of its own, but for a single one, which has `key`.
+
+    Args:
+      loss_fn: ``(params, batch, key) -> (loss, (metrics, arrays with a row an example))``.
     """
     value_and_grad = jax.value_and_grad(loss_fn, has_aux=True)
     if parts == 1:
-        (_, metrics), grads = value_and_grad(params, batch, key)
-        return grads, metrics
-    split = jax.tree.map(lambda x: x.reshape(-1, parts, *x.shape[1:]).swapaxes(0, 1), batch)
+        (_, (metrics, rows)), grads = value_and_grad(params, batch, key)
+        return grads, metrics, rows
+    split = lambda x: x.reshape(-1, parts, *x.shape[1:]).swapaxes(0, 1)
+    join = lambda x: x.swapaxes(0, 1).reshape(-1, *x.shape[2:])
 
-    def body(total: Any, inputs: tuple[Batch, Any]) -> tuple[Any, None]:
-        (_, metrics), grads = value_and_grad(params, *inputs)
-        return jax.tree.map(lambda a, b: a + b / parts, total, (grads, metrics)), None
+    def body(total: Any, inputs: tuple[Batch, Array]) -> tuple[Any, Any]:
+        (_, (metrics, rows)), grads = value_and_grad(params, *inputs)
+        return jax.tree.map(lambda a, b: a + b / parts, total, (grads, metrics)), rows
 
-    inputs = (split, jax.tree.map(lambda k: jax.random.split(k, parts), key))
+    inputs = (jax.tree.map(split, batch), jax.random.split(key, parts))
     first = jax.tree.map(lambda x: x[0], inputs)
-    (_, metrics), grads = jax.eval_shape(value_and_grad, params, *first)
+    (_, (metrics, _)), grads = jax.eval_shape(value_and_grad, params, *first)
     zeros = jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), (grads, metrics))
-    return jax.lax.scan(body, zeros, inputs)[0]
+    (grads, metrics), rows = jax.lax.scan(body, zeros, inputs)
+    return grads, metrics, jax.tree.map(join, rows)
 
 
 def ema_decay(step: Array, decay: float, ramp: bool) -> Array:
