@@ -1,7 +1,9 @@
-"""The Pallas kernel against XLA's attention: values, gradients, padding, meshes.
+"""Kernels against XLA's attention: values, gradients, padding, meshes.
 
-The kernel is interpreted, so that no TPU is needed. ``python tests/test_attention.py`` with eight
-host devices runs the half that needs a mesh, and with the argument `tpu` it compiles for a TPU.
+Pallas's is interpreted, so that no TPU is needed. Of cuDNN's, the same call is made of XLA, with
+lengths for a mask as there, and the program is lowered for CUDA, which needs no GPU.
+``python tests/test_attention.py`` with eight host devices runs the half that needs a mesh, and with
+the argument `tpu` it compiles for a TPU.
 """
 
 import functools
@@ -9,17 +11,25 @@ import importlib.util
 import os
 import re
 import sys
+import types
 
+import hypothesis
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 import tiny
+from hypothesis import strategies as st
 from jax.sharding import AbstractMesh, AxisType, NamedSharding, PartitionSpec as P
 
+from ddmd_jax import families
+from ddmd_jax.families.base import LoadOptions
 from ddmd_jax.families.emoji import teacher as emoji
 from ddmd_jax.models import attention, nextdit
+from ddmd_jax.models.unet import UNetConfig
+from ddmd_jax.models.zimage import ZImageConfig
 from ddmd_jax.parallel.sharding import AXES, make_mesh
+from ddmd_jax.util.errors import UserError
 
 HEADS = P(('data', 'fsdp'), None, 'tensor')
 ROWS = P(('data', 'fsdp'))
@@ -64,7 +74,7 @@ def everything(q, k, v, weights, mask, attend):
 
 def run(kind, inputs, mask):
     """`everything` by one implementation, compiled, as fp32 NumPy arrays."""
-    attend = functools.partial(attention.attend, kind=kind, interpret=kind == 'splash')
+    attend = functools.partial(attention.attend, kind=kind, interpret=kind != 'xla')
     got = jax.jit(functools.partial(everything, attend=attend))(*inputs, mask)
     assert {x.dtype for x in got.values()} == {inputs[0].dtype}
     return {name: np.asarray(x, np.float32) for name, x in got.items()}
@@ -104,6 +114,29 @@ def test_splash_equals_xla_in_bf16():
     check_close(run('xla', inputs, mask), exact, 0.05)
 
 
+BOTH_FORMS = {kind: jax.jit(functools.partial(everything, attend=functools.partial(
+    attention.attend, kind=kind, interpret=True))) for kind in ('xla', 'cudnn')}
+IMAGE, CAPTION = 24, 9  # tokens
+
+
+@hypothesis.given(st.lists(st.integers(1, CAPTION), min_size=3, max_size=3))
+@pytest.mark.parametrize('dtype, tolerance', [('float32', 1e-5), ('bfloat16', 0.05)])
+def test_lengths_are_masks(dtype, tolerance, captions):
+    """A padded caption of whatever length and its image: padding is in the midst of the keys."""
+    mask = jnp.concatenate([lengths(*captions, seq=CAPTION), jnp.ones((3, IMAGE), bool)], axis=1)
+    inputs = make(3, IMAGE + CAPTION, 4, 2, 24, dtype)
+    exact = BOTH_FORMS['xla'](*(x.astype(jnp.float32) for x in inputs), mask)
+    got = BOTH_FORMS['cudnn'](*inputs, mask)
+    host = lambda tree: {name: np.asarray(x, np.float32) for name, x in tree.items()}
+    check_close(host(got), host(exact), tolerance)
+
+
+@pytest.mark.parametrize('mask', [None, lengths(3, 1, seq=9)])
+def test_a_caption_alone_has_lengths_too(mask):
+    inputs = make(2, 9, 4, 1, 24)
+    check_close(run('cudnn', inputs, mask), run('xla', inputs, mask), 1e-5)
+
+
 # --- Padding ---
 
 
@@ -121,14 +154,14 @@ def test_masked_keys_have_no_influence(kind):
         assert not plain[name][~np.asarray(mask)].any()
 
 
-@pytest.mark.parametrize('seq', [128, 100])
-def test_a_row_of_nothing_but_padding_stays_finite(seq):
+@pytest.mark.parametrize('kind, seq', [('splash', 128), ('splash', 100), ('cudnn', 100)])
+def test_a_row_of_nothing_but_padding_stays_finite(kind, seq):
     """Even where a loss looks at its outputs; and the row beside it does not notice."""
     inputs = make(2, seq, 2, 1, 24)
 
     @jax.jit
     def step(mask):
-        attend = lambda q, k, v, _: attention.attend(q, k, v, mask, kind='splash', interpret=True)
+        attend = lambda q, k, v, _: attention.attend(q, k, v, mask, kind=kind, interpret=True)
         return everything(*inputs, None, attend)
 
     got, want = step(lengths(seq, 0, seq=seq)), step(lengths(seq, seq, seq=seq))
@@ -145,17 +178,66 @@ def test_no_mask_is_a_mask_of_ones():
 # --- Choices and errors ---
 
 
-def test_auto_is_splash_on_a_tpu():
-    assert [attention.resolve('auto', p) for p in ('tpu', 'cpu', 'gpu')] == ['splash', 'xla', 'xla']
-    assert {attention.resolve('xla', p) for p in ('tpu', 'cpu')} == {'xla'}
-    assert attention.resolve('splash', 'cpu') == 'splash'
+def device(platform, version='', capability='9.0'):
+    """What `resolve` asks a device for."""
+    return types.SimpleNamespace(
+        platform=platform, device_kind='NVIDIA X1', compute_capability=capability,
+        client=types.SimpleNamespace(platform_version=version))
+
+
+CUDA = device('gpu', 'PJRT C API\ncuda 13000')
+
+
+def test_auto_is_the_kernel_of_the_device(capsys):
+    kinds = [attention.resolve('auto', x, 'bfloat16', [96]) for x in (
+        device('tpu'), device('cpu'), CUDA, jax.devices()[0])]
+    assert kinds == ['splash', 'xla', 'cudnn', 'xla']
+    assert {attention.resolve('xla', device(x), 'float32', [96]) for x in ('tpu', 'cpu')} == {'xla'}
+    assert attention.resolve('splash', device('cpu'), 'float32', [96]) == 'splash'
+    assert attention.resolve('cudnn', CUDA, 'float16', [64, 128]) == 'cudnn'
+    assert capsys.readouterr() == ('', '')
+
+
+@pytest.mark.parametrize('where, dtype, dims, why', [
+    (CUDA, 'float32', [96], 'teacher.dtype is float32, and bfloat16 is needed'),
+    (CUDA, 'bfloat16', [96, 160], 'heads of size 160, where multiples of 8 up to 128 are needed'),
+    (CUDA, 'bfloat16', [20], 'heads of size 20, where multiples of 8 up to 128 are needed'),
+    (device('gpu', 'cuda 12', '7.5'), 'bfloat16', [96],
+     'NVIDIA X1 has compute capability 7.5, and 8.0 is needed'),
+    (device('gpu', 'rocm 70000'), 'bfloat16', [96], 'the device is no GPU of CUDA (NVIDIA X1)'),
+])
+def test_where_cudnn_does_not_run_a_line_says_why(where, dtype, dims, why, capsys):
+    assert attention.resolve('auto', where, dtype, dims) == 'xla'
+    assert capsys.readouterr().err == (
+        "warning: attention is XLA's, which keeps all scores in memory, not cuDNN's: "
+        f'{why}\n')
+    with pytest.raises(UserError, match=f"attention = 'cudnn' .*: {re.escape(why)}; take 'auto'"):
+        attention.resolve('cudnn', where, dtype, dims)
+
+
+def test_cudnn_takes_the_published_networks():
+    for dims in ([nextdit.NextDiTConfig().head_dim], [ZImageConfig().head_dim],
+                 UNetConfig().head_dims):
+        assert attention.resolve('auto', CUDA, 'bfloat16', dims) == 'cudnn'
+
+
+@pytest.mark.parametrize('family', ['lumina', 'sdxl', 'zimage'])
+def test_a_teacher_that_cannot_have_cudnn_is_not_built(family):
+    with pytest.raises(UserError, match='the device is no GPU of CUDA'):
+        families.get(family).abstract(LoadOptions(attention='cudnn', dtype='bfloat16'))
+
+
+def test_cudnn_is_refused_where_there_is_no_gpu():
+    for where in (device('cpu'), device('tpu')):
+        with pytest.raises(UserError, match='the device is no GPU of CUDA'):
+            attention.resolve('cudnn', where, 'bfloat16', [96])
 
 
 def test_unknown_kinds_name_the_known():
-    with pytest.raises(ValueError, match="'flash': known are auto, xla, splash"):
-        attention.resolve('flash', 'tpu')
+    with pytest.raises(ValueError, match="'flash': known are auto, xla, splash, cudnn"):
+        attention.resolve('flash', CUDA, 'bfloat16', [96])
     for kind in ('flash', 'auto'):
-        with pytest.raises(ValueError, match=f"'{kind}': attend knows xla, splash"):
+        with pytest.raises(ValueError, match=f"'{kind}': attend knows xla, splash, cudnn"):
             attention.attend(*make(1, 8, 2, 1, 8)[:3], None, kind=kind)
 
 
@@ -172,37 +254,89 @@ def test_blocks_follow_the_length(seq, dim, itemsize, want):
     assert attention._block_sizes(seq, dim, itemsize) == want
 
 
+@pytest.mark.parametrize('kind', ['splash', 'cudnn'])
 @pytest.mark.parametrize('shape, words', [
     ((4, 8, 3, 1, 8), 'query heads, 3, does not divide by .* tensor = 2'),
     ((4, 8, 4, 1, 8), 'key heads, 1, does not divide by .* tensor = 2'),
 ])
-def test_what_does_not_divide_is_refused(shape, words):
+def test_what_does_not_divide_is_refused(shape, words, kind):
     mesh = AbstractMesh((2, 2, 2), AXES)  # sizes are all that is looked at
-    with pytest.raises(ValueError, match=words):
-        attention.attend(*make(*shape)[:3], None, kind='splash', mesh=mesh)
+    with pytest.raises(ValueError, match=f'{kind} attention: .*{words}'):
+        attention.attend(*make(*shape)[:3], None, kind=kind, mesh=mesh)
 
 
 # --- In the network ---
 
 
-@pytest.mark.slow
-def test_nextdit_does_not_notice_which_attention_it_has(monkeypatch):
-    """Padding attends to other tokens in the kernel than in XLA's: no image may depend on it."""
-    monkeypatch.setattr(nextdit, 'attend', functools.partial(attention.attend, interpret=True))
-    params = tiny.make_params()[0]
-    cond, noise = tiny.make_cond(2), jax.random.normal(jax.random.key(1), (2, *tiny.SHAPE))
+def with_attention(kind, shape=tiny.SHAPE, **changes):
+    """``params -> ((loss, x_hat), gradients)`` of the tiny NextDiT; captions differ in length."""
+    cond, noise = tiny.make_cond(2), jax.random.normal(jax.random.key(1), (2, *shape))
+    model = tiny.MODEL | {'denoiser': tiny.MODEL['denoiser'] | {'attention': kind} | changes}
 
-    def loss(kind, params):
-        model = {**tiny.MODEL, 'denoiser': {**tiny.MODEL['denoiser'], 'attention': kind}}
+    def loss(params):
         x_hat = emoji.make_denoiser(model)(params, noise, jnp.asarray([0.3, 0.8]), cond)
         return jnp.sum(jnp.square(x_hat)), x_hat
 
-    with jax.default_matmul_precision('highest'):
-        (_, x), dx = jax.value_and_grad(functools.partial(loss, 'xla'), has_aux=True)(params)
-        (_, y), dy = jax.value_and_grad(functools.partial(loss, 'splash'), has_aux=True)(params)
+    return jax.value_and_grad(loss, has_aux=True)
+
+
+@pytest.mark.parametrize('kind', [pytest.param('splash', marks=pytest.mark.slow), 'cudnn'])
+def test_nextdit_does_not_notice_which_attention_it_has(kind, monkeypatch):
+    """Padding attends to other tokens in a kernel than in XLA's: no image may depend on it."""
+    monkeypatch.setattr(nextdit, 'attend', functools.partial(attention.attend, interpret=True))
+    params = tiny.make_params()[0]
+    (_, x), dx = jax.jit(with_attention('xla'))(params)
+    (_, y), dy = jax.jit(with_attention(kind))(params)
     for a, b in zip(jax.tree.leaves((x, dx)), jax.tree.leaves((y, dy)), strict=True):
         rms = max(float(jnp.sqrt(jnp.mean(jnp.square(a)))), 1e-3)
         assert float(jnp.abs(a - b).max()) <= 1e-3 * rms
+
+
+# --- Lowered for CUDA ---
+
+
+CALLS = ['__cudnn$fmhaSoftmax', '__cudnn$fmhaSoftmaxBackward']
+
+
+@pytest.fixture
+def for_cuda(monkeypatch):
+    """``(program, *shapes) -> its text as it is given to CUDA's compiler``."""
+    monkeypatch.setattr(  # asks the cuDNN that is installed
+        'jax._src.cudnn.fused_attention_stablehlo.check_cudnn_version', lambda: 91000)
+    return lambda program, *shapes: jax.jit(program).trace(*shapes).lower(
+        lowering_platforms=('cuda',)).as_text()
+
+
+def score_matrices(text, seq):
+    """Types of the program's tensors with two axes of the sequence's length."""
+    return {x for x in re.findall(r'tensor<([\dx]+x\w+)>', text)
+            if x.split('x').count(str(seq)) > 1}
+
+
+@pytest.mark.parametrize('padded', [True, False])
+def test_cudnn_gets_lengths_and_no_mask(for_cuda, padded):
+    batch, seq, heads, kv_heads, dim = TPU_SHAPE
+    q, k = (jax.ShapeDtypeStruct((batch, seq, n, dim), jnp.bfloat16) for n in (heads, kv_heads))
+    mask = jax.ShapeDtypeStruct((batch, seq), bool) if padded else None
+    program = lambda kind: functools.partial(
+        everything, attend=functools.partial(attention.attend, kind=kind))
+    text = for_cuda(program('cudnn'), q, k, k, q, mask)
+    assert re.findall(r'@(__cudnn\$\w+)', text) == CALLS
+    for line in re.findall(r'.*@__cudnn.*', text):
+        assert f'tensor<{batch}xi32>, tensor<{batch}xi32>' in line  # queries' lengths, and keys'
+        assert r'mask_type\22: \22PADDING\22' in line
+    assert not score_matrices(text, seq)
+    assert score_matrices(for_cuda(program('xla'), q, k, k, q, mask), seq)
+
+
+def test_a_network_for_cuda_has_no_mask(for_cuda):
+    params, shape = jax.eval_shape(lambda: tiny.make_params()[0]), (20, 28, 3)
+    text = lambda kind: for_cuda(with_attention(kind, shape, dtype='bfloat16'), params)
+    found, plain = text('cudnn'), text('xla')
+    assert set(re.findall(r'@(__cudnn\$\w+)', found)) == set(CALLS)
+    for tokens in (5 * 7, 5 * 7 + tiny.CAPTION):  # alone, and with the caption: odd, and made even
+        assert score_matrices(plain, tokens)
+        assert not score_matrices(found, tokens) | score_matrices(found, tokens + 1)
 
 
 # --- A mesh, and the compiler for it ---
@@ -215,18 +349,19 @@ def test_eight_devices_do_what_one_does():
 def check_mesh():
     """What the subprocess runs: 2 x 2 rows' shards, two heads' shards."""
     mesh = make_mesh({'data': 2, 'fsdp': 2, 'tensor': 2})
-    inputs, mask = make(4, 100, 4, 2, 24), lengths(100, 30, 0, -50, seq=100)
-    attend = functools.partial(attention.attend, kind='splash', interpret=True)
+    inputs = make(4, 100, 4, 2, 24)
     place = lambda x, spec: jax.device_put(x, NamedSharding(mesh, spec))
     spread = [place(x, HEADS) for x in inputs]
-    for padding in (mask, None):
+    for kind, padding in (('splash', lengths(100, 30, 0, -50, seq=100)), ('splash', None),
+                          ('cudnn', lengths(100, 30, 0, 50, seq=100))):
+        attend = functools.partial(attention.attend, kind=kind, interpret=True)
         one = jax.jit(functools.partial(everything, attend=attend))(*inputs, padding)
         eight = jax.jit(functools.partial(everything, attend=functools.partial(attend, mesh=mesh)))(
             *spread, None if padding is None else place(padding, ROWS))
         for x in eight.values():
             assert x.sharding.is_equivalent_to(NamedSharding(mesh, HEADS), 4), x.sharding
         host = lambda tree: jax.tree.map(np.asarray, tree)
-        check_close(host(eight), host(one), 1e-6)
+        check_close(host(eight), host(one), 1e-5)
     print('all checks passed')
 
 

@@ -113,10 +113,11 @@ def test_bf16_is_near_and_comes_out_in_fp32():
     close(got, run(), 0.2)
 
 
-@pytest.mark.slow
-def test_it_does_not_notice_which_attention_it_has(monkeypatch):
+@pytest.mark.parametrize('kind, atol', [
+    pytest.param('splash', 1e-3, marks=pytest.mark.slow), ('cudnn', 1e-5)])
+def test_it_does_not_notice_which_attention_it_has(kind, atol, monkeypatch):
     monkeypatch.setattr(nextdit, 'attend', functools.partial(attention.attend, interpret=True))
-    close(run(attention='splash'), run(), 1e-3)
+    close(run(attention=kind), run(), atol)
 
 
 # --- Layout, cost, refusals ---

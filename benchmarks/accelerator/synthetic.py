@@ -31,8 +31,8 @@ from ddmd_jax.util.errors import UserError
 
 TINY_NETWORKS: dict[str, dict[str, Any]] = {
     'lumina': {
-        'hidden_size': 48, 'num_layers': 2, 'num_refiner_layers': 1, 'num_attention_heads': 4,
-        'num_kv_heads': 2, 'multiple_of': 16, 'axes_dim_rope': (4, 4, 4), 'cap_feat_dim': 24},
+        'hidden_size': 64, 'num_layers': 2, 'num_refiner_layers': 1, 'num_attention_heads': 4,
+        'num_kv_heads': 2, 'multiple_of': 16, 'axes_dim_rope': (4, 6, 6), 'cap_feat_dim': 24},
     'sdxl': {
         'block_out_channels': (16, 32), 'down_block_types': ('DownBlock2D', 'CrossAttnDownBlock2D'),
         'up_block_types': ('CrossAttnUpBlock2D', 'UpBlock2D'), 'layers_per_block': 1,

@@ -112,7 +112,7 @@ DISTILL = (
     Field('teacher.dtype', r.DTYPE, 'float32', FIXED, 'dtype of activations and matrix products of all three networks'),
     Field('teacher.param_dtype', r.DTYPE, 'float32', FIXED, "dtype of the frozen teacher's kernels; student and critic are kept in fp32"),
     Field('teacher.remat', r.REMAT, 'none', FREE, 'recomputed in the gradient: nothing, everything, all but matrix products'),
-    Field('teacher.attention', r.choice('auto', 'xla', 'splash'), 'auto', FREE, "XLA's attention or the Pallas kernel for TPUs; `auto`: the kernel on a TPU"),
+    Field('teacher.attention', r.choice('auto', 'xla', 'splash', 'cudnn'), 'auto', FREE, "XLA's, a kernel for TPUs, or cuDNN's in bf16; `auto`: the kernel of the device"),
     Field('student.steps', r.whole(at_least=1, at_most=64), 4, FIXED, 'N, network evaluations of the student'),
     Field('student.first_step', r.or_none(r.NATURAL), None, FIXED, "step of the teacher's table at which the student starts, as DMD2's single step at 399; None: the noisiest", filled=False),
     Field('student.sampler', r.choice('renoise', 'deterministic'), 'renoise', FREE, 'sampler of the evaluation'),

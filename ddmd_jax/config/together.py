@@ -110,6 +110,12 @@ def attention_fits(attention: str, family: Family) -> str | None:
         return f'must be {choice(*family.attention).allowed} for {family.name}'
 
 
+@about('teacher.attention', 'method.gan.r1', 'regularisers')
+def attention_twice(attention: str, r1: float, regularisers: Active) -> str | None:
+    if r1 and attention != 'xla' and any(kind.name == 'gan' for kind in regularisers):
+        return "must be 'xla' while method.gan.r1 is above 0: no kernel is differentiated twice"
+
+
 @about('teacher.path', 'family')
 def teacher_given(path: str, family: Family) -> str | None:
     if not path and not family.ships:

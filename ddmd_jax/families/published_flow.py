@@ -187,8 +187,9 @@ def load(flow: Flow, options: LoadOptions) -> Teacher:
     mesh = options.devices
     transformer, vae, shift = _open(flow, fetch.local_folder(options.path, FILES),
                                     options.variant)
-    kind = resolve(options.attention, mesh.devices.flat[0].platform)
-    cfg = model_config(flow, transformer.config, options.dtype, options.remat, kind)
+    cfg = model_config(flow, transformer.config, options.dtype, options.remat)
+    cfg = dataclasses.replace(cfg, attention=resolve(
+        options.attention, mesh.devices.flat[0], cfg.dtype, [cfg.head_dim]))
     abstract = abstract_network(flow, cfg, options.param_dtype)
     layout = sharding.shard_tree(abstract, flow.rules, mesh)
     diffusers.check(transformer, abstract, flow.entry)
@@ -221,8 +222,9 @@ def abstract(flow: Flow, text: TextEncoder, options: LoadOptions, **network: Any
     not to be as published.
     """
     mesh, size = options.devices, options.size or SIZE
-    kind = resolve(options.attention, mesh.devices.flat[0].platform)
-    cfg = flow.config(dtype=options.dtype, remat=options.remat, attention=kind, **network)
+    cfg = flow.config(dtype=options.dtype, remat=options.remat, **network)
+    cfg = dataclasses.replace(cfg, attention=resolve(
+        options.attention, mesh.devices.flat[0], cfg.dtype, [cfg.head_dim]))
     shape = _latent_shape(size, cfg, FACTOR)
     latents = Latents(
         shape, limit=LIMIT, shape_of=functools.partial(_latent_shape, cfg=cfg, factor=FACTOR),

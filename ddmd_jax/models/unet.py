@@ -79,6 +79,12 @@ class UNetConfig:
         return 4 * self.block_out_channels[0]
 
     @property
+    def head_dims(self) -> tuple[int, ...]:
+        """Size of a head, level by level."""
+        return tuple(c // heads
+                     for c, heads in zip(self.block_out_channels, self.attention_head_dim))
+
+    @property
     def pooled_dim(self) -> int:
         """Width of the pooled text."""
         return (self.projection_class_embeddings_input_dim

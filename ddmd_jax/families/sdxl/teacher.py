@@ -320,8 +320,9 @@ def load(options: LoadOptions) -> Teacher:
     """
     mesh = options.devices
     opened = open_folder(fetch.local_folder(options.path, FILES))
-    kind = resolve(options.attention, mesh.devices.flat[0].platform)
-    cfg = model_config(opened.published, options.dtype, options.remat, kind)
+    cfg = model_config(opened.published, options.dtype, options.remat)
+    cfg = dataclasses.replace(cfg, attention=resolve(
+        options.attention, mesh.devices.flat[0], cfg.dtype, cfg.head_dims))
     checkpoint = diffusers.open_folder(opened.unet, UNET, options.variant)
     shapes = _abstract_params(cfg, options.param_dtype)
     layout = sharding.shard_tree(shapes, RULES, mesh)
@@ -356,8 +357,9 @@ distilled = functools.partial(published_card.few_step, called=STUDENTS)
 def abstract(options: LoadOptions, **network: Any) -> Teacher:
     """The published teacher with shapes in place of weights; see `published_flow.abstract`."""
     mesh, size = options.devices, options.size or SIZE
-    kind = resolve(options.attention, mesh.devices.flat[0].platform)
-    cfg = UNetConfig(dtype=options.dtype, remat=options.remat, attention=kind, **network)
+    cfg = UNetConfig(dtype=options.dtype, remat=options.remat, **network)
+    cfg = dataclasses.replace(cfg, attention=resolve(
+        options.attention, mesh.devices.flat[0], cfg.dtype, cfg.head_dims))
     shape = _latent_shape(size, cfg, FACTOR)
     latents = Latents(shape, limit=LIMIT,
                       shape_of=functools.partial(_latent_shape, cfg=cfg, factor=FACTOR),
