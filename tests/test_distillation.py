@@ -13,7 +13,7 @@ from ddmd_jax.data.conditioning import Prompts
 from ddmd_jax.families.emoji import judge
 from ddmd_jax.parallel import sharding
 from ddmd_jax.train import train
-from ddmd_jax.train.distillation import plan, request_of
+from ddmd_jax.train.distillation import parts_of_batch, plan, request_of
 from ddmd_jax.weights.flat import WeightsError
 
 FIGURES = {'loss': 0.0, 'dm_rel_gap': 0.1, 'dm_cos': 0.99, 'dm_to_ca': 0.1, 'x_std': 0.5}
@@ -146,6 +146,14 @@ def test_updates_on_one_rollout_share_a_batch(monkeypatch):
     assert not np.array_equal(x[0], x[1]) and np.array_equal(x[0], x[2])  # of two steps
     same = [np.asarray(batch.cond['embeds']) for _, batch in ran[-5:]]
     assert all(np.array_equal(same[0], one) for one in same)
+
+
+def test_on_one_rollout_a_device_need_not_have_every_step():
+    """Where rows are simulated each to its own step, a device with fewer rows would wait."""
+    fields = {'student.steps': 4, 'train.accumulate': 2}
+    assert parts_of_batch(config_of(**fields)) == 8
+    assert parts_of_batch(
+        config_of(**fields, **{'critic.order': 'one_rollout'})) == 2
 
 
 # --- The probe ---

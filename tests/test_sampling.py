@@ -263,18 +263,22 @@ def test_backward_simulation_runs_only_the_rows_it_needs():
     assert spy.rows == [6, 4, 2]  # N (N - 1) / 2 for each of the two groups
 
 
-@pytest.mark.parametrize('steps', [1, 2, 4])
-def test_a_rollout_is_the_full_batch_loop_shared_out(steps):
-    """Every example at every step once, every step equally often in a sample; z as simulated."""
+@pytest.mark.parametrize('steps, parts', [(1, 1), (2, 1), (4, 1), (4, 2), (2, 4)])
+def test_a_rollout_is_the_full_batch_loop_shared_out(steps, parts):
+    """Every example at every step once, every step equally often in each micro-batch (of every
+    `parts`-th row) of a sample; z as simulated."""
     shape, spy = (8, *SHAPE[1:]), Spy(wobble)
     params, cond, few, key = student_case(steps, batch=8)
-    z, samples = sampling.rollout(denoise(spy, params), cond, few, key, shape)
-    close(z, sampling.student_inputs(denoise(wobble, params), cond, few, key, shape)[0])
+    z, samples = sampling.rollout(denoise(spy, params), cond, few, key, shape, parts)
     seen, _ = by_hand(params, cond, few.times, key, shape, 'renoise')
     assert len(samples) == steps
+    for b in range(8):
+        close(z[b], seen[b // parts % steps][b])
+    if parts == 1:
+        close(z, sampling.student_inputs(denoise(wobble, params), cond, few, key, shape)[0])
     for i, x in enumerate(samples):
         for b in range(8):
-            k = (b + i) % steps
+            k = (b // parts + i) % steps
             close(x[b], wobble(params, seen[k], few.times[k], cond)[b])
     assert spy.rows == [8]  # of a scan's body: N evaluations of a row, and no more
 

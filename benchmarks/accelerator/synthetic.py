@@ -115,7 +115,7 @@ def subject(config: Any, mesh: Mesh, network: Mapping[str, Any] | None = None,
     c, t = config, config.teacher
     if c.critic.get('order') == 'one_rollout':
         raise UserError("config.critic.order: 'one_rollout' is not timed here; try 'critic_first'")
-    sharding.check_batch(c.data.global_batch, mesh, c.student.steps * c.train.accumulate)
+    sharding.check_batch(c.data.global_batch, mesh, distillation.parts_of_batch(c))
     size = max(c.data.get('sizes', ()), key=math.prod, default=None)
     options = LoadOptions(t.path, mesh, t.dtype, size, t.remat, t.attention, t.param_dtype)
     teacher = families.get(t.name).abstract(options, **(network or {}))

@@ -89,30 +89,32 @@ def student_inputs(denoise: Denoise, cond: Cond, steps: FewSteps, key: Array,
     return jax.lax.stop_gradient(merge(z)), k
 
 
-def rollout(denoise: Denoise, cond: Cond, steps: FewSteps, key: Array,
-            shape: tuple[int, ...]) -> tuple[Array, list[Array]]:
+def rollout(denoise: Denoise, cond: Cond, steps: FewSteps, key: Array, shape: tuple[int, ...],
+            parts: int = 1) -> tuple[Array, list[Array]]:
     """All of the student's steps from noise, for several updates to learn from.
 
     N evaluations of a row make N samples of it; one by one, each with a simulation of its own,
     they would cost N (N + 1) / 2.
 
-    Args as of `student_inputs`.
+    Args as of `student_inputs`; `parts` are micro-batches, each of every `parts`-th row, so that b
+    is the how manieth of its own: B a multiple of N times these.
 
     Returns:
       ``(z [B, ...], N samples [B, ...])``: z is that of `student_inputs`. In the i-th sample
       example b left at step ``(b + i) mod N``, so that every step is equally often in each, and
       every example at every step in one of them.
     """
-    noise, n = step_noise(key, steps.n, shape), steps.n
+    noise, n, unit = step_noise(key, steps.n, shape), steps.n, steps.n * parts
     x_hat = trace_student(denoise, cond, steps, key, shape)[1]
     z = jnp.stack([steps.time.first_input(noise[0]), *(
         process.renoise(x_hat[j - 1], steps.times[j], noise[j]) for j in range(1, n))])
 
     def left_at(x: Array, turn: int) -> Array:
-        columns = [x[(j + turn) % n].reshape(-1, n, *shape[1:])[:, j] for j in range(n)]
+        columns = [x[(j // parts + turn) % n].reshape(-1, unit, *shape[1:])[:, j]
+                   for j in range(unit)]
         return jnp.stack(columns, axis=1).reshape(shape)
 
-    step_assignment(shape[0], n)  # which refuses another batch
+    step_assignment(shape[0], unit)  # which refuses another batch
     return jax.lax.stop_gradient((left_at(z, 0), [left_at(x_hat, i) for i in range(n)]))
 
 

@@ -164,8 +164,8 @@ def batch_ways(mesh: Mesh) -> int:
 def check_batch(global_batch: int, mesh: Mesh, parts: int = 1) -> None:
     """Raises `ShardingError` if a batch does not split over the mesh in each of its parts.
 
-    `parts` is student steps x accumulation: rows of every part must lie on every device, or
-    each step would send them around.
+    `parts` are those of which each has rows on every device, or rows would be sent around:
+    micro-batches, and the student's steps where a row is simulated up to its own.
     """
     ways = batch_ways(mesh)
     unit = ways * parts

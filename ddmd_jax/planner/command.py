@@ -66,6 +66,7 @@ def main(arguments: list[str]) -> None:
             raise UserError(f'--layout compiles nothing and prints a table; leave out --{flag}')
     from ddmd_jax.parallel import sharding
     from ddmd_jax.planner import layout, plan, programs
+    from ddmd_jax.train import distillation
 
     try:
         config_lib.check(FLAGS.config)
@@ -73,7 +74,7 @@ def main(arguments: list[str]) -> None:
             raise UserError('only distillations are planned; give a config of that task')
         mesh = sharding.make_mesh(FLAGS.config.mesh, programs.topology(FLAGS.topology))
         c = FLAGS.config
-        sharding.check_batch(c.data.global_batch, mesh, c.student.steps * c.train.accumulate)
+        sharding.check_batch(c.data.global_batch, mesh, distillation.parts_of_batch(c))
         if FLAGS.layout:
             print(layout.layout(c, *parts_for(c, mesh)))
             return

@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+import math
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
@@ -12,6 +13,7 @@ from ddmd_jax.parallel import sharding
 from ddmd_jax.planner import chips, search
 from ddmd_jax.planner.measure import measure, quick_peak
 from ddmd_jax.planner.programs import PlanError, Program, evaluations, programs, runs
+from ddmd_jax.train.distillation import parts_of_batch
 from ddmd_jax.util.text import in_units
 
 STEPS = ('generator_step', 'critic_step')
@@ -90,7 +92,8 @@ class _Search:
         which = max(STEPS, key=lambda k: self.measured[k].get('peak_bytes', float('inf')))
         known = self.measured[which].get('peak_bytes')
         config = self.config
-        unit = sharding.batch_ways(mesh) * config.student.steps * config.train.accumulate
+        unit = math.lcm(sharding.batch_ways(mesh) * parts_of_batch(config),
+                        config.student.steps * config.train.accumulate)
 
         def peak(batch: int) -> float:
             if known is not None and batch == config.data.global_batch:

@@ -111,6 +111,15 @@ def plan(config: Any, teacher: Teacher, null: Any, mesh: Mesh) -> Plan:
                 updates.jitted(mesh, spec.shardings, layout), mechanics.student, mechanics.critic)
 
 
+def parts_of_batch(config: Any) -> int:
+    """Parts of a batch that need rows on every device: micro-batches times the student's steps.
+
+    On one rollout all rows take all steps.
+    """
+    simulated = config.critic.get('order') != 'one_rollout'
+    return config.train.accumulate * (config.student.steps if simulated else 1)
+
+
 def _begun(whose: str, binding: Binding, base: Any, key: jax.Array) -> Any:
     """`Binding.init`; an `AdapterError` says in which section of the config it is to be mended."""
     try:

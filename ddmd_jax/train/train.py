@@ -17,7 +17,14 @@ from ddmd_jax.evaluation import evaluate as evaluation
 from ddmd_jax.families import Teacher
 from ddmd_jax.parallel import distributed, sharding
 from ddmd_jax.train import prompts as prompt_sources
-from ddmd_jax.train.distillation import Distillation, load_teacher, plan, request_of, suite_of
+from ddmd_jax.train.distillation import (
+    Distillation,
+    load_teacher,
+    parts_of_batch,
+    plan,
+    request_of,
+    suite_of,
+)
 from ddmd_jax.train.durable import guards, resume, rollback, signals
 from ddmd_jax.train.durable.checkpoint import CheckpointError
 from ddmd_jax.train.durable.rollback import DivergedError, Taken
@@ -132,10 +139,9 @@ def prepare(config: Any, teacher: Teacher | None = None) -> Distillation:
     """
     # -------------------------------------------------------------------------------------- mesh
     # The batch lies over `data` and `fsdp`, parameters over `fsdp` and `tensor`. Every part of a
-    # batch must have rows on every device: each step of the student's schedule, each micro-batch.
+    # batch must have rows on every device: each micro-batch, each step that it is simulated to.
     mesh = sharding.make_mesh(config.mesh)
-    parts = config.student.steps * config.train.accumulate
-    sharding.check_batch(config.data.global_batch, mesh, parts)
+    sharding.check_batch(config.data.global_batch, mesh, parts_of_batch(config))
 
     # ----------------------------------------------------------------------------------- teacher
     # Frozen. Student and critic start as copies of it; its identity is in every checkpoint.

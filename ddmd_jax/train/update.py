@@ -189,7 +189,7 @@ class Updates:
         student = m.student.bind(frozen.teacher, state.student)
         keys = GeneratorKeys.of(self._generator_key(state))
         return rollout(functools.partial(self.predict, student), batch.cond, self.recipe.steps,
-                       keys.simulation, (batch.rows, *batch.shape))
+                       keys.simulation, (batch.rows, *batch.shape), m.accumulate)
 
     def _generator_key(self, state: TrainState) -> Array:
         """Of everything that the generator's next update draws."""
