@@ -24,15 +24,19 @@ CONFIG = 'configs/lumina.py'
 PLANS = (('v5e:4x4', 64, ()), ('v5p:2x2x4', 64, ('--nosearch',)),
          ('v6e:4x4', 64, ('--nosearch',)),
          ('v5e:16x16', 1024, ('--nosearch', '--only=generator_step,critic_step')))
-# (config, topology, fields, effort) whose steps are compiled one by one: SDXL's network, which has
-# few layers alike, takes the compiler ten minutes a program by the least effort (-1).
-STEPS = (
-    ('sdxl:decoupled_hybrid', 'v5e:4x4', {'data.global_batch': 64, 'train.accumulate': 1}, -1),
-    ('sdxl:decoupled_hybrid', 'v6e:4x4', {}, -1),
-    ('zimage:lora', 'v5e:4x4', {'data.global_batch': 64, 'mesh.fsdp': 8, 'mesh.tensor': 2}, 0),
-    ('zimage', 'v5p:2x2x4', {}, 0),
-    ('zimage', 'v5e:16x16', {'data.global_batch': 1024, 'mesh.fsdp': 32, 'mesh.tensor': 2}, 0))
-UPDATES = 'generator_step', 'critic_step'
+# (config, topology, fields, effort) by file, whose steps are compiled one by one: SDXL's network,
+# which has few layers alike, takes the compiler ten minutes a program by the least effort (-1).
+SDXL, LORA = 'sdxl:decoupled_hybrid', 'zimage:lora'
+STEPS = {
+    'sdxl_v6e_4x4_128': (SDXL, 'v6e:4x4', {}, -1),
+    'sdxl_v5e_4x4_64': (SDXL, 'v5e:4x4', {'data.global_batch': 64, 'train.accumulate': 1}, -1),
+    'sdxl_v5e_4x4_32': (SDXL, 'v5e:4x4', {'data.global_batch': 32, 'train.accumulate': 1,
+                                          'critic.order': 'one_rollout'}, -1),
+    'zimage_lora_v5e_4x4_64': (LORA, 'v5e:4x4', {'data.global_batch': 64,
+                                                 'critic.order': 'one_rollout'}, 0),
+    'zimage_v5p_2x2x4_128': ('zimage', 'v5p:2x2x4', {}, 0),
+    'zimage_v5e_16x16_1024': ('zimage', 'v5e:16x16', {
+        'data.global_batch': 1024, 'mesh.fsdp': 32, 'mesh.tensor': 2}, 0)}
 # Configs that are counted, in their own order of updates ('') and in two others.
 COUNTED = ('emoji', 'lumina', 'sdxl:dmd2', 'sdxl:decoupled_hybrid', 'zimage')
 ORDERS = ('', 'critic_first', 'one_rollout')
@@ -68,12 +72,12 @@ def plans() -> None:
 
 def steps() -> None:
     """A file for each of `STEPS`; programs that stand there are kept."""
-    for config, topology, fields, effort in STEPS:
-        file = _steps_file(config, topology)
+    for name, (config, topology, fields, effort) in STEPS.items():
+        file = HERE / 'plans' / f'{name}.json'
         found = json.loads(file.read_text()) if file.exists() else {
             'config': config, 'topology': topology, 'fields': fields, 'effort': effort,
             'programs': {}}
-        for which in UPDATES:
+        for which in _steps_of(config, fields):
             if which not in found['programs']:
                 step, found['resident_bytes'] = _compiled(config, fields, topology, which, effort)
                 found['programs'][which] = step
@@ -81,8 +85,12 @@ def steps() -> None:
                 print(file, which, {k: step.get(k) for k in ('fits', 'compile_seconds')})
 
 
-def _steps_file(config: str, topology: str) -> Path:
-    return HERE / 'plans' / f'{config}_{topology}.json'.replace(':', '_')
+def _steps_of(name: str, fields: dict[str, Any]) -> list[str]:
+    """Programs of a step."""
+    config = _config(name, fields)
+    from ddmd_jax.planner import programs
+
+    return list(programs.runs(config))
 
 
 def levers() -> None:
@@ -173,18 +181,20 @@ def steps_table() -> str:
     """One line for each program of each of `STEPS`."""
     lines = ['| config, topology | changed | program | peak GiB | of | TFLOP | of analytic | '
              'sent GiB | least s |', '|' + '---|' * 9]
-    for config, topology, fields, effort in STEPS:
-        if not (file := _steps_file(config, topology)).exists():
-            continue
+    for name, (config, topology, fields, effort) in STEPS.items():
+        if not (file := HERE / 'plans' / f'{name}.json').exists():
+            continue  # has not been compiled yet
         words = ', '.join(f'`{k}={v}`' for k, v in fields.items())
         for which, p in json.loads(file.read_text())['programs'].items():
-            start = f'| `{config}`, {topology}{" *" * (effort < 0)} | {words} | `{which}` | '
+            title = f'`{config}`, {topology}{" *" * (effort < 0)}'
+            start = f'| {title} | {words} | `{which}` | '
             if 'error' in p:
                 lines.append(f'{start}refused: {p["error"][:80]} | | | | | |')
                 continue
             usable = p['peak_bytes'] + p['headroom_bytes']
             lines.append(start + ' | '.join([
-                _gib(p['peak_bytes']), _gib(usable), f'{p["flops"] / 1e12:.1f}',
+                _gib(p['peak_bytes']) + ' -' * (not p['fits']), _gib(usable),
+                f'{p["flops"] / 1e12:.1f}',
                 f'{p["flops"] / p["analytic_flops"]:.2f}',
                 f'{sum(p["collective_bytes"].values()) / 2**30:.1f}',
                 f'{p["roofline_seconds"]:.2f}']) + ' |')
