@@ -30,8 +30,7 @@ SDXL, LORA = 'sdxl:decoupled_hybrid', 'zimage:lora'
 STEPS = {
     'sdxl_v6e_4x4_128': (SDXL, 'v6e:4x4', {}, -1),
     'sdxl_v5e_4x4_64': (SDXL, 'v5e:4x4', {'data.global_batch': 64, 'train.accumulate': 1}, -1),
-    'sdxl_v5e_4x4_32': (SDXL, 'v5e:4x4', {'data.global_batch': 32, 'train.accumulate': 1,
-                                          'critic.order': 'one_rollout'}, -1),
+    'sdxl_v5e_4x4_128': (SDXL, 'v5e:4x4', {'critic.order': 'one_rollout'}, -1),
     'zimage_lora_v5e_4x4_64': (LORA, 'v5e:4x4', {'data.global_batch': 64,
                                                  'critic.order': 'one_rollout'}, 0),
     'zimage_v5p_2x2x4_128': ('zimage', 'v5p:2x2x4', {}, 0),
