@@ -452,6 +452,9 @@ A, B = (np.random.default_rng(i).standard_normal(s).astype(np.float32)
       'transformer.layers.0.attn.to_k.lora_B.weight': B},
      {'transformer.r': 2, 'transformer.lora_alpha': 6, 'transformer.use_rslora': True},
      6 / 2**0.5),
+    # A config that leaves the rank to the factors.
+    ({'transformer.layers.0.attn.to_k.lora_A.weight': A,
+      'transformer.layers.0.attn.to_k.lora_B.weight': B}, {'transformer.lora_alpha': 6}, 3.0),
     # diffusers' older names, and kohya's with and without an alpha (diffusers #13249).
     ({'transformer.layers.0.attn.to_k.lora.down.weight': A,
       'transformer.layers.0.attn.to_k.lora.up.weight': B}, {}, 1.0),
@@ -467,6 +470,19 @@ def test_a_start_is_read_from_files_of_others(tmp_path, tensors, config, scale):
     kernels, _ = factors_of()
     given = lora.read(file, kernels, NAMES)
     close(products(given), {'layers/attn/to_k/kernel': scale * (B @ A).T[None]}, 1e-5)
+
+
+def test_pefts_own_folder_says_its_alpha_beside_its_file(tmp_path):
+    kernels, module = factors_of()[0], 'base_model.model.layers.0.attn.to_k'
+    write_by_hand(tmp_path / lora.PEFT_FILE,
+                  {f'{module}.lora_A.weight': A, f'{module}.lora_B.weight': B}, format='pt')
+    config = {'peft_type': 'LORA', 'r': 2, 'lora_alpha': 8, 'alpha_pattern': {}, 'use_dora': False}
+    (tmp_path / lora.PEFT_CONFIG).write_text(json.dumps(config))
+    given = lora.read(lora.find(tmp_path), kernels, NAMES)
+    close(products(given), {'layers/attn/to_k/kernel': 4 * (B @ A).T[None]}, 1e-5)
+    (tmp_path / lora.PEFT_CONFIG).write_text(json.dumps(config | {'use_dora': True}))
+    with pytest.raises(WeightsError, match='made with use_dora'):
+        lora.read(lora.find(tmp_path), kernels, NAMES)
 
 
 def test_a_start_of_a_lower_rank_is_what_is_given_and_can_learn():
@@ -499,6 +515,9 @@ MODULE = 'transformer.layers.0.attn.to_k'
     ({'lora_te1_x.lora_down.weight': A}, {}, 'adapts lora_te1_x, which is no module'),
     ({f'{MODULE}.lora_A.weight': A}, {'transformer.use_dora': True}, 'made with use_dora'),
     ({f'{MODULE}.lora_A.weight': A}, [1], 'cannot be read'),
+    ({f'{MODULE}.lora_A.weight': A.astype(jnp.float8_e4m3fn)}, {},
+     r'holds F8_E4M3 \(.*to_k.lora_A.weight\); quantised factors are not read'),
+    ({f'{MODULE}.lora_A.weight': A.astype(np.int8)}, {}, 'holds I8'),
 ])
 def test_a_file_that_does_not_fit_is_one_line(tmp_path, tensors, config, words):
     file = write_by_hand(tmp_path / 'x.safetensors', tensors, **{lora.CONFIG: config})

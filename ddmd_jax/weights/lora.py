@@ -21,12 +21,14 @@ import jax
 import numpy as np
 
 from ddmd_jax.util import files, shape
-from ddmd_jax.weights import flat
+from ddmd_jax.weights import diffusers, flat
 from ddmd_jax.weights.flat import WeightsError
 from ddmd_jax.weights.names import Entry
 
 FILE = 'pytorch_lora_weights.safetensors'  # as diffusers looks for it
 CONFIG = 'lora_adapter_metadata'  # in a file's header: PEFT's config, which diffusers obeys
+PEFT_FILE, PEFT_CONFIG = 'adapter_model.safetensors', 'adapter_config.json'  # PEFT's own pair
+TYPES = ('F64', 'F32', 'F16', 'BF16', 'I64', 'I32')  # whole numbers: an alpha may be one
 NAMINGS = ('diffusers', 'comfyui')
 KOHYA = 'lora_unet_'  # a network's modules, whatever it is, dots as underscores
 OTHER_KOHYA = ('lora_transformer_', 'lycoris_')
@@ -98,7 +100,9 @@ def write(path: Path, factors: Mapping[str, tuple[Any, Any]], names: Names,
 
 def find(path: Path) -> Path | None:
     """The LoRA file that `path` is, or that lies in that folder; None if there is none."""
-    file = path / FILE if path.is_dir() else path
+    file = path
+    if path.is_dir():
+        file = next((path / name for name in (FILE, PEFT_FILE) if (path / name).is_file()), path)
     if not file.is_file() or file.suffix != '.safetensors':
         return None
     names = flat.open_file(file, CURE).keys()
@@ -117,8 +121,12 @@ def read(path: Path, kernels: Mapping[str, tuple[int, ...]], names: Names) -> Fa
       WeightsError: damaged, no LoRA, or of another network.
     """
     opened = flat.open_file(path, CURE)
-    names_there = opened.keys()  # not a dict
-    tensors = {name: np.asarray(opened.get_tensor(name), np.float32) for name in names_there}
+    tensors = {}
+    for name in opened.keys():  # noqa: SIM118  (not a dict)
+        if (kind := opened.get_slice(name).get_dtype()) not in TYPES:
+            raise WeightsError(f'{path} holds {kind} ({name}); quantised factors are not read: '
+                               'give them in float32, float16 or bfloat16')
+        tensors[name] = np.asarray(opened.get_tensor(name), np.float32)
     config = _config(path, opened.metadata() or {}, names.component)
     places = {module: (kernel, layer) for kernel, shape in kernels.items()
               for layer, module in enumerate(_modules(names.entry(kernel), shape))}
@@ -140,7 +148,7 @@ def read(path: Path, kernels: Mapping[str, tuple[int, ...]], names: Names) -> Fa
             if x.shape != entry.slices(ours):
                 raise WeightsError(f'{path} is of another base: a factor of {module} is {x.shape}, '
                                    f'here it would be {entry.slices(ours)}')
-        scale = alpha.item() / rank if 'alpha' in pair else config
+        scale = alpha.item() / rank if 'alpha' in pair else config(rank)
         with np.errstate(over='ignore', invalid='ignore'):
             scaled = scale * entry.to_ours(b)
         if not (np.isfinite(a).all() and np.isfinite(scaled).all()):
@@ -166,15 +174,19 @@ def _modules(entry: Entry, shape: tuple[int, ...]) -> list[str]:
     return [name.removesuffix('.weight') for name in entry.names(shape)]
 
 
-def _config(path: Path, metadata: Mapping[str, str], component: str) -> float:
-    """The scale of all pairs that have no alpha of their own, as the header has it; else 1.
+def _config(path: Path, metadata: Mapping[str, str], component: str) -> Callable[[int], float]:
+    """The scale, by its rank, of a pair that has no alpha of its own: the config's, or else 1.
+
+    The config is in the header, or beside PEFT's own file.
 
     Raises:
-      WeightsError: the header asks for what is no plain LoRA.
+      WeightsError: it asks for what is no plain LoRA.
     """
+    beside = path.with_name(PEFT_CONFIG)
     try:
-        config = {name.removeprefix(f'{component}.'): value
-                  for name, value in shape.load(metadata.get(CONFIG, '{}').encode(), {}).items()}
+        found = (diffusers.read_json(beside) if path.name == PEFT_FILE and beside.is_file() else
+                 shape.load(metadata.get(CONFIG, '{}').encode(), {}))
+        config = {name.removeprefix(f'{component}.'): value for name, value in found.items()}
         if fault := shape.fault(config, {'r?': shape.positive, 'lora_alpha?': shape.finite}):
             raise ValueError(fault)
         odd = [name for name in ('use_dora', 'alpha_pattern', 'rank_pattern', 'lora_bias')
@@ -182,11 +194,14 @@ def _config(path: Path, metadata: Mapping[str, str], component: str) -> float:
         if odd:
             raise WeightsError(f'{path} is made with {odd[0]}, which is not read here; merge it '
                                'into its base, or save it again with one rank and one alpha')
-        rank = config.get('r', 1)
-        return config.get('lora_alpha', rank) / (
-            rank**0.5 if config.get('use_rslora') else rank)
     except ValueError as e:
         raise WeightsError(f'{path}: its {CONFIG} cannot be read ({e}); {CURE}') from e
+
+    def scale(rank: int) -> float:
+        rank = config.get('r', rank)
+        return config.get('lora_alpha', rank) / (rank**0.5 if config.get('use_rslora') else rank)
+
+    return scale
 
 
 def _pairs(path: Path, tensors: Mapping[str, np.ndarray], places: Mapping[str, Any],
