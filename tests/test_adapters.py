@@ -376,11 +376,18 @@ def test_a_run_resumes_to_the_last_bit_and_holds_no_base(tmp_path):
     # Another run's weights: student, critic and EMA, of these ranks and no other.
     task = small.task_of(config := lora_config(init_from=str(tmp_path / 'whole')))
     begin = lambda task, config: resume.begin(
-        resume.origin(config), {}, task, task.feed(frozenset()))[0]
+        resume.origin(config), resume.manifest_of(config, task.identities), task,
+        task.feed(frozenset()))[0]
     begun = begin(task, config)
     same((begun.student, begun.critic, begun.ema), (whole.student, whole.critic, whole.ema))
     config = lora_config(init_from=str(tmp_path / 'whole'), **{'student.adapter.rank': 1})
     with pytest.raises(CheckpointError, match='holds no student of this shape'):
+        begin(small.task_of(config), config)
+    # Factors of another scale would be another network, and their shapes do not tell.
+    config = lora_config(init_from=str(tmp_path / 'whole'), **{'student.adapter.alpha': 2.0})
+    same(begin(small.task_of(config), config).student, whole.student)
+    config.student.adapter.alpha = 8.0
+    with pytest.raises(CheckpointError, match='student.adapter.alpha 2, here it is 8; set config'):
         begin(small.task_of(config), config)
 
 

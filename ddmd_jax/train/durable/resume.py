@@ -130,15 +130,32 @@ def begin(source: Source, manifest: Mapping[str, Any], task: Any,
       feed: is moved to its place.
 
     Raises:
-      CheckpointError: another run's, not readable, or of other shapes.
+      CheckpointError: another run's, not readable, of other shapes, or of another scale.
       WeightsError: likewise, of weights.
     """
+    if source.kind == INIT:
+        _check_scale(source.path, manifest)
     if source.kind in (SCRATCH, INIT):
         feed.start_prefetch()
         state = task.spec.create()
         return (state if source.kind == SCRATCH else
                 with_weights(state, source.path, task.read_weights)), []
     return ckpt.restore(source.path, manifest, task.spec.shapes, task.spec.shardings, feed)
+
+
+def _check_scale(path: Place, manifest: Mapping[str, Any]) -> None:
+    """Raises `CheckpointError` if adapters of a checkpoint would be another network's here.
+
+    Their factors do not say what the product is scaled by; of another rank, their shapes differ.
+    """
+    ranks = [name for name in manifest if name.endswith('.adapter.rank')]
+    saved = ckpt.manifest_of(path) if ranks and (path / 'state').is_dir() else {}
+    for rank in ranks:
+        alpha = rank.replace('.rank', '.alpha')
+        old, new = (m.get(alpha, m.get(rank)) for m in (saved, manifest))
+        if saved.get(rank) == manifest[rank] and old != new:
+            raise CheckpointError(f'config.init_from: the adapters in {path} are of {alpha} '
+                                  f'{old:g}, here it is {new:g}; set config.{alpha}={old:g}')
 
 
 def with_weights(state: st.TrainState, path: Place,
