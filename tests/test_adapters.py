@@ -383,6 +383,9 @@ def test_a_run_resumes_to_the_last_bit_and_holds_no_base(tmp_path):
     config = lora_config(init_from=str(tmp_path / 'whole'), **{'student.adapter.rank': 1})
     with pytest.raises(CheckpointError, match='holds no student of this shape'):
         begin(small.task_of(config), config)
+    config = lora_config(init_from=str(tmp_path / 'whole'), **{'student.adapter.kind': 'full'})
+    with pytest.raises(CheckpointError, match='share no parameter; is adapter.kind the same'):
+        begin(small.task_of(config), config)
     # Factors of another scale would be another network, and their shapes do not tell.
     config = lora_config(init_from=str(tmp_path / 'whole'), **{'student.adapter.alpha': 2.0})
     same(begin(small.task_of(config), config).student, whole.student)

@@ -356,6 +356,8 @@ def must_match(saved: Any, abstract: Any) -> None:
     """Raises `ValueError` naming the first leaf that is not in both trees with one shape."""
     found, wanted = ({path: tuple(leaf.shape) for path, leaf in flat.flatten(tree).items()}
                      for tree in (saved, abstract))
+    if found and wanted and found.keys().isdisjoint(wanted):  # of a network and of adapters, say
+        raise ValueError('they share no parameter; is adapter.kind the same?')
     for path in sorted(found | wanted):
         if found.get(path) != wanted.get(path):
             raise ValueError(f'{path} is {found.get(path, "absent")}, not '
