@@ -17,7 +17,7 @@ torch = pytest.importorskip('torch')
 diffusers = pytest.importorskip('diffusers')
 
 DEEP = {'n_layers': 3, 'n_refiner_layers': 1, 'dim': 60, 'n_heads': 3, 'n_kv_heads': 1,
-        'axes_dims': (8, 4, 8), 'norm_eps': 1e-3, 't_scale': 500.0}
+        'axes_dims': (4, 6, 10), 'norm_eps': 1e-3, 't_scale': 500.0}
 WIDE = {'dim': 288, 'n_heads': 2, 'axes_dims': (48, 48, 48), 'cap_feat_dim': 16,
         'rope_theta': 100.0, 'in_channels': 8}  # wider than the time embedding's 256
 
