@@ -145,6 +145,14 @@ def test_a_fresh_student_is_its_teacher_and_a_merged_one_itself(params, dtype):
     assert np.abs(got - want).max() <= (1e-5 if dtype == 'float32' else 1e-2) * size
 
 
+def test_a_starts_as_pefts_does(params):
+    """Kaiming's uniform with a = sqrt(5): within 1 / sqrt(inputs), and all the way there."""
+    for name, leaf in flat.flatten(BLOCKS.init(params[0], jax.random.key(0))).items():
+        if name.endswith('lora_A'):
+            bound = leaf.shape[-2] ** -0.5
+            assert 0.9 * bound < np.abs(leaf).max() <= bound
+
+
 class Toy(nnx.Module):
     """A convolution and a stack of matrices."""
 
@@ -508,6 +516,11 @@ def test_a_start_of_a_lower_rank_is_what_is_given_and_can_learn():
     factors = flat.flatten(started)
     assert all(np.all(np.any(x != 0, axis=-2)) for name, x in factors.items() if 'lora_A' in name)
     np.testing.assert_array_equal(factors[f'{path}/lora_A'][..., :2], A.T[None])
+    # Zero beside what is not zero is given: begun afresh, the product would be another.
+    for a, b in ((0 * A, B), (A, 0 * B)):
+        given = {path: (a.T[None], b.T[None])}
+        factors = flat.flatten(binding.start(base, jax.random.key(0), given))
+        assert not np.any(factors[f'{path}/lora_A'] @ factors[f'{path}/lora_B'])
 
 
 MODULE = 'transformer.layers.0.attn.to_k'

@@ -97,6 +97,7 @@ def test_adapters_draw_the_same_in_the_teachers_pipeline(tmp_path, case):
                    num_inference_steps=STEPS, output_type='latent', return_dict=False)[0]
     card = (tmp_path / 'lora' / 'README.md').read_text()
     assert "load_lora_weights('lora')" in card and f'{name["_class_name"]}.from_pretrained' in card
+    assert f'guidance_scale={call["guidance_scale"]})' in card
     error = near(got.numpy().transpose(0, 2, 3, 1), want)
     print(f'{case}: {error:.1e}')
     assert error <= 1e-3

@@ -1,6 +1,7 @@
 """Z-Image in and out: folders, sampler and students, against diffusers itself."""
 
 import functools
+import inspect
 import json
 
 import jax
@@ -71,6 +72,12 @@ def test_sampler_gives_the_pipelines_latents(theirs, ours, guidance):
     assert near(got, want) <= 1e-3
 
 
+def test_the_familys_guidance_is_the_pipelines_own():
+    """Whose scale is w = alpha - 1."""
+    call = inspect.signature(diffusers.ZImagePipeline.__call__).parameters
+    assert ZIMAGE.guidance == call['guidance_scale'].default + 1
+
+
 def test_shift_is_the_schedulers_and_sizes_are_those_of_patches(folder, ours):
     assert ours.latents.shape == LATENTS[1:] and ours.latents.decode is not None
     bare = ZIMAGE.load(families.LoadOptions(str(folder / 'transformer'), size=(64, 96)))
@@ -118,6 +125,7 @@ def test_a_student_draws_the_same_in_its_pipeline(folder, tmp_path, mode, shift)
         'student.steps': 4, 'data.name': 'prompts', 'method.alpha': 5.0, 'teacher.name': 'zimage',
         'teacher.path': str(folder), 'method.shift': shift}, params)
     export.export(workdir, tmp_path / 'student', export.Wanted(sampler=mode))
+    assert 'guidance_scale=0.0)' in (tmp_path / 'student/README.md').read_text()
     pipe = diffusers.DiffusionPipeline.from_pretrained(tmp_path / 'student')
     assert type(pipe).__name__ == 'ZImagePipeline'
     prompts = ['a red fox in the snow, and behind it a forest at night', 'two boats']

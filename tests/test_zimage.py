@@ -201,6 +201,23 @@ def test_sdxls_students_are_no_teachers(tmp_path, name, words):
     assert words in found and bool(words) == bool(found)
 
 
+def test_its_lora_config_trains_adapters_alone():
+    whole, low = (config_lib.load(name) for name in ('zimage', 'zimage:lora'))
+    for whose in ('student', 'critic'):
+        assert whole[whose].adapter.kind == 'full' and low[whose].adapter.kind == 'lora'
+    assert low.method.schedule == whole.method.schedule == 'decoupled_hybrid'
+    assert low.student.steps == 8
+
+
+def test_a_pipelines_transformer_is_told_by_the_pipeline(tmp_path):
+    (tmp_path / 'transformer').mkdir()
+    (tmp_path / 'README.md').write_text(CARDS['turbo'])
+    distilled = lambda: families.get('zimage').distilled(str(tmp_path / 'transformer'))
+    assert not distilled()
+    (tmp_path / 'model_index.json').write_text('{}')
+    assert 'its card loads Tongyi-MAI/Z-Image-Turbo' in distilled()
+
+
 def test_a_distilled_teacher_is_refused_unless_forced(tmp_path):
     """Before its weights are read: there are none here."""
     config = config_lib.load('zimage')

@@ -2,6 +2,7 @@
 
 import re
 from collections.abc import Sequence
+from pathlib import Path
 
 from ddmd_jax.weights import diffusers, fetch
 
@@ -10,12 +11,19 @@ CONFIGS = ('model_index.json', 'config.json', 'transformer/config.json', 'unet/c
 _LOADED = re.compile(r"""from_pretrained\(\s*["']([^"']+)""")
 
 
+def pipeline(folder: Path) -> Path:
+    """The folder of the pipeline whose network lies in `folder`; that itself if it is in none."""
+    inside = not (folder / CONFIGS[0]).is_file() and (folder.parent / CONFIGS[0]).is_file()
+    return folder.parent if inside else folder
+
+
 def few_step(path: str, called: Sequence[str]) -> str:
     """What says that the weights at `path` are a few-step student already; '' if nothing does.
 
     Asked are the name that configs were saved under, the model that the card's own program loads
     (a base model's card may speak of its students as well), and the card's tags as `export` writes
-    them. A network whose folder says none of it cannot be told from its base.
+    them; of a pipeline's network the pipeline is asked. One that lies by itself and says none of it
+    cannot be told from its base.
 
     Args:
       path: of the folder, or a hub id.
@@ -24,7 +32,7 @@ def few_step(path: str, called: Sequence[str]) -> str:
     Raises:
       WeightsError: there is no such folder, or its configs cannot be read.
     """
-    folder = fetch.local_folder(path, (*CONFIGS, 'README.md'))
+    folder = pipeline(fetch.local_folder(path, (*CONFIGS, 'README.md')))
     student = lambda name: any(word in name.lower() for word in called)
     for name in CONFIGS:
         if (folder / name).is_file():

@@ -63,7 +63,7 @@ def distilled(path: str) -> str:
     """
     if why := published_card.few_step(path, ('turbo',)):
         return why
-    scheduler = fetch.local_folder(path, (SCHEDULER,)) / SCHEDULER
+    scheduler = published_card.pipeline(fetch.local_folder(path, (SCHEDULER,))) / SCHEDULER
     if scheduler.is_file() and diffusers.read_json(scheduler).get('shift') == TURBO_SHIFT:
         return f"its scheduler's shift is Z-Image-Turbo's {TURBO_SHIFT:g}, the base has {SHIFT:g}"
     return ''
