@@ -864,6 +864,7 @@ def _header(rng: random.Random, file: Path) -> None:
 
 def of_lora(rng: random.Random, folder: Path) -> None:
     """The file of a LoRA, as a run that starts from it reads it."""
+    import ml_dtypes
     import numpy as np
     import safetensors.numpy as st
 
@@ -888,7 +889,9 @@ def of_lora(rng: random.Random, folder: Path) -> None:
         for name in rng.sample(sorted(tensors), rng.randint(1, 2)):
             found = tensors.pop(name)
             shape = rng.choice((found.shape, found.shape[::-1], (), (0,), (0, 6), (3, 0), (3, 3)))
-            odd = np.full(shape, rng.choice((0, 1, 1e30, np.inf, np.nan)), np.float32)
+            kind = rng.choice((np.float32, np.float32, np.float16, ml_dtypes.float8_e4m3fn))
+            with np.errstate(over='ignore'):
+                odd = np.full(shape, rng.choice((0, 1, 1e30, np.inf, np.nan))).astype(kind)
             tensors[rng.choice((name, name, f'{name}.x', 'x', '', f'{name}.alpha'))] = odd
         st.save_file(tensors, file, metadata=rng.choice((None, {lora.CONFIG: bad_json(
             rng, {'transformer.r': 3, 'transformer.lora_alpha': 3}).decode('latin-1')})))

@@ -402,6 +402,16 @@ def test_a_run_resumes_to_the_last_bit_and_holds_no_base(tmp_path):
         begin(small.task_of(config), config)
 
 
+def test_a_critic_is_bound_by_its_own_section():
+    """As the panels of training show it."""
+    task = small.task_of(lora_config(**{'critic.adapter.rank': 2, 'critic.adapter.alpha': 6.0}))
+    base, trained = task.frozen.teacher, stirred(SMALL.init(task.frozen.teacher, jax.random.key(0)))
+    change = lambda whose: jax.tree.map(lambda x, y: x - y, adapters.materialised(
+        task.network(trained, whose)), base)['x_embedder']['kernel']
+    np.testing.assert_allclose(change('critic'), 3 * change('student'), atol=1e-5)
+    assert np.any(change('student'))
+
+
 @pytest.mark.parametrize('whose', ['student', 'critic'])
 def test_an_adapter_that_does_not_fit_is_found_in_its_section(whose):
     config = lora_config(**{f'{whose}.adapter.rank': 4})
