@@ -347,6 +347,10 @@ def test_both_at_once_are_of_adapters_too(offload):
     (spec, program, frozen), batch = build(offload), tiny.make_batch(4)
     state, metrics = program.both(frozen, spec.create(), batch)
     assert bool(metrics['finite']) and (int(state.step), int(state.critic_step)) == (1, 1)
+    # Neither update looks at the average.
+    average = jax.device_put(stirred(params[1], 3), spec.shardings.ema)
+    other, _ = program.both(frozen, dataclasses.replace(spec.create(), ema=average), batch)
+    same((other.student, other.critic), (state.student, state.critic))
     alone, _ = program.generator(frozen, spec.create(), batch)
     spec, _, frozen = build(())
     updates = Updates(tiny.small_network, tiny.make_recipe(), Mechanics(
