@@ -356,7 +356,8 @@ def test_both_at_once_are_of_adapters_too(offload):
     updates = Updates(tiny.small_network, tiny.make_recipe(), Mechanics(
         tx, tx, student=SMALL, critic=SMALL))
     start = spec.create()
-    judged, _ = jax.jit(updates.critic)(frozen, start, batch, updates._generator_key(start))
+    *_, x = jax.jit(updates._generator)(frozen, start, batch)
+    judged, _ = jax.jit(updates.critic)(frozen, start, dataclasses.replace(batch, x=x))
     for name, of in (('student', alone), ('ema', alone), ('critic', judged)):
         found, want, before = (jax.device_get(getattr(x, name)) for x in (state, of, start))
         jax.tree.map(functools.partial(np.testing.assert_allclose, atol=1e-7), found, want)
