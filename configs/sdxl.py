@@ -35,12 +35,12 @@ authors' answer for Lumina; alpha is DMD2's guidance. Chosen here: the floors of
 (DMD2 has none), and what is logged, saved and evaluated.
 
 Pod: 16 chips and more, in multiples of 16. A batch is two micro-batches (`train.accumulate`), so
-that each of 16 chips has four images at a time. 4.7 GiB of each chip are resident (student, critic,
-EMA, AdamW's moments of both, the head and its own, in fp32; teacher and text encoders in bf16), by
-`python -m ddmd_jax.plan --config=sdxl:dmd2 --topology=v5e:4x4 --layout`; what its steps peak at has
-not been compiled yet: the same command without `--layout` says. Nobody here has run this config:
-the machine that tests this repository has no accelerator and no weights; what is tested is the
-same code at toy size.
+that each of 16 chips has four images at a time. 5.0 GiB of each chip are resident (student, critic,
+EMA, AdamW's moments of both, the head and its own, in fp32; teacher and text encoders in bf16). By
+the TPU's compiler (docs/plans.md) the student's step peaks at 17.2 GiB and the critic's at 15.8 of
+v6e's 31.3; v5e has 15.75, in which the batch fits on one rollout (`critic.order='one_rollout'`:
+13.7 GiB), not in DMD2's order. Nobody here has run this config: the machine that tests this
+repository has no accelerator and no weights; what is tested is the same code at toy size.
 """
 
 from ddmd_jax.config import defaults
