@@ -1,0 +1,56 @@
+"""``python -m benchmarks``: parts of a distillation, timed in turns."""
+
+import json
+import subprocess
+import sys
+
+import pytest
+import tiny
+
+sys.path.insert(0, str(tiny.ROOT))  # for benchmarks
+
+from benchmarks import __main__ as benchmarks
+
+
+def call(*args):
+    return subprocess.run([sys.executable, '-m', 'benchmarks', *args], text=True, cwd=tiny.ROOT,
+                          capture_output=True, check=False)
+
+
+@pytest.mark.parametrize('args, line', [
+    (['generater', '--config=emoji'], "no part 'generater'; known: generator, critic, both,"),
+    (['generator'], 'no --config given; try --config=emoji'),
+    (['generator', '--config=emoji', '--beside=x'], "--beside 'x' is not field=value"),
+    (['both', '--config=emoji'], 'both is a program of --config.critic.order=same_images'),
+    (['step', '--config=emoji', '--beside=student.steps=0'], 'student.steps')])
+def test_what_cannot_be_timed_is_one_line(args, line):
+    told = call(*args)
+    assert told.returncode != 0 and line in told.stderr and 'Traceback' not in told.stderr
+
+
+def test_sides_run_in_turns():
+    """Once unseen, then in turns until the time is over; the ratio is of one turn each."""
+    ran = []
+    found = benchmarks.timed([lambda: ran.append('a'), lambda: ran.append('b')], 0.0)
+    assert ran == ['a', 'b', 'a', 'b'] and [len(times) for times in found] == [1, 1]
+    line = benchmarks.figures('x', [[2.0, 4.0, 9.0], [1.0, 2.0, 3.0]])
+    assert (line['seconds'], line['beside'], line['runs']) == (4.0, 2.0, 3)
+    assert line['ratio'] == pytest.approx(7 / 3) and line['ratio_interval'][0] >= 2.0
+
+
+@pytest.mark.slow
+def test_parts_of_the_demo_are_timed():
+    """By its real programs; the generator's of two orders beside one another."""
+    flags = ['--config=emoji', '--config.data.global_batch=4', '--seconds=0', '--json']
+    parts = ['generator', 'sample', 'decode', 'input', 'checkpoint', 'first_step']
+    told = call(*parts[1:], *flags)
+    assert told.returncode == 0, told.stderr[-2000:]
+    found = json.loads(told.stdout)
+    assert [part['name'] for part in found['parts']] == parts[1:]
+    assert all(part['seconds'] > 0 for part in found['parts'])
+    assert found['device']['platform'] == 'cpu' and found['versions']['jax']
+    told = call(parts[0], *flags, '--beside=critic.order=one_rollout')
+    assert told.returncode == 0, told.stderr[-2000:]
+    part, = json.loads(told.stdout)['parts']
+    low, high = part['ratio_interval']
+    assert low <= part['ratio'] <= high and part['beside'] > 0
