@@ -160,6 +160,12 @@ def _gib(size: float) -> str:
     return f'{size / 2**30:.2f}'
 
 
+def _sent(program: dict[str, Any]) -> list[str]:
+    """GiB that a chip sends in a program, and the seconds that it takes at least."""
+    return [f'{sum(program["collective_bytes"].values()) / 2**30:.1f}',
+            f'{program["roofline_seconds"]:.2f}']
+
+
 def plans_table() -> str:
     """One line for each program of each plan."""
     lines = ['| topology, batch | program | peak GiB | of | TFLOP | sent GiB | least s |',
@@ -171,8 +177,7 @@ def plans_table() -> str:
             lines.append('| ' + ' | '.join([
                 f'{topology}, {batch}', f'`{name}`', _gib(p['peak_bytes']),
                 _gib(found['usable_bytes_per_chip']), f'{p["flops"] / 1e12:.1f}',
-                f'{sum(p["collective_bytes"].values()) / 2**30:.1f}',
-                f'{p["roofline_seconds"]:.2f}']) + ' |')
+                *_sent(p)]) + ' |')
     return '\n'.join(lines)
 
 
@@ -194,9 +199,7 @@ def steps_table() -> str:
             lines.append(start + ' | '.join([
                 _gib(p['peak_bytes']) + ' -' * (not p['fits']), _gib(usable),
                 f'{p["flops"] / 1e12:.1f}',
-                f'{p["flops"] / p["analytic_flops"]:.2f}',
-                f'{sum(p["collective_bytes"].values()) / 2**30:.1f}',
-                f'{p["roofline_seconds"]:.2f}']) + ' |')
+                f'{p["flops"] / p["analytic_flops"]:.2f}', *_sent(p)]) + ' |')
     return '\n'.join(lines)
 
 

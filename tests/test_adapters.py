@@ -356,7 +356,7 @@ def test_both_at_once_are_of_adapters_too(offload):
     updates = Updates(tiny.small_network, tiny.make_recipe(), Mechanics(
         tx, tx, student=SMALL, critic=SMALL))
     start = spec.create()
-    *_, x = jax.jit(updates._generator)(frozen, start, batch)
+    _, (x, *_) = jax.jit(updates.rollout)(frozen, start, batch)  # the generator's own samples
     judged, _ = jax.jit(updates.critic)(frozen, start, dataclasses.replace(batch, x=x))
     for name, of in (('student', alone), ('ema', alone), ('critic', judged)):
         found, want, before = (jax.device_get(getattr(x, name)) for x in (state, of, start))

@@ -17,7 +17,7 @@ from ddmd_jax.method import schedules
 from ddmd_jax.method.regularisers import Regulariser
 from ddmd_jax.parallel import sharding
 from ddmd_jax.train import state as st
-from ddmd_jax.train.update import Mechanics, Updates, accumulated_grads, ema_decay
+from ddmd_jax.train.update import accumulated_grads, ema_decay
 
 BATCH = 4
 MESH = sharding.make_mesh({}, jax.devices()[:1])
@@ -162,8 +162,7 @@ def test_both_at_once_see_each_other_as_they_were(hybrid, batch):
     np.testing.assert_allclose(metrics['loss'], generator['loss'], rtol=1e-5)
     fresh = hybrid.fresh()
     _, other = hybrid.critic(hybrid.fresh(), batch)
-    updates = Updates(tiny.small_network, tiny.make_recipe(), Mechanics(TX, TX, ema=0.9))
-    *_, x = jax.jit(updates._generator)(hybrid.frozen, fresh, batch)
+    _, (x, *_) = hybrid.program.rollout(hybrid.frozen, fresh, batch)  # the generator's own samples
     want, beside = hybrid.critic(fresh, dataclasses.replace(batch, x=x))
     close(kept(state.critic), kept(want.critic))
     np.testing.assert_allclose(metrics['fake_loss'], beside['fake_loss'], rtol=1e-5)

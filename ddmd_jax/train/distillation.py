@@ -316,12 +316,13 @@ class Distillation:
         for place, kind in enumerate(['critic'] * warmup + kinds, -warmup):
             if not self.one_rollout:
                 batch = next_batch()
-            elif place == 0 or place < 0 and (place + warmup) % n == 0:
-                prompts = next_batch()
-                z, samples = self._run('rollout', state, prompts)
-            if self.one_rollout:
-                batch = dataclasses.replace(prompts, **(
-                    {'z': z} if kind == 'generator' else {'x': samples[place % n]}))
+            else:
+                # The student stays as it is until its own update: N samples of each prompt serve.
+                if place == 0 or (place < 0 and (place + warmup) % n == 0):
+                    prompts = next_batch()
+                    z, samples = self._run('rollout', state, prompts)
+                given = {'z': z} if kind == 'generator' else {'x': samples[place % n]}
+                batch = dataclasses.replace(prompts, **given)
             state, found = self._run(kind, state, batch)
             if kind == 'critic':
                 critic_metrics.append(found)
