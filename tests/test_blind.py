@@ -20,9 +20,9 @@ PROMPTS = ['a cat on a mat', 'two <b>dogs</b> & a "bird"', 'a house', 'a tree by
 LEVEL = {'a': 40, 'b': 120, 'c': 200}  # of grey in the pictures of each model
 
 
-def make(folder, scores=(1.0, 2.0, 3.0, 4.0), seed=5, number=2, size=32):
+def make(folder, scores=(1.0, 2.0, 3.0, 4.0), seed=5, number=2, size=32, prompts=PROMPTS):
     """An evaluation's folder: `number` images of each prompt, grey as its name says."""
-    named = drawing.names(PROMPTS, number, seed)
+    named = drawing.names(prompts, number, seed)
     n = len(named)
     images = Kept(folder / 'images' / 'toy' / 'student', named, 'arrayrecord')
     images.claim({'steps': 4})
@@ -121,8 +121,10 @@ def test_a_page_needs_nothing_and_tells_nothing(page):
 
 def test_what_cannot_be_judged_is_one_line(three, tmp_path):
     row = results.read(str(three[0]))
-    with pytest.raises(ResultsError, match='named twice'):
-        blind.write(tmp_path / 'x.html', [row, row])
+    again = results.read(f'{three[0]}/../{three[0].name}')
+    for twice in (row, again):
+        with pytest.raises(ResultsError, match='named twice'):
+            blind.write(tmp_path / 'x.html', [row, twice])
     shutil.rmtree(make(tmp_path / 'gone') / 'images')
     with pytest.raises(Exception, match='no images of an evaluation'):
         blind.write(tmp_path / 'x.html', [row, results.read(str(tmp_path / 'gone'))])
@@ -179,6 +181,7 @@ def test_a_page_filled_in_by_keyboard_gives_the_known_tally(page, tmp_path):
     # Wilson's 95 % interval of 3 of 4: 30.1 % to 95.4 %.
     shown = [html.unescape(x) for x in re.findall(r'<td>(.*?)</td>', dom)]
     assert '75.0 % (30.1 % to 95.4 %)' in shown and '25.0 % (4.6 % to 69.9 %)' in shown
+    assert '100.0 % (51.0 % to 100.0 %)' in shown[:5]  # shares of ranks have theirs too
     assert [x for x in shown if re.fullmatch(r'\d\.\d{3}', x)] == ['3.000', '1.750', '1.250']
 
 
@@ -197,6 +200,41 @@ def test_choices_stay_in_the_browser_and_exports_of_others_are_added(page, tmp_p
     dom, _ = opened(scripted(page, file, again), '--dump-dom', profile=profile)
     title = html.unescape(re.search(r'<title>(.*?)</title>', dom)[1])
     assert json.loads(title) == [2, [False, False, True, False], 4, 2]
+
+
+@browser
+def test_an_export_that_is_damaged_is_not_added(page, tmp_path):
+    script = """
+    const mine = window.blind.exported(), ranking = mine.models;
+    const choices = [undefined, {}, [null], [{item: 4, ranking}], [{item: 0}],
+                     [{item: 0, ranking: ranking.slice(1)}], [{item: 0, ranking: ['x', 'y', 'z']}],
+                     [{item: 0, ranking}, {item: 0, ranking}], [{item: 0, ranking}]];
+    const told = choices.map((found, i) => window.blind.add({...mine, rater: i, choices: found}));
+    document.title = JSON.stringify([told, window.blind.add(null), window.blind.tally().n]);
+    """
+    dom, console = opened(scripted(page, tmp_path / 'x.html', script), '--dump-dom')
+    assert not console
+    title = html.unescape(re.search(r'<title>(.*?)</title>', dom)[1])
+    assert json.loads(title) == [[False] * 8 + [True], False, 1]
+
+
+@browser
+def test_prompts_and_names_that_a_page_could_stumble_over(tmp_path):
+    """What begins a comment in a script; folders of one name in folders of one name."""
+    rows = [results.read(str(make(tmp_path / name / 'x' / 'e', prompts=[
+        '<!-- <script>', *PROMPTS[1:]]))) for name in ('p', 'q')]
+    page = blind.write(tmp_path / 'page.html', rows)
+    held = """
+    const press = repeat => document.dispatchEvent(new KeyboardEvent('keydown', {
+      key: String(1 + window.blind.sides().indexOf(1)), repeat}));
+    press(false); press(true); press(true);
+    document.title = JSON.stringify(window.blind.exported().choices.map(one => one.ranking));
+    """
+    dom, console = opened(scripted(page, tmp_path / 'x.html', held), '--dump-dom')
+    title = html.unescape(re.search(r'<title>(.*?)</title>', dom)[1])
+    assert not console and json.loads(title) == [['q/x/e:student', 'p/x/e:student']]
+    heads, _ = results.comparison(*rows, [])
+    assert heads[0] == 'p/x/e:student less q/x/e:student'
 
 
 @browser

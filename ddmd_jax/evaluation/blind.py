@@ -20,7 +20,7 @@ from markupsafe import Markup
 from PIL import Image
 
 from ddmd_jax.evaluation import sheets
-from ddmd_jax.evaluation.results import Evaluated, ResultsError, check_alike
+from ddmd_jax.evaluation.results import Evaluated, ResultsError, check_alike, titles
 from ddmd_jax.util import files
 
 SIDE = 768  # pixels of a picture's longer side in the page
@@ -38,20 +38,18 @@ def write(path: Path, rows: Sequence[Evaluated], prompts: int | None = None,
       ImagesError: images are missing.
     """
     check_alike(rows)
-    titles = [one.title for one in rows]
-    if len({(one.folder, one.row) for one in rows}) < len(rows):
+    if len({(one.folder.resolve(), one.row) for one in rows}) < len(rows):
         raise ResultsError('one evaluation is named twice; a blind page compares different ones')
-    if len(set(titles)) < len(titles):
-        titles = [f'{one.folder.parent.name}/{one.title}' for one in rows]
     total = len(dict.fromkeys(zip(rows[0].groups, (name.prompt for name in rows[0].named))))
     shown = sheets.chosen(rows[0], prompts or total)
     images = [one.images() for one in rows]
     items = [{'prompt': rows[0].named[i].prompt, 'number': rows[0].named[i].number,
               'pictures': [data_url(found.read(i)) for found in images]} for i in shown]
-    data = {'models': titles, 'items': items, 'seed': seed}
+    data = {'models': titles(rows), 'items': items, 'seed': seed}
     data['page'] = hashlib.sha256(json.dumps(data).encode()).hexdigest()[:16]
+    # No '<' stands in the script: a prompt may have what ends one, or begins a comment there.
     text = _TEMPLATES.get_template('blind.html.jinja').render(
-        count=len(rows), data=Markup(json.dumps(data).replace('</', '<\\/')))
+        count=len(rows), data=Markup(json.dumps(data).replace('<', '\\u003c')))
     files.write(path, text)
     return path
 

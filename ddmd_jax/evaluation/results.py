@@ -11,6 +11,7 @@ import dataclasses
 import hashlib
 import io
 import math
+import os
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -244,6 +245,19 @@ def check_alike(found: Sequence[Evaluated]) -> None:
                 f'{len(one.named)}); evaluate both with the same --suite and --seed')
 
 
+def titles(rows: Sequence[Evaluated]) -> list[str]:
+    """Names of rows side by side, no two alike: where folders' names are, with what is above them.
+
+    Of one row named twice they are alike.
+    """
+    names = [one.title for one in rows]
+    if len(set(names)) == len(names):
+        return names
+    folders = [one.folder.resolve() for one in rows]
+    above = os.path.commonpath([folder.parent for folder in folders])
+    return [f'{folder.relative_to(above)}:{one.row}' for folder, one in zip(folders, rows)]
+
+
 def compare(first: Evaluated, second: Evaluated) -> list[dict[str, Any]]:
     """Every figure that both have, paired by prompt: difference, interval, p-value, wins.
 
@@ -278,7 +292,7 @@ def compare(first: Evaluated, second: Evaluated) -> list[dict[str, Any]]:
 def comparison(first: Evaluated, second: Evaluated, rows: Sequence[Mapping[str, Any]],
                ) -> tuple[list[str], list[list[str]]]:
     """(heads, cells) of `compare`'s rows."""
-    heads = [f'{first.title} less {second.title}', 'first', 'second', 'difference', '95 %',
+    heads = [' less '.join(titles([first, second])), 'first', 'second', 'difference', '95 %',
              'p', 'wins', 'prompts']
     show = lambda x: f'{x:.4g}'
     return heads, [[row['figure'], show(row['first']), show(row['second']),

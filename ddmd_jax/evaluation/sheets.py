@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 
 from ddmd_jax.evaluation import pictures
-from ddmd_jax.evaluation.results import Evaluated, ResultsError, check_alike
+from ddmd_jax.evaluation.results import Evaluated, ResultsError, check_alike, titles
 
 PROMPTS = 8  # of a sheet, unless a flag says otherwise
 SEEDS = 8  # images of one prompt beside one another, at most
@@ -61,12 +61,12 @@ def write(path: Path, of: Sequence[Evaluated], shown: Sequence[int], figure: str
                 for at in shown]
         width = min(SEEDS, min(map(len, rows)))
         columns = [images[0][np.asarray([found[k] for found in rows])] for k in range(width)]
-        titles = [f'image {k + 1}' for k in range(width)]
+        heads = [f'image {k + 1}' for k in range(width)]
     else:
         columns = [found[np.asarray(shown)] for found in images]
-        titles = [one.title.replace(':', '\n') for one in of]
+        heads = [title.replace(':', '\n') for title in titles(of)]
     if len({x.shape for x in columns}) > 1:
         raise ResultsError('the evaluations have images of other sizes; a sheet has one')
     score = lambda i: f' ({figure} {first.scores[figure][i]:.4g})' if figure else ''
-    pictures.captioned_sheet([first.named[i].prompt + score(i) for i in shown], titles, columns,
+    pictures.captioned_sheet([first.named[i].prompt + score(i) for i in shown], heads, columns,
                              path)

@@ -30,7 +30,8 @@ def _compare(rows: Sequence[Evaluated]) -> None:
     found = results.compare(first, second)
     print(results.terminal_comparison(*results.comparison(first, second, found)))
     if FLAGS.out:
-        files.write_json(_out(), {'first': first.title, 'second': second.title, 'rows': found})
+        files.write_json(_out(), {
+            **dict(zip(('first', 'second'), results.titles(rows))), 'rows': found})
 
 
 def _blind(rows: Sequence[Evaluated]) -> None:
