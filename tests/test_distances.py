@@ -141,6 +141,11 @@ def test_neighbours_of_points_on_a_line():
                      'coverage': 1.0}
     with pytest.raises(ValueError, match='3 neighbours want more'):
         distances.neighbours(real, drawn, nearest=3)
+    # On the rim of a ball, as torch-fidelity and prdc have it: of precision's, not of density's.
+    real, drawn = np.asarray([[0.0], [1], [2], [3]]), np.asarray([[4.0], [1.5], [9]])
+    found = distances.neighbours(real, drawn, nearest=1)
+    assert found['precision'] == 2 / 3 and found['density'] == 2 / 3
+    assert found['coverage'] == 2 / 4
 
 
 # --- Statistics ---
@@ -186,6 +191,22 @@ def test_few_prompts_are_compared_by_all_signs(count):
     got = statistics.paired(a, b)
     assert got.p_value == want and got.difference.mean == pytest.approx(x.mean())
     assert got.wins == np.mean(a > b)
+
+
+@pytest.mark.parametrize('tenths', [
+    [-5, -3, 5, 3], [2, -1, 2, -2, -1], [3, -3, 3, -4, 3, 2, 1, -5], [5, -2, 1, -3, -4, -2, -5]])
+def test_sums_that_are_equal_but_for_rounding_are_equal(tenths):
+    """Differences of figures with few digits, whose sums over signs coincide."""
+    sums = [abs(np.dot(signs, tenths)) for signs in itertools.product((-1, 1), repeat=len(tenths))]
+    want = np.mean(np.asarray(sums) >= abs(sum(tenths)))
+    for x in (np.asarray(tenths) / 10, np.asarray(tenths) / 1e7):
+        assert statistics.paired(x, 0 * x).p_value == want
+        assert statistics.paired(x + 0.3, 0 * x + 0.3).p_value == want
+
+
+def test_many_prompts_that_cancel_do_not_differ():
+    x = np.asarray([0.1, 0.2, -0.3] * 10)
+    assert statistics.paired(x, 0 * x).p_value == 1
 
 
 def test_many_prompts_are_compared_by_some():

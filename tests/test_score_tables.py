@@ -54,8 +54,16 @@ def test_metrics_are_those_of_their_scorers(given, file, monkeypatch):
     params = scorers.load(FEATURES, [file])
     drawn, real = (run(FEATURES, params, x, batch=8) for x in (PICTURES, REAL))
     assert whole['cmmd'] == pytest.approx(distances.cmmd(real, drawn), rel=1e-4)
-    assert metrics.METRICS['fid'].between(real, drawn) == frechet(
-        Moments.of(real), Moments.of(drawn))
+    random = np.random.default_rng(0)
+    real, drawn = random.standard_normal((9, 4)), 1.5 * random.standard_normal((12, 4))
+    found = {name: metric.between(real, drawn) for name, metric in metrics.METRICS.items()
+             if metric.between}
+    assert found == {
+        **dict.fromkeys(('fid', 'fid_clean', 'patch_fid'), frechet(
+            Moments.of(real), Moments.of(drawn))),
+        'kid': distances.kid(real, drawn)[0], 'cmmd': distances.cmmd(real, drawn),
+        **distances.neighbours(real, drawn)}
+    assert found['precision'] != found['recall']
     assert made == ['tiny', *['features'] * 4]  # `kid` and `precision` share theirs
 
 

@@ -81,7 +81,7 @@ def paired(first: Sequence[float], second: Sequence[float], seed: int = 0) -> Pa
     if len(a) != len(b):
         raise ValueError(f'{len(a)} and {len(b)} figures cannot be paired')
     x = a - b
-    bound = abs(x.sum()) * (1 - 1e-12)  # sums of the same numbers differ in their last bits
+    bound = abs(x.sum()) - 1e-12 * np.abs(x).sum()  # sums of alike numbers differ in last bits
     if len(x) <= EXACT:
         sums = np.asarray(list(itertools.product((-1, 1), repeat=len(x)))) @ x
         p_value = float(np.mean(np.abs(sums) >= bound))
