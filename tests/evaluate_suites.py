@@ -1,4 +1,4 @@
-"""Suites for tests of evaluations: of a family's kind, with cheap figures; and a small GenEval."""
+"""Suites for tests of evaluations: of a family's kind, with cheap figures; and small benchmarks."""
 
 import dataclasses
 
@@ -21,3 +21,7 @@ def examples(seen, held_out, seed):
 
 TOY = Suite('toy', {'brightness': '.4f', 'contrast': '.4f'}, examples)
 SMALL = dataclasses.replace(SUITES['geneval'], name='small', counts={'': 3}, images=2)
+GROUPS = dataclasses.replace(SUITES['t2i_compbench'], name='groups', images=1, columns={
+    't2i/color': '.4f', 't2i/shape': '.4f'}, counts={'color': 1, 'shape': 1})
+SCORED = dataclasses.replace(SMALL, name='scored', columns={'hps_v2.1': '.2f'},
+                             metrics=('hps_v2.1',), results=None)

@@ -60,8 +60,10 @@ def test_prompts_are_read_and_a_changed_number_is_one_line(tmp_path, name):
     with pytest.raises(DataFileError, match='3 prompts, the published file 2; fetch it') as e:
         suite.prompts(tmp_path)
     assert len(str(e.value).splitlines()) == 1
-    with pytest.raises(DataFileError, match=r'co?mes? from (the hub|github.com)'):
+    with pytest.raises(DataFileError, match=r'co?mes? from (the hub|github.com).*, (and is to hold '
+                                            r'2 prompts|2 in all)$') as e:
         suite.prompts(tmp_path / 'nowhere')
+    assert ('sha256 5c48e0813e81' in str(e.value)) == (name == 'geneval')
 
 
 def test_the_published_numbers_of_prompts():
@@ -88,6 +90,9 @@ def test_genevals_file_is_known_by_its_hash(tmp_path):
 @pytest.mark.parametrize('name, spoil, words', [
     ('hps_v2', ('anime.json', '[1, 2]'), 'an entry is no text'),
     ('hps_v2', ('anime.json', '[1,'), 'anime.json is no list of prompts'),
+    ('hps_v2', ('anime.json', '{"0": "a", "1": "b"}'), 'anime.json is no list .*of type dict'),
+    ('hps_v2', ('anime.json', '"ab"'), 'anime.json is no list .*of type str'),
+    ('hps_v2', ('anime.json', r'["a cat \ud83d", "b"]'), 'anime.json is no list .*surrogates'),
     ('hps_v3', ('benchmark_Arts.json', '[{"text": "x"}]'), "no list of prompts .*caption"),
     ('geneval', ('evaluation_metadata.jsonl', '{"tag": 1}'), "none of GenEval's files"),
     ('coco10k', ('all_prompts.pkl', pickle.dumps(print)), 'asks for builtins.print'),
@@ -148,6 +153,10 @@ def test_geneval_is_the_mean_of_its_tasks(tmp_path):
     write(tmp_path / 'results.jsonl', '\n'.join(map(json.dumps, lines)))
     assert benchmarks.import_geneval(tmp_path, found, 4) == {
         'geneval': 0.375, 'geneval/colors': 0.0, 'geneval/counting': 0.75}
+    write(tmp_path / 'results.jsonl', '\n'.join(map(json.dumps, [
+        *lines, {'tag': 'position', 'correct': True}])))  # which would count as a sixth of all
+    with pytest.raises(UserError, match='has 1 results of position, there are 0 images; was it'):
+        benchmarks.import_geneval(tmp_path, found, 4)
     write(tmp_path / 'results.jsonl', 'x')
     with pytest.raises(UserError, match='results.jsonl is damaged'):
         benchmarks.import_geneval(tmp_path, found, 4)
@@ -196,6 +205,11 @@ def test_hps_v3_is_read_from_a_table(tmp_path):
     write(tmp_path / 'x.csv', '\n'.join(['prompt,score', *rows]))
     figures = benchmarks.import_hps_v3(tmp_path / 'x.csv', found, 1)
     assert figures['hps_v3'] == 11.5 and figures['hps_v3/Animals'] == 0.5
+    write(tmp_path / 'x.csv', '\r\n'.join(['prompt,score', *rows]).encode('utf-8-sig'))
+    assert benchmarks.import_hps_v3(tmp_path / 'x.csv', found, 1) == figures  # of a spreadsheet
+    write(tmp_path / 'x.csv', 'prompt,score\n"' + 'a' * 200_000)  # a quote that is not closed
+    with pytest.raises(UserError, match='x.csv is damaged .field larger'):
+        benchmarks.import_hps_v3(tmp_path / 'x.csv', found, 1)
     write(tmp_path / 'x.csv', '\n'.join(['prompt,score', *rows[1:]]))
     with pytest.raises(UserError, match="no score of 1 prompts, 'Animals 0' first"):
         benchmarks.import_hps_v3(tmp_path / 'x.csv', found, 1)

@@ -276,6 +276,35 @@ def test_a_benchmark_is_drawn_laid_out_and_its_results_are_read(run, command, pr
     assert head.split(' | ')[4] == 'images' and row.split(' | ')[4:6] == ['4', '-']
 
 
+def test_every_gap_is_told_and_seen(run, command, prompts, tmp_path, capfd):
+    """Of a suite of groups without a whole; of a metric that is no column; of many images."""
+    suite = '--suite=tests.evaluate_suites.GROUPS'
+    (tmp_path / 'color_val.txt').write_text('a red apple\n')
+    (tmp_path / 'shape_val.txt').write_text('a round car\n')
+    groups = [suite, f'--prompts=groups={tmp_path}', f'--out={tmp_path / "groups"}']
+    assert command(f'--checkpoint={run}', *groups) == 3
+    said = capfd.readouterr().err
+    assert 'groups, student: t2i/color is not measured here; run the scorer of its authors' in said
+    answers = tmp_path / 'color/annotation_blip/vqa_result.json'
+    answers.parent.mkdir(parents=True)
+    answers.write_text('[{"answer": "0.5"}]')
+    assert command(*groups, f'--results=groups={tmp_path}') == 3
+    said = capfd.readouterr().err
+    assert 't2i/color' not in said and 't2i/shape is not measured here' in said
+    folder = tmp_path / '00000' / 'samples'
+    folder.mkdir(parents=True)
+    Image.new('RGB', (8, 8)).save(folder / '00000.png')
+    assert command('--suite=tests.evaluate_suites.SCORED', f'--prompts=scored={prompts}',
+                   f'--images={tmp_path}', '--metrics=pickscore,no_such',
+                   '--weights=pickscore=/nowhere', f'--out={tmp_path / "few"}') == 3
+    told = [line for line in capfd.readouterr().err.splitlines() if 'evaluate: ' in line]
+    assert len(told) == 3 + 1 + 3 and '2 more images are missing or cannot be decoded' in told[3]
+    assert 'scored: hps_v2.1 is not measured here; name it in --metrics' in told[6]
+    head, _, row = (tmp_path / 'few' / 'table.md').read_text().splitlines()[2:5]
+    assert head.split(' | ')[-2:] == ['hps v2.1', 'pickscore |']
+    assert row.split(' | ')[-2:] == ['-', '- |']
+
+
 SCORES = {'suite': 'toy', 'row': 'student', 'group': '', 'prompt': 'a', 'number': 0, 'seed': 0}
 of_scores = lambda **changes: lambda file: pq.write_table(
     pa.table({name: [x] for name, x in {**SCORES, **changes}.items() if x != 'none'}), file)

@@ -52,24 +52,32 @@ class Prompt:
 # --- Prompt files ---
 
 
-def _read(file: Path, origin: str) -> bytes:
+def _read(file: Path, origin: str, wanted: int | None) -> bytes:
     try:
         return file.read_bytes()
     except OSError as e:
         errors.raise_environment(e, file)
-        raise DataFileError(f'{file} is missing ({e.strerror}); it comes from {origin}') from e
+        count = '' if wanted is None else f', and is to hold {wanted} prompts'
+        raise DataFileError(f'{file} is missing ({e.strerror}); it comes from {origin}'
+                            + count) from e
 
 
-def _of(file: Path, origin: str, parse: Callable[[bytes], list[str]]) -> list[str]:
-    data = _read(file, origin)
+def _of(file: Path, origin: str, wanted: int | None,
+        parse: Callable[[bytes], list[str]]) -> list[str]:
+    data = _read(file, origin, wanted)
     try:
         found = parse(data)
+        if not isinstance(found, list):
+            raise ValueError(f'it is of type {type(found).__name__}')
         if not all(isinstance(text, str) for text in found):
             raise ValueError('an entry is no text')
+        for text in found:
+            text.encode()  # JSON has names for halves of characters, which are no text
     except (ValueError, TypeError, KeyError, RecursionError, pickle.UnpicklingError,
             EOFError) as e:
         raise DataFileError(f'{file} is no list of prompts ({first_line(e)}); fetch it again from '
                             f'{origin}') from e
+    _counted(file, len(found), wanted, origin)
     return found
 
 
@@ -92,8 +100,7 @@ def read_hps_v2(folder: Path, counts: Counts, origin: str) -> list[Prompt]:
     prompts = []
     for style, wanted in counts.items():
         file = folder / f'{style}.json'
-        texts = _of(file, origin, json.loads)
-        _counted(file, len(texts), wanted, origin)
+        texts = _of(file, origin, wanted, json.loads)
         prompts += [Prompt(text, style, f'{i:05d}') for i, text in enumerate(texts)]
     return prompts
 
@@ -103,8 +110,7 @@ def read_hps_v3(folder: Path, counts: Counts, origin: str) -> list[Prompt]:
     prompts = []
     for category, wanted in counts.items():
         file = folder / f'benchmark_{category}.json'
-        texts = _of(file, origin, lambda data: [x['caption'] for x in json.loads(data)])
-        _counted(file, len(texts), wanted, origin)
+        texts = _of(file, origin, wanted, lambda data: [x['caption'] for x in json.loads(data)])
         prompts += [Prompt(text, category, f'{i:05d}') for i, text in enumerate(texts)]
     return prompts
 
@@ -114,9 +120,10 @@ def read_dpg(folder: Path, counts: Counts, origin: str) -> list[Prompt]:
     there = folder / 'prompts' if (folder / 'prompts').is_dir() else folder
     names = sorted(there.glob('*.txt'))
     if not names:
-        raise DataFileError(f'{there} holds no prompt files (*.txt); they come from {origin}')
+        raise DataFileError(f'{there} holds no prompt files (*.txt); they come from {origin}, '
+                            f'{counts.get("")} in all')
     _counted(there, len(names), counts.get(''), origin)
-    return [Prompt(' '.join(_of(file, origin, _lines)), '', file.stem) for file in names]
+    return [Prompt(' '.join(_of(file, origin, None, _lines)), '', file.stem) for file in names]
 
 
 def read_geneval(folder: Path, counts: Counts, origin: str) -> list[Prompt]:
@@ -125,14 +132,13 @@ def read_geneval(folder: Path, counts: Counts, origin: str) -> list[Prompt]:
     The published file is known by its hash; another one of as many prompts is refused too.
     """
     file = folder / 'evaluation_metadata.jsonl' if folder.is_dir() else folder
-    data = _read(file, origin)
+    data, wanted = _read(file, origin, counts.get('')), counts.get('')
     try:
         entries = [shape.load(line.encode(), {'prompt': str, 'tag': str}) for line in _lines(data)]
         prompts = [Prompt(x['prompt'], x['tag'], f'{i:05d}', x) for i, x in enumerate(entries)]
     except ValueError as e:
         raise DataFileError(f"{file} is none of GenEval's files ({first_line(e)}); fetch it again "
                             f'from {origin}') from e
-    wanted = counts.get('')
     _counted(file, len(prompts), wanted, origin)
     if wanted == 553 and (found := hashlib.sha256(data).hexdigest()) != GENEVAL_SHA256:
         raise DataFileError(f'{file} is not the published file: its sha256 begins {found[:12]}, '
@@ -145,8 +151,7 @@ def read_t2i_compbench(folder: Path, counts: Counts, origin: str) -> list[Prompt
     prompts = []
     for category, wanted in counts.items():
         file = folder / f'{category}_val.txt'
-        texts = _of(file, origin, _lines)
-        _counted(file, len(texts), wanted, origin)
+        texts = _of(file, origin, wanted, _lines)
         prompts += [Prompt(text, category, f'{i:05d}') for i, text in enumerate(texts)]
     return prompts
 
@@ -169,10 +174,9 @@ def read_coco(folder: Path, counts: Counts, origin: str) -> list[Prompt]:
         if file.suffix == '.txt':
             return _lines(data)
         found = json.loads(data) if file.suffix == '.json' else _Plain(io.BytesIO(data)).load()
-        return list(found.values()) if isinstance(found, dict) else list(found)
+        return list(found.values()) if isinstance(found, dict) else found
 
-    texts = _of(file, origin, parse)
-    _counted(file, len(texts), counts.get(''), origin)
+    texts = _of(file, origin, counts.get(''), parse)
     return [Prompt(text.strip(), '', f'{i:05d}') for i, text in enumerate(texts)]
 
 
@@ -218,11 +222,11 @@ def place_numbered(prompt: Prompt, index: int, number: int) -> str:
 
 def _entries(file: Path, parse: Callable[[str], Any], cure: str) -> Any:
     try:
-        return parse(file.read_text(encoding='utf-8'))
+        return parse(file.read_text(encoding='utf-8-sig'))
     except OSError as e:
         errors.raise_environment(e, file)
         raise UserError(f'{file} cannot be read ({e.strerror}); {cure}') from e
-    except (ValueError, KeyError, TypeError, RecursionError) as e:
+    except (ValueError, KeyError, TypeError, RecursionError, csv.Error) as e:
         raise UserError(f'{file} is damaged ({first_line(e)}); {cure}') from e
 
 
@@ -251,10 +255,10 @@ def import_geneval(path: Path, prompts: Sequence[Prompt], images: int) -> dict[s
 
 def _all_there(file: Path, found: Counts, prompts: Sequence[Prompt], images: int) -> None:
     wanted = collections.Counter(prompt.group for prompt in prompts)
-    for group, count in wanted.items():
-        if found.get(group, 0) != count * images:
+    for group in {**wanted, **found}:
+        if found.get(group, 0) != wanted[group] * images:
             raise UserError(f'{file} has {found.get(group, 0)} results of {group or "all"}, there '
-                            f'are {count * images} images; was it of these?')
+                            f'are {wanted[group] * images} images; was it of these?')
 
 
 def import_dpg(path: Path, prompts: Sequence[Prompt], images: int) -> dict[str, float]:

@@ -15,6 +15,7 @@ from ddmd_jax.evaluation.kept import Kept
 from ddmd_jax.evaluation.results import Part
 from ddmd_jax.util.errors import UserError
 
+FAULTS = 3  # images of a folder whose fault is told, one by one
 WHOSE = ('step', 'weights')  # of a row: the checkpoint it was drawn with, and its weights' identity
 
 
@@ -35,6 +36,10 @@ class Measures:
     reference: Path | None = None
     results: Mapping[str, Path] = dataclasses.field(default_factory=dict)
     pythons: Mapping[str, str] = dataclasses.field(default_factory=dict)
+
+    def known(self) -> list[str]:
+        """Those of the metrics named here that there are."""
+        return [name for name in self.metrics or () if name in metrics.METRICS]
 
 
 def rows_in(place: Path) -> list[str]:
@@ -74,7 +79,7 @@ def part(asked: Asked, images: Mapping[str, Kept], by: Measures, sheet: Path) ->
     for row in rows:  # whoever measures says of each row whose it is, also long after it was drawn
         about = images[row['name']].about if row['name'] in images else {}
         row |= {name: about.get(name) for name in WHOSE}
-    return Part(asked.suite, rows, each, asked.named, asked.groups, notes)
+    return Part(asked.suite, rows, each, asked.named, asked.groups, notes, by.known())
 
 
 def part_of_folder(asked: Asked, folder: Path, by: Measures) -> Part:
@@ -86,10 +91,13 @@ def part_of_folder(asked: Asked, folder: Path, by: Measures) -> Part:
     if asked.examples is not None:
         raise UserError(f"--images: {asked.suite.name} is a family's own; draw it")
     images = kept.Folder(folder, asked.suite, asked.prompts)
+    faults = images.faults[:FAULTS]
+    if more := len(images.faults) - len(faults):
+        faults.append(f'{folder}: {more} more images are missing or cannot be decoded')
     line, each, missing = _row(asked, 'images', images, images.rows, by)
     row = {'name': 'images', **evaluate.settings_of(None), **line, **dict.fromkeys(WHOSE)}
     return Part(asked.suite, [row], {'images': each}, asked.named, asked.groups,
-                [*images.faults, *missing])
+                [*faults, *missing], by.known())
 
 
 def _row(asked: Asked, row: str, images: Any, there: Sequence[int],
@@ -117,11 +125,15 @@ def _row(asked: Asked, row: str, images: Any, there: Sequence[int],
     except UserError as e:  # which is why its figures are not there
         notes.append(f'{title}: {e}')
     else:
-        notes += [f'{title}: {name} is not measured here; run the scorer of its authors on the '
-                  f'images (--official), then give --results={suite.name}=PATH'
-                  + f', or --metrics={name} --python={name}=PATH' * (name in metrics.OUTSIDE)
-                  for name in suite.columns if name not in found and '/' not in name
-                  and name not in gaps]
+        for name in suite.columns:  # a group's is there with its whole, if that has a column
+            head, slash, _ = name.partition('/')
+            if name in found or name in gaps or slash and head in suite.columns:
+                continue
+            notes.append(f'{title}: {name} is not measured here; ' + (
+                'name it in --metrics' if name in metrics.METRICS and name not in metrics.OUTSIDE
+                else 'run the scorer of its authors on the images (--official), then give '
+                f'--results={suite.name}=PATH'
+                + f', or --metrics={name} --python={name}=PATH' * (name in metrics.OUTSIDE)))
     full = {name: np.full(len(asked.named), np.nan) for name in each}
     for name, scores in each.items():
         full[name][list(there)] = scores

@@ -57,6 +57,7 @@ class Part:
       each: figures of each image by row: ``{row: {name: [n]}}``.
       named, groups: the images.
       notes: what is missing, a line each.
+      metrics: what a published suite was asked to be measured by, beside its own columns.
     """
 
     suite: Suite
@@ -65,6 +66,7 @@ class Part:
     named: Sequence[ImageName]
     groups: Sequence[str]
     notes: list[str]
+    metrics: Sequence[str] = ()
 
 
 def write(folder: Path, parts: Sequence[Part], about: Mapping[str, Any]) -> str:
@@ -115,15 +117,15 @@ def _paper(suite: Suite) -> list[dict[str, Any]]:
 
 
 def _columns(part: Part) -> dict[str, str]:
-    """The suite's columns, and those of metrics that were asked for beside; and how many images
-    there are, where some are missing."""
+    """The suite's columns, and those of metrics that were asked for beside, also where they are
+    gaps; and how many images there are, where some are missing."""
     own = part.suite.columns
     if any(row.get('images', len(part.named)) < len(part.named) for row in part.rows):
         own = {'images': 'd', **own}
-    more = [name for row in part.rows for name, value in row.items()
-            if name not in own and '/' not in name and isinstance(value, float)
-            and name not in tables.SETTINGS] if part.suite.read else []
-    return {**own, **dict.fromkeys(more, '.4g')}
+    more = [*part.metrics, *(name for row in part.rows for name, value in row.items()
+                             if '/' not in name and isinstance(value, float)
+                             and name not in tables.SETTINGS)] if part.suite.read else []
+    return {**own, **dict.fromkeys((name for name in more if name not in own), '.4g')}
 
 
 # --- Read back ---

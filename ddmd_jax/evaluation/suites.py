@@ -201,7 +201,8 @@ SUITES = {suite.name: suite for suite in (
     Suite('geneval', _columns('geneval', TASKS, '.3f'), read=benchmarks.read_geneval,
           counts={'': 553}, images=4, place=benchmarks.place_geneval,
           beside=benchmarks.geneval_metadata, results=benchmarks.import_geneval,
-          origin='github.com/djghosh13/geneval, prompts/evaluation_metadata.jsonl'),
+          origin='github.com/djghosh13/geneval, prompts/evaluation_metadata.jsonl (sha256 '
+                 f'{benchmarks.GENEVAL_SHA256[:12]})'),
     Suite('t2i_compbench', {f't2i/{name}': '.4f' for name in benchmarks.T2I_FILES},
           read=benchmarks.read_t2i_compbench, counts=dict.fromkeys(benchmarks.T2I_FILES, 300),
           images=10, place=benchmarks.place_t2i_compbench,
