@@ -75,6 +75,9 @@ def test_the_published_numbers_of_prompts():
         for figures in suite.paper.values():
             assert set(figures) <= set(suite.columns)
     assert SUITES['hps_v2'].paper['paper: decoupled hybrid']['hps_v2.1/anime'] == 33.61
+    sums = {name: round(sum(x for row in suite.paper.values() for x in row.values()), 3)
+            for name, suite in SUITES.items() if suite.paper}  # one wrong digit shows
+    assert sums == {'hps_v2': 777.48, 'hps_v3': 688.324, 'dpg': 2677.7, 'coco10k': 1029.67}
     for suite, figure in (('hps_v2', 'hps_v2.1'), ('hps_v3', 'hps_v3')):
         for figures in SUITES[suite].paper.values():  # the mean of the groups is the paper's own
             groups = [x for name, x in figures.items() if '/' in name]
@@ -162,7 +165,7 @@ def test_geneval_is_the_mean_of_its_tasks(tmp_path):
         benchmarks.import_geneval(tmp_path, found, 4)
 
 
-DPG = """/a, b/item0.png, 1.0, 0.5, 0.5, 1.0, 0.75
+DPG = """/a, b/item0.png, 1.0, 1.0, 0.5, 1.0, 0.875
 /a, b/item1.png, 0.0, 0.5, 0.5, 0.0, 0.25
 Model: x
 L1 category scores:
@@ -171,7 +174,7 @@ L1 category scores:
 L2 category scores:
 \tentity - whole: 90.0
 Image path: /a, b, c, d, e, f
-DPG-Bench score: 50.0
+DPG-Bench score: 56.25
 """
 
 
@@ -179,7 +182,7 @@ def test_dpg_is_the_mean_over_prompts(tmp_path):
     found = prompts_of('dpg', tmp_path)
     write(tmp_path / 'dpg-bench_20260101-000000_results.txt', DPG)
     assert benchmarks.import_dpg(tmp_path, found, 4) == {
-        'dpg': 50.0, 'dpg/entity': 91.62, 'dpg/global': 91.4}
+        'dpg': 56.25, 'dpg/entity': 91.62, 'dpg/global': 91.4}
     found += [benchmarks.Prompt('another', '', 'item2')]
     with pytest.raises(UserError, match='no score of item2 and 0 more of 3 prompts'):
         benchmarks.import_dpg(tmp_path, found, 4)
@@ -195,6 +198,16 @@ def test_t2i_compbench_is_read_category_by_category(tmp_path):
         write(tmp_path / category / folder / 'vqa_result.json', json.dumps(answers))
     assert benchmarks.import_t2i_compbench(tmp_path, found, 2) == {
         't2i/color': 0.375, 't2i/spatial': 0.375}
+    for i, (category, folder) in enumerate((
+            ('shape', 'annotation_blip'), ('texture', 'annotation_blip'),
+            ('3d_spatial', 'labels/annotation_obj_detection_3d'), ('numeracy', 'annotation_num'),
+            ('non_spatial', 'annotation_clip'), ('complex', 'annotation_3_in_1'))):
+        write(tmp_path / 'all' / category / folder / 'vqa_result.json', json.dumps(
+            [{'answer': i}] * 4))
+    assert list(benchmarks.import_t2i_compbench(tmp_path / 'all', found, 2).items()) == [
+        (f't2i/{name}', float(i)) for name, i in (
+            ('shape', 0), ('texture', 1), ('3d_spatial', 2), ('numeracy', 3), ('non_spatial', 4),
+            ('complex', 5))]
     with pytest.raises(UserError, match='has 4 answers, there are 6 images'):
         benchmarks.import_t2i_compbench(tmp_path, found, 3)
 

@@ -7,14 +7,17 @@ import numpy as np
 import pytest
 import safetensors.numpy
 import score_reference as reference
+from flax import nnx
 from test_scores import PICTURES, TEXTS, TINY, tiny_state, towers
 
 from ddmd_jax.evaluation import distances, kept, metrics, statistics
 from ddmd_jax.evaluation.kept import ImagesError
 from ddmd_jax.evaluation.metrics import Given
 from ddmd_jax.evaluation.moments import Moments, frechet
-from ddmd_jax.evaluation.scores import outside, preprocess, scorers
+from ddmd_jax.evaluation.scores import outside, preprocess, scorers, tokens
 from ddmd_jax.evaluation.scores.scorers import Source
+from ddmd_jax.models.layers import abstract_params
+from ddmd_jax.models.text import clip
 
 FEATURES = scorers.clip_features('features', towers(), Source('some/where'), pixels=preprocess.cmmd)
 TABLE = {'clip_dmd2': TINY, 'hps_v2.1': TINY, 'cmmd_features': FEATURES,
@@ -38,6 +41,68 @@ def given(file):
 def test_every_metric_has_a_scorer():
     for name, metric in metrics.METRICS.items():
         assert metric.scorer in {**scorers.SCORERS, **outside.OUTSIDE, 'image_reward': None}, name
+
+
+@pytest.mark.parametrize('name, factor, pixels, ids', [
+    ('clip', 100, preprocess.clip_dmd2,
+     functools.partial(tokens.tokenize, prefix='A photo depicts ')),
+    ('clip_l14', 100, preprocess.clip, tokens.tokenize),
+    ('clip_h14', 100, preprocess.clip, tokens.tokenize),
+    ('hps_v2', 100, preprocess.hps, tokens.tokenize),
+    ('hps_v2.1', 100, preprocess.hps, tokens.tokenize),
+    ('pickscore', 1, preprocess.clip_transformers,
+     functools.partial(tokens.tokenize, style='transformers')),
+    ('aesthetic', 1, preprocess.clip, None), ('cmmd', 1, preprocess.cmmd, None),
+    ('fid', 1, preprocess.inception_dmd2, None), ('patch_fid', 1, preprocess.inception_patch, None),
+    *((name, 1, preprocess.inception_clean, None) for name in (
+        'fid_clean', 'kid', 'precision', 'recall', 'density', 'coverage'))])
+def test_metrics_are_of_their_protocols(name, factor, pixels, ids):
+    """What the networks are given: pixels and tokens of the protocol, and the table's unit."""
+    pytest.importorskip('ftfy')
+    metric, picture, text = metrics.METRICS[name], reference.picture((700, 600)), 'cafe\u0301 &lt;'
+    given = scorers.SCORERS[metric.scorer].inputs([picture], [text])
+    assert metric.factor == factor and set(given) == {'pixels'} | ({'ids'} if ids else set())
+    np.testing.assert_array_equal(given['pixels'], [pixels(picture)])
+    if ids:
+        np.testing.assert_array_equal(given['ids'], ids([text]))
+
+
+def test_metrics_are_of_their_weights_and_units():
+    sources = {name: [source.hub or source.file for source in scorers.SCORERS[
+        metrics.METRICS[name].scorer].sources] for name in (
+            'clip', 'clip_l14', 'clip_h14', 'pickscore', 'aesthetic', 'cmmd', 'fid')}
+    openai = 'openai/clip-vit-large-patch14'
+    assert sources == {
+        'clip': ['laion/CLIP-ViT-g-14-laion2B-s12B-b42K'], 'clip_l14': [openai],
+        'clip_h14': ['laion/CLIP-ViT-H-14-laion2B-s32B-b79K'],
+        'pickscore': ['yuvalkirstain/PickScore_v1'],
+        'aesthetic': [openai, 'sac+logos+ava1-l14-linearMSE.pth'], 'cmmd': [f'{openai}-336'],
+        'fid': ['weights-inception-2015-12-05-6726825d.pth']}
+    for name in ('hps_v2', 'hps_v2.1'):
+        source, = scorers.SCORERS[metrics.METRICS[name].scorer].sources
+        assert source.file == f'HPS_v{name[5:]}_compressed.pt'
+    assert metrics.METRICS['image_reward'].factor == 100 and metrics.METRICS['hps_v3'].factor == 1
+
+
+@pytest.mark.parametrize('name, tower', [('clip_l14', clip.Clip), ('aesthetic', clip.ClipImage)])
+def test_openais_networks_have_the_quick_gelu(name, tower):
+    """LAION's have the same shapes, so that no weights would tell."""
+    scorer, cfg = scorers.SCORERS[metrics.METRICS[name].scorer], clip.ARCHITECTURES['ViT-L-14']
+    tree = abstract_params(lambda: tower(cfg if tower is clip.Clip else cfg.image, nnx.Rngs(0)))
+    head = {str(layer): {'kernel': np.zeros(dims, 'f'), 'bias': np.zeros(dims[1], 'f')}
+            for layer, dims in zip(scorers.HEAD_LAYERS, zip((768, *scorers.HEAD), scorers.HEAD))}
+    made = jax.make_jaxpr(scorer.apply)(
+        tree if tower is clip.Clip else {'clip': tree, 'head': head},
+        {'pixels': np.zeros((1, 224, 224, 3), np.float32), 'ids': np.zeros((1, 77), np.int32)})
+    assert 'logistic' in str(made) and 'erf' not in str(made)
+
+
+def test_pickscore_alone_is_times_its_networks_factor():
+    tree = abstract_params(lambda: clip.Clip(clip.ARCHITECTURES['ViT-H-14'], nnx.Rngs(0)))
+    given = {'pixels': np.zeros((1, 224, 224, 3), 'f'), 'ids': np.zeros((1, 77), np.int32)}
+    last = {name: [str(eqn.primitive) for eqn in jax.make_jaxpr(scorers.SCORERS[name].apply)(
+        tree, given).eqns[-2:]] for name in ('pickscore', 'hps_v2.1')}
+    assert last['pickscore'] == ['exp', 'mul'] and last['hps_v2.1'][-1] == 'reduce_sum'
 
 
 def test_metrics_are_those_of_their_scorers(given, file, monkeypatch):

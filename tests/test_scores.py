@@ -282,6 +282,13 @@ def test_rewards_are_image_rewards(reward):
         got = jax.jit(reward.apply)(params, {'pixels': pixels, 'ids': ids, 'mask': mask})
     print(np.abs(np.asarray(got) - GOLDEN['reward']['reward']).max())  # shown by pytest -rP
     assert close(got, GOLDEN['reward']['reward'])
+    nothing = {**params, 'head': jax.tree.map(np.zeros_like, params['head'])}
+    got = jax.jit(reward.apply)(nothing, {'pixels': pixels, 'ids': ids, 'mask': mask})
+    np.testing.assert_allclose(got, -0.16717362830052426 / 1.0333394966054072, rtol=1e-6)
+    ones = {**nothing, 'head': {**nothing['head'], '7': {
+        'kernel': nothing['head']['7']['kernel'], 'bias': np.ones(1, np.float32)}}}
+    above = jax.jit(reward.apply)(ones, {'pixels': pixels, 'ids': ids, 'mask': mask})
+    np.testing.assert_allclose(above - got, 1 / 1.0333394966054072, rtol=1e-6)
     del state['mlp.layers.7.bias']
     with pytest.raises(WeightsError, match='here lacks the tensor layers.7.bias'):
         reward.read(state, where='here')
