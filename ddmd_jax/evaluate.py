@@ -268,8 +268,11 @@ def entries(models: Sequence[Model], rows: Sequence[str],
     ways = beside(teacher, few(first), FLAGS.teacher_steps, guidance, FLAGS.solver)
     found = {row: Entry(way, params['teacher']) for row, way in ways.items()
              if row in rows and row != 'student'}
+    text = first.family.text_identity
     whose: dict[str, Any] = {
-        'step': None, 'weights': teacher.identity, 'latents': list(teacher.latents.shape)}
+        'step': None, 'weights': teacher.identity, 'latents': list(teacher.latents.shape),
+        'codec': teacher.latents.codec, 'text': text(*filter(None, (first.path, first.variant)))
+        if text and first.path else None}
     about = {row: {**whose, 'time': str(first.time(teacher.time) if row == ROWS[3]
                                         else teacher.time)} for row in found}
     for i, (row, model) in enumerate(zip(student_rows(models), [first, *models[1:]])

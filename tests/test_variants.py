@@ -8,7 +8,9 @@ import numpy as np
 import published
 import published_text
 import pytest
+import safetensors.numpy
 from saved import save
+from test_evaluate import command  # noqa: F401 a fixture
 
 from ddmd_jax import config as config_lib, families, sample
 from ddmd_jax.export import write as export
@@ -78,6 +80,23 @@ def test_what_is_read_is_what_diffusers_wrote(written):
     for component, stem in STEMS.items():
         assert ours.variants(variant / component, stem) == ['fp16']
         assert ours.variants(plain / component, stem) == ['']
+
+
+def test_an_evaluation_goes_on_with_the_codec_and_encoder_it_had(
+        folder, command, tmp_path):  # noqa: F811
+    """Its manifest names them beside the network: images are made by all three."""
+    args = [f'--model={folder}', '--variant=fp16', '--suite=tests.evaluate_suites.TOY',
+            '--count=1,0', '--size=16,16', '--teacher_steps=1', '--rows=teacher_guided',
+            f'--out={tmp_path / "out"}']
+    assert command(*args) == 0 and command(*args) == 0
+    for component, name in ((CODEC, 'codec'), (ENCODER, 'text')):
+        file = folder / FILE.format(component, STEMS[component])
+        before, tensors = file.read_bytes(), safetensors.numpy.load_file(file)
+        safetensors.numpy.save_file({k: x + np.float16(0.01) if x.ndim else x
+                                     for k, x in tensors.items()}, file, {'format': 'pt'})
+        said = command(*args)
+        assert isinstance(said, str) and f'holds images of {name} ' in said
+        file.write_bytes(before)
 
 
 @pytest.mark.parametrize('component', STEMS)

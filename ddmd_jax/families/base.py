@@ -94,6 +94,7 @@ class Latents:
       moments: means over real latents of their means and of their variances, where known.
       decoder: the program that `decode` runs, for the planner.
       encoder: `ImageEncoder.identity` of the codec; None where it is not known.
+      codec: names all of its weights, by which `decode` makes pixels; None likewise.
     """
 
     shape: tuple[int, int, int]
@@ -104,6 +105,7 @@ class Latents:
     moments: tuple[float, float] | None = None
     decoder: Decoder | None = None
     encoder: str | None = None
+    codec: str | None = None
 
 
 @dataclasses.dataclass(frozen=True)

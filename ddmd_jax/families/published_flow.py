@@ -197,7 +197,8 @@ def load(flow: Flow, options: LoadOptions) -> Teacher:
     factor, decode = (FACTOR, None) if vae is None else published_vae.decoder(vae, mesh)
     latents = Latents(_latent_shape(options.size or SIZE, cfg, factor), decode, LIMIT,
                       functools.partial(_latent_shape, cfg=cfg, factor=factor),
-                      encoder=None if vae is None else published_vae.encoder_identity(vae))
+                      encoder=None if vae is None else published_vae.encoder_identity(vae),
+                      codec=None if vae is None else diffusers.identity(vae))
     return Teacher(
         flow.family, diffusers.import_tree(transformer, abstract, layout, flow.entry),
         make_denoiser(flow.module, cfg, mesh), latents, CondSpec.text(cfg.cap_feat_dim),

@@ -328,14 +328,14 @@ def load(options: LoadOptions) -> Teacher:
     layout = sharding.shard_tree(shapes, RULES, mesh)
     diffusers.check(checkpoint, shapes, names.unet)
     # Everything is checked before the first byte of weights goes to a device.
-    factor, decode, encoder = FACTOR, None, None
+    factor, decode, encoder, codec = FACTOR, None, None, None
     if opened.vae:
         vae = published_vae.open_folder(opened.vae, options.variant)
         factor, decode = published_vae.decoder(vae, mesh)
-        encoder = published_vae.encoder_identity(vae)
+        encoder, codec = published_vae.encoder_identity(vae), diffusers.identity(vae)
     latents = Latents(_latent_shape(options.size or SIZE, cfg, factor), decode, LIMIT,
                       functools.partial(_latent_shape, cfg=cfg, factor=factor), moments=MOMENTS,
-                      encoder=encoder)
+                      encoder=encoder, codec=codec)
     zeros = opened.index.get('force_zeros_for_empty_prompt', True)  # the pipeline's own default
     return _teacher(
         cfg, opened.time, factor, mesh,
