@@ -1,6 +1,7 @@
 """Distances between sets of features, and statistics over prompts: closed forms and references."""
 
 import itertools
+import tracemalloc
 import json
 
 import numpy as np
@@ -43,6 +44,17 @@ def test_moments_far_from_zero_keep_their_digits():
         found = found.merge(Moments.of(x[start:start + 500]))
     np.testing.assert_allclose(found.covariance, np.cov(x - 1e6, rowvar=False), rtol=1e-6,
                                atol=1e-9)
+
+
+def test_moments_of_many_need_no_copy_of_them():
+    x = np.random.default_rng(0).standard_normal((20_000, 256)).astype(np.float32)
+    tracemalloc.start()
+    found = Moments.of(x)
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert peak < 0.6 * x.nbytes  # in fp64 they are twice as large
+    np.testing.assert_allclose(found.covariance, np.cov(x.T.astype(np.float64)), rtol=1e-9,
+                               atol=1e-12)
 
 
 def test_moments_that_are_none():

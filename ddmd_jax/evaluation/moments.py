@@ -8,6 +8,8 @@ import numpy as np
 
 Array = np.ndarray
 
+BLOCK = 1024  # features that are added at a time
+
 
 @dataclasses.dataclass(frozen=True)
 class Moments:
@@ -25,10 +27,13 @@ class Moments:
 
     @classmethod
     def of(cls, features: Array) -> Moments:
-        """Of ``[N, D]``; N may be 0."""
-        x = np.asarray(features, np.float64)
-        mean = x.mean(0) if len(x) else np.zeros(x.shape[1])
-        return cls(len(x), mean, (x - mean).T @ (x - mean))
+        """Of ``[N, D]``; N may be 0. No copy in fp64 of more than `BLOCK` of them is made."""
+        found = cls(0, np.zeros(features.shape[1]), np.zeros((features.shape[1],) * 2))
+        for start in range(0, len(features), BLOCK):
+            x = np.asarray(features[start:start + BLOCK], np.float64)
+            mean = x.mean(0)
+            found = found.merge(cls(len(x), mean, (x - mean).T @ (x - mean)))
+        return found
 
     def merge(self, other: Moments) -> Moments:
         """Of both together, as if they had come at once (Chan, Golub and LeVeque, 1979).
