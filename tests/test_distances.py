@@ -1,8 +1,8 @@
 """Distances between sets of features, and statistics over prompts: closed forms and references."""
 
 import itertools
-import tracemalloc
 import json
+import tracemalloc
 
 import numpy as np
 import pytest

@@ -125,6 +125,14 @@ def test_an_image_that_cannot_be_decoded_is_one_line(tmp_path):
         assert len(str(e.value).splitlines()) == 1 and ' at 0x' not in str(e.value)
     with pytest.raises(ImagesError, match='y.png is missing'):
         kept.read_file(tmp_path / 'y.png')
+    # One of ours is there and would not be drawn again.
+    ours = Kept(tmp_path / 'ours', request('a').names, 'png')
+    ours.claim(ABOUT)
+    ours.add([0], np.zeros((1, 4, 4, 3), np.uint8))
+    file, = (tmp_path / 'ours').glob('*.png')
+    file.write_bytes(good[:40])
+    with pytest.raises(ImagesError, match='cannot be decoded .*; delete it, then run its'):
+        ours.read(0)
 
 
 # --- The command ---

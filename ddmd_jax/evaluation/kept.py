@@ -44,12 +44,12 @@ class ImagesError(UserError):
     """Images that are not there, or not those that are asked for."""
 
 
-def decode(data: bytes, where: str) -> np.ndarray:
+def decode(data: bytes, where: str, cure: str = 'make it again') -> np.ndarray:
     """``[H, W, 3] uint8`` of an image file; raises `ImagesError`."""
     try:
         return np.asarray(pixels.decode(data, where, as_scorers=True))
     except pixels.BadImage as e:
-        raise ImagesError(f'{where} {e}; make it again') from e
+        raise ImagesError(f'{where} {e}; {cure}') from e
 
 
 class Real:
@@ -196,11 +196,12 @@ class Kept:
         """``[H, W, 3] uint8`` of an image that is there; raises `ImagesError`, `DataFileError`."""
         if self._files:
             where = str(self.folder / self._files[row])
-            image = read_file(Path(where))
+            image = read_file(Path(where), f'delete it, then {AGAIN}')
         else:
             self._records = self._records or self._opened()
             where = f'{self.folder / WHOLE}, image {row},'
-            image = decode(self._records.read([row])[0], where)
+            image = decode(self._records.read([row])[0], where,
+                           f'delete that file, then {AGAIN}')
         self._size = self._size or image.shape
         if image.shape != self._size:
             (h, w, _), (height, width, _) = image.shape, self._size
@@ -257,14 +258,14 @@ def _runs(rows: Sequence[int]) -> list[list[int]]:
     return runs
 
 
-def read_file(file: Path) -> np.ndarray:
+def read_file(file: Path, cure: str = 'make it again') -> np.ndarray:
     """``[H, W, 3] uint8``; raises `ImagesError`."""
     try:
         data = file.read_bytes()
     except OSError as e:
         errors.raise_environment(e, file)
         raise ImagesError(f'{file} is missing ({e.strerror})') from e
-    return decode(data, str(file))
+    return decode(data, str(file), cure)
 
 
 # --- Folders of others ---
