@@ -6,6 +6,7 @@
 import dataclasses
 import functools
 import json
+import math
 import sys
 
 import jax
@@ -226,22 +227,35 @@ UNET = {'block_out_channels': (8,), 'down_block_types': ('CrossAttnDownBlock2D',
 
 
 @pytest.mark.parametrize(('path', 'shape', 'want'), [
-    ('layers/attn/to_q/kernel/lora_A', (6, 32, 4), P(None, 'fsdp', None)),
-    ('layers/attn/to_q/kernel/lora_B', (6, 4, 32), P(None, None, 'tensor')),
-    ('student_opt/1/0/mu/layers/attn/to_out/kernel/lora_A', (6, 32, 4), P(None, 'tensor', None)),
-    ('ema/layers/attn/to_out/kernel/lora_B', (6, 4, 32), P(None, None, 'fsdp')),
+    ('layers/attn/to_q/kernel/lora_A', (6, 32, 4), P(None, ('fsdp', 'tensor'), None)),
+    ('layers/attn/to_q/kernel/lora_B', (6, 4, 32), P(None, None, ('tensor', 'fsdp'))),
+    ('student_opt/1/0/mu/layers/attn/to_out/kernel/lora_A', (6, 32, 4),
+     P(None, ('tensor', 'fsdp'), None)),
+    ('ema/layers/attn/to_out/kernel/lora_B', (6, 4, 32), P(None, None, ('fsdp', 'tensor'))),
+    ('layers/attn/to_q/kernel/lora_B', (6, 4, 34), P(None, None, 'tensor')),  # not by 4
     ('x_embedder/kernel/lora_A', (45, 4), P(None, None)),
     ('x_embedder/kernel/lora_B', (3, 32), P(None, 'fsdp')),
 ])
-def test_factors_are_split_as_their_kernel_is(path, shape, want):
+def test_factors_are_split_over_their_kernels_axes(path, shape, want):
     assert spec_for(path, shape, emoji.RULES, MESH) == want
 
 
 def test_a_convolutions_factors_are_split_by_their_channels():
     rules = sdxl_export.sdxl.RULES
     spec = lambda name, shape: spec_for(f'down/conv1/kernel/{name}', shape, rules, MESH)
-    assert spec('lora_A', (3, 3, 8, 2)) == P(None, None, 'fsdp', None)
-    assert spec('lora_B', (1, 1, 2, 8)) == P(None, None, None, 'tensor')
+    assert spec('lora_A', (3, 3, 8, 2)) == P(None, None, ('fsdp', 'tensor'), None)
+    assert spec('lora_B', (1, 1, 2, 8)) == P(None, None, None, ('tensor', 'fsdp'))
+
+
+def test_a_chip_has_its_share_of_every_factor_whatever_the_axes():
+    """With one axis alone, too: a factor that only the other one split lay whole on each chip."""
+    base = jax.eval_shape(lambda: tiny.make_params()[0])
+    trained = jax.eval_shape(lambda: BLOCKS.init(base, jax.random.key(0)))
+    for axes in ({'fsdp': 4}, {'tensor': 4}, {'fsdp': 2, 'tensor': 2}):
+        mesh = AbstractMesh(tuple(axes.get(a, 1) for a in sharding.AXES), sharding.AXES)
+        laid = sharding.shard_tree(trained, emoji.RULES, mesh)
+        for leaf, layout in zip(jax.tree.leaves(trained), jax.tree.leaves(laid), strict=True):
+            assert math.prod(layout.shard_shape(leaf.shape)) * 4 == math.prod(leaf.shape)
 
 
 def test_weight_decay_and_muon_are_for_factors_too(params):
@@ -254,7 +268,7 @@ def test_weight_decay_and_muon_are_for_factors_too(params):
 @pytest.mark.slow
 def test_eight_devices_have_shards_and_the_same_gradients():
     found = json.loads(tiny.run_on_devices(__file__).splitlines()[-1])
-    assert found == {'shard': [1, 16, 4], 'shards': 8, 'whole': [1, 32, 4], 'error': found['error']}
+    assert found == {'shard': [1, 8, 4], 'shards': 8, 'whole': [1, 32, 4], 'error': found['error']}
     assert found['error'] < 1e-5
 
 
@@ -496,6 +510,9 @@ A, B = (np.random.default_rng(i).standard_normal(s).astype(np.float32)
       'lora_unet_layers_0_attn_to_k.alpha': np.float32(1)}, {}, 0.5),
     ({'lora_unet_layers_0_attn_to_k.lora_down.weight': A,
       'lora_unet_layers_0_attn_to_k.lora_up.weight': B}, {}, 1.0),
+    # Of an adapter named in front of its factors.
+    ({'diffusion_model.layers.0.attn.to_k.default.lora_A.weight': A,
+      'diffusion_model.layers.0.attn.to_k.default.lora_B.weight': B}, {}, 1.0),
 ])
 def test_a_start_is_read_from_files_of_others(tmp_path, tensors, config, scale):
     file = write_by_hand(tmp_path / 'x.safetensors', tensors, **({lora.CONFIG: config} if config
@@ -503,6 +520,18 @@ def test_a_start_is_read_from_files_of_others(tmp_path, tensors, config, scale):
     kernels, _ = factors_of()
     given = lora.read(file, kernels, NAMES)
     close(products(given), {'layers/attn/to_k/kernel': scale * (B @ A).T[None]}, 1e-5)
+
+
+@pytest.mark.parametrize('module', [
+    'diffusion_model.layers.0.attention.out', 'lora_unet_layers_0_attention_out',
+    'transformer.layers.0.attention.to_out.0'])
+def test_z_images_own_name_of_a_projection_is_read(tmp_path, module):
+    file = write_by_hand(tmp_path / 'x.safetensors', {
+        f'{module}.lora_down.weight': A, f'{module}.lora_up.weight': B,
+        f'{module}.alpha': A[:1, 0]})
+    kernels = {'layers/attn/to_out/kernel': (1, 32, 16)}
+    given = lora.read(file, kernels, families.get('zimage').export.adapters)
+    close(products(given), {'layers/attn/to_out/kernel': A[0, 0] / 2 * (B @ A).T[None]}, 1e-5)
 
 
 def test_pefts_own_folder_says_its_alpha_beside_its_file(tmp_path):

@@ -41,10 +41,10 @@ transformer = TRANSFORMER.from_pretrained('{folder}/transformer')
 """
 
 
-def export_of(flow: Flow, no_guidance: float, comfyui: str = '') -> Export:
+def export_of(flow: Flow, no_guidance: float, **naming: Any) -> Export:
     """How students of a family are written.
 
-    `no_guidance` is its pipeline's scale for none; `comfyui` see `lora.Names`.
+    `no_guidance` is its pipeline's scale for none; `naming` is more of `lora.Names`.
     """
     return Export(
         functools.partial(open_source, flow), functools.partial(write_weights, flow),
@@ -55,7 +55,7 @@ def export_of(flow: Flow, no_guidance: float, comfyui: str = '') -> Export:
         alone=ALONE.replace('TRANSFORMER', flow.transformer),
         write_pipeline=functools.partial(write_pipeline, flow),
         use=USE.replace('GUIDANCE', str(no_guidance)),
-        adapters=Names('transformer', flow.entry, comfyui), write_scheduler=write_scheduler,
+        adapters=Names('transformer', flow.entry, **naming), write_scheduler=write_scheduler,
         use_adapters=USE_ADAPTERS.replace('GUIDANCE', str(no_guidance)))
 
 

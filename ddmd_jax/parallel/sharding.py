@@ -4,7 +4,8 @@ One ordered list of (regex, spec) lays out student, critic, EMA, optimiser momen
 teacher alike: a rule is searched in a leaf's path, so that `.../mu/layers/attn/to_q/kernel`
 follows `layers/attn/to_q/kernel`. A spec names mesh axes for a leaf's *last* dimensions;
 stacked layers add dimensions in front, which stay whole. The two factors of a kernel's low-rank
-adapter lie under its path and are split as it is: A along its inputs, B along its outputs.
+adapter lie under its path and are split over the kernel's axes: A along its inputs, B along its
+outputs.
 """
 
 import math
@@ -115,10 +116,11 @@ def spec_for(path: str, shape: tuple[int, ...], rules: Rules, mesh: Mesh) -> P:
     if rule is None:
         raise ShardingError(f'no sharding rule matches {path} {shape}')
     pattern, spec = rule
-    if name == FACTORS[0]:
-        spec = (*spec[:-1], None) if spec else ()
-    elif name == FACTORS[1]:
-        spec = spec[-1:]
+    long, other = None, None  # a factor's long dimension, and the kernel's axis for the other one
+    if name in FACTORS and spec:
+        *taps, din, dout = spec
+        long, other = (-2, dout) if name == FACTORS[0] else (-1, din)
+        spec = (*taps, din, None) if name == FACTORS[0] else (dout,)
     if len(spec) > len(shape):
         raise ShardingError(f'rule {pattern!r} has {len(spec)} axes for {path} {shape}')
     full = (None,) * (len(shape) - len(spec)) + tuple(spec)
@@ -126,6 +128,10 @@ def spec_for(path: str, shape: tuple[int, ...], rules: Rules, mesh: Mesh) -> P:
         if axis is not None and size % mesh.shape[axis]:
             raise ShardingError(f'{path} {shape}: {size} does not divide by mesh axis '
                                 f'{axis}={mesh.shape[axis]} (rule {pattern!r})')
+    if long and other:  # over both axes, where that goes: a `tensor` of 1 would leave B whole
+        axes = tuple(axis for axis in (full[long], other) if axis)
+        if shape[long] % math.prod(mesh.shape[axis] for axis in axes) == 0:
+            full = (*full[:long], axes, *full[len(full) + long + 1:])
     return P(*full)
 
 

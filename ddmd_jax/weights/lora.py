@@ -35,7 +35,8 @@ OTHER_KOHYA = ('lora_transformer_', 'lycoris_')
 CURE = 'give the safetensors file of a LoRA'
 PARTS = {'lora_A': 'A', 'lora_down': 'A', 'lora.down': 'A',
          'lora_B': 'B', 'lora_up': 'B', 'lora.up': 'B'}
-PART = re.compile(r'(.+)\.(lora_[AB]|lora[_.](?:down|up))(?:\.default)?\.weight')
+PART = re.compile(r'(.+)\.(lora_[AB]|lora[_.](?:down|up))\.weight')
+OF_PEFT = 'default.'  # PEFT's name of an adapter, wherever it stands in a name
 ALPHA = '.alpha'
 
 Factors = dict[str, tuple[np.ndarray, np.ndarray]]  # A and B by the path of our kernel
@@ -106,7 +107,7 @@ def find(path: Path) -> Path | None:
     if not file.is_file() or file.suffix != '.safetensors':
         return None
     names = flat.open_file(file, CURE).keys()
-    return file if any(PART.fullmatch(name) for name in names) else None
+    return file if any(PART.fullmatch(name.replace(OF_PEFT, '')) for name in names) else None
 
 
 def read(path: Path, kernels: Mapping[str, tuple[int, ...]], names: Names) -> Factors:
@@ -212,19 +213,20 @@ def _pairs(path: Path, tensors: Mapping[str, np.ndarray], places: Mapping[str, A
       WeightsError: a tensor is none of these, is there twice, or of no module of the network.
     """
     underscored = {module.replace('.', '_'): module for module in places}
-    prefixes = (f'{names.component}.', 'diffusion_model.', 'base_model.model.', '')
+    front = re.compile('|'.join(re.escape(prefix) for prefix in (
+        f'{names.component}.', 'diffusion_model.', 'base_model.model.', KOHYA, *OTHER_KOHYA)))
 
     def module_of(name: str) -> str | None:
-        for prefix in (KOHYA, *OTHER_KOHYA):
-            if name.startswith(prefix):
-                bare = name.removeprefix(prefix)
-                return underscored.get(bare) or underscored.get(names.alias(bare))
-        return next((bare for prefix in prefixes
-                     if (bare := name.removeprefix(prefix)) in places), None)
+        found = front.match(name)
+        bare = name[found.end() if found else 0:]
+        if bare in places:
+            return bare
+        bare = bare.replace('.', '_')
+        return underscored.get(bare) or underscored.get(names.alias(bare))
 
     pairs: dict[str, dict[str, np.ndarray]] = {}
     for key, tensor in tensors.items():
-        matched = PART.fullmatch(key)
+        matched = PART.fullmatch(key := key.replace(OF_PEFT, ''))
         name, part = ((matched[1], PARTS[matched[2]]) if matched else
                       (key.removesuffix(ALPHA), 'alpha' if key.endswith(ALPHA) else ''))
         if not part:

@@ -2,7 +2,7 @@
 
 from ddmd_jax.families.family import Family
 from ddmd_jax.families.published_export import export_of
-from ddmd_jax.families.zimage import teacher, text
+from ddmd_jax.families.zimage import names, teacher, text
 from ddmd_jax.models.attention import KINDS
 
 FAMILY = Family(
@@ -10,4 +10,5 @@ FAMILY = Family(
     images=teacher.images, abstract=teacher.abstract, distilled=teacher.distilled,
     class_names=(*text.PIPELINE.class_names, teacher.TRANSFORMER),
     attention=KINDS, dtype='bfloat16', guidance=6.0,
-    export=export_of(teacher.FLOW, no_guidance=0.0, comfyui='diffusion_model.'))
+    export=export_of(teacher.FLOW, no_guidance=0.0, comfyui='diffusion_model.',
+                     alias=names.of_others))

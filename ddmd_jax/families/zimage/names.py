@@ -1,5 +1,7 @@
 """Published names of Z-Image's parameters (diffusers), by our paths."""
 
+import re
+
 from ddmd_jax.weights.names import Entry
 
 # 2-1 is the patch's edge and its frames: the one patch that the published network has.
@@ -30,6 +32,11 @@ _BLOCK = {
 }
 STACKS = ('context_refiner', 'noise_refiner', 'layers')
 PADS = ('x_pad_token', 'cap_pad_token')
+
+
+def of_others(name: str) -> str:
+    """The published module, dots as underscores, of one named as in Z-Image's own repository."""
+    return re.sub(r'_attention_out$', '_attention_to_out_0', name)
 
 
 def transformer(path: str) -> Entry:
