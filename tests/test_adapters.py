@@ -651,7 +651,8 @@ def run_folder(weights, tmp_path_factory):
     teacher = families.load_teacher(str(weights))
     trained = stirred(EMOJI.init(teacher.params, jax.random.key(0)))
     folder = tmp_path_factory.mktemp('run')
-    return teacher, trained, save(folder, RUN | {'teacher.path': str(weights)}, trained)
+    run = RUN | {'teacher.path': str(weights), 'teacher_identity': teacher.identity}
+    return teacher, trained, save(folder, run, trained)
 
 
 def test_a_lora_run_is_exported_merged_or_as_adapters(run_folder, tmp_path):
@@ -700,6 +701,18 @@ def test_a_run_begins_at_a_lora(run_folder, tmp_path):
         assert jax.tree.map(jnp.shape, found) == jax.tree.map(jnp.shape, task.spec.shapes.student)
         jax.tree.map(lambda x, y: np.testing.assert_allclose(x, y, atol=1e-5),
                      adapters.materialised(task.network(found)), want)
+
+
+def test_a_lora_is_of_the_weights_it_was_trained_over(run_folder, tmp_path):
+    """Which its header says; over others of the same shapes it would draw something else."""
+    teacher, _, workdir = run_folder
+    file = export.export(workdir, tmp_path, export.Wanted('lora'))[0]
+    kernels = {name: leaf.shape for name, leaf in flat.flatten(teacher.params).items()
+               if name.endswith('kernel')}
+    read = lambda base: lora.read(file, kernels, families.get('emoji').export.adapters, base)
+    assert read(teacher.identity).keys() == read('').keys()
+    with pytest.raises(WeightsError, match='trained over other weights .* than the teacher'):
+        read('another')
 
 
 if __name__ == '__main__':

@@ -136,7 +136,8 @@ def _write_lora(student: Student, naming: str, exported: Exported, out: Path) ->
     if student.export.write_scheduler:
         student.export.write_scheduler(exported, out)  # may refuse
     lora.write(out / lora.FILE, lora.on_host(exported.params, student.binding.scale),
-               student.export.adapters, naming, jnp.dtype(exported.dtype))
+               student.export.adapters, naming, jnp.dtype(exported.dtype),
+               student.saved.manifest.get('teacher_identity', ''))
 
 
 def _write_orbax(student: Exported, out: Path) -> None:

@@ -280,7 +280,7 @@ class Distillation:
                                f'{self.teacher.family}; merge it into its base')
         kernels = {name: leaf.shape for name, leaf in flat.flatten(base).items()
                    if name.endswith(adapters.KERNEL)}
-        given = lora.read(file, kernels, export.adapters)
+        given = lora.read(file, kernels, export.adapters, self.teacher.identity)
         key = initial_keys(self.config.seed)[1]
         try:
             if isinstance(binding, adapters.LoRA):

@@ -27,6 +27,7 @@ from ddmd_jax.weights.names import Entry
 
 FILE = 'pytorch_lora_weights.safetensors'  # as diffusers looks for it
 CONFIG = 'lora_adapter_metadata'  # in a file's header: PEFT's config, which diffusers obeys
+BASE = 'ddmd_jax_base'  # in a file's header: the identity of the weights that it is for
 PEFT_FILE, PEFT_CONFIG = 'adapter_model.safetensors', 'adapter_config.json'  # PEFT's own pair
 TYPES = ('F64', 'F32', 'F16', 'BF16', 'I64', 'I32')  # whole numbers: an alpha may be one
 NAMINGS = ('diffusers', 'comfyui')
@@ -60,8 +61,8 @@ class Names:
 
 
 def write(path: Path, factors: Mapping[str, tuple[Any, Any]], names: Names,
-          naming: str = 'diffusers', dtype: Any = np.float32) -> None:
-    """Writes adapters of one rank, whose B holds the scale.
+          naming: str = 'diffusers', dtype: Any = np.float32, base: str = '') -> None:
+    """Writes adapters of one rank, whose B holds the scale, for the weights of identity `base`.
 
     Raises:
       WeightsError: a value is not finite in `dtype`, or the family has no such `naming`.
@@ -90,7 +91,7 @@ def write(path: Path, factors: Mapping[str, tuple[Any, Any]], names: Names,
                 tensors[name + ALPHA] = np.asarray(rank, dtype)
     for name, tensor in tensors.items():
         flat.check_finite(path, name, tensor)
-    about = {'format': 'pt'}
+    about = {'format': 'pt', **({BASE: base} if base else {})}
     if naming == 'diffusers':
         config = {'r': rank, 'lora_alpha': rank, 'target_modules': modules}
         about[CONFIG] = json.dumps({f'{names.component}.{k}': v for k, v in config.items()},
@@ -110,18 +111,25 @@ def find(path: Path) -> Path | None:
     return file if any(PART.fullmatch(name.replace(OF_PEFT, '')) for name in names) else None
 
 
-def read(path: Path, kernels: Mapping[str, tuple[int, ...]], names: Names) -> Factors:
+def read(path: Path, kernels: Mapping[str, tuple[int, ...]], names: Names,
+         base: str = '') -> Factors:
     """Factors by our kernels' paths, fp32; where ranks differ, the smaller are filled with zeros.
 
     Args:
       path: a file with names of diffusers, PEFT, kohya's scripts or ComfyUI.
       kernels: shapes of all of the network's kernels, by path.
       names: the family's.
+      base: identity of the network's weights; '' is any. A file of others does not say its own.
 
     Raises:
-      WeightsError: damaged, no LoRA, or of another network.
+      WeightsError: damaged, no LoRA, of another network, or for other weights of this one.
     """
     opened = flat.open_file(path, CURE)
+    made_for = (opened.metadata() or {}).get(BASE, '')
+    if base and made_for and made_for != base:
+        raise WeightsError(f'{path} was trained over other weights (identity {made_for}) than the '
+                           f"teacher's ({base}); give the teacher that it was made for, or a LoRA "
+                           'of this one')
     tensors = {}
     for name in opened.keys():  # noqa: SIM118  (not a dict)
         if (kind := opened.get_slice(name).get_dtype()) not in TYPES:
