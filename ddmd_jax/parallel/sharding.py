@@ -123,7 +123,7 @@ def spec_for(path: str, shape: tuple[int, ...], rules: Rules, mesh: Mesh) -> P:
         spec = (*taps, din, None) if name == FACTORS[0] else (dout,)
     if len(spec) > len(shape):
         raise ShardingError(f'rule {pattern!r} has {len(spec)} axes for {path} {shape}')
-    full = (None,) * (len(shape) - len(spec)) + tuple(spec)
+    full: tuple[Any, ...] = (None,) * (len(shape) - len(spec)) + tuple(spec)
     for size, axis in zip(shape, full):
         if axis is not None and size % mesh.shape[axis]:
             raise ShardingError(f'{path} {shape}: {size} does not divide by mesh axis '
