@@ -123,14 +123,12 @@ def compiling(subject: Subject, scratch: Path) -> Go:
     """The generator's update, traced and compiled anew."""
     from ddmd_jax.train import distillation
 
-    together = subject.config.critic.get('order') == 'same_images'
-    kind = 'both' if together else 'generator'
-    batch = subject.batch_of(kind)
+    batch = subject.batch_of('generator')
 
     def go() -> None:
         again = distillation.plan(subject.config, subject.task.teacher, subject.task.prompts.null,
                                   subject.task.spec.mesh)
-        getattr(again.program, kind).lower(subject.task.frozen, subject.state, batch).compile()
+        again.program.generator.lower(subject.task.frozen, subject.state, batch).compile()
 
     return go
 
@@ -212,10 +210,10 @@ def first_step(subject: Subject, scratch: Path) -> Go:
 
 
 PARTS: dict[str, Callable[[Subject, Path], Go]] = {
-    'generator': update('generator'), 'critic': update('critic'), 'both': update('both'),
+    'generator': update('generator'), 'critic': update('critic'),
     'rollout': update('rollout'), 'step': step, 'sample': sample, 'decode': decode, 'input': read,
     'checkpoint': checkpoint, 'compile': compiling, 'first_step': first_step}
-OF_AN_ORDER = {'both': 'same_images', 'rollout': 'one_rollout'}  # the others are of every order
+OF_AN_ORDER = {'rollout': 'one_rollout'}  # the others are of every order
 
 
 # --- Measuring ---

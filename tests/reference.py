@@ -77,7 +77,7 @@ def case_figures(changes: dict[str, Any]) -> dict[str, Any]:
         batch = tiny.make_batch(BATCH, i, real if extra else None)
         state, metrics = program.critic(frozen, state, batch)
         found[f'critic {i}'] = {k: float(v) for k, v in sorted(metrics.items())}
-        state, metrics = program.generator(frozen, state, batch)
+        state, metrics, *_ = program.generator(frozen, state, batch)
         found[f'generator {i}'] = {k: float(v) for k, v in sorted(metrics.items())}
     for name in ('student', 'critic', 'ema', 'student_opt', 'critic_opt'):
         found[name] = figures(getattr(state, name))

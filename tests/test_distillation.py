@@ -106,7 +106,7 @@ def test_a_step_takes_as_many_batches_as_it_has_updates():
 
 
 def test_in_dmd2s_order_a_step_has_as_many_updates_of_the_critic(monkeypatch):
-    """The first of them with the student's, on one batch; a warm-up before."""
+    """The first of them on the student's images, of the same batch; a warm-up before."""
     task = task_of(config_of(**{'critic.updates': 2, 'critic.warmup': 1,
                                 'critic.order': 'same_images'}))
     feed, state, kinds = task.feed(frozenset()), task.spec.create(), []
@@ -115,7 +115,7 @@ def test_in_dmd2s_order_a_step_has_as_many_updates_of_the_critic(monkeypatch):
     for fresh in (True, False):
         state, metrics = task.step(state, lambda: next(feed), fresh)
         assert bool(metrics['finite']) and {'loss', 'fake_loss', 'critic_grad_norm'} <= set(metrics)
-    assert kinds == ['critic', 'both', 'critic', 'both', 'critic']
+    assert kinds == ['critic', *['generator', 'critic', 'critic'] * 2]
     assert (int(state.step), int(state.critic_step)) == (2, 5)
 
 

@@ -26,7 +26,7 @@ def two_rounds(**changes):
     state, batch = spec.create(), tiny.make_batch(4)
     for _ in range(2):
         state, _ = program.critic(frozen, state, batch)
-        state, metrics = program.generator(frozen, state, batch)
+        state, metrics, *_ = program.generator(frozen, state, batch)
     return state, metrics, frozen
 
 

@@ -306,7 +306,7 @@ class Run:
         with jax.transfer_guard('disallow'):
             for _ in range(2):
                 for update in (self.program.critic, self.program.generator):
-                    self.state, found = update(self.frozen, self.state, self.batch)
+                    self.state, found, *_ = update(self.frozen, self.state, self.batch)
                     metrics.append(found)
         self.check()  # steps must hand back what they were given
         assert self.predict.traces == traced > 0

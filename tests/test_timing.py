@@ -18,10 +18,10 @@ def call(*args):
 
 
 @pytest.mark.parametrize('args, line', [
-    (['generater', '--config=emoji'], "no part 'generater'; known: generator, critic, both,"),
+    (['generater', '--config=emoji'], "no part 'generater'; known: generator, critic, rollout,"),
     (['generator'], 'no --config given; try --config=emoji'),
     (['generator', '--config=emoji', '--beside=x'], "--beside 'x' is not field=value"),
-    (['both', '--config=emoji'], 'both is a program of --config.critic.order=same_images'),
+    (['rollout', '--config=emoji'], 'rollout is a program of --config.critic.order=one_rollout'),
     (['step', '--config=emoji', '--beside=student.steps=0'], 'student.steps')])
 def test_what_cannot_be_timed_is_one_line(args, line):
     told = call(*args)

@@ -95,7 +95,7 @@ def run(subject: Any, programs: dict[str, Any], updates: int,
     for _ in range(updates):
         for kind, program in programs.items():
             begun = time.monotonic()
-            state, metrics = jax.block_until_ready(program(frozen, state, subject.batch))
+            state, metrics, *_ = jax.block_until_ready(program(frozen, state, subject.batch))
             seconds = time.monotonic() - begun
             metrics = {name: float(x) for name, x in jax.device_get(metrics).items()}
             lines.append({'program': kind, 'seconds': seconds,

@@ -135,7 +135,7 @@ def fp32_update(device: Any) -> dict[str, Any]:
         programs, _ = first_light.compiled(subject)
     state, found = subject.planned.spec.create(), {}
     for kind, program in programs.items():
-        state, metrics = program(subject.planned.frozen, state, subject.batch)
+        state, metrics, *_ = program(subject.planned.frozen, state, subject.batch)
         found |= {f'{kind}: {name}': float(x) for name, x in jax.device_get(metrics).items()}
     mu = lambda opt: jax.device_get(optax.tree_utils.tree_get(opt, 'mu'))
     return {'metrics': found,

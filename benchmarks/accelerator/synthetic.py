@@ -84,11 +84,7 @@ class Subject:
     @property
     def counts(self) -> dict[str, int]:
         """Programs of a step and how often each runs in it, in their order."""
-        updates = self.config.critic.updates
-        if self.config.critic.get('order') == 'same_images':
-            found = {'both': 1, 'critic': updates - 1}
-        else:
-            found = {'critic': updates, 'generator': 1}
+        found = {'critic': self.config.critic.updates, 'generator': 1}
         return {kind: count for kind, count in found.items() if count}
 
     def lower(self, kind: str) -> Any:

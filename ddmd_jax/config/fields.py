@@ -120,7 +120,7 @@ DISTILL = (
     *under('critic.adapter', ADAPTER),
     Field('critic.updates', r.NATURAL, 5, FIXED, "critic updates for each of the student's"),
     Field('critic.warmup', r.NATURAL, 0, FIXED, 'further critic updates before the first step'),
-    Field('critic.order', r.choice('critic_first', 'same_images', 'one_rollout'), 'critic_first', FIXED, "updates of a step: the critic's before the student's, each on prompts of its own; as in DMD2, one of them at once with the student's on the same images, the others after it; or the critic's first and all on one rollout of the student", filled=False),
+    Field('critic.order', r.choice('critic_first', 'same_images', 'one_rollout'), 'critic_first', FIXED, "updates of a step: the critic's before the student's, each on prompts of its own; as in DMD2, the student's first and one of them on its images, the others after it; or the critic's first and all on one rollout of the student", filled=False),
     Field('critic.weighting', r.choice('velocity', 'clean', 'noise'), 'velocity', FIXED, 'weighting of the denoising loss; `noise` is the error of the noise, as where the teacher predicts that'),
     Field('critic.tau', r.TAU_RANGE, (0.0, 0.98), FIXED, "range, in uniform time, of the critic's levels"),
     Field('critic.merge', r.number('1 is off', at_least=0, at_most=1), 1.0, FIXED, 'decay of the critic towards the student after each student update'),

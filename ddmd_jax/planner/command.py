@@ -30,8 +30,8 @@ def define_flags() -> None:
     flags.DEFINE_boolean('json', False, 'Print JSON rather than a table.')
     flags.DEFINE_boolean('search', True, 'Look for the largest batch that fits, and for levers '
                          'where something does not; --nosearch saves minutes.')
-    flags.DEFINE_list('only', [], 'Programs to compile, of generator_step, critic_step, rollout, '
-                      'sample, decode and encode; default: all.')
+    flags.DEFINE_list('only', [], 'Programs to compile, of generator_step, critic_step, '
+                      'critic_on_images, rollout, sample, decode and encode; default: all.')
     flags.DEFINE_boolean('layout', False, 'Print the layout of every parameter; compile nothing.')
 
 

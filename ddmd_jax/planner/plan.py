@@ -138,7 +138,7 @@ def whole_run(config: Any, measured: dict[str, Any], count: int) -> dict[str, fl
     total = config.train.steps * step + config.critic.warmup * critic
     drawn = measured['sample']['rows']
     drawing = seconds['sample'] + drawn * seconds.get('decode', 0.0)
-    asked, images = evaluations(config), (1 + often['critic_step']) * config.data.global_batch
+    asked, images = evaluations(config), (1 + config.critic.updates) * config.data.global_batch
     return {'evaluations_per_step': sum(count * asked[name] for name, count in often.items()),
             'seconds_per_step': step, 'hours': total / 3600, 'chip_hours': total * count / 3600,
             'training_images_per_second': images / step,

@@ -1,6 +1,7 @@
 """A distillation's programs for a TPU topology: from shapes, without a TPU and without weights."""
 
 import dataclasses
+import functools
 import math
 import os
 from collections.abc import Callable
@@ -92,43 +93,41 @@ def evaluations(config: Any) -> dict[str, float]:
 
     Of N student steps a row has (N - 1) / 2 simulated on average (`sampling.student_inputs`). The
     generator's step has the student's, the teacher's two or three and the critic's; the critic's
-    has the student's and the critic's. With 'same_images' the generator's step has the critic's
-    too, on the samples that it has made; with 'one_rollout' the student's N have a program of
-    their own, and a gradient alone asks the student again.
+    has the student's and the critic's, and alone the critic's where the samples are there: with
+    'same_images' those of the generator's step, for one update; with 'one_rollout' the student's
+    N, which have a program of their own, so that a gradient alone asks the student again.
     """
     steps, order = config.student.steps, config.critic.get('order')
     teacher = 2 if schedules.get(config.method.schedule).shared else 3
     if order == 'one_rollout':
         return {'rollout': steps, 'generator_step': 1 + teacher + 1, 'critic_step': 1}
     simulated = (steps - 1) / 2
-    return {'generator_step': simulated + 1 + teacher + 1 + (order == 'same_images'),
+    return {'generator_step': simulated + 1 + teacher + 1,
+            **({'critic_on_images': 1} if order == 'same_images' else {}),
             'critic_step': simulated + 1 + 1}
 
 
 def passes(config: Any) -> dict[str, float]:
     """`evaluations` with those of the gradients, a backward pass counted as two."""
-    gradients = {'rollout': 0, 'critic_step': 1,
-                 'generator_step': 1 + (config.critic.get('order') == 'same_images')}
-    return {name: count + 2 * gradients[name] for name, count in evaluations(config).items()}
+    return {name: count + 2 * (name != 'rollout') for name, count in evaluations(config).items()}
 
 
 def runs(config: Any) -> dict[str, int]:
     """How often each program of a step runs in it."""
-    # With 'same_images' the first of the critic's updates is in the generator's step.
-    alone = config.critic.updates - (config.critic.get('order') == 'same_images')
-    often = {'rollout': 1, 'generator_step': 1, 'critic_step': alone}
-    return {name: often[name] for name in evaluations(config)}
+    names = evaluations(config)
+    return dict.fromkeys(names, 1) | {
+        'critic_step': config.critic.updates - ('critic_on_images' in names)}
 
 
 def programs(config: Any, teacher: teachers.Teacher, mesh: Mesh, tokens: int,
              text: teachers.TextEncoder | None = None) -> tuple[dict[str, Program], int]:
     """(A distillation's programs, bytes that stay on a chip between them).
 
-    These are the generator's step, the critic's, the rollout if they share one, the sampling of
-    pictures during the run; where the teacher has a decoder, the decoding of one; and where
-    prompts are encoded on the mesh, the encoding of a batch. Student, critic, EMA, both
-    optimisers' moments, teacher, decoder and text encoder stay, but for those that `train.offload`
-    keeps in host memory.
+    These are the generator's step, the critic's, that on the generator's images or the rollout
+    where `critic.order` has one, the sampling of pictures during the run; where the teacher has a
+    decoder, the decoding of one; and where prompts are encoded on the mesh, the encoding of a
+    batch. Student, critic, EMA, both optimisers' moments, teacher, decoder and text encoder stay,
+    but for those that `train.offload` keeps in host memory.
 
     Args:
       config: of a distillation.
@@ -155,43 +154,39 @@ def programs(config: Any, teacher: teachers.Teacher, mesh: Mesh, tokens: int,
     whole = jax.tree.map(lambda _: sharding.replicated(mesh), cond(1))
     words = jax.ShapeDtypeStruct((drawn, 3), jnp.uint32, sharding=sharding.batch_sharding(mesh))
     with_batch = resident + bytes_per_device(cond(rows), split)
-    generator_batch = critic_batch = batch
-    if 'rollout' in evaluations(config):
-        z, samples = jax.eval_shape(p.program.rollout, frozen, state, batch)
-        generator_batch, critic_batch = (dataclasses.replace(batch, **given)
-                                         for given in ({'z': z}, {'x': samples[0]}))
+    once, count = teacher.flops(tokens) if teacher.flops else None, passes(config)
+    z, samples = jax.eval_shape(p.program.rollout, frozen, state, batch)
+    begun, made = (dataclasses.replace(batch, **given) for given in ({'z': z}, {'x': samples[0]}))
+    steps = {'generator_step': (p.program.generator, batch),
+             'critic_step': (p.program.critic, batch),
+             'critic_on_images': (p.program.critic, made)}
+    if 'rollout' in count:
+        steps = {'generator_step': (p.program.generator, begun),
+                 'critic_step': (p.program.critic, made), 'rollout': (p.program.rollout, batch)}
         laid = jax.tree.map(lambda _: sharding.batch_sharding(mesh), [z, *samples])
         with_batch += bytes_per_device([z, *samples], laid)
     share = lambda rows, cost: None if cost is None else int(rows * cost) // mesh.size
-    once, count = teacher.flops(tokens) if teacher.flops else None, passes(config)
-    together = config.critic.get('order') == 'same_images'
-    generator = p.program.both if together else p.program.generator
     judged = [r.flops(tokens) for r in p.recipe.regularisers.values()]
-    if once is None or None in judged:
-        of_step = dict.fromkeys(count)
-    else:
-        student, critic = (sum(costs[i] for costs in judged) for i in (0, 1))
-        of_step = {'generator_step': once * count['generator_step'] + student + together * critic,
-                   'critic_step': once * count['critic_step'] + critic,
-                   'rollout': once * count.get('rollout', 0)}
+
+    def flops(name: str) -> float | None:
+        if once is None or None in judged:
+            return None
+        of_student, of_critic = (sum(costs[i] for costs in judged) for i in (0, 1))
+        return once * count[name] + {'generator_step': of_student, 'rollout': 0}.get(
+            name, of_critic)
+
     sampler = drawing.program(drawing.of_student(
         teacher, config.student.steps, p.recipe.steps.time, config.student.sampler), mesh,
         distillation.GRID)
-    found = {
-        'generator_step': Program(
-            lambda: generator.lower(frozen, state, generator_batch), with_batch,
-            share(rows, of_step['generator_step']), rows),
-        'critic_step': Program(lambda: p.program.critic.lower(frozen, state, critic_batch),
-                               with_batch, share(rows, of_step['critic_step']), rows),
-        'sample': Program(
-            lambda: sampler.lower(p.student.bind(placed(frozen.teacher, p.frozen_shardings.teacher),
-                                                 placed(state.ema, p.spec.shardings.ema)),
-                                  placed(cond(drawn), split), placed(cond(1), whole), words),
-            resident + bytes_per_device(cond(drawn), split),
-            share(drawn * config.student.steps, once), drawn)}
-    if 'rollout' in count:
-        found['rollout'] = Program(lambda: p.program.rollout.lower(frozen, state, batch),
-                                   with_batch, share(rows, of_step['rollout']), rows)
+    found = {name: Program(functools.partial(program.lower, frozen, state, given), with_batch,
+                           share(rows, flops(name)), rows)
+             for name, (program, given) in steps.items() if name in count}
+    found['sample'] = Program(
+        lambda: sampler.lower(p.student.bind(placed(frozen.teacher, p.frozen_shardings.teacher),
+                                             placed(state.ema, p.spec.shardings.ema)),
+                              placed(cond(drawn), split), placed(cond(1), whole), words),
+        resident + bytes_per_device(cond(drawn), split),
+        share(drawn * config.student.steps, once), drawn)
     if decoder:
         latents = placed(decoder.latents, sharding.replicated(mesh))
         found['decode'] = Program(

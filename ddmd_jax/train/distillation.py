@@ -215,31 +215,29 @@ class Distillation:
     # --- Programs and batches ---
 
     def _compile(self, planned: Plan) -> None:
-        """Lines up the programs of every kind of batch there may be, the first to come first.
-
-        The critic's comes before the generator's, as it is the first to run.
-        """
+        """Lines up the programs of every kind of batch there may be, in their order in a step."""
         c, state, work = self.config, self.spec.targets, {}
         frozen = jax.tree.map(lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s),
                               planned.frozen, planned.frozen_shardings)
         order = c.critic.get('order', 'critic_first')
-        self.together, self.one_rollout = order == 'same_images', order == 'one_rollout'
+        self.same_images, self.one_rollout = order == 'same_images', order == 'one_rollout'
         if self.one_rollout:
             of_step = 1 + -(-c.critic.warmup // c.student.steps)
         else:
-            of_step = c.critic.updates + 1 - self.together + c.critic.warmup
+            of_step = c.critic.updates + 1 - self.same_images + c.critic.warmup
+        critic = (c.critic.updates + c.critic.warmup > self.same_images
+                  or c.train.on_health == 'raise_critic')
         for length, shape in self.order.kinds(of_step):
             batch = self._shapes_of_batch(length, shape)
-            critic = (c.critic.updates + c.critic.warmup > self.together
-                      or c.train.on_health == 'raise_critic')
-            inputs = {'critic': batch} if critic else {}
-            inputs['both' if self.together else 'generator'] = batch
+            z, (x, *_) = jax.eval_shape(planned.program.rollout, frozen, state, batch)
+            begun, made = (dataclasses.replace(batch, **given) for given in ({'z': z}, {'x': x}))
             if self.one_rollout:
-                z, (x, *_) = jax.eval_shape(planned.program.rollout, frozen, state, batch)
-                drawn = {'generator': {'z': z}, 'critic': {'x': x}}
-                inputs = {'rollout': batch, **{
-                    kind: dataclasses.replace(batch, **drawn[kind]) for kind in inputs}}
-            for kind, given in inputs.items():
+                inputs = [('rollout', batch), *[('critic', made)] * critic, ('generator', begun)]
+            elif self.same_images:
+                inputs = [('generator', batch), ('critic', made), *[('critic', batch)] * critic]
+            else:
+                inputs = [*[('critic', batch)] * critic, ('generator', batch)]
+            for kind, given in inputs:
                 work[kind, given.signature] = (getattr(planned.program, kind),
                                                (frozen, state, given))
         self.startup.compiling = self._programs = Compiling(work)
@@ -301,44 +299,42 @@ class Distillation:
         The critic goes first, as everything the generator does leans on it. A new run's first step
         begins with `critic.warmup` more; the verdict may have added some to every step.
 
-        With `critic.order` 'same_images' the step begins with an update of both, and the critic's
-        others follow. With 'one_rollout' it has one batch, whose prompts the student is taken
-        through once; a warm-up has one for as many updates as the student has steps.
+        With `critic.order` 'same_images' the generator goes first, the critic follows on the images
+        that it learnt from, and then on fresh batches. With 'one_rollout' a step has one batch,
+        whose prompts the student is taken through once; a warm-up has one for as many updates as
+        the student has steps.
         """
         c, warmup = self.config.critic, 0
         if fresh:  # only then, as these have to be waited for
             self.extra_updates = int(state.critic_extra)
             warmup = 0 if int(state.critic_step) else c.warmup
         kinds = ['critic'] * (c.updates + self.extra_updates)
-        kinds = ['both', *kinds[1:]] if self.together else [*kinds, 'generator']
-        metrics, critic_metrics = {}, []
-        n = self.recipe.steps.n
+        kinds = ['generator', *kinds] if self.same_images else [*kinds, 'generator']
+        metrics, critic_metrics, made, n = {}, [], None, self.recipe.steps.n
         for place, kind in enumerate(['critic'] * warmup + kinds, -warmup):
-            if not self.one_rollout:
-                batch = next_batch()
-            else:
+            if self.one_rollout:
                 # The student stays as it is until its own update: N samples of each prompt serve.
                 if place == 0 or (place < 0 and (place + warmup) % n == 0):
                     prompts = next_batch()
                     z, samples = self._run('rollout', state, prompts)
                 given = {'z': z} if kind == 'generator' else {'x': samples[place % n]}
                 batch = dataclasses.replace(prompts, **given)
-            state, found = self._run(kind, state, batch)
+            elif self.same_images and place == 1:
+                batch = dataclasses.replace(batch, x=made)
+            else:
+                batch = next_batch()
             if kind == 'critic':
+                state, found = self._run(kind, state, batch)
                 critic_metrics.append(found)
             else:
-                metrics = found
+                state, metrics, made = self._run(kind, state, batch)
         if not critic_metrics:
             return state, metrics
-        if self.together:
-            critic_metrics.append({name: metrics[name] for name in critic_metrics[0]})
-            metrics = {k: x for k, x in metrics.items() if k not in critic_metrics[0]} | {
-                'finite': metrics['finite']}
         # Means, so that a NaN in any of the critic's updates is seen under its own name.
         mean = jax.tree.map(lambda *xs: sum(xs) / len(xs), *critic_metrics)
         return state, mean | metrics | {'finite': metrics['finite'] & (mean['finite'] == 1)}
 
-    def _run(self, kind: str, state: TrainState, batch: Batch) -> tuple[Any, Any]:
+    def _run(self, kind: str, state: TrainState, batch: Batch) -> Any:
         return self._programs[kind, batch.signature](self.frozen, state, batch)
 
     # --- Figures and images of the EMA student ---

@@ -2,8 +2,8 @@
 
 `method/algorithm.py` has the objectives. An update binds the trained trees to networks,
 differentiates, applies, and leaves the state as it was where something is not finite. Both updates
-are ``(frozen, state, batch) -> (state, metrics)``, donate the state, and draw their randomness from
-the seed and a counter of the state, so that a resumed run draws what the uninterrupted one would.
+donate the state, and draw their randomness from the seed and a counter of the state, so that a
+resumed run draws what the uninterrupted one would.
 """
 
 import dataclasses
@@ -65,41 +65,35 @@ class Mechanics:
 
 
 # The updates of one step, by name. 'critic_first': the critic's, each on a batch of its own, then
-# the student's. 'same_images' (DMD2's): the student's and one of the critic's at once, on the same
-# images of the student as it was; then the critic's others, each on a batch of its own.
+# the student's. 'same_images' (DMD2's): the student's, one of the critic's on the very images that
+# it learnt from, then the critic's others, each on a batch of its own.
 # 'one_rollout': as 'critic_first', but all on the prompts of one batch and on samples from one way
 # of the student through all its steps, which it does not leave before its own update.
 ORDERS = ('critic_first', 'same_images', 'one_rollout')
 
 
 class Program(NamedTuple):
-    """The jitted updates, each ``(frozen, state, batch) -> (state, metrics)``; `both` at once.
-
-    `rollout` is ``(frozen, state, batch) -> (z, samples)``; see `Updates.rollout`.
-    """
+    """The jitted methods of `Updates`, each of ``(frozen, state, batch)``."""
 
     generator: Any
     critic: Any
-    both: Any
     rollout: Any
 
 
 @dataclasses.dataclass(frozen=True)
 class Updates:
-    """Algorithm 1's two updates of one network architecture, by one recipe; or both at once."""
+    """Algorithm 1's two updates of one network architecture, by one recipe."""
 
     predict: Predict
     recipe: Recipe
     mechanics: Mechanics
 
     def generator(self, frozen: Frozen, state: TrainState,
-                  batch: Batch) -> tuple[TrainState, Metrics]:
-        """One update of the student, its EMA, and the critic's merge."""
-        return self._generator(frozen, state, batch)[:2]
+                  batch: Batch) -> tuple[TrainState, Metrics, Array]:
+        """One update of the student, its EMA, and the critic's merge.
 
-    def _generator(self, frozen: Frozen, state: TrainState,
-                   batch: Batch) -> tuple[TrainState, Metrics, Array]:
-        """`generator`, and the samples ``[B, ...]`` that it learnt from."""
+        With it the samples ``[B, ...]`` that it learnt from, of the student as it was.
+        """
         m, key = self.mechanics, self._generator_key(state)
         recipe = self.recipe.at(state.step, state.alpha_share)
         # `train.offload`: trees that are kept in the hosts' memory are fetched here.
@@ -162,24 +156,6 @@ class Updates:
         return dataclasses.replace(state, **kept), metrics | {
             'critic_grad_norm': grad_norm, 'finite': finite}
 
-    def both(self, frozen: Frozen, state: TrainState,
-             batch: Batch) -> tuple[TrainState, Metrics]:
-        """An update of the student and one of the critic, each with the other as it was.
-
-        On the same images, as DMD2 has it; either is left out if it is not finite.
-        """
-        m = self.mechanics
-        new, metrics, x = self._generator(frozen, state, batch)
-        judged, critic_metrics = self.critic(frozen, state, dataclasses.replace(batch, x=x))
-        critic = judged.critic
-        if m.merge != 1.0:
-            critic = keep_if(metrics['finite'], average(critic, new.student, m.merge), critic)
-        new = dataclasses.replace(
-            new, critic=critic, critic_opt=judged.critic_opt, critic_step=judged.critic_step,
-            extra=judged.extra, extra_opt=judged.extra_opt)
-        return new, critic_metrics | metrics | {
-            'finite': metrics['finite'] & critic_metrics['finite']}
-
     def rollout(self, frozen: Frozen, state: TrainState,
                 batch: Batch) -> tuple[Array, list[Array]]:
         """`sampling.rollout` of the student as it is, with the noise of its next update."""
@@ -199,12 +175,13 @@ class Updates:
     def jitted(self, mesh: Mesh, state_shardings: TrainState, frozen_shardings: Frozen) -> Program:
         """All for a mesh: explicit shardings in and out, the state donated."""
         batch, whole = sharding.batch_sharding(mesh), sharding.replicated(mesh)
-        program = lambda update: jax.jit(
-            update, in_shardings=(frozen_shardings, state_shardings, batch),
-            out_shardings=(state_shardings, whole), donate_argnums=1)
-        rolled = jax.jit(self.rollout, in_shardings=(frozen_shardings, state_shardings, batch),
-                         out_shardings=batch)
-        return Program(program(self.generator), program(self.critic), program(self.both), rolled)
+        given = frozen_shardings, state_shardings, batch
+        return Program(
+            jax.jit(self.generator, in_shardings=given,
+                    out_shardings=(state_shardings, whole, batch), donate_argnums=1),
+            jax.jit(self.critic, in_shardings=given,
+                    out_shardings=(state_shardings, whole), donate_argnums=1),
+            jax.jit(self.rollout, in_shardings=given, out_shardings=batch))
 
 
 def plain(loss_fn: Callable[[Any, Any, Array], tuple[Array, Metrics]],
