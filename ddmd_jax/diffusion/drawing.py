@@ -192,13 +192,16 @@ class Request:
 
     Attributes:
       names: of n images.
-      cond: the conditioning of each, ``[n, ...]``, in the host's memory.
+      cond: the conditioning of m prompts, ``[m, ...]``, in the host's memory, which it can fill:
+        12,000 of Lumina's are 14 GB.
       null: the null prompt's, ``[1, ...]``.
+      rows: of `cond`, which each image has; None is each its own, in their order.
     """
 
     names: Sequence[ImageName]
     cond: Cond
     null: Cond
+    rows: np.ndarray | None = None
 
     def __post_init__(self) -> None:
         for field in ('cond', 'null'):
@@ -208,10 +211,12 @@ class Request:
     def encoded(cls, names: Sequence[ImageName],
                 encode: Callable[[Sequence[str]], Cond]) -> Request:
         """A request whose prompts, and the null prompt, are still to be encoded, each once."""
-        texts = list(dict.fromkeys([*(name.prompt for name in names), '']))
-        cond, rows = encode(texts), [texts.index(name.prompt) for name in names]
-        return cls(names, {k: x[rows] for k, x in cond.items()},
-                   {k: x[[texts.index('')]] for k, x in cond.items()})
+        texts = list(dict.fromkeys(name.prompt for name in names))
+        cond = encode([*texts, ''])
+        place = {text: row for row, text in enumerate(texts)}
+        return cls(names, jax.tree.map(lambda x: x[:-1], cond),
+                   jax.tree.map(lambda x: x[-1:], cond),
+                   np.asarray([place[name.prompt] for name in names], int))
 
     def first(self, count: int) -> Request:
         """The first `count` of its images."""
@@ -222,13 +227,16 @@ class Request:
         if list(rows) == list(range(len(self.names))):
             return self
         at = np.asarray(rows, int)
-        return Request([self.names[row] for row in at],
-                       jax.tree.map(lambda x: x[at], self.cond), self.null)
+        return Request([self.names[row] for row in at], self.cond, self.null, self.rows_of(at))
+
+    def rows_of(self, at: np.ndarray) -> np.ndarray:
+        """Rows of `cond` of the images `at`."""
+        return at if self.rows is None else self.rows[at]
 
 
 def _rounded(x: Any) -> np.ndarray:
     x = np.asarray(x)
-    return x.astype(jnp.bfloat16) if jnp.issubdtype(x.dtype, jnp.floating) else x
+    return x.astype(jnp.bfloat16, copy=False) if jnp.issubdtype(x.dtype, jnp.floating) else x
 
 
 @dataclasses.dataclass
@@ -311,7 +319,8 @@ def _split(request: Request, at: np.ndarray, mesh: Mesh) -> tuple[Any, Any]:
     """(conditioning, name words) of the images `at`, split over the devices of `mesh`."""
     split = sharding.batch_sharding(mesh)
     put = lambda x: jax.make_array_from_callback(x.shape, split, lambda index: x[index])
-    return jax.tree.map(lambda x: put(x[at]), (request.cond, name_words(request.names)))
+    words = name_words([request.names[i] for i in at])
+    return jax.tree.map(lambda x: put(x[request.rows_of(at)]), request.cond), put(words)
 
 
 def filled(count: int, mesh: Mesh) -> int:

@@ -161,12 +161,16 @@ def encode_texts(texts: Sequence[str], text: TextEncoder, mesh: Mesh) -> Cond:
     Always `TEXT_ROWS` rows at a time, so that no prompt's depends on the others: `sample` and a
     run's end condition one prompt alike. Process 0 shows a progress bar.
     """
-    run, parts = make_encoder(text, mesh, whole=True), []
+    run, found = make_encoder(text, mesh, whole=True), None
     filled = [*texts, *[''] * (-len(texts) % TEXT_ROWS)]
     for i in tqdm(range(0, len(filled), TEXT_ROWS), 'encoding prompts', unit=' batches',
                   file=sys.stderr, disable=jax.process_index() != 0, dynamic_ncols=True):
-        parts.append(jax.tree.map(np.asarray, run(text.tokenize(filled[i:i + TEXT_ROWS]))))
-    return jax.tree.map(lambda *xs: np.concatenate(xs)[:len(texts)], *parts)
+        part = run(text.tokenize(filled[i:i + TEXT_ROWS]))
+        if found is None:  # whole from the start: it can be most of the memory there is
+            found = jax.tree.map(lambda x: np.empty((len(filled), *x.shape[1:]), x.dtype), part)
+        for name, x in part.items():
+            found[name][i:i + TEXT_ROWS] = x
+    return jax.tree.map(lambda x: x[:len(texts)], found)
 
 
 def image_encoder(config: Any, teacher: Teacher,
