@@ -70,9 +70,10 @@ def run(scorer: Outside, python: str, weights: Sequence[str], images: Iterable[n
     scores: list[float] = []
     with tempfile.TemporaryDirectory() as folder, tempfile.TemporaryFile() as said:
         try:
-            process = subprocess.Popen(
-                [os.path.abspath(python), '-c', code, *map(os.path.abspath, weights)], bufsize=0,
-                cwd=folder, env=own, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=said)
+            process = subprocess.Popen(  # -u: what it says last is what it has told last
+                [os.path.abspath(python), '-u', '-c', code, *map(os.path.abspath, weights)],
+                bufsize=0, cwd=folder, env=own, stdin=subprocess.PIPE, stdout=subprocess.PIPE,
+                stderr=said)
         except OSError as e:
             raise ScoreError(f'{python} cannot be run ({e.strerror}); name the Python of an '
                              f'environment that has {scorer.package}') from e
