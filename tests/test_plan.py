@@ -73,10 +73,12 @@ def test_both_steps_are_compiled_for_a_topology(weights):
         # into sums at so small a size, and the seams of the strips that it decodes a picture in
         # (`flops.autoencoder_decode`): 31 % of so small a one.
         assert 0.8 < p['flops'] / p['analytic_flops'] < (1.4 if name == 'decode' else 1.25)
-    for p in (generator, critic):
+    # 2 rows of 16 x 16 latents, whose few channels the chip's layout pads to 64.
+    samples = 2 * 16 * 16 * 64 * 4
+    for p, own in ((generator, samples), (critic, 0)):
         assert sum(p['collective_bytes'].values()) > 0
-        # The whole state is donated: nothing but metrics has a buffer of its own.
-        assert 0 <= p['output_bytes'] - p['alias_bytes'] < 2**16
+        # The whole state is donated: metrics alone have a buffer of their own, and the samples.
+        assert 0 <= p['output_bytes'] - p['alias_bytes'] - own < 2**16
     is_as_it_was('plan.json', {name: {key: p[key] for key in COUNTS}
                                for name, p in found['programs'].items()})
     assert found['run']['chip_hours'] > 0 and 'advice' not in found
