@@ -73,16 +73,8 @@ class Subject:
 
     def latents(self) -> Callable[[], Any]:
         """Draws the pictures that a run logs."""
-        from ddmd_jax.diffusion import drawing
-        from ddmd_jax.train import distillation
-
-        task, c = self.task, self.config
-        sampler = drawing.of_student(
-            task.teacher, c.student.steps, task.recipe.steps.time, c.student.sampler)
-        shown = distillation.request_of(task.prompts, distillation.GRID, c.seed)
-        draw = drawing.drawer(sampler, shown, task.spec.mesh)
-        params = task.network(self.state.ema)
-        return lambda: draw(params)
+        params = self.task.network(self.state.ema)
+        return lambda: self.task.watch.draw(params)
 
 
 # --- The parts: each makes a `Go` of a subject ---

@@ -13,7 +13,8 @@ from ddmd_jax.data.conditioning import Prompts
 from ddmd_jax.families.emoji import judge
 from ddmd_jax.parallel import sharding
 from ddmd_jax.train import train
-from ddmd_jax.train.distillation import parts_of_batch, plan, request_of
+from ddmd_jax.train.distillation import parts_of_batch, plan
+from ddmd_jax.train.watch.student import request_of
 from ddmd_jax.weights.flat import WeightsError
 
 FIGURES = {'loss': 0.0, 'dm_rel_gap': 0.1, 'dm_cos': 0.99, 'dm_to_ca': 0.1, 'x_std': 0.5}

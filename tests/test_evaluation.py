@@ -18,7 +18,7 @@ from ddmd_jax.diffusion import drawing, sampling
 from ddmd_jax.evaluation import evaluate, pictures, suites
 from ddmd_jax.evaluation.suites import Examples, Suite
 from ddmd_jax.parallel.sharding import make_mesh
-from ddmd_jax.train import distillation
+from ddmd_jax.train.watch import student
 
 PROMPTS = ['a red apple', 'a car', 'a red apple', 'a fox on a purple background']
 CONFIG = ConfigDict({
@@ -197,7 +197,7 @@ def test_a_suite_is_found_in_a_users_module(tmp_path, monkeypatch):
 
 def test_a_published_suite_is_not_drawn_at_a_runs_end():
     config = tiny.load_config('emoji')
-    assert distillation.suite_of(config).name == 'emoji'
+    assert student.suite_of(config).name == 'emoji'
     config.eval.suite = 'geneval'
     with pytest.raises(DataFileError, match='python -m ddmd_jax.evaluate --suite=geneval'):
-        distillation.suite_of(config)
+        student.suite_of(config)

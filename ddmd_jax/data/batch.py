@@ -91,6 +91,11 @@ class Batch:
         return jax.tree.leaves(self.cond)[0].shape[0]
 
     @property
+    def latents(self) -> jax.ShapeDtypeStruct:
+        """Shape of a latent for every row: of the student's inputs and of its samples."""
+        return jax.ShapeDtypeStruct((self.rows, *self.shape), jnp.float32)
+
+    @property
     def signature(self) -> tuple[tuple[int, ...], ...]:
         """Shapes of everything: batches of one signature go through one compiled program."""
         return self.shape, *(x.shape for x in jax.tree.leaves(self))

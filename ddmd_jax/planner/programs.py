@@ -18,6 +18,7 @@ from ddmd_jax.method import schedules
 from ddmd_jax.parallel import sharding
 from ddmd_jax.planner import chips
 from ddmd_jax.train import distillation, prompts
+from ddmd_jax.train.watch.student import GRID
 from ddmd_jax.util import errors, text
 from ddmd_jax.util.errors import UserError
 
@@ -146,7 +147,7 @@ def programs(config: Any, teacher: teachers.Teacher, mesh: Mesh, tokens: int,
     if text:
         encode, text_layout = prompts.encoder_program(text, mesh)
         resident += in_device_memory(text.params, text_layout)
-    rows, drawn = config.data.global_batch, drawing.filled(distillation.GRID, mesh)
+    rows, drawn = config.data.global_batch, drawing.filled(GRID, mesh)
     real = jax.ShapeDtypeStruct((rows, *teacher.latents.shape), jnp.float32)
     batch = Batch(cond(rows), real if any(
         r.needs_real for r in p.recipe.regularisers.values()) else None, teacher.latents.shape)
@@ -155,16 +156,15 @@ def programs(config: Any, teacher: teachers.Teacher, mesh: Mesh, tokens: int,
     words = jax.ShapeDtypeStruct((drawn, 3), jnp.uint32, sharding=sharding.batch_sharding(mesh))
     with_batch = resident + bytes_per_device(cond(rows), split)
     once, count = teacher.flops(tokens) if teacher.flops else None, passes(config)
-    z, samples = jax.eval_shape(p.program.rollout, frozen, state, batch)
-    begun, made = (dataclasses.replace(batch, **given) for given in ({'z': z}, {'x': samples[0]}))
+    begun, made = (dataclasses.replace(batch, **{name: batch.latents}) for name in 'zx')
     steps = {'generator_step': (p.program.generator, batch),
              'critic_step': (p.program.critic, batch),
              'critic_on_images': (p.program.critic, made)}
     if 'rollout' in count:
         steps = {'generator_step': (p.program.generator, begun),
                  'critic_step': (p.program.critic, made), 'rollout': (p.program.rollout, batch)}
-        laid = jax.tree.map(lambda _: sharding.batch_sharding(mesh), [z, *samples])
-        with_batch += bytes_per_device([z, *samples], laid)
+        held = [batch.latents] * (1 + config.student.steps)
+        with_batch += bytes_per_device(held, [sharding.batch_sharding(mesh)] * len(held))
     share = lambda rows, cost: None if cost is None else int(rows * cost) // mesh.size
     judged = [r.flops(tokens) for r in p.recipe.regularisers.values()]
 
@@ -177,7 +177,7 @@ def programs(config: Any, teacher: teachers.Teacher, mesh: Mesh, tokens: int,
 
     sampler = drawing.program(drawing.of_student(
         teacher, config.student.steps, p.recipe.steps.time, config.student.sampler), mesh,
-        distillation.GRID)
+        GRID)
     found = {name: Program(functools.partial(program.lower, frozen, state, given), with_batch,
                            share(rows, flops(name)), rows)
              for name, (program, given) in steps.items() if name in count}

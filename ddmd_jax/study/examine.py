@@ -25,6 +25,7 @@ from ddmd_jax.parallel import sharding
 from ddmd_jax.study import results
 from ddmd_jax.train import distillation, prompts as prompt_sources
 from ddmd_jax.train.durable import checkpoint as ckpt, checksums
+from ddmd_jax.train.watch import student as watch
 
 COUNT, SHOWN = 48, 8  # samples that are compared, and of these in the picture
 GUIDED_STEPS = 20  # of the guided teacher they are compared with
@@ -62,7 +63,7 @@ def looked_at(config: Any, teacher: Teacher, mesh: Mesh,
     Figures: `std_ratio`, contrast of the raw student's samples to that at the start; `bands_live`
     and `bands_ema`, `band_shares` of the change since; `guided_share`, that change along the way
     to the guided teacher's samples from the same noise, as a share of it; `observer_cos`, the
-    cosine of Delta_DM at `distillation.PANEL_TAU` with the change: below 0, DM would move back.
+    cosine of Delta_DM at `watch.PANEL_TAU` with the change: below 0, DM would move back.
     """
     prompts = prompt_sources.load(config, teacher, mesh)
     plan = distillation.plan(config, teacher, prompts.null, mesh)
@@ -72,13 +73,13 @@ def looked_at(config: Any, teacher: Teacher, mesh: Mesh,
     frozen = jax.device_put(teacher.params, plan.frozen_shardings.teacher)
     student = lambda name: plan.student.bind(frozen, part(name))
 
-    request = distillation.request_of(prompts, COUNT, 0)
+    request = watch.request_of(prompts, COUNT, 0)
     draw = drawing.drawer(drawing.of_student(
         teacher, config.student.steps, plan.recipe.steps.time, config.student.sampler), request,
         mesh)
     guide = drawing.drawer(
         drawing.of_teacher(teacher, GUIDED_STEPS, config.method.alpha), request, mesh)
-    predict = distillation.noised_predictor(teacher, plan.recipe, request, mesh)
+    predict = watch.noised_predictor(teacher, plan.recipe, request, mesh)
     live_x = draw(student('student'))
     start, live, ema, guided, real, fake = map(np.asarray, (
         draw(frozen), live_x, draw(student('ema')), guide(frozen), predict(frozen, live_x),

@@ -1,4 +1,4 @@
-"""The task `distill`: how a distillation steps, is measured and is shown.
+"""The task `distill`: how a distillation steps.
 
 `train/train.py` builds it and runs it; `plan` is what the planner and the study read of it.
 """
@@ -6,27 +6,20 @@
 from __future__ import annotations
 
 import dataclasses
-import functools
 import os
 from collections.abc import Callable
 from typing import Any
 
 import jax
-import jax.numpy as jnp
-import numpy as np
 from jax.sharding import Mesh
 
 from ddmd_jax import families
-from ddmd_jax.data import DataFileError, loader
+from ddmd_jax.data import loader
 from ddmd_jax.data.batch import NULLS, Batch
 from ddmd_jax.data.conditioning import Prompts
 from ddmd_jax.data.order import Order, OrderByShape, Planned
-from ddmd_jax.diffusion import drawing, process
-from ddmd_jax.diffusion.drawing import Request
-from ddmd_jax.evaluation import pictures, suites
-from ddmd_jax.evaluation.suites import Suite
 from ddmd_jax.families import Family, LoadOptions, Teacher
-from ddmd_jax.method import health, recipe as recipes
+from ddmd_jax.method import recipe as recipes
 from ddmd_jax.method.recipe import Recipe
 from ddmd_jax.models import adapters
 from ddmd_jax.models.adapters import AdapterError, Binding, Full
@@ -36,13 +29,12 @@ from ddmd_jax.train.feed import Feed
 from ddmd_jax.train.startup import Compiling, Startup
 from ddmd_jax.train.state import StateSpec, TrainState, fresh
 from ddmd_jax.train.update import Frozen, Mechanics, Program, Updates
-from ddmd_jax.train.watch.logs import RunLog, means
+from ddmd_jax.train.watch.logs import RunLog
+from ddmd_jax.train.watch.student import StudentWatch
 from ddmd_jax.util import places
 from ddmd_jax.weights import flat, lora
 from ddmd_jax.weights.flat import WeightsError
 
-GRID = 8  # prompts of the picture that is logged during training
-PANEL_TAU = 0.5  # uniform time at which the panels compare teacher and critic
 # What `train.offload` keeps in the hosts' memory, to be fetched by the generator's update alone.
 OFFLOAD = {'none': (), 'ema': ('ema',), 'teacher': ('teacher',), 'ema+teacher': ('ema', 'teacher')}
 
@@ -177,20 +169,6 @@ def identities(teacher: Teacher, prompts: Prompts) -> dict[str, str]:
             **({'encoder_identity': prompts.encoder} if prompts.encoder else {})}
 
 
-def suite_of(config: Any) -> Suite | None:
-    """The suite that `eval.suite` names, or else the family's own; None if it has none.
-
-    Raises:
-      DataFileError: there is no such suite, or it is a published one.
-    """
-    named = config.eval.get('suite', '')
-    suite = suites.find(named) if named else families.get(config.teacher.name).suite
-    if suite and suite.examples is None:
-        raise DataFileError(f'eval.suite={named} wants prompt files of its own; leave it out, and '
-                            f'evaluate the run: python -m ddmd_jax.evaluate --suite={named}')
-    return suite
-
-
 class Distillation:
     """A distillation as a `train.Task`."""
 
@@ -210,7 +188,7 @@ class Distillation:
         self.identities = identities(teacher, prompts)
         self.extra_updates = 0  # of the critic, in every step, as the health verdict has it
         self._compile(planned)
-        self._watch()
+        self.watch = StudentWatch(config, self.teacher, self.recipe, self.prompts, self.spec.mesh)
 
     # --- Programs and batches ---
 
@@ -229,8 +207,7 @@ class Distillation:
                   or c.train.on_health == 'raise_critic')
         for length, shape in self.order.kinds(of_step):
             batch = self._shapes_of_batch(length, shape)
-            z, (x, *_) = jax.eval_shape(planned.program.rollout, frozen, state, batch)
-            begun, made = (dataclasses.replace(batch, **given) for given in ({'z': z}, {'x': x}))
+            begun, made = (dataclasses.replace(batch, **{name: batch.latents}) for name in 'zx')
             if self.one_rollout:
                 inputs = [('rollout', batch), *[('critic', made)] * critic, ('generator', begun)]
             elif self.same_images:
@@ -337,91 +314,15 @@ class Distillation:
     def _run(self, kind: str, state: TrainState, batch: Batch) -> Any:
         return self._programs[kind, batch.signature](self.frozen, state, batch)
 
-    # --- Figures and images of the EMA student ---
+    # --- What it is watched by ---
 
     def network(self, trained: Any, whose: str = 'student') -> Any:
         """A network's parameters, given what is trained of it: the student's or the critic's."""
         return self.bindings[whose].bind(self.frozen.teacher, trained)
 
-    def _watch(self) -> None:
-        """Builds the samplers of fixed prompts and noise, for figures and images."""
-        c, mesh = self.config, self.spec.mesh
-        student = drawing.of_student(
-            self.teacher, c.student.steps, self.recipe.steps.time, c.student.sampler)
-        self._probed = self._judged = self._examples = None
-        if c.log.probe:
-            probed = request_of(self.prompts, c.log.probe, c.seed)
-            self._probed = drawing.drawer(student, probed, mesh)
-            self._probe = jax.jit(functools.partial(
-                health.probe, limit=self.recipe.limit, data_std=self.teacher.latents.std))
-        self._start = None  # what the student drew when it was the teacher
-        suite = suite_of(c)
-        if c.log.judge and suite and suite.watched:
-            held_out = c.log.judge // 3
-            self._examples = suite.watched(c.log.judge - held_out, held_out, c.seed)
-            captions = self._examples.captions
-            encode = prompt_sources.image_encoder(c, self.teacher, mesh)
-            judged = Request.encoded(drawing.names(captions, 1, c.seed), encode)
-            self._judged = drawing.drawer(student, judged, mesh)
-        if self.teacher.latents.decode:
-            shown = request_of(self.prompts, GRID, c.seed)
-            self._drawn = drawing.drawer(student, shown, mesh)
-            self._noised = noised_predictor(self.teacher, self.recipe, shown, mesh)
-
     def measure(self, state: TrainState, history: list[dict[str, Any]],
                 values: dict[str, Any]) -> tuple[dict[str, Any], str]:
-        if self._probed:
-            # Compared with the teacher's weights, so that a resumed run finds the same start.
-            if self._start is None:
-                self._start = self._probed(self.frozen.teacher)
-            drawn = self._probed(self.network(state.ema))
-            values = values | means([self._probe(drawn, self._start)])
-        if self._judged:
-            drawn = self._judged(self.network(state.ema))
-            images = np.asarray(self.teacher.latents.decode(drawn))
-            values = values | self._examples.measure(np.clip(images, -1, 1))
-        word, reason = health.verdict([*history, values], self.teacher.latents.std)
-        values = values | {'health': word, 'health_reason': reason}
-        fake = f'fake {values["fake_loss"]:.3f} ' if 'fake_loss' in values else ''
-        return values, (f'loss {values["loss"]:.3f} {fake}gap {values["dm_rel_gap"]:.3f} '
-                        f'dm/ca {values["dm_to_ca"]:.2f} std {values["x_std"]:.3f} {word}')
+        return self.watch.measure(self.network(state.ema), history, values)
 
     def show(self, state: TrainState, step: int, log: RunLog) -> None:
-        """Images of the EMA student; what teacher and critic predict of them re-noised."""
-        if not self.teacher.latents.decode:
-            return
-        x = self._drawn(self.network(state.ema))
-        real, fake = (self._noised(params, x) for params in (
-            self.frozen.teacher, self.network(state.critic, 'critic')))
-        x, real, fake = (np.asarray(self.teacher.latents.decode(z)) for z in (x, real, fake))
-        log.image(step, 'panels/student_real_fake_difference',
-                  pictures.rows_of_images([x, real, fake, real - fake]))
-
-
-def request_of(prompts: Prompts, count: int, seed: int) -> Request:
-    """`count` images of different training prompts (fewer if there are fewer, then again)."""
-    rows = np.random.default_rng(seed).permutation(np.unique(prompts.rows))
-    rows = np.resize(rows, count)
-    names = drawing.names([prompts.caption(int(row)) for row in rows], 1, seed)
-    return Request(names, prompts.cond(rows), prompts.null)
-
-
-def noised_predictor(teacher: Teacher, recipe: Recipe, request: Request,
-                     mesh: Mesh) -> Callable[[Any, jax.Array], jax.Array]:
-    """``(params, x [n, ...]) -> x_hat``: a network's predictions of samples re-noised to PANEL_TAU.
-
-    The noise never changes, so that networks and updates can be compared. Both sides are whole on
-    every device.
-    """
-    count, split = len(request.names), sharding.batch_sharding(mesh)
-    rows = drawing.filled(count, mesh)
-
-    def predict(params: Any, x: jax.Array, cond: Any) -> jax.Array:
-        x, cond = jax.lax.with_sharding_constraint(jax.tree.map(
-            lambda a: jnp.resize(a, (rows, *a.shape[1:])), (x, cond)), split)
-        tau = recipe.steps.time(jnp.full((rows,), PANEL_TAU))
-        x_tau = process.renoise(x, tau, jax.random.normal(jax.random.key(0), x.shape, jnp.float32))
-        return teacher.predict_clean(sharding.on_device(params), x_tau, tau, cond)[:count]
-
-    program = jax.jit(predict, out_shardings=sharding.replicated(mesh))
-    return lambda params, x: program(params, x, request.cond)
+        self.watch.show(self.network(state.ema), self.network(state.critic, 'critic'), step, log)

@@ -22,8 +22,6 @@ from ddmd_jax.train.distillation import (
     load_teacher,
     parts_of_batch,
     plan,
-    request_of,
-    suite_of,
 )
 from ddmd_jax.train.durable import guards, resume, rollback, signals
 from ddmd_jax.train.durable.checkpoint import CheckpointError
@@ -34,6 +32,7 @@ from ddmd_jax.train.startup import Startup
 from ddmd_jax.train.state import StateSpec, TrainState
 from ddmd_jax.train.watch.logs import RunLog, means, record
 from ddmd_jax.train.watch.profiling import Window
+from ddmd_jax.train.watch.student import request_of, suite_of
 from ddmd_jax.util.places import Place
 from ddmd_jax.weights import flat
 from ddmd_jax.weights.flat import WeightsError
