@@ -33,7 +33,7 @@ STEPS = {
     'sdxl_v5e_4x4_128': (SDXL, 'v5e:4x4', {'critic.order': 'one_rollout'}, -1),
     'zimage_lora_v5e_4x4_64': (LORA, 'v5e:4x4', {'data.global_batch': 64,
                                                  'critic.order': 'one_rollout'}, 0),
-    'zimage_v5p_2x2x4_256': ('zimage', 'v5p:2x2x4', {'data.global_batch': 256}, 0),
+    'zimage_v5p_2x2x4_384': ('zimage', 'v5p:2x2x4', {'data.global_batch': 384}, -1),
     'zimage_v5e_16x16_1024': ('zimage', 'v5e:16x16', {
         'data.global_batch': 1024, 'mesh.fsdp': 256, 'critic.order': 'one_rollout'}, 0)}
 # Configs that are counted, in their own order of updates ('') and in two others.

@@ -9,6 +9,10 @@ The argument after the colon is one of Table 1's four schedules, or `lora`: then
 EMA are adapters over the one copy of the teacher. The teacher is the base model. Z-Image-Turbo,
 which was distilled from it, has no guidance left to distil and is refused.
 
+Pod: by the TPU's own compiler (docs/plans.md) full fine-tuning fits 16 chips of v5p at a batch of
+up to 384, and 256 of v5e at 1024 with `mesh.fsdp=256` and `critic.order='one_rollout'`; `lora` fits
+16 of v5e at 64 on one rollout.
+
 8 steps are those of Z-Image-Turbo, which its authors made by Decoupled DMD; its learning rates,
 batch, length and alpha are not published. The schedules, Algorithm 1 and full fine-tuning are the
 paper's; per-term normalisation and a shift of 3 its authors' answer for Lumina; the defaults of

@@ -200,6 +200,19 @@ def test_first_light_of_the_others_is_built(patched, name, recipe):
     assert any(4 in x for x in trained) or name == 'sdxl'  # the rank of its adapters
 
 
+@pytest.mark.slow
+def test_first_light_of_one_rollout(tmp_path):
+    config = fp32_config()
+    config.critic.order = 'one_rollout'
+    figures = first_light.lit(config, tmp_path, updates=2, tiny=True)
+    assert figures['of_a_step'] == {'rollout': 1, 'critic': 5, 'generator': 1}
+    assert figures['largest_difference'] == 0 and len(figures['updates']) == 6
+    losses = [x['metrics']['fake_loss'] for x in figures['updates'] if x['program'] == 'critic']
+    assert losses[0] != losses[1]
+    cost = {kind: x['analytic_flops'] for kind, x in figures['programs'].items()}
+    assert 0 < cost['critic'] < cost['generator'] and cost['rollout'] > 1e6
+
+
 def test_utilisation_is_of_a_known_peak():
     assert record.peak_flops('NVIDIA H100 80GB HBM3', 'bfloat16') == 989.4e12
     assert record.peak_flops('NVIDIA H100 80GB HBM3', 'float32') is None

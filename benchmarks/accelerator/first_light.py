@@ -3,7 +3,7 @@
     python -m benchmarks.accelerator.first_light --out=OUT --config=lumina [--config.x=y]
 
 No file is read: shapes are the published network's, weights are drawn on the device, prompts and
-real latents are random. Both programs of `main` are compiled and run on the whole train state,
+real latents are random. The programs of `main` are compiled and run on the whole train state,
 twice from the same seed: everything they say has to be finite, and the same again. `--config` is
 any config of a published teacher; its mesh becomes `fsdp` over what devices there are if it does
 not fit them. Leaves OUT/first_light.json (OUT/NAME.json with `--name`), written anew after each
@@ -72,7 +72,7 @@ def compiled(subject: Any) -> tuple[dict[str, Any], dict[str, dict[str, Any]]]:
         made = dict(zip(subject.counts, pool.map(one, subject.counts)))
     known = {}
     for kind, (program, seconds) in made.items():
-        planned = found['critic_step' if kind == 'critic' else 'generator_step']
+        planned = found[kind if kind == 'rollout' else f'{kind}_step']
         memory = program.memory_analysis()
         known[kind] = {
             'compile_seconds': round(seconds, 1), 'analytic_flops': planned.analytic_flops,
@@ -90,14 +90,19 @@ def run(subject: Any, programs: dict[str, Any], updates: int,
     """
     import jax
 
-    frozen, lines = subject.planned.frozen, []
+    frozen, lines, z, x = subject.planned.frozen, [], None, None
     state = jax.block_until_ready(subject.planned.spec.create())
     for _ in range(updates):
         for kind, program in programs.items():
             begun = time.monotonic()
-            state, metrics, *_ = jax.block_until_ready(program(frozen, state, subject.batch))
-            seconds = time.monotonic() - begun
-            metrics = {name: float(x) for name, x in jax.device_get(metrics).items()}
+            given = subject.batch_of(kind, z, x)
+            found = jax.block_until_ready(program(frozen, state, given))
+            seconds, metrics = time.monotonic() - begun, {}
+            if kind == 'rollout':
+                z, (x, *_) = found
+            else:
+                state, metrics, *_ = found
+            metrics = {name: float(value) for name, value in jax.device_get(metrics).items()}
             lines.append({'program': kind, 'seconds': seconds,
                           'peak_bytes': record.peak_bytes(), 'metrics': metrics})
             if not_finite(lines[-1]):
@@ -110,7 +115,7 @@ def run(subject: Any, programs: dict[str, Any], updates: int,
 def not_finite(line: dict[str, Any]) -> str:
     """What of an update is not finite, in words; '' if all of it is."""
     bad = [f'{name} = {x}' for name, x in line['metrics'].items() if not math.isfinite(x)]
-    if not bad and not line['metrics']['finite']:
+    if not bad and not line['metrics'].get('finite', True):
         bad = ['its gradient, whose update was left out']
     return ', '.join(bad)
 
@@ -151,7 +156,8 @@ def speed(subject: Any, known: dict[str, dict[str, Any]],
     step = sum(count * found[kind]['seconds'] for kind, count in counts.items())
     flops = sum(count * (known[kind]['analytic_flops'] or 0) for kind, count in counts.items())
     return {'programs': found, 'of_a_step': counts, 'step_seconds': step,
-            'images_per_second': sum(counts.values()) * rows / step,
+            'images_per_second': sum(
+                count for kind, count in counts.items() if kind != 'rollout') * rows / step,
             'flops_utilisation': flops / step / peak if flops and peak else None,
             'peak_flops': peak}
 

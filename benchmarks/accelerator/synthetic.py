@@ -25,7 +25,6 @@ from ddmd_jax.models import adapters
 from ddmd_jax.parallel import sharding
 from ddmd_jax.train import distillation
 from ddmd_jax.train.distillation import Plan
-from ddmd_jax.util.errors import UserError
 
 # --- At toy size: fields of the network, by family, and of the config ---
 
@@ -84,13 +83,22 @@ class Subject:
     @property
     def counts(self) -> dict[str, int]:
         """Programs of a step and how often each runs in it, in their order."""
-        found = {'critic': self.config.critic.updates, 'generator': 1}
+        c = self.config.critic
+        found = {'rollout': int(c.get('order') == 'one_rollout'), 'critic': c.updates,
+                 'generator': 1}
         return {kind: count for kind, count in found.items() if count}
 
     def lower(self, kind: str) -> Any:
         """The program of `counts`, traced for this state and batch."""
         p = self.planned
-        return getattr(p.program, kind).lower(p.frozen, p.spec.targets, self.batch)
+        z = x = self.batch.latents if 'rollout' in self.counts else None
+        return getattr(p.program, kind).lower(
+            p.frozen, p.spec.targets, self.batch_of(kind, z, x))
+
+    def batch_of(self, kind: str, z: Any, x: Any) -> Batch:
+        """The batch as that program takes it, after a rollout with what that has made."""
+        given = {'generator': {'z': z}, 'critic': {'x': x}, 'rollout': {}}[kind]
+        return dataclasses.replace(self.batch, **given)
 
 
 def subject(config: Any, mesh: Mesh, network: Mapping[str, Any] | None = None,
@@ -106,11 +114,8 @@ def subject(config: Any, mesh: Mesh, network: Mapping[str, Any] | None = None,
     Raises:
       ShardingError: mesh and batch, or a parameter, do not divide.
       AdapterError: adapters do not fit the network.
-      UserError: an order of updates that is not timed here.
     """
     c, t = config, config.teacher
-    if c.critic.get('order') == 'one_rollout':
-        raise UserError("config.critic.order: 'one_rollout' is not timed here; try 'critic_first'")
     sharding.check_batch(c.data.global_batch, mesh, distillation.parts_of_batch(c))
     size = max(c.data.get('sizes', ()), key=math.prod, default=None)
     options = LoadOptions(t.path, mesh, t.dtype, size, t.remat, t.attention, t.param_dtype)
