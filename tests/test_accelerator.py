@@ -246,7 +246,7 @@ def test_an_update_is_the_one_in_pytorch(tmp_path):
     pytest.importorskip('diffusers')
     from benchmarks.accelerator import vs_torch
 
-    found = vs_torch.compared(vs_torch.SIZES['tiny'], 'float32', ('ours', 'torch'), 2, 1, tiny=True)
+    found = vs_torch.compared(vs_torch.SIZES['tiny'], 'float32', ('ours', 'torch'), 2, 1)
     assert found['equal'], (found['differences'], found['moved_apart'])
     assert set(found['differences']['torch']) == {
         'loss', 'grad_norm', 'fake_loss', 'critic_grad_norm'}

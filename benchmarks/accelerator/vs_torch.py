@@ -48,17 +48,22 @@ PERIOD = 0.01  # seconds between two looks at the memory in use
 
 @dataclasses.dataclass(frozen=True)
 class Size:
-    """A Lumina: fields of its network, an image's edge in pixels, tokens of a caption, a batch."""
+    """A Lumina: fields of its network, an image's edge in pixels, tokens of a caption, a batch.
+
+    Ours is split over `devices`; `tiny` is as `synthetic.shrunk` makes it.
+    """
 
     network: dict[str, Any]
     edge: int
     tokens: int
     rows: int = 4
+    devices: int = 1
+    tiny: bool = False
 
 
 SMALL = {'num_refiner_layers': 1, 'multiple_of': 64, 'axes_dim_rope': (16, 24, 24)}
 SIZES = {
-    'tiny': Size(synthetic.TINY_NETWORKS['lumina'], 64, 12, 2),
+    'tiny': Size(synthetic.TINY_NETWORKS['lumina'], 64, 12, 2, tiny=True),
     '20m': Size(SMALL | {'hidden_size': 384, 'num_layers': 6, 'num_attention_heads': 6,
                          'num_kv_heads': 2, 'cap_feat_dim': 384}, 256, 32),
     '100m': Size(SMALL | {'hidden_size': 768, 'num_layers': 7, 'num_attention_heads': 12,
@@ -74,7 +79,8 @@ def define_flags() -> None:
     flags.DEFINE_string('name', 'vs_torch', 'Of the file there.')
     flags.DEFINE_enum('size', 'full', list(SIZES), 'Of the network.')
     flags.DEFINE_enum('dtype', None, list(LIMITS), 'Default: bfloat16 of half and full.')
-    flags.DEFINE_integer('rows', None, 'Of a batch, a multiple of 4.', 1)
+    flags.DEFINE_integer('rows', None, 'Of a batch, a multiple of 4 times --devices.', 1)
+    flags.DEFINE_integer('devices', 1, 'Of ours; launch/demo.sh has a CPU device a core.', 1)
     flags.DEFINE_integer('updates', 3, 'Of each program in a turn; the first is not timed.', 2)
     flags.DEFINE_integer('rounds', 3, 'Turns of each side, at most.', 1)
     flags.DEFINE_float('seconds', 180, 'When it should have ended; fewer rounds then.')
@@ -84,29 +90,30 @@ def define_flags() -> None:
 # --- What both are given ---
 
 
-def subject_of(size: Size, dtype: str, tiny: bool) -> synthetic.Subject:
-    """The distillation of `configs/lumina.py` at that size, on the first device."""
+def subject_of(size: Size, dtype: str) -> synthetic.Subject:
+    """The distillation of `configs/lumina.py` at that size, split over the first devices."""
     import jax
 
     from ddmd_jax.parallel import sharding
 
     config = config_lib.load('lumina').unlock()
-    fields = {'teacher.dtype': dtype, 'mesh.data': 1, 'mesh.fsdp': 1}
+    fields = {'teacher.dtype': dtype, 'mesh.data': 1, 'mesh.fsdp': size.devices}
     if dtype == 'float32':
         fields |= synthetic.FP32
     else:
         fields['teacher.param_dtype'] = dtype
     config.update_from_flattened_dict(fields)
-    network, device = dict(size.network), jax.devices()[0]
-    if tiny:
+    network, mesh = dict(size.network), sharding.make_mesh(
+        {'fsdp': size.devices}, jax.devices()[:size.devices])
+    if size.tiny:
         synthetic.shrunk(config)
     else:
         config.update_from_flattened_dict({
             'data.sizes': ((size.edge, size.edge),), 'data.lengths': (size.tokens,),
             'data.global_batch': size.rows, 'optim.student.warmup': 0, 'optim.critic.warmup': 0})
-        network |= ON_CPU if device.platform == 'cpu' else {}
+        network |= ON_CPU if jax.devices()[0].platform == 'cpu' else {}
     config_lib.check(config)
-    return synthetic.subject(config, sharding.make_mesh({}, [device]), network)
+    return synthetic.subject(config, mesh, network)
 
 
 # --- The sides: `turn(updates)` is a line an update, and the weights at its end ---
@@ -184,7 +191,7 @@ def summed_up(lines: list[dict[str, Any]]) -> dict[str, float]:
 
 
 def compared(size: Size, dtype: str, sides: tuple[str, ...], updates: int, rounds: int,
-             until: float = float('inf'), tiny: bool = False,
+             until: float = float('inf'),
              note: Callable[[dict[str, Any]], None] = lambda found: None) -> dict[str, Any]:
     """Figures of all sides; `equal` says whether they are the same update.
 
@@ -194,7 +201,7 @@ def compared(size: Size, dtype: str, sides: tuple[str, ...], updates: int, round
     import jax
     import torch
 
-    subject = subject_of(size, dtype, tiny)
+    subject = subject_of(size, dtype)
     weights, platform = published(subject.planned.frozen.teacher), jax.devices()[0].platform
     parameters = sum(x.size for x in weights.values())
     build = {'ours': lambda: Ours(subject),
@@ -251,7 +258,7 @@ def main(arguments: list[str]) -> None:
     os.environ.setdefault('XLA_PYTHON_CLIENT_ALLOCATOR', 'platform')
     out, size = commands.folder('--out', FLAGS.out), SIZES[FLAGS.size]
     dtype = FLAGS.dtype or ('bfloat16' if FLAGS.size in ('half', 'full') else 'float32')
-    size = dataclasses.replace(size, rows=FLAGS.rows or size.rows)
+    size = dataclasses.replace(size, rows=FLAGS.rows or size.rows, devices=FLAGS.devices)
     sides, figures = SIDES if FLAGS.compile else SIDES[:2], {}
 
     def note(name: str, found: dict[str, Any]) -> None:
@@ -263,7 +270,7 @@ def main(arguments: list[str]) -> None:
         found = compared(
             SIZES['tiny'] if tiny else size, 'float32' if tiny else dtype,
             SIDES[:2] if tiny else sides, 2 if tiny else FLAGS.updates, 1 if tiny else FLAGS.rounds,
-            STARTED + SHARE * FLAGS.seconds, tiny, functools.partial(note, name))
+            STARTED + SHARE * FLAGS.seconds, functools.partial(note, name))
         print(f'{name}: {found["differences"]}, ' + ', '.join(
             f'{k}: {v}' for k, v in found.items() if k.endswith('_to_ours')), flush=True)
         if not found['equal']:
