@@ -176,8 +176,7 @@ def programs(config: Any, teacher: teachers.Teacher, mesh: Mesh, tokens: int,
             name, of_critic)
 
     sampler = drawing.program(drawing.of_student(
-        teacher, config.student.steps, p.recipe.steps.time, config.student.sampler), mesh,
-        GRID)
+        teacher, config.student.steps, p.recipe.steps.time, config.student.sampler), mesh, GRID)
     found = {name: Program(functools.partial(program.lower, frozen, state, given), with_batch,
                            share(rows, flops(name)), rows)
              for name, (program, given) in steps.items() if name in count}
