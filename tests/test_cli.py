@@ -15,7 +15,16 @@ from ddmd_jax.util.errors import UserError
 
 CASES = [
     (['--config=nofile.py'], 2, 'nofile.py cannot be read'),
-    (['--config=configs/emoji.py', '--config.method.alhpa=3'], 2, 'alpha'),
+    (['--config=configs/emoji.py', '--config.method.alhpa=3'], 2,
+     'method.alhpa: no such field; did you mean method.alpha?'),
+    (['--config=configs/emoji.py', '--config.seed=1', '--config.critic.ordr=one_rollout'], 2,
+     'critic.ordr: no such field; did you mean critic.order?'),
+    (['--config=configs/emoji.py', '--config.student.first_step=9'], 2,
+     'emoji.py lacks student.first_step; set it in the file'),
+    (['--config=configs/emoji.py', '--config.criti.order=one_rollout'], 2,
+     'criti.order: no such field; did you mean critic.order?'),
+    (['--config=configs/emoji.py', '--config.criti.x=1'], 2,
+     'criti.x: no such field; did you mean critic?'),
     (['--config=configs/emoji.py', '--config.train.steps=few'], 2, 'config.train.steps'),
     (['--config=configs/emoji.py:hybird'], 2, 'method.schedule'),
     (['--config=configs/emoji.py', '--workdir='], 1, '--workdir'),
@@ -26,7 +35,7 @@ CASES = [
 # What a config's file may be, of whatever command has one.
 CONFIGS = [
     ('', '=nofile.py', 'nofile.py cannot be read'), ('', '=FOLDER', 'cannot be read'),
-    ('', '=emoji --config.nope=1', "no such field: \"'nope'\""),
+    ('', '=emoji --config.nope=1', 'nope: no such field; known here: '),
     ('def get_config():\n  raise RuntimeError("boom\\nboom")', '=FILE',
      'mine.py cannot be run (RuntimeError boom boom)'),
     ('def get_config():\n  return {}["x"]', '=FILE --config.seed=3',

@@ -20,7 +20,7 @@ from ddmd_jax.method.schedules import SCHEDULES
 from ddmd_jax.models import attention, layers
 from ddmd_jax.train.distillation import OFFLOAD
 from ddmd_jax.train.durable import guards, rollback
-from ddmd_jax.train.durable.checkpoint import comparable
+from ddmd_jax.train.durable.checkpoint import comparable, differences
 from ddmd_jax.train.watch import trackers
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -54,6 +54,24 @@ def test_values_of_the_shipped_configs(name):
     values = json.loads(json.dumps(load(name).to_dict()))
     golden = json.loads((ROOT / 'tests/golden/configs.json').read_text())[name]
     assert json.dumps(values, sort_keys=True) == json.dumps(golden, sort_keys=True)
+
+
+@pytest.mark.parametrize('name', SHIPPED)
+def test_a_flag_can_set_every_field_that_is_documented(name):
+    """ml_collections refuses ``--config.x`` where the config has no x."""
+    config = load(name)
+    absent = {f.path for f in config_lib.fields_of(config) if f.default is not None
+              and config_lib.field(config, f.path) is None}
+    assert not [path for path in absent if not path.startswith('teacher.model.')]
+
+
+def test_a_run_from_before_a_later_field_is_gone_on_with_at_its_default():
+    config = load('emoji')
+    said = comparable(config.to_dict())
+    assert not {'critic.order', 'method.null', 'method.gan.head'} & set(said)
+    config.critic.order = 'one_rollout'
+    assert differences(said, comparable(config.to_dict())) == [
+        "critic.order: absent -> 'one_rollout'"]
 
 
 @pytest.mark.parametrize('name', ['emoji', 'lumina'])

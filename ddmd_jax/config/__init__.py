@@ -150,11 +150,8 @@ def validate(config: ConfigDict) -> list[str]:
         elif path in sections:
             wrong = f'must be a section with {", ".join(_inside(known, path))}'
         else:
-            near = _nearest(path, known)
-            named.add(near)
-            beside = ', '.join(_inside(known, path.rpartition('.')[0]))
-            wrong = ('but there is no such field; '
-                     + (f'did you mean {near}?' if near else f'known here: {beside}'))
+            named.add(_nearest(path, known))
+            wrong = f'but there is no such field; {meant(path, known)}'
         if wrong:
             named.add(path)
             lines.append(f'{path}: {_show(value)}, {wrong}')
@@ -195,6 +192,15 @@ def _inside(known: Mapping[str, Field], section: str) -> list[str]:
     prefix = section and f'{section}.'
     paths = [path[len(prefix):] for path in known if path.startswith(prefix)]
     return list(dict.fromkeys(path.split('.')[0] for path in paths))
+
+
+def meant(path: str, known: Mapping[str, Field]) -> str:
+    """What to say of a `path` that none of the `known` fields has: which one it may have meant."""
+    if near := _nearest(path, known):
+        return f'did you mean {near}?'
+    section = path.rpartition('.')[0]
+    here = _inside(known, section)
+    return f'known here: {", ".join(here)}' if here else meant(section, known)
 
 
 def _nearest(path: str, known: Mapping[str, Field]) -> str:

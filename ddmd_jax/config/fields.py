@@ -25,7 +25,8 @@ class Field:
     """One field: a dotted path, its rule, its default, and a line of documentation.
 
     Where `filled` is False, `check` leaves an absent field absent: whoever reads the section has
-    that default.
+    that default. A `later` field was added when runs had been saved without it: where it has its
+    default, nothing is compared as such a run is resumed.
     """
 
     path: str
@@ -34,6 +35,7 @@ class Field:
     may_change: bool
     doc: str
     filled: bool = True
+    later: bool = False
 
 
 def under(section: str, fields: Iterable[Field]) -> tuple[Field, ...]:
@@ -120,7 +122,7 @@ DISTILL = (
     *under('critic.adapter', ADAPTER),
     Field('critic.updates', r.NATURAL, 5, FIXED, "critic updates for each of the student's"),
     Field('critic.warmup', r.NATURAL, 0, FIXED, 'further critic updates before the first step'),
-    Field('critic.order', r.choice('critic_first', 'same_images', 'one_rollout'), 'critic_first', FIXED, "updates of a step: the critic's before the student's, each on prompts of its own; as in DMD2, the student's first and one of them on its images, the others after it; or the critic's first and all on one rollout of the student", filled=False),
+    Field('critic.order', r.choice('critic_first', 'same_images', 'one_rollout'), 'critic_first', FIXED, "updates of a step: the critic's before the student's, each on prompts of its own; as in DMD2, the student's first and one of them on its images, the others after it; or the critic's first and all on one rollout of the student", later=True),
     Field('critic.weighting', r.choice('velocity', 'clean', 'noise'), 'velocity', FIXED, 'weighting of the denoising loss; `noise` is the error of the noise, as where the teacher predicts that'),
     Field('critic.tau', r.TAU_RANGE, (0.0, 0.98), FIXED, "range, in uniform time, of the critic's levels"),
     Field('critic.merge', r.number('1 is off', at_least=0, at_most=1), 1.0, FIXED, 'decay of the critic towards the student after each student update'),
@@ -138,7 +140,7 @@ DISTILL = (
     Field('method.normaliser', r.choice('per_term', 'dmd2', 'none'), 'per_term', FIXED, 'divisor of the terms'),
     Field('method.floor', r.number('no floor, and a tiny denominator makes NaNs', above=0), 0.02, FIXED, 'smallest divisor, in units of x'),
     Field('method.shift', r.or_none(r.number("None takes the teacher's", above=0)), None, FIXED, 'time shift of steps and levels'),
-    Field('method.null', r.choice('encoded', 'zeros'), 'encoded', FIXED, 'null prompt of CA, of those that the family offers', filled=False),
+    Field('method.null', r.choice('encoded', 'zeros'), 'encoded', FIXED, 'null prompt of CA, of those that the family offers', later=True),
     Field('method.regularisers', r.NAMES, ('gan', 'mean_variance'), FIXED, 'terms beside CA and DM, each with a section `method.NAME`; dotted: your own module'),
     Field('train.accumulate', r.COUNT, 1, FIXED, 'micro-batches of one update'),
     Field('train.teacher_passes', r.choice('together', 'apart'), 'together', FREE, "the teacher's predictions of a step in one call, or one by one in the memory of one"),

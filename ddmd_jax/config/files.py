@@ -79,9 +79,8 @@ def parser(name: str) -> Callable[[list[str]], list[str]]:
             return flags.FLAGS(argv)
         except OSError:
             wrong = f'config: {named} cannot be read; try --config=emoji'
-        except (AttributeError, KeyError) as e:  # an override of a field that is not there
-            reason = str(e.args[0]).replace('\\n', ' ').replace("\\'", '')
-            wrong = f'config: no such field: {" ".join(reason.split())}'
+        except (AttributeError, KeyError):  # an override of a field that is not there
+            wrong = f'config: {_misspelt(argv, named)}'
         except flags.Error as e:
             wrong = f'{name}: {" ".join(str(e).split())}'
         except Exception as e:  # of the file, or of how ml_collections reads an override
@@ -90,6 +89,21 @@ def parser(name: str) -> Callable[[list[str]], list[str]]:
         sys.exit(2)
 
     return parse
+
+
+def _misspelt(argv: list[str], named: str) -> str:
+    """The first override in `argv` of a field that there is not, and what it may have meant."""
+    from ddmd_jax.config import field, fields_of, meant
+
+    config = load(named)
+    known = {f.path: f for f in fields_of(config)}
+    given = [a.removeprefix('--config.').partition('=')[0] for a in argv
+             if a.startswith('--config.')]
+    for path in given:
+        if path not in known:
+            return f'{path}: no such field; {meant(path, known)}'
+    absent = [path for path in given if field(config, path) is None]
+    return f'{named} lacks {" or ".join(absent)}; set it in the file'
 
 
 def define_flag() -> Any:

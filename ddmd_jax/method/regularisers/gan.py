@@ -58,7 +58,7 @@ class Gan(Regulariser):
               'range, in uniform time, of the levels at which the classifier judges'),
         Field('head', choice('tokens', 'convolutions'), 'tokens', FIXED,
               "the classifier's head; `convolutions` is DMD2's, of trunks whose features are maps",
-              filled=False),
+              later=True),
     )
     curves: ClassVar = {
         'gan_loss': "the student's GAN loss", 'gan_critic_loss': "the classifier's loss",

@@ -51,7 +51,8 @@ def comparable(config: Mapping[str, Any]) -> dict[str, Any]:
     """The fields of a config that a checkpoint must agree with, flattened to dotted names."""
     fields = dotted(config)
     # How long, how loud, how often, on which mesh: all else would silently be another experiment.
-    free = {f.path for f in fields_of(json.loads(json.dumps(config))) if f.may_change}
+    free = {f.path for f in fields_of(json.loads(json.dumps(config)))
+            if f.may_change or f.later and fields.get(f.path) == f.default}
     # Where everything is trained, nothing is said of adapters: as before there were any.
     silent = tuple(f'{whose}.adapter.' for whose in ('student', 'critic')
                    if fields.get(f'{whose}.adapter.kind', 'full') == 'full')
