@@ -122,14 +122,19 @@ def test_in_dmd2s_order_a_step_has_as_many_updates_of_the_critic(monkeypatch):
 
 def test_updates_on_one_rollout_share_a_batch(monkeypatch):
     """A step has one, whose samples the critic's updates take in turn, and whose inputs are the
-    generator's; a warm-up has one for as many updates as the student has steps."""
+    generator's; a warm-up has one for as many updates as the student has steps, each from noise
+    of its own."""
     task = task_of(config_of(**{'critic.updates': 3, 'critic.warmup': 3, 'student.steps': 2,
                                 'critic.order': 'one_rollout'}))
     feed, state, ran, run = task.feed(frozenset()), task.spec.create(), [], task._run
+    inputs = []
 
     def spy(kind, state, batch):
         ran.append((kind, batch))
-        return run(kind, state, batch)
+        out = run(kind, state, batch)
+        if kind == 'rollout':
+            inputs.append(np.asarray(out[0]))
+        return out
 
     monkeypatch.setattr(task, '_run', spy)
     taken, metrics = [], {}
@@ -145,6 +150,7 @@ def test_updates_on_one_rollout_share_a_batch(monkeypatch):
     assert all(batch.z is None for _, batch in first)
     x = [np.asarray(batch.x) for kind, batch in first if kind == 'critic']
     assert not np.array_equal(x[0], x[1]) and np.array_equal(x[0], x[2])  # of two steps
+    assert not any((one == two).all((1, 2, 3)).any() for one, two in zip(inputs, inputs[1:]))
     same = [np.asarray(batch.cond['embeds']) for _, batch in ran[-5:]]
     assert all(np.array_equal(same[0], one) for one in same)
 

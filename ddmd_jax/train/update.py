@@ -19,7 +19,7 @@ from jax.sharding import Mesh
 from ddmd_jax.data.batch import Batch, Cond
 from ddmd_jax.diffusion.sampling import Predict, rollout
 from ddmd_jax.method.algorithm import Metrics, critic_objective, generator_objective
-from ddmd_jax.method.inputs import GeneratorKeys, Models
+from ddmd_jax.method.inputs import Models
 from ddmd_jax.method.recipe import Recipe
 from ddmd_jax.models.adapters import Binding, Full
 from ddmd_jax.parallel import sharding
@@ -94,7 +94,8 @@ class Updates:
 
         With it the samples ``[B, ...]`` that it learnt from, of the student as it was.
         """
-        m, key = self.mechanics, self._generator_key(state)
+        m = self.mechanics
+        key = jax.random.fold_in(jax.random.fold_in(jax.random.key(m.seed), 0), state.step)
         recipe = self.recipe.at(state.step, state.alpha_share)
         # `train.offload`: trees that are kept in the hosts' memory are fetched here.
         frozen = sharding.on_device(frozen)
@@ -158,19 +159,18 @@ class Updates:
 
     def rollout(self, frozen: Frozen, state: TrainState,
                 batch: Batch) -> tuple[Array, list[Array]]:
-        """`sampling.rollout` of the student as it is, with the noise of its next update."""
+        """`sampling.rollout` of the student as it is; the critic's count names its noise.
+
+        During a warm-up there are many, while the generator's own count stands still.
+        """
         m = self.mechanics
         if m.student.leans:
             frozen = sharding.on_device(frozen)
         student = m.student.bind(frozen.teacher, state.student)
-        keys = GeneratorKeys.of(self._generator_key(state))
+        key = jax.random.fold_in(
+            jax.random.fold_in(jax.random.key(m.seed), 2), state.critic_step)
         return rollout(functools.partial(self.predict, student), batch.cond, self.recipe.steps,
-                       keys.simulation, (batch.rows, *batch.shape), m.accumulate)
-
-    def _generator_key(self, state: TrainState) -> Array:
-        """Of everything that the generator's next update draws."""
-        return jax.random.fold_in(
-            jax.random.fold_in(jax.random.key(self.mechanics.seed), 0), state.step)
+                       key, (batch.rows, *batch.shape), m.accumulate)
 
     def jitted(self, mesh: Mesh, state_shardings: TrainState, frozen_shardings: Frozen) -> Program:
         """All for a mesh: explicit shardings in and out, the state donated."""
