@@ -17,6 +17,7 @@ import json
 import os
 import platform
 import shlex
+import shutil
 import statistics
 import subprocess
 import sys
@@ -31,6 +32,7 @@ from absl import flags
 from ddmd_jax import config as config_lib
 from ddmd_jax.util import commands, places
 from ddmd_jax.util.errors import UserError
+from ddmd_jax.util.text import first_line
 
 FLAGS = flags.FLAGS
 Go = Callable[[], Any]  # one run of a part, to its end
@@ -112,7 +114,10 @@ def step(subject: Subject, scratch: Path) -> Go:
 
 
 def compiling(subject: Subject, scratch: Path) -> Go:
-    """The generator's update, traced and compiled anew."""
+    """The generator's update, traced and compiled anew, whatever cache of programs there is."""
+    import jax
+    from jax.experimental.compilation_cache import compilation_cache
+
     from ddmd_jax.train import distillation
 
     batch = subject.batch_of('generator')
@@ -120,7 +125,13 @@ def compiling(subject: Subject, scratch: Path) -> Go:
     def go() -> None:
         again = distillation.plan(subject.config, subject.task.teacher, subject.task.prompts.null,
                                   subject.task.spec.mesh)
-        again.program.generator.lower(subject.task.frozen, subject.state, batch).compile()
+        jax.config.update('jax_enable_compilation_cache', False)
+        compilation_cache.reset_cache()  # it has looked at that switch once, for good
+        try:
+            again.program.generator.lower(subject.task.frozen, subject.state, batch).compile()
+        finally:
+            jax.config.update('jax_enable_compilation_cache', True)
+            compilation_cache.reset_cache()
 
     return go
 
@@ -160,7 +171,8 @@ def checkpoint(subject: Subject, scratch: Path) -> Go:
     count = iter(range(1, 1_000_000))
 
     def go() -> None:
-        folder = places.of(str(scratch / str(next(count))), places.LOCAL)
+        path = scratch / str(next(count))
+        folder = places.of(str(path), places.LOCAL)
         kept = saving.Checkpoints.of(subject.config, folder, manifest)
         try:
             number = int(subject.state.step)
@@ -171,6 +183,7 @@ def checkpoint(subject: Subject, scratch: Path) -> Go:
                 resume.start(source, subject.task, kept, subject.feed))
         finally:
             kept.close()
+            shutil.rmtree(path)
 
     return go
 
@@ -250,7 +263,11 @@ def second(config: Any, given: list[str]) -> Any:
                 found = json.loads(value)
             except ValueError:
                 found = value
-            other.update_from_flattened_dict({field: found})
+            try:
+                other.update_from_flattened_dict({field: found})
+            except (AttributeError, KeyError, TypeError, ValueError) as e:
+                raise UserError(f'--beside {text!r} cannot be set in this config '
+                                f'({first_line(e)})') from e
     return other
 
 
@@ -265,6 +282,9 @@ def main(arguments: list[str]) -> None:
             config_lib.check(config)
     except config_lib.ConfigError as e:
         raise UserError(str(e)) from e
+    if FLAGS.config.task != 'distill':
+        raise UserError(f'--config trains a {FLAGS.config.task}; what is measured are parts of a '
+                        'distillation, such as --config=emoji')
     orders = {c.critic.get('order', 'critic_first') for c in configs}
     names = names or [x for x in PARTS if x not in OF_AN_ORDER or orders == {OF_AN_ORDER[x]}]
     for name in names:
@@ -285,6 +305,7 @@ def main(arguments: list[str]) -> None:
         versions = {name.removeprefix(ckpt.VERSION): x for name, x in ckpt.versions().items()}
         print(json.dumps({
             'device': record.device(), 'load': os.getloadavg()[0],
+            'environment': record.environment(),
             'versions': versions | {'python': platform.python_version()},
             'command': shlex.join(['python', '-m', 'benchmarks', *sys.argv[1:]]),
             'parts': lines}, indent=1))

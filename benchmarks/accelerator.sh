@@ -17,11 +17,13 @@ fi
 mkdir -p "$1" && out=$(cd "$1" && pwd) || exit 2
 shift
 
-PARTS=(selftest first_light teacher codec vs_torch sdxl zimage_lora)  # in their order of worth
-declare -A MODULE_OF=([sdxl]=first_light [zimage_lora]=first_light)  # others are their own
+# In their order of worth:
+PARTS=(selftest first_light teacher codec vs_torch sdxl zimage_lora vs_torch_compiled)
+# Others are their own:
+declare -A MODULE_OF=([sdxl]=first_light [zimage_lora]=first_light [vs_torch_compiled]=vs_torch)
 declare -A SECONDS_OF=(  # unless --seconds says otherwise
     [selftest]=90 [first_light]=180 [teacher]=240 [codec]=180 [vs_torch]=180 [sdxl]=180
-    [zimage_lora]=180)
+    [zimage_lora]=180 [vs_torch_compiled]=240)
 # Everything of Lumina or SDXL is trained where there is memory for it. In 80 GB the critic is
 # adapters, moments are bf16, and the EMA is the host's.
 mib=${GPU_MIB:-$(nvidia-smi --query-gpu=memory.total --format=csv,noheader,nounits 2>/dev/null |
@@ -40,6 +42,7 @@ export XLA_PYTHON_CLIENT_MEM_FRACTION=${XLA_PYTHON_CLIENT_MEM_FRACTION:-.95}
 declare -A FLAGS_OF=(
     [first_light]="--config=lumina $FIT"
     [vs_torch]="--size=$SIZE"
+    [vs_torch_compiled]="--name=vs_torch_compiled --size=$SIZE --compile"
     [sdxl]="--name=sdxl --config=sdxl:decoupled_hybrid --config.train.accumulate=1 $FIT"
     [zimage_lora]="--name=zimage_lora --config=zimage:lora --config.student.steps=4 $ROWS"
     # Unrolled layers are for CPUs; here a scan is as fast, and compiled sooner.

@@ -45,7 +45,8 @@ def test_every_part_is_called_as_it_takes_it(tmp_path, mib, critic, size):
     assert told.returncode == 0, told.stdout
     named, *calls = re.split(r'^== (?=\w+, \d+ s$)', told.stdout, flags=re.MULTILINE)
     assert not named and [one.split(',')[0] for one in calls] == [
-        'selftest', 'first_light', 'teacher', 'codec', 'vs_torch', 'sdxl', 'zimage_lora']
+        'selftest', 'first_light', 'teacher', 'codec', 'vs_torch', 'sdxl', 'zimage_lora',
+        'vs_torch_compiled']
     parts = {one.split(',')[0]: shlex.split(one.split('\n', 1)[1]) for one in calls}
     for part, (_, module, _, *flags) in parts.items():
         assert (tiny.ROOT / f'{module.replace(".", "/")}.py').is_file()

@@ -104,7 +104,7 @@ def run(subject: Any, programs: dict[str, Any], updates: int,
                 state, metrics, *_ = found
             metrics = {name: float(value) for name, value in jax.device_get(metrics).items()}
             lines.append({'program': kind, 'seconds': seconds,
-                          'peak_bytes': record.peak_bytes(), 'metrics': metrics})
+                          'peak_bytes_so_far': record.peak_bytes(), 'metrics': metrics})
             if not_finite(lines[-1]):
                 return lines, state
         if time.monotonic() > until:
@@ -151,7 +151,8 @@ def speed(subject: Any, known: dict[str, dict[str, Any]],
         found[kind] = known[kind] | {
             'seconds': seconds, 'seconds_of_each': times, 'images_per_second': rows / seconds,
             'flops_utilisation': flops / seconds / peak if flops and peak else None,
-            'peak_bytes': max(x['peak_bytes'] or 0 for x in lines if x['program'] == kind) or None}
+            'peak_bytes_so_far': max(
+                x['peak_bytes_so_far'] or 0 for x in lines if x['program'] == kind) or None}
     counts = subject.counts
     step = sum(count * found[kind]['seconds'] for kind, count in counts.items())
     flops = sum(count * (known[kind]['analytic_flops'] or 0) for kind, count in counts.items())
@@ -213,6 +214,9 @@ def lit(config: Any, out: Path, name: str = 'first_light', updates: int = 3,
 def main(arguments: list[str]) -> None:
     commands.only_flags(arguments)
     commands.need(config='try --config=lumina', out='give a folder for the results')
+    if FLAGS.config.task != 'distill':
+        raise UserError(f'--config trains a {FLAGS.config.task}; an update of a distillation is '
+                        'what is run, such as of --config=lumina')
     out = commands.folder('--out', FLAGS.out)
     try:
         found = lit(FLAGS.config, out, FLAGS.name, FLAGS.updates, STARTED + SHARE * FLAGS.seconds,

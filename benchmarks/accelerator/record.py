@@ -18,8 +18,18 @@ def device() -> dict[str, Any]:
             'host_cores': os.cpu_count()}
 
 
+def environment() -> dict[str, str]:
+    """Variables that change how programs are compiled and run, where they are set."""
+    names = ('XLA_FLAGS', 'LIBTPU_INIT_ARGS', 'GLIBC_TUNABLES', 'OMP_NUM_THREADS',
+             'JAX_COMPILATION_CACHE_DIR', 'JAX_DISABLE_MOST_OPTIMIZATIONS')
+    return {name: os.environ[name] for name in names if os.environ.get(name)}
+
+
 def peak_bytes() -> int | None:
-    """The most memory that was in use on the first device; None where it does not count."""
+    """The most memory that was in use so far on the first device; None where it does not count.
+
+    Of a program that ran after another it is that of both: it never falls.
+    """
     import jax
 
     return (jax.devices()[0].memory_stats() or {}).get('peak_bytes_in_use')
@@ -49,7 +59,7 @@ def write(out: Path, part: str, figures: dict[str, Any], module: str = '') -> No
                 for name, version in checkpoint.versions().items()}
     command = ['python', '-m', f'benchmarks.accelerator.{module or part}', *sys.argv[1:]]
     files.write_json(out / f'{part}.json', {
-        'part': part, 'device': device(),
+        'part': part, 'device': device(), 'environment': environment(),
         'versions': versions | {'python': platform.python_version()},
         'command': shlex.join(command), 'figures': _plain(figures)})
 
