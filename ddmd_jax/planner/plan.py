@@ -131,7 +131,9 @@ def whole_run(config: Any, measured: dict[str, Any], count: int) -> dict[str, fl
     """The config's run if every program took its least time; evaluation is left out."""
     seconds = {k: p['roofline_seconds'] for k, p in measured.items()}
     often, encode = runs(config), seconds.get('encode', 0.0)
-    batches = 1 if 'rollout' in often else sum(often.values())
+    # Updates on one rollout share its batch; in DMD2's order one is on the generator's.
+    shared = config.critic.get('order') == 'same_images'
+    batches = 1 if 'rollout' in often else sum(often.values()) - shared
     step = batches * encode + sum(count * seconds[name] for name, count in often.items())
     critic = seconds['critic_step'] + (
         (encode + seconds['rollout']) / config.student.steps if 'rollout' in often else encode)
