@@ -101,9 +101,10 @@ STEPS = tuple(
                # Ten times the rates of full fine-tuning: a factor that begins at 0 moves little.
                | {'optim.student.lr': 3e-4, 'optim.critic.lr': 1e-3, 'student.steps': 4})
     for rank in (16, 32)) + tuple(
-    # 24 network evaluations of a row for an update of the student, and 14.
+    # 24 network evaluations of a row for an update of the student, and 14; half as many updates.
     Experiment(f'{name}_4', f'five updates of the critic, {words}; 4 steps',
-               {'critic.updates': 5, 'critic.order': order, 'student.steps': 4})
+               {'critic.updates': 5, 'critic.order': order, 'student.steps': 4,
+                'train.steps': 80})
     for name, words, order in (
         ('apart5', 'each on samples of its own', 'critic_first'),
         ('rollout5', 'all on one rollout of the student', 'one_rollout')))
