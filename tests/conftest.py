@@ -14,6 +14,9 @@ os.environ.setdefault('JAX_PLATFORMS', 'cpu')
 # Toy programs run once or twice, so that compiling them is most of a test: XLA leaves its
 # optimisations out and emits loops the old way (together 15.8 -> 2.9 s for the generator's step).
 os.environ.setdefault('JAX_DISABLE_MOST_OPTIMIZATIONS', '1')
+# There is a worker for each core. PyTorch's OpenMP threads wait for one another by spinning: two
+# workers of two threads each took twice the seconds of two workers of one.
+os.environ.setdefault('OMP_NUM_THREADS', '1')
 if importlib.metadata.version('jaxlib').startswith('0.10.'):  # 0.11 ends at a flag it has not
     os.environ['XLA_FLAGS'] = ' '.join(
         ['--xla_cpu_use_fusion_emitters=false', *os.environ.get('XLA_FLAGS', '').split()])

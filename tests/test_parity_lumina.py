@@ -151,7 +151,8 @@ def test_a_run_on_eight_devices_resumes_and_exports(folder, tmp_path, monkeypatc
                         f'--out={tmp_path / "prompts"}', '--near_threshold=1')
     monkeypatch.setenv('JAX_COMPILATION_CACHE_DIR', str(tmp_path / 'cache'))
     fields = {
-        'teacher.path': pipe, 'teacher.dtype': 'float32', 'data.path': tmp_path / 'prompts',
+        'teacher.path': pipe, 'teacher.dtype': 'float32', 'teacher.remat': 'none',
+        'data.path': tmp_path / 'prompts', 'log.probe': 0,
         'data.sizes': '((16, 24), (24, 16))', 'data.global_batch': 8, 'student.steps': 2,
         'critic.updates': 1, 'mesh.data': 2, 'mesh.fsdp': 2, 'mesh.tensor': 2,
         'checkpoint.every': 1, 'log.every': 1, 'log.images_every': 1, 'eval.prompts': 3,

@@ -150,7 +150,8 @@ def test_a_run_on_eight_devices_of_the_shipped_config(folder, tmp_path):
     tiny.run_on_devices('ddmd_jax.prepare', 1, 'prompts', f'--input={tmp_path / "p.txt"}',
                         f'--out={tmp_path / "prompts"}', '--near_threshold=1')
     fields = {
-        'teacher.path': folder, 'teacher.dtype': 'float32', 'data.path': tmp_path / 'prompts',
+        'teacher.path': folder, 'teacher.dtype': 'float32', 'teacher.remat': 'none',
+        'data.path': tmp_path / 'prompts',
         'data.sizes': '((16, 24),)', 'data.global_batch': 8, 'student.steps': 2,
         'critic.updates': 1, 'mesh.data': 2, 'mesh.fsdp': 2, 'mesh.tensor': 2, 'log.every': 1,
         'log.images_every': 100, 'log.probe': 0, 'eval.prompts': 1, 'eval.teacher_steps': 2,

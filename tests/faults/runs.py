@@ -32,10 +32,10 @@ def free_port():
 
 
 class Runs:
-    """Starts runs that share one teacher."""
+    """Starts runs that share one teacher; `always` goes into the environment of each."""
 
-    def __init__(self, root):
-        self.root, self.weights = root, tiny.save_toy(root)
+    def __init__(self, root, **always):
+        self.root, self.weights, self.always = root, tiny.save_toy(root), always
 
     def arguments(self, workdir, fields=None, flags=()):
         named = FIELDS | {'teacher.path': self.weights} | (fields or {})
@@ -45,7 +45,7 @@ class Runs:
     def start(self, workdir, fields=None, flags=(), devices=1, **environ):
         """A process, its output as text; names in capitals go into its environment."""
         return forked.start(DRIVER, *self.arguments(workdir, fields, flags),
-                                   **{'XLA_FLAGS': tiny.xla_flags(devices)} | environ)
+                            **{'XLA_FLAGS': tiny.xla_flags(devices)} | self.always | environ)
 
     def start_together(self, count, workdir, fields=None, flags=(), devices=2, **environ):
         """So many processes of one run; each has its own of a list of `fields` or in `environ`."""

@@ -2,6 +2,7 @@
 
 Each killed run is started again with the same command, and killed again, until it is through;
 then it is compared with one that nobody touched. The clocks of killed runs are put back a day.
+Networks are killed twice, the toy, which starts in seconds, twenty times.
 """
 
 import random
@@ -17,18 +18,20 @@ STEPS = 12
 # checksums, the retention, the evaluation.
 SITES = {'step': 0.05, 'saving': 0.05, 'saved': 0.3, 'place': 0.02, 'manifest': 0.02,
          'summing': 0.02, 'evaluation': 0.5}
+OF_TOY = tuple(site for site in SITES if site != 'evaluation')  # it has nothing to draw
 TWO = {'data.global_batch': 16, 'mesh.data': 1, 'mesh.fsdp': 2, 'mesh.tensor': 2,
        'train.steps': STEPS}
 
 
 @pytest.fixture(scope='module')
 def toy(tmp_path_factory):
-    return runs.Runs(tmp_path_factory.mktemp('kill'))
+    return runs.Runs(tmp_path_factory.mktemp('kill'), TOY='1')
 
 
 @pytest.fixture(scope='module')
 def untouched(toy):
-    toy.finish(toy.root / 'untouched', {'train.steps': STEPS}, EVALUATE='1')
+    """A run of the toy."""
+    toy.finish(toy.root / 'untouched', {'train.steps': STEPS})
     return toy.root / 'untouched'
 
 
@@ -38,54 +41,46 @@ def point(rng, site):
     return f'{site}:{visit}:{rng.choice([0, rng.uniform(0, SITES[site])]):.3f}'
 
 
-def killed_until(toy, kills, seed):
-    """(folders of runs that came through, points at which they were killed on the way)."""
-    rng, done, points, i = random.Random(seed), [], [], 0
-    sites = [site for site in SITES for _ in range(-(-kills // len(SITES)))][:kills]
-    rng.shuffle(sites)
-    while sites:
-        workdir, evaluate = toy.root / f'killed{seed}-{i}', {}
-        i += 1
+def killed_until(started, name, sites, **environ):
+    """Folders of runs that came through, killed at each of `sites` on the way, the last first."""
+    rng, left, done, points = random.Random(name), list(sites), [], []
+    while left:
+        workdir = started.root / f'{name}{len(done)}'
         while True:
-            words = point(rng, sites[-1]) if sites else ''
-            if 'evaluation' in words:
-                evaluate = {'EVALUATE': '1'}  # and to its end, when it is started again
-            process = toy.start(workdir, {'train.steps': STEPS}, KILL=words, CLOCK='2', **evaluate)
+            words = point(rng, left[-1]) if left else ''
+            process = started.start(workdir, {'train.steps': STEPS}, KILL=words, CLOCK='2',
+                                    **environ)
             out, err = process.communicate(timeout=300)
             if process.returncode == 0:  # the site was not come to as often
                 done.append(workdir)
                 break
             assert process.returncode == -signal.SIGKILL, f'{words}\n{out}\n{err}'
             points.append(words)
-            sites.pop()
-    return done, points
-
-
-def compare(toy, untouched, kills, seed):
-    done, points = killed_until(toy, kills, seed)
+            left.pop()
     print(f'killed at {", ".join(points)}; {len(done)} runs came through')
-    assert len(points) == kills and done
-    for workdir in done:
-        runs.assert_same(untouched, workdir, STEPS)
-        if (workdir / 'eval.json').exists():
-            assert runs.evaluated(workdir) == runs.evaluated(untouched)
+    assert len(points) == len(sites) and done
     return done
 
 
 @pytest.mark.slow
-def test_a_run_that_is_killed_three_times_ends_as_if_it_had_not_been(toy, untouched):
-    compare(toy, untouched, 3, seed=0)
+def test_networks_that_are_killed_twice_end_as_if_they_had_not_been(tmp_path):
+    networks = runs.Runs(tmp_path)
+    whole = tmp_path / 'whole'
+    networks.finish(whole, {'train.steps': STEPS}, EVALUATE='1')
+    for workdir in killed_until(networks, 'killed', ('evaluation', 'saved'), EVALUATE='1'):
+        runs.assert_same(whole, workdir, STEPS)
+        assert runs.evaluated(workdir) == runs.evaluated(whole)
 
 
 @pytest.mark.faults
 def test_a_run_that_is_killed_twenty_times_ends_as_if_it_had_not_been(toy, untouched):
-    done = compare(toy, untouched, 20, seed=1)
-    assert any((workdir / 'eval.json').exists() for workdir in done)
+    for workdir in killed_until(toy, 'killed', random.Random(1).sample(OF_TOY * 4, 20)):
+        runs.assert_same(untouched, workdir, STEPS)
 
 
 def two(toy, workdir, kill=('', '')):
     """(exit code, stderr) of each of two processes of a run, told where to be killed."""
-    started = toy.start_together(2, workdir, TWO, ['--peer_timeout=4'], TOY='1', KILL=list(kill),
+    started = toy.start_together(2, workdir, TWO, ['--peer_timeout=4'], KILL=list(kill),
                                  CLOCK=['2', '3'] if any(kill) else '')
     return [(p.returncode, err) for p in started for _, err in [p.communicate(timeout=300)]]
 

@@ -13,7 +13,7 @@ ROOM = 'make room, then run the same command to go on from'
 
 @pytest.fixture(scope='module')
 def toy(tmp_path_factory):
-    return runs.Runs(tmp_path_factory.mktemp('saves'))
+    return runs.Runs(tmp_path_factory.mktemp('saves'), TOY='1')
 
 
 @pytest.fixture(scope='module')

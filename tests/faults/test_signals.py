@@ -15,7 +15,12 @@ LONG = {'train.steps': 100_000, 'checkpoint.every': 100_000}
 
 @pytest.fixture(scope='module')
 def toy(tmp_path_factory):
-    return runs.Runs(tmp_path_factory.mktemp('signals'))
+    return runs.Runs(tmp_path_factory.mktemp('signals'), TOY='1')
+
+
+@pytest.fixture(scope='module')
+def networks(tmp_path_factory):
+    return runs.Runs(tmp_path_factory.mktemp('networks'))
 
 
 def wait_for_line(process, workdir, count=1):
@@ -69,21 +74,23 @@ def test_two_runs_of_one_folder(toy):
     toy.finish(workdir, {'train.steps': 2})  # nobody holds it any more
 
 
-def test_a_nan_is_gone_back_on_left_out_and_replayed(toy):
-    workdir, fields = toy.root / 'nan', {'train.steps': 8, 'train.on_nan': 'rollback'}
-    toy.finish(workdir, fields, NAN='9')  # two batches a step: the fifth's, after a checkpoint
+def test_a_nan_is_gone_back_on_left_out_and_replayed(networks):
+    workdir, fields = networks.root / 'nan', {'train.steps': 8, 'train.on_nan': 'rollback'}
+    networks.finish(workdir, fields, NAN='9')  # two batches a step: the fifth's, after a checkpoint
     (entry,) = [json.loads(x) for x in (workdir / 'bad_batches.jsonl').read_text().splitlines()]
     assert entry['step'] == 5 and entry['checkpoint'] == 4 and entry['batches'] == [8, 9]
     assert [len(rows) for rows in entry['rows']] == [4, 4]
     assert [x['step'] for x in runs.lines(workdir)] == [3, 6, 8]
     data = json.loads((workdir / 'checkpoints' / '8' / 'data' / 'metadata').read_text())
     assert data['next_index'] == 8 * 2 + 2
-    out, _ = toy.finish(workdir, fields, ['--replay'], NAN='9')
+    out, _ = networks.finish(workdir, fields, ['--replay'], NAN='9')
     first, *figures = out.splitlines()
     assert first.startswith('step 5, from checkpoint 4: batches [8, 9], rows [[')
     assert any(x.startswith('loss nan') and x.endswith('<- not finite') for x in figures)
     assert any(x.startswith('finite 0.0') for x in figures)
-    # What stays bad is not gone back on for ever, and not at all if that is not asked for.
+
+
+def test_a_nan_ends_a_run_that_does_not_go_back(toy):
     _, err = toy.finish(toy.root / 'abort', {'train.steps': 8}, code=1, NAN='9')
     assert runs.said(err)[-1].startswith('main: step 5: NaN or Inf in ')
 
@@ -91,22 +98,22 @@ def test_a_nan_is_gone_back_on_left_out_and_replayed(toy):
 def test_a_nan_before_the_first_checkpoint_is_gone_back_on_from_the_start(toy):
     workdir = toy.root / 'early-nan'
     fields = {'train.steps': 6, 'train.on_nan': 'rollback', 'checkpoint.every': 6}
-    _, err = toy.finish(workdir, fields, NAN='7', TOY='1')
+    _, err = toy.finish(workdir, fields, NAN='7')
     assert 'no checkpoint had been written yet' in err and 'back at the start, leaving out' in err
     (entry,) = rollback.read(workdir)
     assert entry['checkpoint'] is None and entry['step'] == 4 and entry['batches'] == [6, 7]
     assert [x['step'] for x in runs.lines(workdir)] == [3, 6]
-    out, _ = toy.finish(workdir, fields, ['--replay'], NAN='7', TOY='1')
+    out, _ = toy.finish(workdir, fields, ['--replay'], NAN='7')
     first, *figures = out.splitlines()
     assert first.startswith('step 4, from the start: batches [6, 7], rows [[')
     assert 'finite 0.0' in figures and any(x.startswith('loss nan') for x in figures)
 
 
-def test_a_bad_verdict_that_lasts_ends_training_and_is_saved(toy):
+def test_a_bad_verdict_that_lasts_ends_training_and_is_saved(networks):
     fields = {'train.steps': 20, 'train.on_health': 'stop', 'log.every': 1,
               'optim.student.lr': 6e-6, 'optim.critic.lr': 6e-6}
-    _, err = toy.finish(toy.root / 'unwell', fields)
-    last = runs.lines(toy.root / 'unwell')[-1]
+    _, err = networks.finish(networks.root / 'unwell', fields)
+    last = runs.lines(networks.root / 'unwell')[-1]
     assert 3 <= last['step'] < 20 and last['health'] != 'healthy'
     assert f"step {last['step']}: {last['health']} for 3 logged intervals (" in err
-    assert (toy.root / 'unwell' / 'checkpoints' / str(last['step'])).is_dir()
+    assert (networks.root / 'unwell' / 'checkpoints' / str(last['step'])).is_dir()

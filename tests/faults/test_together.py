@@ -18,7 +18,7 @@ GONE = 'process {} has failed (its own output says why)'
 
 @pytest.fixture(scope='module')
 def toy(tmp_path_factory):
-    return runs.Runs(tmp_path_factory.mktemp('together'))
+    return runs.Runs(tmp_path_factory.mktemp('together'), TOY='1')
 
 
 @pytest.fixture(scope='module')
@@ -35,7 +35,7 @@ def workdir(finished, tmp_path):
 
 def both(toy, workdir, code=0, fields=({}, {}), **environ):
     """[(stdout, stderr) of process 0, of process 1], which have fields of their own."""
-    started = toy.start_together(2, workdir, [FIELDS | own for own in fields], TOY='1', **environ)
+    started = toy.start_together(2, workdir, [FIELDS | own for own in fields], **environ)
     return [runs.ended(p, code) for p in started]
 
 
