@@ -18,11 +18,11 @@ mkdir -p "$1" && out=$(cd "$1" && pwd) || exit 2
 shift
 
 # In their order of worth:
-PARTS=(selftest first_light teacher codec vs_torch sdxl zimage_lora vs_torch_compiled)
+PARTS=(selftest first_light study vs_torch sdxl zimage_lora vs_torch_compiled teacher codec)
 # Others are their own:
 declare -A MODULE_OF=([sdxl]=first_light [zimage_lora]=first_light [vs_torch_compiled]=vs_torch)
 declare -A SECONDS_OF=(  # unless --seconds says otherwise
-    [selftest]=90 [first_light]=180 [teacher]=240 [codec]=180 [vs_torch]=180 [sdxl]=180
+    [selftest]=90 [first_light]=180 [study]=240 [teacher]=240 [codec]=180 [vs_torch]=180 [sdxl]=180
     [zimage_lora]=180 [vs_torch_compiled]=240)
 # Everything of Lumina or SDXL is trained where there is memory for it. In 80 GB the critic is
 # adapters, moments are bf16, and the EMA is the host's.

@@ -35,7 +35,7 @@ def call(out, *parts, **environ):
 def test_a_part_that_is_not_there(tmp_path):
     told = call(tmp_path, 'techer')
     assert told.returncode == 1
-    assert "no part 'techer'; there are: selftest first_light teacher codec" in told.stdout
+    assert "no part 'techer'; there are: selftest first_light study vs_torch" in told.stdout
 
 
 @pytest.mark.parametrize('mib, critic, size', [(81559, 'lora', 'half'), (143771, 'full', 'full')])
@@ -45,8 +45,8 @@ def test_every_part_is_called_as_it_takes_it(tmp_path, mib, critic, size):
     assert told.returncode == 0, told.stdout
     named, *calls = re.split(r'^== (?=\w+, \d+ s$)', told.stdout, flags=re.MULTILINE)
     assert not named and [one.split(',')[0] for one in calls] == [
-        'selftest', 'first_light', 'teacher', 'codec', 'vs_torch', 'sdxl', 'zimage_lora',
-        'vs_torch_compiled']
+        'selftest', 'first_light', 'study', 'vs_torch', 'sdxl', 'zimage_lora',
+        'vs_torch_compiled', 'teacher', 'codec']
     parts = {one.split(',')[0]: shlex.split(one.split('\n', 1)[1]) for one in calls}
     for part, (_, module, _, *flags) in parts.items():
         assert (tiny.ROOT / f'{module.replace(".", "/")}.py').is_file()
@@ -68,6 +68,20 @@ def literal(text):
         return ast.literal_eval(text)
     except (SyntaxError, ValueError):
         return text
+
+
+def test_study_takes_results_that_are_there(tmp_path):
+    """Those of one experiment, its three seeds: nothing is left to train."""
+    committed = tiny.ROOT / 'docs' / 'steps' / 'results'
+    told = call(tmp_path, 'study', STUDY_FLAGS=f'--suite=steps --only=dmd2_4 --results={committed}')
+    assert told.returncode == 0 and '0 of 3 runs to do' in told.stdout, told.stdout
+    figures = json.loads((tmp_path / 'study.json').read_text())['figures']
+    assert figures['wanted'] == 3 and figures['new'] == 0
+    assert (tmp_path / 'study' / 'report.html').stat().st_size > 10_000
+    assert not (tmp_path / 'study' / 'runs').exists()
+    told = call(tmp_path, 'study', STUDY_FLAGS='--suite=stairs')
+    assert told.returncode == 1
+    assert "study: no suite 'stairs'; known: paper, steps, robustness" in told.stdout
 
 
 @pytest.mark.slow

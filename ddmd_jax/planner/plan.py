@@ -86,10 +86,15 @@ class _Search:
     limit: float
     quick: dict[str, float]
 
+    @property
+    def steps(self) -> list[str]:
+        """The programs that a step of training runs."""
+        return [name for name in (*STEPS, 'rollout') if name in self.measured]
+
     def largest(self, resident: int, mesh: Mesh) -> dict[str, int]:
-        """`largest_batch` of both steps."""
-        # The step that needs most decides; one that was refused needs more than any.
-        which = max(STEPS, key=lambda k: self.measured[k].get('peak_bytes', float('inf')))
+        """`largest_batch` of all that a step runs."""
+        # The program that needs most decides; one that was refused needs more than any.
+        which = max(self.steps, key=lambda k: self.measured[k].get('peak_bytes', float('inf')))
         known = self.measured[which].get('peak_bytes')
         config = self.config
         unit = math.lcm(sharding.batch_ways(mesh) * parts_of_batch(config),
@@ -104,8 +109,8 @@ class _Search:
             peak, config.data.global_batch, unit, resident, self.limit)}
 
     def advice(self) -> dict[str, Any]:
-        """`advice` on each step that does not fit; nothing where all do."""
-        short = [k for k in STEPS if not self.measured[k]['fits']]
+        """`advice` on each program of a step that does not fit; nothing where all do."""
+        short = [k for k in self.steps if not self.measured[k]['fits']]
         found = {k: search.advice(self.config, functools.partial(self.peak, k), self.limit)
                  for k in short}
         return {'advice': found} if found else {}
