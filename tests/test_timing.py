@@ -39,9 +39,10 @@ def test_sides_run_in_turns():
 
 
 @pytest.mark.slow
-def test_parts_of_the_demo_are_timed():
+def test_parts_of_a_run_are_timed(weights):
     """By its real programs; the generator's of two orders beside one another."""
-    flags = ['--config=emoji', '--config.data.global_batch=4', '--seconds=0', '--json']
+    flags = ['--config=emoji', f'--config.teacher.path={weights}', '--config.data.global_batch=4',
+             '--seconds=0', '--json']
     parts = ['generator', 'sample', 'decode', 'input', 'checkpoint', 'first_step']
     told = call(*parts[1:], *flags)
     assert told.returncode == 0, told.stderr[-2000:]
