@@ -19,7 +19,7 @@ from jax.sharding import Mesh
 from ddmd_jax.data.batch import Batch, Cond
 from ddmd_jax.diffusion.sampling import Predict, rollout
 from ddmd_jax.method.algorithm import Metrics, critic_objective, generator_objective
-from ddmd_jax.method.inputs import Models
+from ddmd_jax.method.inputs import GeneratorKeys, Models
 from ddmd_jax.method.recipe import Recipe
 from ddmd_jax.models.adapters import Binding, Full
 from ddmd_jax.parallel import sharding
@@ -94,8 +94,7 @@ class Updates:
 
         With it the samples ``[B, ...]`` that it learnt from, of the student as it was.
         """
-        m = self.mechanics
-        key = jax.random.fold_in(jax.random.fold_in(jax.random.key(m.seed), 0), state.step)
+        m, key = self.mechanics, self._generator_key(state)
         recipe = self.recipe.at(state.step, state.alpha_share)
         # `train.offload`: trees that are kept in the hosts' memory are fetched here.
         frozen = sharding.on_device(frozen)
@@ -159,18 +158,24 @@ class Updates:
 
     def rollout(self, frozen: Frozen, state: TrainState,
                 batch: Batch) -> tuple[Array, list[Array]]:
-        """`sampling.rollout` of the student as it is; the critic's count names its noise.
+        """`sampling.rollout` of the student as it is, with the noise of its next update.
 
-        During a warm-up there are many, while the generator's own count stands still.
+        In a warm-up, while the student's count stands still, each has noise of its own.
         """
         m = self.mechanics
         if m.student.leans:
             frozen = sharding.on_device(frozen)
         student = m.student.bind(frozen.teacher, state.student)
-        key = jax.random.fold_in(
-            jax.random.fold_in(jax.random.key(m.seed), 2), state.critic_step)
+        key = GeneratorKeys.of(self._generator_key(state)).simulation
+        key = jnp.where((state.step == 0) & (state.critic_step > 0),
+                        jax.random.fold_in(key, state.critic_step), key)
         return rollout(functools.partial(self.predict, student), batch.cond, self.recipe.steps,
                        key, (batch.rows, *batch.shape), m.accumulate)
+
+    def _generator_key(self, state: TrainState) -> Array:
+        """Of everything that the generator's next update draws."""
+        return jax.random.fold_in(
+            jax.random.fold_in(jax.random.key(self.mechanics.seed), 0), state.step)
 
     def jitted(self, mesh: Mesh, state_shardings: TrainState, frozen_shardings: Frozen) -> Program:
         """All for a mesh: explicit shardings in and out, the state donated."""
