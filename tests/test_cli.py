@@ -26,6 +26,7 @@ CASES = [
     (['--config=configs/emoji.py', '--config.criti.x=1'], 2,
      'criti.x: no such field; did you mean critic?'),
     (['--config=configs/emoji.py', '--config.train.steps=few'], 2, 'config.train.steps'),
+    (['--config', 'configs/emoji.py', '--config.method.alhpa=3'], 2, 'did you mean method.alpha?'),
     (['--config=configs/emoji.py:hybird'], 2, 'method.schedule'),
     (['--config=configs/emoji.py', '--workdir='], 1, '--workdir'),
     (['--config=configs/emoji.py', '--workdir=/proc/nowhere'], 1, 'cannot be made'),

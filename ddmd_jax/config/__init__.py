@@ -8,14 +8,16 @@ from __future__ import annotations
 
 import difflib
 import json
-from collections.abc import Iterator, Mapping, Set
+import sys
+from collections.abc import Callable, Iterator, Mapping, Set
 from typing import Any
 
+from absl import flags
 from ml_collections import ConfigDict, config_dict
 
 from ddmd_jax.config import fields, together
 from ddmd_jax.config.fields import REQUIRED, Field, under
-from ddmd_jax.config.files import define_flag, load, parser
+from ddmd_jax.config.files import define_flag, load
 from ddmd_jax.config.rules import ANY
 
 __all__ = ['ConfigError', 'check', 'defaults', 'define_flag', 'field', 'fields_of', 'load',
@@ -114,6 +116,41 @@ def fields_of(config: Any) -> tuple[Field, ...]:
     return found
 
 
+def parser(name: str) -> Callable[[list[str]], list[str]]:
+    """absl's parser for the command `name`, which has ``--config``: what goes wrong in a config's
+    name, file or fields is one line, and exit code 2."""
+    def parse(argv: list[str]) -> list[str]:
+        pairs = [x for a in argv for x in a.split('=', 1)]  # ``--config x`` is ``--config=x``
+        named = next((x for flag, x in zip(pairs, pairs[1:]) if flag == '--config'), 'the file')
+        try:
+            return flags.FLAGS(argv)
+        except OSError:
+            wrong = f'config: {named} cannot be read; try --config=emoji'
+        except (AttributeError, KeyError):  # an override of a field that is not there
+            wrong = f'config: {_misspelt(argv, named)}'
+        except flags.Error as e:
+            wrong = f'{name}: {" ".join(str(e).split())}'
+        except Exception as e:  # of the file, or of how ml_collections reads an override
+            wrong = f'config: {" ".join(str(e).split())}'
+        print(wrong, file=sys.stderr)
+        sys.exit(2)
+
+    return parse
+
+
+def _misspelt(argv: list[str], named: str) -> str:
+    """The first override in `argv` of a field that there is not, and what it may have meant."""
+    config = load(named)
+    known = {f.path: f for f in fields_of(config)}
+    given = [a.removeprefix('--config.').partition('=')[0] for a in argv
+             if a.startswith('--config.')]
+    for path in given:
+        if path not in known:
+            return f'{path}: no such field; {_meant(path, known)}'
+    absent = [path for path in given if field(config, path) is None]
+    return f'{named} lacks {" or ".join(absent)}; set it in the file'
+
+
 def _fill(config: ConfigDict) -> None:
     """Puts a default where a field is absent."""
     for f in fields_of(config):
@@ -151,7 +188,7 @@ def validate(config: ConfigDict) -> list[str]:
             wrong = f'must be a section with {", ".join(_inside(known, path))}'
         else:
             named.add(_nearest(path, known))
-            wrong = f'but there is no such field; {meant(path, known)}'
+            wrong = f'but there is no such field; {_meant(path, known)}'
         if wrong:
             named.add(path)
             lines.append(f'{path}: {_show(value)}, {wrong}')
@@ -194,13 +231,13 @@ def _inside(known: Mapping[str, Field], section: str) -> list[str]:
     return list(dict.fromkeys(path.split('.')[0] for path in paths))
 
 
-def meant(path: str, known: Mapping[str, Field]) -> str:
+def _meant(path: str, known: Mapping[str, Field]) -> str:
     """What to say of a `path` that none of the `known` fields has: which one it may have meant."""
     if near := _nearest(path, known):
         return f'did you mean {near}?'
     section = path.rpartition('.')[0]
     here = _inside(known, section)
-    return f'known here: {", ".join(here)}' if here else meant(section, known)
+    return f'known here: {", ".join(here)}' if here else _meant(section, known)
 
 
 def _nearest(path: str, known: Mapping[str, Field]) -> str:

@@ -4,8 +4,6 @@
 ``--config=configs/lumina.py`` is the file, as ever.
 """
 
-import sys
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -68,42 +66,6 @@ class _FlagParser(_Parser):
 
 class _FileError(Exception):
     """A config's file that is none."""
-
-
-def parser(name: str) -> Callable[[list[str]], list[str]]:
-    """absl's parser for the command `name`, which has ``--config``: what goes wrong in a config's
-    name, file or fields is one line, and exit code 2."""
-    def parse(argv: list[str]) -> list[str]:
-        named = next((a.split('=', 1)[1] for a in argv if a.startswith('--config=')), 'the file')
-        try:
-            return flags.FLAGS(argv)
-        except OSError:
-            wrong = f'config: {named} cannot be read; try --config=emoji'
-        except (AttributeError, KeyError):  # an override of a field that is not there
-            wrong = f'config: {_misspelt(argv, named)}'
-        except flags.Error as e:
-            wrong = f'{name}: {" ".join(str(e).split())}'
-        except Exception as e:  # of the file, or of how ml_collections reads an override
-            wrong = f'config: {" ".join(str(e).split())}'
-        print(wrong, file=sys.stderr)
-        sys.exit(2)
-
-    return parse
-
-
-def _misspelt(argv: list[str], named: str) -> str:
-    """The first override in `argv` of a field that there is not, and what it may have meant."""
-    from ddmd_jax.config import field, fields_of, meant
-
-    config = load(named)
-    known = {f.path: f for f in fields_of(config)}
-    given = [a.removeprefix('--config.').partition('=')[0] for a in argv
-             if a.startswith('--config.')]
-    for path in given:
-        if path not in known:
-            return f'{path}: no such field; {meant(path, known)}'
-    absent = [path for path in given if field(config, path) is None]
-    return f'{named} lacks {" or ".join(absent)}; set it in the file'
 
 
 def define_flag() -> Any:
