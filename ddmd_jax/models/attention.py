@@ -93,7 +93,8 @@ def attend(q: Array, k: Array, v: Array, mask: Array | None, *, kind: str = 'xla
       k: ``[B, S, K, D]``, K a divisor of H, of q's dtype; v is like k. By `xla` there may be
         another number of keys than of queries.
       v: see k.
-      mask: bool ``[B, S]`` of the keys, True for real tokens; None if all of them are.
+      mask: bool ``[B, S]`` of the keys, True for real tokens; None if all of them are. `cudnn`
+        only counts them: there padding stands behind the real ones.
       kind: 'xla', 'splash' or 'cudnn'; see `resolve` for 'auto'.
       mesh: what a kernel is mapped over: batch over data and fsdp (if it divides), heads over
         tensor. None is for one device. `xla` does not need it, the compiler partitions it.
@@ -167,16 +168,11 @@ def _cudnn(q: Array, k: Array, v: Array, mask: Array | None = None, *,
     hold it to that).
     """
     batch, seq = k.shape[:2]
-    if mask is None:
-        # Without lengths, its backward pass on Hopper is NaN where all scores of a query are below
-        # -88 and S is no multiple of its tile (NVIDIA/cudnn-frontend, issues 160 and 1072).
-        lengths = jnp.full((batch,), seq, jnp.int32)
-    else:
-        # Keys may stand in any order: the real ones first, wherever the padding was. A row of
-        # nothing but padding has one key, so that its softmax is not 0 / 0.
-        order = jnp.argsort(~mask, axis=1, stable=True)[..., None, None]
-        k, v = (jnp.take_along_axis(x, order, axis=1) for x in (k, v))
-        lengths = jnp.maximum(jnp.sum(mask, axis=1, dtype=jnp.int32), 1)
+    # Without lengths, its backward pass on Hopper is NaN where all scores of a query are below
+    # -88 and S is no multiple of its tile (NVIDIA/cudnn-frontend, issues 160 and 1072). A row of
+    # nothing but padding has one key, so that its softmax is not 0 / 0.
+    lengths = (jnp.full((batch,), seq, jnp.int32) if mask is None
+               else jnp.maximum(jnp.sum(mask, axis=1, dtype=jnp.int32), 1))
     if seq % 2:  # JAX refuses to differentiate it: a token more, which no length counts
         q, k, v = (jnp.pad(x, ((0, 0), (0, 1), (0, 0), (0, 0))) for x in (q, k, v))
     return jax.nn.dot_product_attention(

@@ -4,8 +4,9 @@ Same parameters, same forward pass, same conventions as the published network: i
 input runs from 0 (noise) to 1 (clean) and its output is the velocity `x - noise`; that the
 pipeline of diffusers negates it and calls time `1 - t / 1000` is that pipeline's affair.
 Sequence lengths are static here: where diffusers packs each caption in front of its image,
-we keep ``[padded caption | image]`` and mask the padding. Attention does not care for the
-order of keys and the rotary positions are those of the packed sequence, so the outputs agree.
+we keep ``[image | padded caption]`` and mask the padding, which so stands last: a length a row
+tells a kernel of it. Attention does not care for the order of keys and the rotary positions are
+those of the packed sequence, so the outputs agree.
 """
 
 from __future__ import annotations
@@ -195,7 +196,8 @@ class Block(nnx.Module):
 class NextDiT(nnx.Module):
     """``(x_t [B,H,W,C], t [B], caption [B,L,D], mask [B,L]) -> velocity [B,H,W,C]`` in fp32.
 
-    `mesh` is what attention by kernel is mapped over; the rest the compiler partitions.
+    Captions are padded on the right. `mesh` is what attention by kernel is mapped over; the rest
+    the compiler partitions.
     """
 
     def __init__(self, cfg: NextDiTConfig, rngs: nnx.Rngs, mesh: Mesh | None = None):
@@ -242,11 +244,11 @@ class NextDiT(nnx.Module):
         img = self.x_embedder(patchify(x_t.astype(dtype), cfg.patch_size))
         img = run(self.noise_refiner, rows_stay(img, self.mesh), None, img_angles, temb)
 
-        joint_mask = jnp.concatenate([mask, jnp.ones((batch, img.shape[1]), bool)], axis=1)
-        joint = rows_stay(jnp.concatenate([cap, img], axis=1), self.mesh)
-        angles = jnp.concatenate([cap_angles, img_angles], axis=1)
+        joint_mask = jnp.concatenate([jnp.ones((batch, img.shape[1]), bool), mask], axis=1)
+        joint = rows_stay(jnp.concatenate([img, cap], axis=1), self.mesh)
+        angles = jnp.concatenate([img_angles, cap_angles], axis=1)
         joint = run(self.layers, joint, joint_mask, angles, temb)
-        return joint[:, cap.shape[1]:], temb, grid
+        return joint[:, :img.shape[1]], temb, grid
 
     def _angles(self, mask: Array, grid: tuple[int, int]) -> tuple[Array, Array]:
         """Rotary angles: a caption counts on axis 0; its image sits at axis 0 = its length."""
