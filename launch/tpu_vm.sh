@@ -29,6 +29,7 @@ setting POLL 30 "seconds between looks at the queue"
 setting BUCKET "" "bucket to mount as /mnt/ddmd; empty: none"
 setting CONFIG configs/lumina.py "config of the run"
 setting WORKDIR "" "folder of the run, on the hosts; empty: /mnt/ddmd/runs/NAME"
+setting LIBTPU_FLAGS "--xla_enable_async_all_gather=true --xla_tpu_enable_async_collective_fusion_fuse_all_gather=true" "of the TPU compiler, in LIBTPU_INIT_ARGS"
 setting PYTHON_VERSION 3.12 "the images' own Python is too old: uv brings this one"
 parse "$@"
 
@@ -81,7 +82,7 @@ setup() {
 }
 
 start() {
-  everywhere "cd ddmd_jax && nohup .venv/bin/python -m ddmd_jax.main $(line "--config=$CONFIG" "--workdir=$WORKDIR" "${REST[@]}") > ~/ddmd.log 2>&1 < /dev/null & sleep 5; tail -n 3 ~/ddmd.log"
+  everywhere "cd ddmd_jax && LIBTPU_INIT_ARGS=$(quoted "$LIBTPU_FLAGS") nohup .venv/bin/python -m ddmd_jax.main $(line "--config=$CONFIG" "--workdir=$WORKDIR" "${REST[@]}") > ~/ddmd.log 2>&1 < /dev/null & sleep 5; tail -n 3 ~/ddmd.log"
 }
 
 remove() {

@@ -286,6 +286,19 @@ def test_nodes_of_skypilot_find_one_another(tmp_path, nodes, join):
         '--config.data.path=/runs/prompts']
 
 
+def test_compilers_are_told_the_same_everywhere():
+    text = (LAUNCH / 'docker' / 'Dockerfile').read_text()
+    image = dict(re.findall(r'^ENV (\w+)="?([^"\n]*)', text, re.M))
+    cloud = yaml.safe_load((LAUNCH / 'skypilot.yaml').read_text())['envs']
+    flags, memory = 'LIBTPU_INIT_ARGS', 'XLA_PYTHON_CLIENT_MEM_FRACTION'
+    assert image[flags].startswith('--xla') and 0.75 < float(image[memory]) < 1
+    assert {name: cloud[name] for name in (flags, memory)} == {
+        name: image[name] for name in (flags, memory)}
+    remote = words(commands(dry('tpu_vm', 'run'))[-1])[-1]
+    assert f"{flags}='{image[flags]}' nohup .venv/bin/python -m ddmd_jax.main" in remote
+    assert f'--export=ALL,{memory}={image[memory]}' in commands(dry('slurm_gpu', 'run'))[-1]
+
+
 def test_the_image_has_what_a_run_needs_and_nothing_else():
     text = (LAUNCH / 'docker' / 'Dockerfile').read_text()
     steps = [line.split(maxsplit=1) for line in text.splitlines() if line and line[0] not in '#']

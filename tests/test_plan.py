@@ -19,8 +19,14 @@ needs_libtpu = pytest.mark.skipif(
     importlib.util.find_spec('libtpu') is None, reason='libtpu is not installed (jax[tpu])')
 
 
+# What the launch scripts tell the TPU's compiler, which ends at a flag that it does not know.
+LAUNCHED = re.search(r'ENV LIBTPU_INIT_ARGS="(.+)"',
+                     (tiny.ROOT / 'launch' / 'docker' / 'Dockerfile').read_text())[1]
+
+
 def plan(*flags):
-    return forked.run('ddmd_jax.plan', *flags, ALLOW_MULTIPLE_LIBTPU_LOAD='1')
+    return forked.run('ddmd_jax.plan', *flags, ALLOW_MULTIPLE_LIBTPU_LOAD='1',
+                      LIBTPU_INIT_ARGS=LAUNCHED)
 
 
 # Of a compiled program: exact, and no clock is asked.

@@ -407,6 +407,7 @@ def test_a_collective_spread_over_fusions_counts_once():
     assert costs.repeats_in(module).branches == {'r': 'branch'}
     assert [(c.name, c.kind, c.count, c.sent) for c in costs.collectives(module)] == [
         ('ag.1', 'all-gather', 1, 3 * 8 * 128 * 2)]
+    assert costs.waited_bytes(module) == 0
     assert costs.flops(module) == 2 * 128**3
     # The gather reads its part and writes the whole, once; the product reads and writes its own.
     assert costs.hbm_bytes(module) == 2 * ((8 + 32) * 128 + 2 * 128 * 128)
@@ -427,6 +428,7 @@ def test_the_fusion_of_an_all_reduce_and_its_slice_is_a_reduce_scatter():
         }''')
     want = dict.fromkeys(hlo.COLLECTIVES, 0) | {'reduce-scatter': 512 * 256 * 2 * 3 // 4}
     assert costs.collective_bytes(module) == want
+    assert costs.waited_bytes(module) == want['reduce-scatter']
     assert costs.hbm_bytes(module) == 2 * 256 * (512 + 128)
 
 

@@ -1,15 +1,18 @@
 """The robustness map: when a run has fallen, when it was warned of, and what tuning finds."""
 
 import dataclasses
+import json
 import re
 
 import numpy as np
 import pytest
+import tiny
 from hypothesis import given, strategies as st
 
+from benchmarks import verdicts
 from ddmd_jax.method import health as diagnostics
 from ddmd_jax.method.health import SHIPPED
-from ddmd_jax.study import map_page, robustness as rb, suites
+from ddmd_jax.study import map_page, results, robustness as rb, suites
 
 STEPS = tuple(range(5, 205, 5))
 WELL = {'dm_rel_gap': 0.1, 'dm_cos': 0.99, 'x_std': 0.45, 'fake_loss': 0.1, 'ema_std': 1.0,
@@ -92,6 +95,18 @@ def planted(rates=(0.06, 0.07)):
 
 def levels(**changes):
     return dataclasses.replace(rb.LEVELS.limits, **changes)
+
+
+def test_a_result_holds_all_that_its_verdicts_were_made_of():
+    """Thresholds are tuned on results: by those that ship, each line has the word it had."""
+    files = sorted((tiny.ROOT / 'docs').glob('*/results/*.json'))
+    assert len(files) > 20
+    for file in files:
+        known = json.loads(file.read_text())
+        lines = results.watched(known['curves'])
+        words = [diagnostics.verdict(lines[:i + 1], known['data_std'])[0]
+                 for i in range(len(lines))]
+        assert words == known['curves']['health'], file.name
 
 
 def test_rates_count_what_is_warned_of_in_time():
@@ -240,3 +255,24 @@ def test_the_answer_names_both_rates(rates, words):
 def test_a_map_of_too_few_runs_is_refused(tmp_path):
     with pytest.raises(ValueError, match='fewer than two runs'):
         map_page.write(tmp_path / 'r.html', 'T', 'H', 'how', {'a': {0: result([1.0])}})
+
+
+# --- What the evaluation finds of a run, and its last verdict ---
+
+
+def test_a_warning_is_counted_against_what_the_evaluation_finds(tmp_path, capsys):
+    """Over-baked with colours gone: a hit. With the colours there: a false alarm. Halves differ."""
+    row = lambda **figures: {'std': 0.4, 'colour_error': 1.0, 'guidance': 1.0, **figures}
+    for name, seed, last, found in [
+            ('good', 1, 1.0, row()), ('good', 2, 1.3, row()), ('pale', 1, 1.0, row(std=0.3)),
+            ('red', 1, 1.3, row(colour_error=2.1)), ('red', 2, 1.3, row(std=0.5))]:
+        known = result([1.0] * 6, ema_std=[1.0] * 5 + [last]) | {
+            'student': found, 'real': row(),
+            'guided': row(colour_error=2.0, guidance=2.0 if name == 'good' else 1.0)}
+        (tmp_path / f'{name}-seed{seed}.json').write_text(json.dumps(known))
+    verdicts.main([tmp_path])
+    said = capsys.readouterr().out
+    assert 'shipped: 2 of 3 spoilt students warned of, 1 false alarms in 2 runs' in said
+    assert 'colours 2.10 > 2.00' in said and 'contrast -25%' in said
+    # `good` and `pale` are one half: nobody warned of `pale`, and no thresholds could.
+    assert re.search('tuned on 2 recipes: 0 of 1 .*; on the other 1: [012] of 2 ', said)

@@ -69,6 +69,7 @@ class Torch:
     """The same in PyTorch, by the formulas of the paper and diffusers' network."""
 
     resident = 0
+    attention: list[str] = []  # what `scaled_dot_product_attention` has chosen in the first update
 
     def __init__(self, subject: synthetic.Subject, network: dict[str, Any],
                  weights: dict[str, np.ndarray], compiled: bool):
@@ -197,6 +198,16 @@ class Torch:
         self.cond, self.null = move(self.cond), move(self.null)
         self.times = self.times.to(self.device)
 
+    def looked_at(self, update: Callable[..., Any], given: dict[str, Any],
+                  count: int) -> dict[str, Any]:
+        """The update, and `attention` by PyTorch's profiler: kernels differ by mask and dtype."""
+        profiler = self.torch.profiler
+        with profiler.profile(activities=[profiler.ProfilerActivity.CPU]) as seen:
+            metrics = update(given, count)
+        self.attention = sorted({event.key for event in seen.key_averages()
+                                 if event.key.startswith('aten::_scaled_dot_product')})
+        return metrics
+
     def free(self) -> None:
         """Nothing but the networks' shapes is left."""
         for net in self.nets.values():
@@ -213,7 +224,10 @@ class Torch:
                 given = {name: self.torch.tensor(x, device=self.device)
                          for name, x in draws(self.subject, kind, count).items()}
                 begun = time.monotonic()
-                metrics = getattr(self, kind)(given, count)
+                if self.attention:
+                    metrics = getattr(self, kind)(given, count)
+                else:
+                    metrics = self.looked_at(getattr(self, kind), given, count)
                 if self.device.type == 'cuda':
                     self.torch.cuda.synchronize()
                 lines.append({'program': kind, 'seconds': time.monotonic() - begun,

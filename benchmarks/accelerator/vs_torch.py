@@ -230,6 +230,7 @@ def compared(size: Size, dtype: str, sides: tuple[str, ...], updates: int, round
                 first[name] = lines, {k: at_end(k) for k in ends}
             del at_end  # and with it a state of ours
             if isinstance(side, Torch):
+                figures[name]['attention'] = side.attention
                 side.free()
             figures[name]['turns'].append(summed_up(lines))
             if memory:

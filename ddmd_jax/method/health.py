@@ -27,7 +27,8 @@ BAKED = 'stop here, lower alpha, or give the critic more updates'
 COLLAPSING = 'collapsing'  # worse than over-baked: captions are about to be lost
 BROKEN = 'broken'  # a figure is NaN or Inf
 WORDS = (HEALTHY, OVER_BAKED, CRITIC_LAGS, WASHED_OUT, COLOUR_CAST, COLLAPSING, BROKEN)
-WATCHED = ('dm_rel_gap', 'dm_cos', 'x_std', 'fake_loss', 'ema_std', 'ema_cast')  # by the verdict
+# What the verdict looks at.
+WATCHED = ('dm_rel_gap', 'dm_cos', 'x_std', 'fake_loss', 'ema_std', 'ema_start', 'ema_cast')
 RATE_OVER = 10  # updates over which growth is measured, at least
 
 
@@ -136,7 +137,7 @@ def verdict(history: Sequence[dict[str, Any]], data_std: float | None = None,
             limits: Thresholds = SHIPPED) -> tuple[str, str]:
     """A word and its reason, from logged intervals, oldest first.
 
-    Each has `step` and the figures of `WATCHED`, the last three of those where they are measured.
+    Each has `step` and the figures of `WATCHED`, those of the EMA where they are measured.
     Compares the last interval with the mean of the first `REFERENCE`, and the EMA student
     with real data and the weights it began as. Over-baked: contrast above that of real data,
     `data_std`, or if that is not known of the start. Washed out, colour cast: the EMA samples

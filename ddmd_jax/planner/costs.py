@@ -150,13 +150,18 @@ def _pairs(image: int, kernel: int, out: int, stride: int, pad: int, lhs_dilate:
 
 @dataclasses.dataclass(frozen=True)
 class Collective:
-    """One collective; `sent` is bytes per chip and run, `group` how many chips take part."""
+    """One collective; `sent` is bytes per chip and run, `group` how many chips take part.
+
+    `beside` says whether the chip computes meanwhile: it is a start and a done, or spread over
+    fusions.
+    """
 
     name: str
     kind: str
     count: int
     group: int
     sent: int
+    beside: bool
 
 
 def collectives(module: Module) -> tuple[Collective, ...]:
@@ -169,7 +174,10 @@ def collectives(module: Module) -> tuple[Collective, ...]:
                 kind = _true_kind(module, comp, i)
                 group = _group_size(module, i)
                 size = sum(leaf.bytes for leaf in leaves(i.shapes))
-                found.append(Collective(i.name, kind, count, group, _sent(kind, size, group)))
+                beside = (i.opcode.endswith('-start') or comp.starts_async
+                          or comp.name in module.asynchronous)
+                found.append(
+                    Collective(i.name, kind, count, group, _sent(kind, size, group), beside))
     return tuple(found)
 
 
@@ -195,6 +203,11 @@ def collective_bytes(module: Module) -> dict[str, int]:
     for c in collectives(module):
         sums[c.kind] += c.count * c.sent
     return sums
+
+
+def waited_bytes(module: Module) -> int:
+    """Those of `collective_bytes` for which the chip waits."""
+    return sum(c.count * c.sent for c in collectives(module) if not c.beside)
 
 
 def _sent(kind: str, size: int, n: int) -> int:
@@ -383,6 +396,7 @@ class Summary:
     flops: int
     pallas: tuple[PallasCall, ...]
     collective_bytes: dict[str, int]
+    waited_bytes: int
     hbm_bytes: int
     unknown_loops: tuple[str, ...]
     branches: dict[str, str]
@@ -398,6 +412,7 @@ def summary(text: str) -> Summary:
         module = parse(text)
         repeats = repeats_in(module)
         return Summary(flops(module), pallas_calls(module), collective_bytes(module),
-                       hbm_bytes(module), tuple(repeats.unknown_loops), repeats.branches)
+                       waited_bytes(module), hbm_bytes(module), tuple(repeats.unknown_loops),
+                       repeats.branches)
     except (KeyError, IndexError, TypeError, AttributeError, RecursionError) as error:
         raise HloError(f'HLO text in an unknown spelling: {error!r}') from error

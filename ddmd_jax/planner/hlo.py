@@ -157,6 +157,12 @@ class Module:
                 if i.opcode == 'fusion' for name in i.names('calls')}
 
     @functools.cached_property
+    def asynchronous(self) -> set[str]:
+        """Computations that an ``async-start`` carries out while others run."""
+        return {name for c in self.computations.values() for i in c.instructions.values()
+                if i.opcode == 'async-start' for name in i.names('calls')}
+
+    @functools.cached_property
     def started(self) -> set[tuple[str, str | None]]:
         """Kind and channel of each collective that a chain of fusions carries out."""
         return {(i.opcode, i.attributes.get('channel_id')) for c in self.computations.values()

@@ -37,6 +37,7 @@ def measure(program: Program, chip: chips.Chip, effort: float = 0.0) -> dict[str
             'kernel_calls_without_flops': sum(
                 call.count for call in cost.pallas if call.flops is None),
             'hbm_bytes': cost.hbm_bytes, 'collective_bytes': cost.collective_bytes,
+            'waited_bytes': cost.waited_bytes,
             'roofline_seconds': least, 'bound_by': bound, 'rows': program.rows,
             'unknown_loops': list(cost.unknown_loops), 'compile_seconds': seconds}
 

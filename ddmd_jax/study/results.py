@@ -4,12 +4,13 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from ddmd_jax.method import health
 from ddmd_jax.util import errors, files, run_files, shape
 from ddmd_jax.util.errors import UserError
 from ddmd_jax.util.files import write_json
 
 CURVES = ('loss', 'fake_loss', 'dm_rel_gap', 'dm_cos', 'dm_to_ca', 'x_std', 'saturation', 'ema_std',
-          'ema_cast', 'ema_match', 'ema_objects', 'ema_background', 'ema_image_std',
+          'ema_start', 'ema_cast', 'ema_match', 'ema_objects', 'ema_background', 'ema_image_std',
           'gan_critic_loss', 'gan_loss', 'mv_kl', 'health')
 
 
@@ -19,6 +20,12 @@ def curves(workdir: Path) -> dict[str, list[Any]]:
     short = lambda v: round(v, 5) if isinstance(v, float) else v
     return {name: [short(line.get(name)) for line in lines] for name in ('step', *CURVES)
             if any(name in line for line in lines)}
+
+
+def watched(curves: Mapping[str, Sequence[Any]]) -> tuple[dict[str, Any], ...]:
+    """What the health verdict looks at, a dict a logged line."""
+    names = [name for name in ('step', *health.WATCHED) if name in curves]
+    return tuple(dict(zip(names, line)) for line in zip(*(curves[name] for name in names)))
 
 
 def evaluated(workdir: Path) -> dict[str, Any]:

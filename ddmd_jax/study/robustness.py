@@ -16,6 +16,7 @@ from scipy import stats
 
 from ddmd_jax.method import health as diagnostics
 from ddmd_jax.method.health import SHIPPED, Thresholds
+from ddmd_jax.study.results import watched
 from ddmd_jax.study.trials import DIVERGED
 
 DROP = 0.05  # share of its peak by which the caption match has fallen when quality has
@@ -161,13 +162,11 @@ def _read(name: str, result: Mapping[str, Any], data_std: float | None,
     steps, match = curves.get('step', []), curves.get('ema_match', [])
     if None in match or diverged and 'log.every' not in result['fields']:
         raise ValueError(f'{name} has lines without ema_match, or no log.every among its fields')
-    lines = tuple({k: curves[k][i] for k in ('step', *diagnostics.WATCHED) if k in curves}
-                  for i in range(len(steps)))
     fell, unknown = fall(steps, match, drop)
     if fell is None and diverged:
         fell, unknown = (steps[-1] if steps else 0) + result['fields']['log.every'], False
     return History(name, result['fields'], max(match, default=0.0), match[-1] if match else 0.0,
-                   fell, unknown, lines, data_std)
+                   fell, unknown, watched(curves), data_std)
 
 
 def said(run: History, signal: Signal, limits: Thresholds) -> list[int]:

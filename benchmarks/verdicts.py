@@ -1,0 +1,99 @@
+"""Whether a run's health says what the evaluation of its student finds: thresholds, by halves.
+
+    python benchmarks/verdicts.py docs/steps/results docs/paper/results
+
+A student is *spoilt* if its backgrounds are further from the real colours than the guided teacher's
+are, or its contrast is more than 5 % off real images'. A run warns of it if its last line's verdict
+is anything but healthy. Thresholds of `method/health.py` are drawn at random and chosen on half of
+the recipes, then counted on the other half: all seeds of a recipe are on one side, as they are
+alike. Shipped thresholds are counted on all. Nothing is trained.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+from ddmd_jax.method import health
+from ddmd_jax.study import results, robustness
+
+STD = 0.05  # share by which a contrast may differ from real images'
+DRAWN = 2000  # sets of thresholds that are tried
+
+
+@dataclasses.dataclass(frozen=True)
+class Run:
+    """What a run was, whether its student is spoilt (and by what), and its logged lines."""
+
+    recipe: str
+    seed: int
+    spoilt: str
+    lines: tuple[dict[str, Any], ...]
+    data_std: float
+
+    def warns(self, limits: health.Thresholds) -> bool:
+        return health.verdict(self.lines, self.data_std, limits)[0] != health.HEALTHY
+
+
+def read(folders: list[Path]) -> list[Run]:
+    """Runs of all folders; a recipe is an experiment of one folder."""
+    found = {(folder.parent.name, *file.stem.rsplit('-seed', 1)): json.loads(file.read_text())
+             for folder in folders for file in sorted(folder.glob('*.json'))}
+    # The guided teacher is the same in all runs of a seed, and is drawn in one of them.
+    guided = {seed: r['guided']['colour_error'] for (_, _, seed), r in found.items()
+              if r['guided']['guidance'] > 1}
+    return [_run(f'{suite}/{name}', int(seed), r, guided[seed])
+            for (suite, name, seed), r in found.items() if 'curves' in r and seed in guided]
+
+
+def _run(recipe: str, seed: int, result: dict[str, Any], guided: float) -> Run:
+    student = result['student']
+    off = student['std'] / result['real']['std'] - 1
+    found = [text for text, so in (
+        (f'colours {student["colour_error"]:.2f} > {guided:.2f}', student['colour_error'] > guided),
+        (f'contrast {off:+.0%}', abs(off) > STD)) if so]
+    return Run(recipe, seed, ', '.join(found), results.watched(result['curves']),
+               result['data_std'])
+
+
+def counted(runs: list[Run], limits: health.Thresholds) -> robustness.Rates:
+    """Hits among spoilt students, false alarms among the others."""
+    bad, good = ([r for r in runs if bool(r.spoilt) is is_bad] for is_bad in (True, False))
+    hits, false = (sum(r.warns(limits) for r in some) for some in (bad, good))
+    return robustness.Rates(len(bad), hits, hits, hits, 0, len(good), false)
+
+
+def halves(runs: list[Run]) -> tuple[list[Run], list[Run]]:
+    """Every other recipe with a spoilt student, and every other of those without."""
+    recipes = sorted({r.recipe for r in runs})
+    spoilt = [name for name in recipes if any(r.spoilt for r in runs if r.recipe == name)]
+    sound = [name for name in recipes if name not in spoilt]
+    ours = {*spoilt[::2], *sound[::2]}
+    return [r for r in runs if r.recipe in ours], [r for r in runs if r.recipe not in ours]
+
+
+def said(rates: robustness.Rates) -> str:
+    return (f'{rates.hits} of {rates.degrading} spoilt students warned of, '
+            f'{rates.false} false alarms in {rates.steady} runs')
+
+
+def main(folders: list[Path]) -> None:
+    runs = read(folders)
+    for r in runs:
+        word = health.verdict(r.lines, r.data_std)[0]
+        print(f'{r.recipe:28} {r.seed}  {word:12} {r.spoilt or "sound"}')
+    print(f'shipped: {said(counted(runs, health.SHIPPED))}')
+    one, other = halves(runs)
+    for tuned, tried in ((one, other), (other, one)):
+        limits = max(robustness.candidates(robustness.LEVELS, DRAWN),
+                     key=lambda limits: robustness.better(counted(tuned, limits)))
+        print(f'tuned on {len({r.recipe for r in tuned})} recipes: {said(counted(tuned, limits))}; '
+              f'on the other {len({r.recipe for r in tried})}: {said(counted(tried, limits))}; '
+              f'shipped there: {said(counted(tried, health.SHIPPED))}')
+
+
+if __name__ == '__main__':
+    main([Path(name) for name in sys.argv[1:]])
