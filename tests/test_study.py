@@ -88,7 +88,8 @@ def result(match=0.9, frechet=1.0, std=1.0, low=0.5, cos=0.0, share=0.5,
            x_std=(0.4, 0.41, 0.42)):
     row = {'all_match': match, 'all_match_held_out': match, 'frechet': frechet,
            'colour_error': 1.0, 'std': 0.5, 'diversity': None}
-    return {'fields': {}, 'student': row, 'few_step': row | {'frechet': 0.6},
+    return {'fields': {}, 'student': row | {'std': 0.5 * std}, 'real': row,
+            'few_step': row | {'frechet': 0.6},
             'figures': {'std_ratio': std, 'bands_live': [low, 0.2, 0.3], 'observer_cos': cos,
                         'guided_share': share},
             'curves': {'step': [5, 10, 15], 'x_std': list(x_std), 'ema_match': [0.9, 0.9, 0.9],
