@@ -14,6 +14,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +22,6 @@ from ddmd_jax.method import health
 from ddmd_jax.study import results, robustness
 
 STD = 0.05  # share by which a contrast may differ from real images'
-DRAWN = 2000  # sets of thresholds that are tried
 
 
 @dataclasses.dataclass(frozen=True)
@@ -33,9 +33,6 @@ class Run:
     spoilt: str
     lines: tuple[dict[str, Any], ...]
     data_std: float
-
-    def warns(self, limits: health.Thresholds) -> bool:
-        return health.verdict(self.lines, self.data_std, limits)[0] != health.HEALTHY
 
 
 def read(folders: list[Path]) -> list[Run]:
@@ -59,10 +56,12 @@ def _run(recipe: str, seed: int, result: dict[str, Any], guided: float) -> Run:
                result['data_std'])
 
 
-def counted(runs: list[Run], limits: health.Thresholds) -> robustness.Rates:
-    """Hits among spoilt students, false alarms among the others."""
+def counted(runs: Sequence[Run], _: robustness.Signal,
+            limits: health.Thresholds) -> robustness.Rates:
+    """Hits among spoilt students, false alarms among the others; every word is a warning."""
+    warns = lambda r: health.verdict(r.lines, r.data_std, limits)[0] != health.HEALTHY
     bad, good = ([r for r in runs if bool(r.spoilt) is is_bad] for is_bad in (True, False))
-    hits, false = (sum(r.warns(limits) for r in some) for some in (bad, good))
+    hits, false = (sum(map(warns, some)) for some in (bad, good))
     return robustness.Rates(len(bad), hits, hits, hits, 0, len(good), false)
 
 
@@ -85,14 +84,14 @@ def main(folders: list[Path]) -> None:
     for r in runs:
         word = health.verdict(r.lines, r.data_std)[0]
         print(f'{r.recipe:28} {r.seed}  {word:12} {r.spoilt or "sound"}')
-    print(f'shipped: {said(counted(runs, health.SHIPPED))}')
+    rates = lambda some, limits: said(counted(some, robustness.LEVELS, limits))
+    print(f'shipped: {rates(runs, health.SHIPPED)}')
     one, other = halves(runs)
     for tuned, tried in ((one, other), (other, one)):
-        limits = max(robustness.candidates(robustness.LEVELS, DRAWN),
-                     key=lambda limits: robustness.better(counted(tuned, limits)))
-        print(f'tuned on {len({r.recipe for r in tuned})} recipes: {said(counted(tuned, limits))}; '
-              f'on the other {len({r.recipe for r in tried})}: {said(counted(tried, limits))}; '
-              f'shipped there: {said(counted(tried, health.SHIPPED))}')
+        limits = robustness.tune(tuned, robustness.LEVELS, counted=counted).limits
+        print(f'tuned on {len({r.recipe for r in tuned})} recipes: {rates(tuned, limits)}; '
+              f'on the other {len({r.recipe for r in tried})}: {rates(tried, limits)}; '
+              f'shipped there: {rates(tried, health.SHIPPED)}; {limits}')
 
 
 if __name__ == '__main__':

@@ -8,7 +8,7 @@ tuned on half of the runs and reported on the other, which has other learning ra
 import dataclasses
 import itertools
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -233,11 +233,12 @@ class Tuned:
     frontier: tuple[tuple[float, float], ...]
 
 
-def tune(runs: Sequence[History], signal: Signal, count: int = DRAWN) -> Tuned:
-    """The best of `candidates` on `runs`: of those that are alike the one that is farthest from
-    all that do worse."""
+def tune(runs: Sequence[Any], signal: Signal, count: int = DRAWN,
+         counted: Callable[[Sequence[Any], Signal, Thresholds], Rates] = rates) -> Tuned:
+    """The best of `candidates` on `runs`, as `counted`: of those that are alike the one that is
+    farthest from all that do worse."""
     tried = list(candidates(signal, count))
-    found = [rates(runs, signal, limits) for limits in tried]
+    found = [counted(runs, signal, limits) for limits in tried]
     best = max(map(better, found))
     alike = np.asarray([better(r) == best for r in found])
     points = _frontier({(r.false_rate or 0.0, r.hit_rate or 0.0) for r in found})
