@@ -38,7 +38,7 @@ if ((${mib:-0} < 120000)); then
     SIZE=half
 fi
 # JAX takes three quarters of a device's memory, unless it is told of more.
-export XLA_PYTHON_CLIENT_MEM_FRACTION=${XLA_PYTHON_CLIENT_MEM_FRACTION:-.95}
+export XLA_CLIENT_MEM_FRACTION=${XLA_CLIENT_MEM_FRACTION:-.95}
 declare -A FLAGS_OF=(
     [first_light]="--config=lumina $FIT"
     [vs_torch]="--size=$SIZE"

@@ -4,9 +4,9 @@
 
 A student is *spoilt* if its backgrounds are further from the real colours than the guided teacher's
 are, or its contrast is more than 5 % off real images'. A run warns of it if its last line's verdict
-is anything but healthy. Thresholds of `method/health.py` are drawn at random and chosen on half of
-the recipes, then counted on the other half: all seeds of a recipe are on one side, as they are
-alike. Shipped thresholds are counted on all. Nothing is trained.
+is anything but healthy. Thresholds of `method/health.py`, but for those of collapse, are drawn at
+random and chosen on half of the recipes, then counted on the other half: all seeds of a recipe are
+on one side, as they are alike. Shipped thresholds are counted on all. Nothing is trained.
 """
 
 from __future__ import annotations
@@ -39,11 +39,17 @@ def read(folders: list[Path]) -> list[Run]:
     """Runs of all folders; a recipe is an experiment of one folder."""
     found = {(folder.parent.name, *file.stem.rsplit('-seed', 1)): json.loads(file.read_text())
              for folder in folders for file in sorted(folder.glob('*.json'))}
+    ended = {which: r for which, r in found.items() if 'student' in r}
     # The guided teacher is the same in all runs of a seed, and is drawn in one of them.
-    guided = {seed: r['guided']['colour_error'] for (_, _, seed), r in found.items()
+    guided = {seed: r['guided']['colour_error'] for (_, _, seed), r in ended.items()
               if r['guided']['guidance'] > 1}
-    return [_run(f'{suite}/{name}', int(seed), r, guided[seed])
-            for (suite, name, seed), r in found.items() if 'curves' in r and seed in guided]
+    runs = [_run(f'{suite}/{name}', int(seed), r, guided[seed])
+            for (suite, name, seed), r in ended.items() if seed in guided]
+    if left := len(found) - len(runs):
+        print(f'{left} runs are left out: they have no evaluation, or their seed no guided teacher')
+    if not runs:
+        sys.exit('verdicts: no runs; name folders of results, such as docs/steps/results')
+    return runs
 
 
 def _run(recipe: str, seed: int, result: dict[str, Any], guided: float) -> Run:

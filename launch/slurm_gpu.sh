@@ -28,7 +28,7 @@ setting PARTITION "" "empty: the cluster's own"
 setting ACCOUNT "" "empty: yours"
 setting CONFIG configs/lumina.py "config of the run"
 setting WORKDIR runs/ddmd "folder of the run"
-setting MEMORY 0.92 "share of each GPU's memory, in XLA_PYTHON_CLIENT_MEM_FRACTION"
+setting MEMORY "${XLA_CLIENT_MEM_FRACTION:-0.92}" "share of each GPU's memory, in XLA_CLIENT_MEM_FRACTION"
 setting VENV .venv "folder of the venv"
 parse "$@"
 
@@ -40,7 +40,7 @@ submit() {
   run sbatch "--job-name=$NAME" "--nodes=$NODES" "--ntasks-per-node=$GPUS" "--gpus-per-node=$GPUS" \
     "--cpus-per-task=$CPUS" "--time=$TIME" "--signal=TERM@$GRACE" --requeue --open-mode=append \
     "--output=$WORKDIR/slurm.log" "${where[@]}" \
-    "--export=ALL,XLA_PYTHON_CLIENT_MEM_FRACTION=$MEMORY" \
+    "--export=ALL,XLA_CLIENT_MEM_FRACTION=$MEMORY" \
     "--wrap=$(line srun --kill-on-bad-exit=1 "$VENV/bin/python" -m ddmd_jax.main \
       "--config=$CONFIG" "--workdir=$WORKDIR" "${REST[@]}")"
 }

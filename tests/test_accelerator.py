@@ -242,6 +242,13 @@ def test_selftest_of_this_device(light, tmp_path):
     assert list(written['figures']) == list(selftest.CHECKS)
 
 
+def test_selftest_pads_as_networks_do():
+    """cuDNN's kernel is told of a length a row: what is real comes first."""
+    mask = selftest.padding()
+    assert (mask[:, :-1] >= mask[:, 1:]).all() and not mask.all(axis=1).any()
+    assert mask[:, :selftest.IMAGE].all()
+
+
 def test_selftest_sees_what_is_off():
     got, want = ({'metrics': {'loss': 1.0}, 'gradients': {'student': {'a': np.ones(3)}}}
                  for _ in range(2))

@@ -290,7 +290,7 @@ def test_compilers_are_told_the_same_everywhere():
     text = (LAUNCH / 'docker' / 'Dockerfile').read_text()
     image = dict(re.findall(r'^ENV (\w+)="?([^"\n]*)', text, re.M))
     cloud = yaml.safe_load((LAUNCH / 'skypilot.yaml').read_text())['envs']
-    flags, memory = 'LIBTPU_INIT_ARGS', 'XLA_PYTHON_CLIENT_MEM_FRACTION'
+    flags, memory = 'LIBTPU_INIT_ARGS', 'XLA_CLIENT_MEM_FRACTION'
     assert image[flags].startswith('--xla') and 0.75 < float(image[memory]) < 1
     assert {name: cloud[name] for name in (flags, memory)} == {
         name: image[name] for name in (flags, memory)}

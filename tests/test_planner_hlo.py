@@ -350,6 +350,7 @@ channel_id=2, source_target_pairs={{{{0,1}},{{1,0}}}}
     assert costs.collective_bytes(module) == {
         'all-gather': 3 * 256, 'all-reduce': 2 * 1280 * 3 // 4, 'reduce-scatter': 256 * 3 // 4,
         'all-to-all': 0, 'collective-permute': 256}
+    assert costs.waited_bytes(module) == 0
     # Each reads what it is given and writes its result; the `-done` halves do nothing.
     assert costs.hbm_bytes(module) == (256 + 1024) + 2 * 1280 + 2 * 256 + (256 + 64)
 

@@ -16,7 +16,7 @@ from ddmd_jax.study import map_page, results, robustness as rb, suites
 
 STEPS = tuple(range(5, 205, 5))
 WELL = {'dm_rel_gap': 0.1, 'dm_cos': 0.99, 'x_std': 0.45, 'fake_loss': 0.1, 'ema_std': 1.0,
-        'ema_cast': 0.0}
+        'ema_start': 1.0, 'ema_cast': 0.0}
 
 
 def result(match, fields=(), **curves):
@@ -98,11 +98,16 @@ def levels(**changes):
 
 
 def test_a_result_holds_all_that_its_verdicts_were_made_of():
-    """Thresholds are tuned on results: by those that ship, each line has the word it had."""
+    """Thresholds are tuned on results: by those it ran with, each line has the word it had.
+
+    Once others ship, those of these runs are to be written down here.
+    """
     files = sorted((tiny.ROOT / 'docs').glob('*/results/*.json'))
     assert len(files) > 20
     for file in files:
         known = json.loads(file.read_text())
+        if 'failed' in known:
+            continue
         lines = results.watched(known['curves'])
         words = [diagnostics.verdict(lines[:i + 1], known['data_std'])[0]
                  for i in range(len(lines))]

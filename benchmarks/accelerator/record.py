@@ -21,7 +21,8 @@ def device() -> dict[str, Any]:
 def environment() -> dict[str, str]:
     """Variables that change how programs are compiled and run, where they are set."""
     names = ('XLA_FLAGS', 'LIBTPU_INIT_ARGS', 'GLIBC_TUNABLES', 'OMP_NUM_THREADS',
-             'JAX_COMPILATION_CACHE_DIR', 'JAX_DISABLE_MOST_OPTIMIZATIONS')
+             'XLA_CLIENT_MEM_FRACTION', 'JAX_COMPILATION_CACHE_DIR',
+             'JAX_DISABLE_MOST_OPTIMIZATIONS')
     return {name: os.environ[name] for name in names if os.environ.get(name)}
 
 

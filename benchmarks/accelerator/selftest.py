@@ -61,6 +61,12 @@ def off(got: Any, want: Any, scale: float = 0.0) -> tuple[float, float]:
 # --- Checks: device -> figures, each with `passed` ---
 
 
+def padding() -> np.ndarray:
+    """Of two rows, an image and its padded caption each."""
+    lengths = IMAGE + np.asarray([[9], [50]])
+    return np.arange(IMAGE + CAPTION) < lengths
+
+
 def attention_agrees(device: Any) -> dict[str, Any]:
     """All kinds, types and masks, see `LIMITS`. Queries that are padding do not count.
 
@@ -75,9 +81,7 @@ def attention_agrees(device: Any) -> dict[str, Any]:
     draw = lambda heads: rng.standard_normal(
         (2, IMAGE + CAPTION, heads, HEAD_DIM)).astype(np.float32)
     q, k, v, w = draw(HEADS), draw(KV_HEADS), draw(KV_HEADS), draw(HEADS)
-    # A padded caption in front of its image.
-    mask = np.ones((2, IMAGE + CAPTION), bool)
-    mask[0, 9:CAPTION] = mask[1, 50:CAPTION] = False
+    mask = padding()
 
     @functools.cache
     def program(kind: str, padded: bool) -> Any:

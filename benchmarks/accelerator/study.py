@@ -60,7 +60,7 @@ def main(arguments: list[str]) -> None:
              *([f'--seeds={FLAGS.seeds}'] if FLAGS.seeds else [])]
     running = subprocess.Popen(
         [*study, f'--processes={FLAGS.processes}'],
-        env=os.environ | {'XLA_PYTHON_CLIENT_MEM_FRACTION': f'{MEMORY / FLAGS.processes:.3f}'})
+        env=os.environ | {'XLA_CLIENT_MEM_FRACTION': f'{MEMORY / FLAGS.processes:.3f}'})
     try:
         running.wait(max(1.0, STARTED + SHARE * FLAGS.seconds - time.monotonic()))
     except subprocess.TimeoutExpired:

@@ -69,7 +69,7 @@ class Torch:
     """The same in PyTorch, by the formulas of the paper and diffusers' network."""
 
     resident = 0
-    attention: list[str] = []  # what `scaled_dot_product_attention` has chosen in the first update
+    attention: list[str] | None = None  # kernels of `scaled_dot_product_attention`, once seen
 
     def __init__(self, subject: synthetic.Subject, network: dict[str, Any],
                  weights: dict[str, np.ndarray], compiled: bool):
@@ -224,10 +224,9 @@ class Torch:
                 given = {name: self.torch.tensor(x, device=self.device)
                          for name, x in draws(self.subject, kind, count).items()}
                 begun = time.monotonic()
-                if self.attention:
-                    metrics = getattr(self, kind)(given, count)
-                else:
-                    metrics = self.looked_at(getattr(self, kind), given, count)
+                update = getattr(self, kind)
+                look = self.attention is None
+                metrics = self.looked_at(update, given, count) if look else update(given, count)
                 if self.device.type == 'cuda':
                     self.torch.cuda.synchronize()
                 lines.append({'program': kind, 'seconds': time.monotonic() - begun,

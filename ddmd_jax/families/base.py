@@ -55,10 +55,11 @@ class TextEncoder:
 
     `tokenize(prompts)` gives a dict of numpy arrays, a row for each prompt: ``mask [n, length]``
     bool, True for what is real, and the ids (``ids [n, length]`` int32; a family with two
-    encoders has ids for each). Rows are padded on the right, or on whichever side the published
-    model pads; longer texts are cut. The empty string is the null prompt. `apply(params, tokens)`
-    is pure and can be jitted; the `Cond` it gives has as many places as the tokens. It is fit to
-    be cut to the longest prompt of a batch where `cuts` is True: no token sees padding behind it.
+    encoders has ids for each). Rows are padded on the right, which NextDiT and Z-Image ask for, or
+    on whichever side the published model pads; longer texts are cut. The empty string is the null
+    prompt. `apply(params, tokens)` is pure and can be jitted; the `Cond` it gives has as many
+    places as the tokens. It is fit to be cut to the longest prompt of a batch where `cuts` is
+    True: no token sees padding behind it.
     `width` is D of the embeds, `rules` lay `params` out over a mesh, `identity` names the weights.
     `flops(tokens)` is what a row of so many costs, `ids` are the names of its ids: the planner's.
     `cut(prompts)` says which lose their end, ``[n]`` bool; None of an encoder that does not tell.

@@ -4,8 +4,8 @@ Same parameters, same forward pass, same conventions as the published network: i
 input runs from 0 (noise) to 1 (clean) and its output is the velocity `x - noise`; that the
 pipeline of diffusers negates it and calls time `1 - t / 1000` is that pipeline's affair.
 Sequence lengths are static here: where diffusers packs each caption in front of its image,
-we keep ``[image | padded caption]`` and mask the padding, which so stands last: a length a row
-tells a kernel of it. Attention does not care for the order of keys and the rotary positions are
+we keep ``[image | padded caption]`` and mask the padding, which comes last, so that a kernel needs
+only a length a row. Attention does not care for the order of keys and the rotary positions are
 those of the packed sequence, so the outputs agree.
 """
 

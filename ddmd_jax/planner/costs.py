@@ -152,8 +152,8 @@ def _pairs(image: int, kernel: int, out: int, stride: int, pad: int, lhs_dilate:
 class Collective:
     """One collective; `sent` is bytes per chip and run, `group` how many chips take part.
 
-    `beside` says whether the chip computes meanwhile: it is a start and a done, or spread over
-    fusions.
+    `beside` says whether the chip can compute meanwhile: it is a start and a done, or spread over
+    fusions. What lies between is not asked.
     """
 
     name: str
@@ -206,7 +206,7 @@ def collective_bytes(module: Module) -> dict[str, int]:
 
 
 def waited_bytes(module: Module) -> int:
-    """Those of `collective_bytes` for which the chip waits."""
+    """Those of `collective_bytes` that are sent in one go, while the chip waits."""
     return sum(c.count * c.sent for c in collectives(module) if not c.beside)
 
 

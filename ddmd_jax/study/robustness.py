@@ -155,7 +155,8 @@ def _read(name: str, result: Mapping[str, Any], data_std: float | None,
     if 'curves' not in result:
         raise ValueError(f'{name} has no curves')
     curves = result['curves']
-    absent = [k for k in ('ema_std', 'ema_match') if k not in curves and curves.get('step')]
+    probed = ('ema_std', 'ema_start', 'ema_match')
+    absent = [k for k in probed if k not in curves and curves.get('step')]
     if absent:
         raise ValueError(f'{name} has no {absent[0]} in its lines: log.probe and log.judge have to '
                          'be on')
