@@ -7,6 +7,7 @@ import dataclasses
 import functools
 import json
 import math
+import os
 import sys
 
 import jax
@@ -126,8 +127,17 @@ def test_manifests_say_nothing_of_adapters_where_all_is_trained():
 # --- Networks ---
 
 
+@pytest.fixture
+def optimised():
+    """Programs as users have them: bits of those that tests have depend on what is fused."""
+    name = 'jax_disable_most_optimizations'
+    jax.config.update(name, False)
+    yield
+    jax.config.update(name, os.environ[name.upper()] == '1')  # conftest.py sets it
+
+
 @pytest.mark.parametrize('dtype', ['float32', 'bfloat16'])
-def test_a_fresh_student_is_its_teacher_and_a_merged_one_itself(params, dtype):
+def test_a_fresh_student_is_its_teacher_and_a_merged_one_itself(optimised, params, dtype):
     """Bit for bit the first, of a base in either type; within rounding the second."""
     base = kernels_in(params[0], dtype)
     denoise = jax.jit(emoji.make_denoiser(
