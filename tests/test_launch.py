@@ -294,6 +294,8 @@ def test_compilers_are_told_the_same_everywhere():
     assert image[flags].startswith('--xla') and 0.75 < float(image[memory]) < 1
     assert {name: cloud[name] for name in (flags, memory)} == {
         name: image[name] for name in (flags, memory)}
+    told = (tiny.ROOT / 'docs' / 'launching.md').read_text()
+    assert f'{flags}="{image[flags]}"' in told and f'{memory}={image[memory]}' in told
     remote = words(commands(dry('tpu_vm', 'run'))[-1])[-1]
     assert f"{flags}='{image[flags]}' nohup .venv/bin/python -m ddmd_jax.main" in remote
     assert f'--export=ALL,{memory}={image[memory]}' in commands(dry('slurm_gpu', 'run'))[-1]
