@@ -36,7 +36,7 @@ LUMINA = {'tokens': 256, 'width': 2304, 'rows': 256}  # of one prompt; how many 
 def rate(prompts: conditioning.Prompts, buckets: tuple[int, ...] = ()) -> float:
     """Rows a second of a loader that nothing waits for but this loop."""
     order = Order(prompts.rows, BATCH, 0, prompts.lengths, buckets)
-    batches = loader.batches(order, prompts.read, BATCH, 1, 0)
+    batches = loader.batches(order, prompts.read, np.arange(BATCH))
     next(batches)
     start, count = time.monotonic(), 0
     while time.monotonic() - start < SECONDS:

@@ -19,7 +19,7 @@ def save(workdir, manifest, ema, step=3):
     ahead, tx = jax.tree.map(lambda x: x + 1, ema), optax.adamw(1e-3)
     state = dataclasses.replace(st.fresh(ahead, tx, ahead, tx), ema=jax.tree.map(jnp.asarray, ema))
     checkpoints = Checkpoints(workdir, manifest)
-    read = loader.batches(Order(np.arange(4), 2, 0), lambda planned: planned.rows, 2)
+    read = loader.batches(Order(np.arange(4), 2, 0), lambda planned: planned.rows, np.arange(2))
     checkpoints.save(step, state, Feed(read, lambda batch: batch))
     checkpoints.wait()
     checkpoints.close()

@@ -106,6 +106,17 @@ def test_a_critic_is_merged_only_with_its_own_kind():
     assert config_lib.validate(config) == []
 
 
+def test_adapters_that_are_merged_begin_as_one():
+    """The mean of two products is that of their factors only where one factor is the same."""
+    fields = {'critic.adapter.rank': 2}
+    for merge, alike in ((0.9, True), (1.0, False)):
+        task = small.task_of(lora_config(**fields, **{'critic.merge': merge}))
+        state = task.spec.create()
+        first = jax.tree.leaves(jax.tree.map(lambda a, b: bool((a == b).all()),
+                                             state.student, state.critic))
+        assert all(first) == alike
+
+
 def test_a_section_is_a_binding():
     assert adapters.from_section(None) == Full()
     section = {'kind': 'lora', 'rank': 8, 'alpha': None, 'targets': {'1': 'b', '0': 'a'}}

@@ -106,6 +106,11 @@ def test_no_recipe_of_that_name():
     ({'student.first_step': 2}, 'must lie from student.steps - 1 = 3 to 999'),
     ({'critic.updates': 0, 'method.weight_dm': 0.0, 'method.gan.weight': 0.0},
      'needs critic.updates of at least 1'),
+    # Steps 10, 7, 4 and 2 of the table: tau must be cleaner than the last, step 1 or 0.
+    ({'student.first_step': 10, 'method.schedule': 'decoupled_hybrid',
+      'method.tau_dm': (0.0, 0.999)}, 'must be above 0.998'),
+    ({'student.first_step': 399, 'student.steps': 1, 'method.tau_ca': (0.0, 0.5),
+      'method.schedule': 'decoupled_hybrid'}, 'must be above 0.601'),
     ({'data.name': 'embeddings'}, 'has no real images: the weight of method.gan')])
 def test_one_wrong_field_of_sdxl(fields, words):
     (line,) = config_lib.validate(changed('sdxl', fields))
@@ -435,6 +440,8 @@ def test_unusual_but_right(fields):
     ({'student.steps': 64, 'data.global_batch': 64}, 'method.tau_ca: (0.0, 0.98)', 'above 0.9844'),
     ({'train.accumulate': 3}, 'data.global_batch: 32, must be a multiple',
      'student.steps * train.accumulate = 4 * 3: steps not dividing; the next batch that does: 36'),
+    ({'train.on_health': 'raise_critic'}, 'optim.critic.decay: 0.5, must be 0',
+     'the critic would stand still in those that are added'),
     ({'mesh.tensor': -1}, 'mesh.data: -1', 'only one of data, fsdp, tensor may be -1'),
 ])
 def test_fields_that_do_not_go_together(fields, start, fragment):

@@ -120,6 +120,15 @@ def test_in_dmd2s_order_a_step_has_as_many_updates_of_the_critic(monkeypatch):
     assert (int(state.step), int(state.critic_step)) == (2, 5)
 
 
+def test_updates_that_a_verdict_added_go_on_without_it():
+    """A run that is resumed with another `train.on_health` has a program for them."""
+    task = task_of(config_of(**{'critic.order': 'same_images'}))
+    feed, state = task.feed(frozenset()), task.spec.create()
+    state.critic_extra = state.critic_extra + 1
+    state, metrics = task.step(state, lambda: next(feed), True)
+    assert bool(metrics['finite']) and int(state.critic_step) == 2
+
+
 def test_updates_on_one_rollout_share_a_batch(monkeypatch):
     """A step has one, whose samples the critic's updates take in turn, and whose inputs are the
     generator's; a warm-up has one for as many updates as the student has steps, each from noise

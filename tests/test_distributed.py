@@ -124,32 +124,44 @@ def test_two_processes_are_one_run(tmp_path):
 
 
 def read(port, process):
-    """What the test below runs twice: a line per batch, ``[first place, rows]`` per device."""
+    """What the test below runs twice: a line per batch, ``[first place, rows]`` per device.
+
+    On three meshes: as the devices come; in a ring, so that a process has the first and the last
+    rows; and with a tensor axis over both processes, so that they have the same.
+    """
     distributed.start(f'127.0.0.1:{port}', 2, int(process), {'JAX_PLATFORMS': 'cpu'})
-    mesh = sharding.make_mesh({'data': 2, 'fsdp': 2, 'tensor': 2})
-    data = loader.batches(Order(np.arange(40), 16, 0), lambda planned: planned.rows, 16)
-    for _ in range(5):
-        batch = sharding.put_batch(next(data), mesh)
-        assert batch.shape == (16,)
-        print('read', json.dumps([(shard.index[0].start or 0, np.asarray(shard.data).tolist())
-                                  for shard in batch.addressable_shards]))
+    mesh, devices = sharding.make_mesh({'data': 2, 'fsdp': 2, 'tensor': 2}), jax.devices()
+    ring = sharding.make_mesh({'data': 1, 'fsdp': 8}, np.roll(devices, 2).tolist())
+    across = sharding.make_mesh(
+        {'fsdp': 4, 'tensor': 2}, np.reshape(devices, (2, 4)).T.flatten().tolist())
+    for mesh in (mesh, ring, across):
+        data = loader.batches(Order(np.arange(40), 16, 0), lambda planned: planned.rows,
+                              sharding.rows_here(mesh, 16))
+        for _ in range(5):
+            batch = sharding.put_batch(next(data), mesh, 16)
+            assert batch.shape == (16,)
+            print('read', json.dumps([(shard.index[0].start or 0, np.asarray(shard.data).tolist())
+                                      for shard in batch.addressable_shards]))
 
 
 @pytest.mark.slow
-def test_two_processes_read_the_prompts_of_one_in_its_order():
+def test_processes_read_the_prompts_of_one_in_its_order_on_any_mesh():
     port = free_port()
     outputs = together([[__file__, port, i] for i in range(2)])
     read_by = [[json.loads(line.removeprefix('read ')) for line in output.splitlines()
                 if line.startswith('read ')] for output in outputs]
     one = Order(np.arange(40), 16, 0)
     for i, (a, b) in enumerate(zip(*read_by, strict=True)):
-        want, places = one[i].rows, set()
+        want, places = one[i % 5].rows, set()
         for first, rows in a + b:
             np.testing.assert_array_equal(rows, want[first:first + len(rows)])
             places |= {*range(first, first + len(rows))}
         assert places == {*range(16)}  # between them, the whole batch
-        assert {first for first, _ in a}.isdisjoint(first for first, _ in b)
-    assert len(read_by[0]) == 5
+        firsts = [{first for first, _ in part} for part in (a, b)]
+        assert firsts[0] == firsts[1] if i >= 10 else firsts[0].isdisjoint(firsts[1])
+        if 5 <= i < 10:  # the ring: one process has a hole in the middle of its rows
+            assert any({0, 14} <= part for part in firsts)
+    assert len(read_by[0]) == 15
 
 
 # --- What says that there are several ---
@@ -165,6 +177,14 @@ def test_two_processes_read_the_prompts_of_one_in_its_order():
 ])
 def test_the_environment_is_read(environ, found):
     assert distributed.launcher_in({'JAX_PLATFORMS': 'cpu'} | environ) == found
+
+
+@pytest.mark.parametrize('libtpu, found', [(True, 'TPU'), (False, None)])
+def test_a_device_that_is_passed_through_is_no_tpu(monkeypatch, libtpu, found):
+    monkeypatch.setattr(distributed.glob, 'glob', lambda pattern: (
+        ['/dev/vfio/0'] if 'vfio' in pattern else []))
+    monkeypatch.setattr(distributed.importlib.util, 'find_spec', lambda name: libtpu or None)
+    assert distributed.launcher_in({}) == found
 
 
 @pytest.mark.parametrize('flags, words', [

@@ -189,7 +189,8 @@ def test_cached_and_online_give_the_same_step(tmp_path, text, mesh, stored, pred
     rows, moved = np.asarray([6, 2, 5, 0]), []
     length = int(cached.lengths.max())
     for prompts in (cached, online):
-        batch = sources.placer(prompts, mesh)(Batch(prompts.lookup(rows, length), shape=tiny.SHAPE))
+        place = sources.placer(prompts, mesh, len(rows))
+        batch = place(Batch(prompts.lookup(rows, length), shape=tiny.SHAPE))
         before = spec.create()
         start = jax.tree.map(np.asarray, before.student)
         frozen = dataclasses.replace(frozen, null=prompts.null)

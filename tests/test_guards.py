@@ -19,7 +19,7 @@ from ddmd_jax.parallel import sharding
 from ddmd_jax.train import state as st, train as trains
 from ddmd_jax.train.durable import guards, rollback
 from ddmd_jax.train.durable.checkpoint import CheckpointError
-from ddmd_jax.train.durable.rollback import DivergedError
+from ddmd_jax.train.durable.rollback import DivergedError, GuardError
 from ddmd_jax.train.update import keep_if
 from ddmd_jax.util import jsonl as lines
 
@@ -204,14 +204,14 @@ def test_a_run_that_is_not_to_go_back_ends(tmp_path):
 # --- Health that acts ---
 
 
-def unwell(workdir, how, steps, collapses=99, **changes):
+def unwell(workdir, how, steps, collapses=99, bad=(), **changes):
     """(state, metrics lines) of a run that is over-baked at every line, one each step.
 
     From step `collapses` on it is worse.
     """
     config = config_of(steps=steps, **changes)
     config.train.on_health, config.log.every = how, 1
-    task = make_task()
+    task = make_task(bad)
     task.measure = lambda state, history, values: (values | {
         'health': 'over-baked' if values['step'] < collapses else 'collapsing',
         'health_reason': 'so'}, '')
@@ -234,6 +234,13 @@ def test_the_critic_gets_more_updates_also_when_the_run_is_resumed(tmp_path):
     state, lines = unwell(tmp_path, 'raise_critic', 8, every=6)
     assert [x['critic_extra'] for x in lines] == [0.0] * 3 + [1.0] * 3 + [2.0] * 2
     assert int(state.critic_step) == 9 + 2 * 3
+
+
+def test_a_step_is_not_replayed_with_another_recipe(tmp_path):
+    """Alpha was lowered at step 6, after the checkpoint of step 4: 5 and 6 would be others."""
+    unwell(tmp_path, 'lower_alpha', 8, every=4, bad={12})
+    with pytest.raises(GuardError, match='step 7 cannot be replayed: train.on_health changed alp'):
+        replay(tmp_path, {12}, every=4)
 
 
 @pytest.mark.parametrize('how, last', [('stop', 3), ('stop_collapsing', 5), ('nothing', 7)])

@@ -13,7 +13,7 @@ from ddmd_jax.config.fields import OPTIMISER
 from ddmd_jax.families.base import kernels_in
 from ddmd_jax.families.emoji import teacher as emoji
 from ddmd_jax.parallel import sharding
-from ddmd_jax.train.optim import make_optimizer
+from ddmd_jax.train.optim import learning_rate, make_optimizer
 
 MESH = sharding.make_mesh({}, jax.devices()[:1])
 TX = optax.sgd(0.1, momentum=0.9)  # Adam would blow up rounding where a gradient is near 0
@@ -100,6 +100,17 @@ def test_only_the_first_moment_is_kept_in_bf16():
         assert {x.dtype.name for x in jax.tree.leaves(adam.nu)} == {'float32'}
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-2, atol=1e-9),
                  updates['float32'], updates['bfloat16'])
+
+
+@pytest.mark.parametrize('warmup', [0, 100, 1000, 1500])
+@pytest.mark.parametrize('share', [0.2, 1.0])
+def test_a_rate_that_decays_ends_at_0(warmup, share):
+    """Also where warm-up leaves less of the run than the decay asks for."""
+    rate = learning_rate({'warmup': warmup, 'decay': share, 'lr': 1.0}, 1000)
+    found = np.asarray([float(rate(count)) for count in range(0, 1001, 50)])
+    peak = found.argmax()
+    assert (np.diff(found)[:peak] >= 0).all() and (np.diff(found)[peak:] <= 0).all()
+    assert found[-1] == 0 if warmup < 1000 else found[-1] > 0.6
 
 
 @pytest.fixture

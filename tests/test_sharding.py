@@ -141,10 +141,12 @@ class Chip:
     """As much of a device as laying out a mesh looks at."""
 
     id: int
-    slice_index: int
+    slice_index: int = 0
     platform: str = 'fake'
     device_kind: str = 'fake'
     process_index: int = 0
+    coords: tuple[int, ...] = ()
+    core_on_chip: int = 0
 
 
 def chips(*per_slice):
@@ -176,6 +178,26 @@ def test_a_single_slice_is_laid_out_as_if_it_were_none():
     one = [Chip(i, 3) for i in range(8)]
     mesh = make_mesh({'data': 1, 'fsdp': -1}, one)
     assert [*mesh.devices.flat] == one and mesh.shape['fsdp'] == 8
+
+
+def test_fsdp_goes_from_one_host_of_gpus_to_another():
+    """To JAX a host of GPUs is a slice; data still comes first."""
+    gpus = [dataclasses.replace(chip, id=8 * chip.slice_index + i, platform='gpu')
+            for i, chip in enumerate(sorted(chips(4, 4), key=lambda chip: chip.slice_index))]
+    mesh = make_mesh({'fsdp': -1}, gpus)
+    assert [*mesh.devices.flat] == gpus and mesh.shape['fsdp'] == 8
+    assert [set(row.flat) for row in slices_at(make_mesh({'data': 2, 'fsdp': 4}, gpus))] == [
+        {0}, {1}]
+
+
+@pytest.mark.parametrize('torus', [(8, 8), (4, 8), (4, 4, 4)], ids=str)
+@pytest.mark.parametrize('fsdp', [8, 16, 32])
+def test_an_axis_may_take_a_part_of_a_toruss(torus, fsdp):
+    kind = 'TPU v6 lite' if len(torus) == 2 else 'TPU v5'
+    tpus = [Chip(i, 0, 'tpu', kind, i // 4, (*at, 0)[:3]) for i, at in enumerate(np.ndindex(*torus))]
+    mesh = make_mesh({'data': -1, 'fsdp': fsdp}, tpus)
+    assert mesh.shape['fsdp'] == fsdp
+    assert {chip.id for chip in mesh.devices.flat} == {chip.id for chip in tpus}
 
 
 @pytest.mark.parametrize('axes, per_slice, words', [
@@ -236,7 +258,7 @@ def check_state(state, mesh):
 
 def check_batch(mesh):
     """Rows are split over data and fsdp, and every device of a tensor group has the same."""
-    batch = sharding.put_batch({'x': np.arange(8.0)}, mesh)['x']
+    batch = sharding.put_batch({'x': np.arange(8.0)}, mesh, 8)['x']
     rows = 8 // (mesh.shape['data'] * mesh.shape['fsdp'])
     at = {shard.device: np.asarray(shard.data) for shard in batch.addressable_shards}
     for i, group in enumerate(mesh.devices.reshape(-1, mesh.shape['tensor'])):
@@ -290,7 +312,7 @@ class Run:
         tx = optax.chain(optax.clip_by_global_norm(1.0), optax.adamw(1e-2, b2=0.95, eps=1e-2))
         self.mesh, self.predict = mesh, Counted(emoji.make_denoiser(tiny.MODEL))
         spec, self.program, self.frozen = tiny.build_run(self.predict, params, tx, mesh)
-        self.batch, self.state = sharding.put_batch(tiny.make_batch(8), mesh), spec.create()
+        self.batch, self.state = sharding.put_batch(tiny.make_batch(8), mesh, 8), spec.create()
 
     def lower(self):
         return [update.lower(self.frozen, self.state, self.batch)

@@ -604,7 +604,7 @@ def main(root):
         check_layout(eight.params, eight.rules, mesh)
         tokens = random_tokens(20, rows=8)
         tokens['mask'][::2, 13:] = False
-        split = sharding.put_batch(tokens, mesh)
+        split = sharding.put_batch(tokens, mesh, 8)
         check_program(eight, split)
         got = jax.jit(eight.apply)(eight.params, split)
         assert got['embeds'].sharding.spec == sharding.BATCH, got['embeds'].sharding

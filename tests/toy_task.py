@@ -8,6 +8,7 @@ import numpy as np
 
 from ddmd_jax.data import loader
 from ddmd_jax.data.order import Order
+from ddmd_jax.parallel import sharding
 from ddmd_jax.train.feed import Feed
 from ddmd_jax.train.startup import Startup
 from ddmd_jax.train.state import StateSpec
@@ -38,7 +39,8 @@ class ToyTask:
         return trained
 
     def feed(self, skip):
-        data = loader.batches(self.order, self.read, self.global_batch)
+        mine = sharding.rows_here(self.spec.mesh, self.global_batch)
+        data = loader.batches(self.order, self.read, mine)
         # The feed reads batches one by one: the last one read is the one to be placed.
         return Feed(data, lambda x: self.place(x, data.get_state()['next_index'] - 1), skip)
 

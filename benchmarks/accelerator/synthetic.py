@@ -138,7 +138,7 @@ def subject(config: Any, mesh: Mesh, network: Mapping[str, Any] | None = None,
         real = np.random.default_rng(c.seed).standard_normal(
             (rows, *teacher.latents.shape)).astype(np.float32)
     batch = Batch(random_cond(teacher, rows, tokens, c), real, teacher.latents.shape)
-    return Subject(c, teacher, planned, sharding.put_batch(batch, mesh), tokens)
+    return Subject(c, teacher, planned, sharding.put_batch(batch, mesh, rows), tokens)
 
 
 def random_params(shapes: Any, layout: Any, seed: int) -> Any:

@@ -223,6 +223,13 @@ def critic_needed(updates: int, weight_dm: float, regularisers: Active) -> str |
                 'follow the student')
 
 
+@about('optim.critic.decay', 'train.on_health')
+def decay_knows_its_end(share: float, on_health: str) -> str | None:
+    if share and on_health == 'raise_critic':
+        return ("must be 0 with train.on_health='raise_critic': the decay is laid over the updates "
+                'that were planned, and the critic would stand still in those that are added')
+
+
 @about('critic.merge', *(f'{whose}.adapter.{name}' for whose in ('student', 'critic')
                          for name in ('kind', 'rank', 'alpha', 'targets')))
 def merges(decay: float, *adapters: Any) -> str | None:
@@ -256,21 +263,30 @@ def batch_divides(batch: int, steps: int, accumulate: int) -> str | None:
                 f'steps not dividing; the next batch that does: {unit * -(-batch // unit)}')
 
 
-@about('method.tau_ca', 'schedule', 'method.schedule', 'student.steps')
-@about('method.tau_ca_end', 'schedule', 'method.schedule', 'student.steps')
-def tau_ca_reaches(span: Sequence[float], schedule: Schedule, name: str, steps: int) -> str | None:
-    return _reaches(span, schedule.ca, name, steps)
+# What the student's last step is found by.
+STEPS = ('method.schedule', 'student.steps', 'student.first_step', 'family')
 
 
-@about('method.tau_dm', 'schedule', 'method.schedule', 'student.steps')
-@about('method.tau_dm_end', 'schedule', 'method.schedule', 'student.steps')
-def tau_dm_reaches(span: Sequence[float], schedule: Schedule, name: str, steps: int) -> str | None:
-    return _reaches(span, schedule.dm, name, steps)
+@about('method.tau_ca', 'schedule', *STEPS)
+@about('method.tau_ca_end', 'schedule', *STEPS)
+def tau_ca_reaches(span: Sequence[float], schedule: Schedule, *steps: Any) -> str | None:
+    return _reaches(span, schedule.ca, *steps)
 
 
-def _reaches(span: Sequence[float], bounds: Bounds, name: str, steps: int) -> str | None:
+@about('method.tau_dm', 'schedule', *STEPS)
+@about('method.tau_dm_end', 'schedule', *STEPS)
+def tau_dm_reaches(span: Sequence[float], schedule: Schedule, *steps: Any) -> str | None:
+    return _reaches(span, schedule.dm, *steps)
+
+
+def _reaches(span: Sequence[float], bounds: Bounds, name: str, steps: int, first: int | None,
+             family: Family) -> str | None:
     """A term that is bounded below needs room above the bound of the student's last step."""
-    low = bounds.low((steps - 1) / steps)
+    last = (steps - 1) / steps
+    if count := family.table_steps:  # `StepTable.steps`, and the next cleaner one
+        first = count - 1 if first is None else first
+        last = (count - first + (steps - 1) * (first + 1) // steps) / count
+    low = bounds.low(last)
     if span and span[1] <= low:
         return (f'its upper end must be above {low:.4g}, where {name} draws this tau from at the '
                 f'last of {steps} steps')

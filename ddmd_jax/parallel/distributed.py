@@ -11,6 +11,7 @@ the others, in its own words.
 import atexit
 import contextlib
 import glob
+import importlib.util
 import itertools
 import json
 import os
@@ -52,8 +53,9 @@ def launcher_in(environ: Mapping[str, str]) -> str | None:
         return 'Open MPI'
     # An interactive machine of a pod is a TPU host like any other: JAX asks its metadata.
     wanted = environ.get('JAX_PLATFORMS', '')
+    # Any device that is passed through has a VFIO group; only TPUs' hosts have libtpu.
     chips = glob.glob('/dev/accel*') or glob.glob('/dev/vfio/[0-9]*')
-    if chips and (wanted == '' or 'tpu' in wanted):
+    if chips and (wanted == '' or 'tpu' in wanted) and importlib.util.find_spec('libtpu'):
         return 'TPU'
     return None
 

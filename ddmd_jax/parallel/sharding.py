@@ -15,6 +15,7 @@ from typing import Any
 
 import jax
 import numpy as np
+from jax.experimental import mesh_utils
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec as P
 
 from ddmd_jax.util import errors
@@ -50,7 +51,8 @@ def make_mesh(axes: Mapping[str, int], devices: Sequence[Any] | None = None) -> 
     """Mesh over all devices; one axis may be -1, meaning whatever is left.
 
     Where the devices lie in several slices, `data` goes over the slow network between them: its
-    outermost factor is the slice, so that fsdp and tensor, which talk most, stay inside one.
+    outermost factor is the slice, so that fsdp and tensor, which talk most, stay inside one. Within
+    one, an axis may take a part of the torus's: 16 of 8 x 8.
 
     Raises:
       ShardingError: unknown axes, sizes that are not positive, that do not multiply to the
@@ -69,21 +71,23 @@ def make_mesh(axes: Mapping[str, int], devices: Sequence[Any] | None = None) -> 
     if math.prod(sizes) != len(devices):
         raise ShardingError(f'{asked} does not fit {len(devices)} devices: the sizes must '
                             'multiply to that number; -1 takes what is left')
-    types = (AxisType.Auto,) * len(AXES)
     slices = slices_of(devices)
-    if len(slices) == 1:
-        return jax.make_mesh(sizes, AXES, axis_types=types, devices=devices)
-    inner = _within_slice(asked, sizes, slices)
-    # As `mesh_utils.create_hybrid_device_mesh` does, but each slice laid out by `jax.make_mesh`.
-    parts = [jax.make_mesh(inner, AXES, axis_types=types, devices=part).devices for part in slices]
-    return Mesh(np.concatenate(parts), AXES, axis_types=types)
+    inner = sizes if len(slices) == 1 else _within_slice(asked, sizes, slices)
+    # Not `jax.make_mesh`, which splits a torus's axis on v5e alone and refuses slices.
+    parts = [mesh_utils.create_device_mesh(inner, part, allow_split_physical_axes=True)
+             for part in slices]
+    return Mesh(np.concatenate(parts), AXES, axis_types=(AxisType.Auto,) * len(AXES))
 
 
 def slices_of(devices: Sequence[Any]) -> list[list[Any]]:
-    """Devices by slice, in the slices' order; those that know of no slice are one."""
+    """Devices by slice, in the slices' order; those that know of no slice are one.
+
+    So are GPUs: to JAX each of their hosts is a slice, but fsdp may well go from one to another.
+    """
     found: dict[int, list[Any]] = {}
     for device in devices:
-        found.setdefault(getattr(device, 'slice_index', 0), []).append(device)
+        own = 0 if device.platform == 'gpu' else getattr(device, 'slice_index', 0)
+        found.setdefault(own, []).append(device)
     return [found[index] for index in sorted(found)]
 
 
@@ -182,8 +186,18 @@ def check_batch(global_batch: int, mesh: Mesh, parts: int = 1) -> None:
             f'next that does is {-(-global_batch // unit) * unit}')
 
 
-def put_batch(batch: Any, mesh: Mesh) -> Any:
-    """This process's rows of a batch -> global arrays, sharded on the batch axis."""
-    sharding = batch_sharding(mesh)
-    put = lambda x: jax.make_array_from_process_local_data(sharding, np.asarray(x))
-    return jax.tree.map(put, batch)
+def rows_here(mesh: Mesh, rows: int) -> np.ndarray:
+    """Places of a batch of `rows` that this process's devices hold, ascending.
+
+    They need not lie side by side, as a torus is walked in a ring, nor be this process's alone, as
+    `tensor` may go over several.
+    """
+    held = batch_sharding(mesh).addressable_devices_indices_map((rows,))
+    return np.unique(np.concatenate([np.arange(rows)[index] for index in held.values() if index]))
+
+
+def put_batch(batch: Any, mesh: Mesh, rows: int) -> Any:
+    """`rows_here` of a batch of `rows` -> global arrays, sharded on the batch axis."""
+    put = lambda x: jax.make_array_from_process_local_data(
+        batch_sharding(mesh), x, (rows, *x.shape[1:]))
+    return jax.tree.map(lambda x: put(np.asarray(x)), batch)

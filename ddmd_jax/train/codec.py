@@ -103,8 +103,9 @@ class Codec:
             assert planned.shape, 'the order gives each batch one'
             return {'image': self.own.lookup(planned.rows, planned.shape[0])}
 
-        read = loader.batches(self.order, lookup, self.config.data.global_batch)
-        return Feed(read, lambda batch: sharding.put_batch(batch, self.spec.mesh), skip)
+        mesh, rows = self.spec.mesh, self.config.data.global_batch
+        read = loader.batches(self.order, lookup, sharding.rows_here(mesh, rows))
+        return Feed(read, lambda batch: sharding.put_batch(batch, mesh, rows), skip)
 
     def step(self, state: TrainState, next_batch: Callable[[], Any],
              fresh: bool) -> tuple[TrainState, dict[str, Any]]:
@@ -142,9 +143,8 @@ class Codec:
 
     def reconstruct(self, params: Params, images: np.ndarray, batch: int = 64) -> np.ndarray:
         """Images ``[N, H, W, 3]`` uint8, encoded (the mean) and decoded."""
-        parts = (sharding.put_batch(images[i:i + batch], self.spec.mesh)
-                 for i in range(0, len(images), batch))
-        return np.concatenate([np.asarray(self._reconstruct(params, part)) for part in parts])
+        return np.concatenate([np.asarray(self._reconstruct(params, images[i:i + batch]))
+                               for i in range(0, len(images), batch)])
 
     def read_weights(self, path: str) -> Params:
         return self.own.read(path)[1]

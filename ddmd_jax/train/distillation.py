@@ -84,7 +84,9 @@ def plan(config: Any, teacher: Teacher, null: Any, mesh: Mesh) -> Plan:
         extra = {name: r.init(jax.random.fold_in(root, place))
                  for place, (name, r) in enumerate(recipe.regularisers.items())}
         student = _begun('student', mechanics.student, params, of_student)
-        critic = _begun('critic', mechanics.critic, params, of_critic)
+        # Factors are merged one by one, which moves their product only where A is the same.
+        critic = _begun('critic', mechanics.critic, params,
+                        of_critic if mechanics.merge == 1.0 else of_student)
         return fresh(student, student_tx, critic, critic_tx,
                      {name: x for name, x in extra.items() if x is not None})
 
@@ -218,6 +220,7 @@ class Distillation:
                 work[kind, given.signature] = (getattr(planned.program, kind),
                                                (frozen, state, given))
         self.startup.compiling = self._programs = Compiling(work)
+        self._jitted = planned.program
 
     def _shapes_of_batch(self, length: int | None, shape: tuple[int, ...]) -> Batch:
         """A batch as `feed` gives it, as shapes."""
@@ -231,8 +234,9 @@ class Distillation:
             (rows, *x.shape[1:]), jax.dtypes.canonicalize_dtype(x.dtype), sharding=split), read)
 
     def feed(self, skip: frozenset[int]) -> Feed:
-        read = loader.batches(self.order, self.prompts.read, self.config.data.global_batch)
-        return Feed(read, prompt_sources.placer(self.prompts, self.spec.mesh), skip)
+        mesh, rows = self.spec.mesh, self.config.data.global_batch
+        read = loader.batches(self.order, self.prompts.read, sharding.rows_here(mesh, rows))
+        return Feed(read, prompt_sources.placer(self.prompts, mesh, rows), skip)
 
     def read_weights(self, path: str) -> Any:
         """What a student that begins at `path` trains at its step 0, in any layout.
@@ -312,7 +316,10 @@ class Distillation:
         return state, mean | metrics | {'finite': metrics['finite'] & (mean['finite'] == 1)}
 
     def _run(self, kind: str, state: TrainState, batch: Batch) -> Any:
-        return self._programs[kind, batch.signature](self.frozen, state, batch)
+        name = kind, batch.signature
+        # `raise_critic` may have added updates to a run that is gone on with without it.
+        program = self._programs[name] if name in self._programs else getattr(self._jitted, kind)
+        return program(self.frozen, state, batch)
 
     # --- What it is watched by ---
 

@@ -27,7 +27,8 @@ def learning_rate(cfg: Mapping[str, Any], steps: int | jax.Array) -> optax.Sched
     if warmup:
         pieces, bounds = [optax.linear_schedule(lr / warmup, lr, warmup)] + pieces, [warmup]
     if share:
-        decay = jnp.round(share * steps).astype(jnp.int32)
+        decay = jnp.minimum(jnp.round(share * steps).astype(jnp.int32),
+                            jnp.maximum(steps - warmup, 0))
         passed = lambda count: jnp.clip(count, 0, decay) / jnp.maximum(decay, 1)
         pieces.append(lambda count: lr * (1 - passed(count)))
         bounds.append(jnp.maximum(steps - decay, warmup))
@@ -58,8 +59,8 @@ def make_optimizer(cfg: Mapping[str, Any],
 
     `cfg.chain`, if not empty, is a sequence of ``(optax name, kwargs)`` and stands for
     everything; otherwise `cfg.name` with `lr, b1, b2, eps, weight_decay, clip, warmup, decay,
-    mu_dtype`. `muon` is Muon with `muon_lr` on the matrices of stacked layers, and AdamW with
-    `lr` on the rest.
+    mu_dtype`. `muon` is Muon with `muon_lr` and `weight_decay` on the matrices of stacked layers,
+    and Adam with `lr` on the rest, which does not decay.
 
     Raises:
       ValueError: unknown optimiser or chain link.
@@ -80,7 +81,7 @@ def make_optimizer(cfg: Mapping[str, Any],
     elif cfg['name'] == 'muon':
         core = optax.contrib.muon(
             learning_rate({**cfg, 'lr': cfg['muon_lr']}, steps), adam_learning_rate=lr,
-            adam_b1=cfg['b1'], adam_b2=cfg['b2'], weight_decay=cfg['weight_decay'],
+            adam_b1=cfg['b1'], adam_b2=cfg['b2'], eps=cfg['eps'], weight_decay=cfg['weight_decay'],
             mu_dtype=cfg['mu_dtype'], muon_weight_dimension_numbers=_stacked)
     else:
         raise ValueError(f'unknown optimiser {cfg["name"]!r}; known: {", ".join(NAMES)}')

@@ -57,9 +57,10 @@ class Pretrain:
         self._update = update.plain(self.loss, config)
 
     def feed(self, skip: frozenset[int]) -> Feed:
+        mesh, rows = self.spec.mesh, self.config.data.global_batch
         read = loader.batches(self.order, lambda planned: self.own.lookup(planned.rows),
-                              self.config.data.global_batch)
-        return Feed(read, lambda batch: sharding.put_batch(batch, self.spec.mesh), skip)
+                              sharding.rows_here(mesh, rows))
+        return Feed(read, lambda batch: sharding.put_batch(batch, mesh, rows), skip)
 
     def step(self, state: TrainState, next_batch: Callable[[], Any],
              fresh: bool) -> tuple[TrainState, dict[str, Any]]:

@@ -206,10 +206,10 @@ def in_bf16(cond: Cond) -> Cond:
     return jax.tree.map(half, cond)
 
 
-def placer(prompts: Prompts, mesh: Mesh) -> Callable[[Batch], Batch]:
-    """``this process's rows -> a batch on the devices``, encoded; nothing is waited for."""
+def placer(prompts: Prompts, mesh: Mesh, rows: int) -> Callable[[Batch], Batch]:
+    """``this process's rows -> a batch of `rows` on the devices``, encoded; waits for nothing."""
     def place(batch: Batch) -> Batch:
-        batch = sharding.put_batch(batch, mesh)
+        batch = sharding.put_batch(batch, mesh, rows)
         if prompts.encode is None:
             return batch
         return dataclasses.replace(batch, cond=prompts.encode(batch.cond))

@@ -33,6 +33,9 @@ class Compiling:
             if self._thread.ident is None:
                 self._thread.start()
 
+    def __contains__(self, name: Hashable) -> bool:
+        return name in self._futures
+
     def __getitem__(self, name: Hashable) -> Any:
         """The compiled program, waited for; raises whatever compiling it, or one before, raised."""
         future = self._futures[name]

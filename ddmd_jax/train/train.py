@@ -330,12 +330,19 @@ def replay(task: Task, config: Any, workdir: Place) -> dict[str, Any]:
     Returns its entry with `metrics`, a figure for each; writes nothing.
 
     Raises:
-      GuardError: there is no such step, or its checkpoint is gone.
+      GuardError: there is no such step, its checkpoint is gone, or the verdict changed the recipe
+        between the two.
     """
     earlier, entry = rollback.newest(workdir)
     source = resume.recorded(config, workdir, entry['checkpoint'])
     feed = task.feed(rollback.skipped(earlier))
     state, _ = resume.begin(source, resume.manifest_of(config, task.identities), task, feed)
+    now = {name: float(value) for name in rollback.BY_HEALTH
+           if (value := getattr(state, name)) is not None}
+    if changed := [name for name, value in now.items() if entry.get(name, value) != value]:
+        raise rollback.GuardError(
+            f'step {entry["step"]} cannot be replayed: train.on_health changed '
+            f'{" and ".join(changed)} after its checkpoint, and the steps between would differ')
     first = int(state.step)
     for step in range(first, entry['step']):
         state, metrics = task.step(state, lambda: next(feed), step == first)

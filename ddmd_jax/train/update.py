@@ -109,13 +109,9 @@ class Updates:
             return loss, (metrics, x)
 
         grads, metrics, x = accumulated_grads(loss_fn, state.student, batch, key, m.accumulate)
-        updates, opt = m.student_tx.update(grads, state.student_opt, state.student)
-        student = optax.apply_updates(state.student, updates)
-        decay = ema_decay(state.step, m.ema, m.ema_ramp)
-        merged = state.critic if m.merge == 1.0 else average(state.critic, student, m.merge)
-        new = dataclasses.replace(
-            state, step=state.step + 1, student=student, student_opt=opt,
-            ema=average(state.ema, student, decay), critic=merged)
+        new = moved(state, grads, m.student_tx, m.ema, m.ema_ramp)
+        if m.merge != 1.0:
+            new = dataclasses.replace(new, critic=average(state.critic, new.student, m.merge))
 
         grad_norm = optax.global_norm(grads)
         finite = jnp.isfinite(metrics['loss']) & jnp.isfinite(grad_norm)
@@ -205,17 +201,23 @@ def plain(loss_fn: Callable[[Any, Any, Array], tuple[Array, Metrics]],
         key = jax.random.fold_in(jax.random.key(config.seed), state.step)
         (loss, metrics), grads = jax.value_and_grad(loss_fn, has_aux=True)(
             state.student, batch, key)
-        updates, opt = tx.update(grads, state.student_opt, state.student)
-        student = optax.apply_updates(state.student, updates)
-        decay = ema_decay(state.step, config.student.ema, config.student.ema_ramp)
-        new = dataclasses.replace(state, step=state.step + 1, student=student, student_opt=opt,
-                                  ema=average(state.ema, student, decay))
+        new = moved(state, grads, tx, config.student.ema, config.student.ema_ramp)
         grad_norm = optax.global_norm(grads)
         finite = jnp.isfinite(loss) & jnp.isfinite(grad_norm)
         return keep_if(finite, new, state), {
             'loss': loss, **metrics, 'grad_norm': grad_norm, 'finite': finite}
 
     return jax.jit(update, donate_argnums=0)
+
+
+def moved(state: TrainState, grads: Any, tx: optax.GradientTransformation, ema: float,
+          ramp: bool) -> TrainState:
+    """`state` one update later: of the student, its optimiser and its average (`ema_decay`)."""
+    updates, opt = tx.update(grads, state.student_opt, state.student)
+    student = optax.apply_updates(state.student, updates)
+    return dataclasses.replace(
+        state, step=state.step + 1, student=student, student_opt=opt,
+        ema=average(state.ema, student, ema_decay(state.step, ema, ramp)))
 
 
 def accumulated_grads(loss_fn: Callable[[Any, Batch, Array], tuple[Array, tuple[Metrics, Any]]],

@@ -54,8 +54,8 @@ def make_task(config):
     order = Order(np.arange(ROWS), config.data.global_batch, config.seed)
     task = ToyTask(
         spec, order, config.data.global_batch, lambda planned: rows[planned.rows],
-        lambda batch, number: sharding.put_batch(batch, mesh), program(generator),
-        program(critic), config.critic.updates, config.critic.warmup)
+        lambda batch, number: sharding.put_batch(batch, mesh, config.data.global_batch),
+        program(generator), program(critic), config.critic.updates, config.critic.warmup)
     task.measure = lambda state, history, values: (
         values | {'health': 'over-baked', 'health_reason': 'so'}, f'loss {values["loss"]:.3f}')
     task.teacher = types.SimpleNamespace()  # the evaluation after training is left out

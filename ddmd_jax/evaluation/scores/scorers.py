@@ -130,7 +130,7 @@ def run(scorer: Scorer, params: Any, images: Iterable[np.ndarray], prompts: Sequ
             raise ScoreError(f'{scorer.title}: there are more pictures than {len(prompts)} prompts')
         more = batch - len(rows)
         arrays = scorer.inputs(rows + rows[-1:] * more, texts + texts[-1:] * more)
-        placed = arrays if mesh is None else sharding.put_batch(arrays, mesh)
+        placed = arrays if mesh is None else sharding.put_batch(arrays, mesh, batch)
         with jax.default_matmul_precision('highest'):
             out = np.asarray(apply(params, placed))[:len(rows)]
         bad = ~np.isfinite(out.reshape(len(out), -1)).all(1)

@@ -137,9 +137,9 @@ def begin(source: Source, manifest: Mapping[str, Any], task: Any,
         _check_scale(source.path, manifest)
     if source.kind in (SCRATCH, INIT):
         feed.start_prefetch()
-        state = task.spec.create()
-        return (state if source.kind == SCRATCH else
-                with_weights(state, source.path, task.read_weights)), []
+        if source.kind == SCRATCH:
+            return task.spec.create(), []
+        return with_weights(task.spec.create(), source.path, task.read_weights), []
     return ckpt.restore(source.path, manifest, task.spec.shapes, task.spec.shardings, feed)
 
 
@@ -178,11 +178,13 @@ def with_weights(state: st.TrainState, path: Place,
         raise CheckpointError(f'config.init_from: {path} holds no student of this shape '
                               f'({e})') from e
     # Copies in the state's types: its buffers are donated, and these may be another's.
-    put = lambda tree, like: jax.jit(
-        lambda t: jax.tree.map(lambda x, y: x.astype(y.dtype) + 0, t, like),
-        out_shardings=layout(like))(tree)
-    return dataclasses.replace(state, student=put(found, state.student),
-                               ema=put(found, state.ema))
+    for name in ('student', 'ema'):
+        old = getattr(state, name)
+        types, where = jax.tree.map(lambda x: x.dtype, old), layout(old)
+        state, old = dataclasses.replace(state, **{name: None}), None  # not there twice
+        copy = lambda tree, types=types: jax.tree.map(lambda x, t: x.astype(t) + 0, tree, types)
+        state = dataclasses.replace(state, **{name: jax.jit(copy, out_shardings=where)(found)})
+    return state
 
 
 def described(source: Source, workdir: Place, step: int) -> str:

@@ -14,6 +14,7 @@ from ddmd_jax.util.places import Place
 
 NAME = 'bad_batches.jsonl'
 ON_NAN = ('abort', 'rollback')
+BY_HEALTH = ('alpha_share', 'critic_extra')  # of the state: what `train.on_health` changes
 MOST = 3  # rollbacks to one checkpoint: then it is not the batches
 
 
@@ -69,6 +70,8 @@ def leave_out(failed: DivergedError, config: Any, workdir: Place, order: Order) 
     numbers = [n for n in range(first, last) if n not in skipped(bad)]
     entry = {'step': failed.taken.step, 'checkpoint': failed.checkpoint, 'bad': failed.bad,
              'batches': numbers, 'time': round(time.time()),
+             **{name: float(failed.taken.metrics[name]) for name in BY_HEALTH
+                if name in failed.taken.metrics},
              'rows': [order[n].rows.tolist() for n in numbers]}
     place = 'the start' if failed.checkpoint is None else f'step {failed.checkpoint}'
     if sum(e['checkpoint'] == failed.checkpoint for e in bad) >= MOST:
@@ -90,7 +93,8 @@ def read(workdir: Place) -> list[dict[str, Any]]:
     """The steps that went wrong and were left out, oldest first.
 
     Each has `step`; `batches`, their numbers in the run's order; `rows` of each; `checkpoint`, the
-    step gone back to; `bad`, the metrics that were not finite; `time`, the clock.
+    step gone back to; `bad`, the metrics that were not finite; `time`, the clock; and what the step
+    was made with of `BY_HEALTH`.
 
     Raises:
       GuardError: a line of the file is no entry.

@@ -204,4 +204,5 @@ def means(metrics: list[dict[str, Any]]) -> dict[str, float]:
     """Means over an interval of per-step device scalars; one transfer for all of them."""
     host = jax.device_get(metrics)
     # The critic may rest in some steps: a figure's mean is over those that have it.
-    return {k: float(np.mean([m[k] for m in host if k in m])) for m in reversed(host) for k in m}
+    names = dict.fromkeys(k for m in reversed(host) for k in m)
+    return {k: float(np.mean([m[k] for m in host if k in m])) for k in names}
