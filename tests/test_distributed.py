@@ -130,11 +130,12 @@ def read(port, process):
     rows; and with a tensor axis over both processes, so that they have the same.
     """
     distributed.start(f'127.0.0.1:{port}', 2, int(process), {'JAX_PLATFORMS': 'cpu'})
-    mesh, devices = sharding.make_mesh({'data': 2, 'fsdp': 2, 'tensor': 2}), jax.devices()
+    devices = jax.devices()
+    plain = sharding.make_mesh({'data': 2, 'fsdp': 2, 'tensor': 2})
     ring = sharding.make_mesh({'data': 1, 'fsdp': 8}, np.roll(devices, 2).tolist())
     across = sharding.make_mesh(
         {'fsdp': 4, 'tensor': 2}, np.reshape(devices, (2, 4)).T.flatten().tolist())
-    for mesh in (mesh, ring, across):
+    for mesh in (plain, ring, across):
         data = loader.batches(Order(np.arange(40), 16, 0), lambda planned: planned.rows,
                               sharding.rows_here(mesh, 16))
         for _ in range(5):

@@ -194,7 +194,8 @@ def test_fsdp_goes_from_one_host_of_gpus_to_another():
 @pytest.mark.parametrize('fsdp', [8, 16, 32])
 def test_an_axis_may_take_a_part_of_a_toruss(torus, fsdp):
     kind = 'TPU v6 lite' if len(torus) == 2 else 'TPU v5'
-    tpus = [Chip(i, 0, 'tpu', kind, i // 4, (*at, 0)[:3]) for i, at in enumerate(np.ndindex(*torus))]
+    tpus = [Chip(i, 0, 'tpu', kind, i // 4, (*at, 0)[:3])
+            for i, at in enumerate(np.ndindex(*torus))]
     mesh = make_mesh({'data': -1, 'fsdp': fsdp}, tpus)
     assert mesh.shape['fsdp'] == fsdp
     assert {chip.id for chip in mesh.devices.flat} == {chip.id for chip in tpus}
