@@ -14,6 +14,7 @@ from __future__ import annotations
 import copy
 import dataclasses
 import json
+import math
 import os
 import platform
 import shlex
@@ -102,7 +103,7 @@ def update(kind: str) -> Callable[[Subject, Path], Go]:
 
 def step(subject: Subject, scratch: Path) -> Go:
     """A whole step of the loop: all updates of critic and student, on batches as they come."""
-    subject.task.startup.compiling.start()
+    subject.task.startup.compiling.wait()  # for batches of every shape
 
     def go() -> None:
         import jax
@@ -239,15 +240,19 @@ def timed(goes: list[Go], seconds: float) -> list[list[float]]:
 
 
 def figures(name: str, found: list[list[float]]) -> dict[str, Any]:
-    """Medians, and of two sides the ratio of the first to the second, turn by turn."""
-    from ddmd_jax.evaluation.statistics import bootstrap
+    """Medians, and of two sides the ratio of the first to the second, turn by turn.
+
+    Its interval is Student's t of its logarithm; a single turn has none.
+    """
+    from ddmd_jax.study.statistics import interval
 
     line: dict[str, Any] = {'name': name, 'seconds': statistics.median(found[0]),
                             'runs': len(found[0])}
     if len(found) > 1:
-        ratio = bootstrap([a / b for a, b in zip(*found, strict=True)])
-        line |= {'beside': statistics.median(found[1]), 'ratio': ratio.mean,
-                 'ratio_interval': [ratio.low, ratio.high]}
+        ratio = interval([math.log(a / b) for a, b in zip(*found, strict=True)])
+        line |= {'beside': statistics.median(found[1]), 'ratio': math.exp(ratio.mean)}
+        if ratio.count > 1:
+            line['ratio_interval'] = [math.exp(ratio.low), math.exp(ratio.high)]
     return line
 
 
@@ -286,7 +291,12 @@ def main(arguments: list[str]) -> None:
         raise UserError(f'--config trains a {FLAGS.config.task}; what is measured are parts of a '
                         'distillation, such as --config=emoji')
     orders = {c.critic.get('order', 'critic_first') for c in configs}
-    names = names or [x for x in PARTS if x not in OF_AN_ORDER or orders == {OF_AN_ORDER[x]}]
+    from ddmd_jax.parallel import sharding
+
+    # `first_step` starts a process of its own, to which no accelerator would be left.
+    alone = sharding.all_devices()[0].platform == 'cpu'
+    names = names or [x for x in PARTS if x not in OF_AN_ORDER or orders == {OF_AN_ORDER[x]}
+                      if x != 'first_step' or alone]
     for name in names:
         if (order := OF_AN_ORDER.get(name)) and orders != {order}:
             raise UserError(f'{name} is a program of --config.critic.order={order}')
@@ -296,8 +306,11 @@ def main(arguments: list[str]) -> None:
     subjects = [Subject(config) for config in configs]
     lines = []
     with tempfile.TemporaryDirectory() as scratch:
+        folders = [Path(scratch) / str(i) for i, _ in enumerate(subjects)]
+        for folder in folders:
+            folder.mkdir()
         for name in names:
-            sides = [PARTS[name](s, Path(scratch) / str(i)) for i, s in enumerate(subjects)]
+            sides = [PARTS[name](s, folder) for s, folder in zip(subjects, folders, strict=True)]
             lines.append(figures(name, timed(sides, FLAGS.seconds)))
             if not FLAGS.json:
                 print(line_of(lines[-1]), flush=True)
@@ -315,9 +328,10 @@ def line_of(line: dict[str, Any]) -> str:
     """Of the table."""
     text = f'{line["name"]:<11}{line["seconds"]:9.4f} s'
     if 'ratio' in line:
+        text += f'   beside {line["beside"]:.4f} s, ratio {line["ratio"]:.3f}'
+    if 'ratio_interval' in line:
         low, high = line['ratio_interval']
-        text += (f'   beside {line["beside"]:.4f} s, ratio {line["ratio"]:.3f} '
-                 f'({low:.3f} to {high:.3f})')
+        text += f' ({low:.3f} to {high:.3f})'
     return f'{text}   {line["runs"]} runs'
 
 

@@ -39,7 +39,7 @@ that each of 16 chips has four images at a time. 5.0 GiB of each chip are reside
 EMA, AdamW's moments of both, the head and its own, in fp32; teacher and text encoders in bf16). By
 the TPU's compiler (docs/plans.md) the student's step peaks at 17.2 GiB and the critic's at 15.8 of
 v6e's 31.3; v5e has 15.75, in which the batch fits on one rollout (`critic.order='one_rollout'`:
-13.7 GiB), not in DMD2's order. Nobody here has run this config: the machine that tests this
+14.9 GiB), not in DMD2's order. Nobody here has run this config: the machine that tests this
 repository has no accelerator and no weights; what is tested is the same code at toy size.
 """
 

@@ -207,7 +207,9 @@ def test_first_light_of_the_others_is_built(patched, name, recipe):
         patch.setattr(synthetic, 'random_params', zeros)
         network = synthetic.shrunk(config)
         found = synthetic.subject(config, first_light.mesh_of(config), network)
-    assert list(found.counts.values()) == [5, 1]
+    assert found.counts == {
+        'sdxl': {'generator': 1, 'critic_on_images': 1, 'critic': 4},
+        'zimage': {'critic': 5, 'generator': 1}}[name]
     assert (found.batch.real is not None) == (name == 'sdxl')
     assert found.batch.cond['mask'].all() == (name == 'sdxl')
     assert found.teacher.flops(found.tokens) > 1e5

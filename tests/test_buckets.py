@@ -105,7 +105,16 @@ def test_a_copy_follows_its_original(root):
     files.write(path, 'two')  # of the same size
     assert (buckets.local(root / 'folder') / 'a.txt').read_text() == 'two'
     assert buckets.local(path).read_text() == 'two'
-    for missing in (root / 'nothing', root / 'folder' / 'b.txt'):
+    # What has gone goes: an old index must not be preferred to the one file that replaced it.
+    files.write(root / 'folder' / 'sub' / 'b.txt', 'three')
+    only_b = lambda name: name.endswith('b.txt')
+    assert (buckets.local(root / 'folder', only_b) / 'sub' / 'b.txt').read_text() == 'three'
+    path.unlink()
+    kept = buckets.local(root / 'folder', only_b)
+    assert (kept / 'a.txt').is_file()  # nobody asked for it this time
+    assert not (buckets.local(root / 'folder') / 'a.txt').exists()
+    assert (kept / 'sub' / 'b.txt').read_text() == 'three'
+    for missing in (root / 'nothing', root / 'folder' / 'a.txt'):
         with pytest.raises(UserError, match=f'{missing} is not there'):
             buckets.local(missing)
 

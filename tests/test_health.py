@@ -18,7 +18,7 @@ from ddmd_jax.method.health import (
     before,
     measure,
     probe,
-    verdict,
+    verdict as verdict_of,
 )
 from ddmd_jax.method.losses import Normaliser, Predictions, directions
 
@@ -147,6 +147,11 @@ START = {'dm_rel_gap': 0.10, 'dm_cos': 0.99, 'x_std': 0.50}
 LIMITS = Thresholds(lost=2.05, ahead=24.0)  # others than those that are shipped
 
 
+def verdict(history, data_std=START['x_std'], **limits):
+    """Of a run whose first samples have the contrast of real data."""
+    return verdict_of(history, data_std, **limits)
+
+
 def lines(values, every=5):
     """They with their `step`."""
     return [v | {'step': every * (i + 1)} for i, v in enumerate(values)]
@@ -211,11 +216,22 @@ def test_what_is_not_finite_is_not_healthy(name, value, before):
     assert word == BROKEN and name in reason
 
 
-def test_contrast_is_held_against_real_data_where_it_is_known():
+def test_contrast_is_held_against_real_data():
     steady = [{'dm_rel_gap': 0.1, 'dm_cos': 0.9, 'x_std': 0.6}] * 5
-    assert verdict(steady)[0] == HEALTHY
     assert verdict(steady, data_std=0.5)[0] == OVER_BAKED
     assert verdict(steady, data_std=0.6)[0] == HEALTHY
+
+
+def test_a_student_that_leaves_pale_images_is_not_ill_where_real_contrast_is_unknown():
+    """As the shipped recipe's figures are, in units of the undistilled student's."""
+    good = {'x_std': 0.58, 'ema_std': 1.17, 'ema_start': 1.0, 'ema_cast': 0.03}
+    seen = lines([START | {'ema_std': 1.0, 'ema_start': 1.0, 'ema_cast': 0.0}] * 3 + [
+        START | good] * 3)
+    assert verdict_of(seen)[0] == HEALTHY
+    grown = lines([START | {'ema_std': std} for std in (1.0, 1.5, 2.2)])
+    assert verdict_of(grown)[0] == COLLAPSING
+    assert verdict_of(history({'dm_rel_gap': 0.3, 'dm_cos': 0.9}))[0] == CRITIC_LAGS
+    assert verdict_of([START] * 3 + [START | {'x_std': np.nan}])[0] == BROKEN
 
 
 APART = {'dm_rel_gap': 0.8, 'dm_cos': 0.9}

@@ -89,7 +89,7 @@ def result(match=0.9, frechet=1.0, std=1.0, contrast=1.0, low=0.5, cos=0.0, shar
     row = {'all_match': match, 'all_match_held_out': match, 'frechet': frechet,
            'colour_error': 1.0, 'std': 0.5, 'diversity': None}
     return {'fields': {}, 'student': row | {'std': 0.5 * contrast}, 'real': row,
-            'few_step': row | {'frechet': 0.6, 'std': 0.4},
+            'few_step': row | {'frechet': 0.6, 'std': 0.4}, 'start': row | {'frechet': 0.7},
             'figures': {'std_ratio': std, 'bands_live': [low, 0.2, 0.3], 'observer_cos': cos,
                         'guided_share': share},
             'curves': {'step': [5, 10, 15], 'x_std': list(x_std), 'ema_match': [0.9, 0.9, 0.9],
@@ -131,6 +131,11 @@ def test_a_run_that_broke_off_has_no_figures_and_is_told(tmp_path):
     results['ca_only'][1] = {'fields': {}, 'failed': 'main: step 7: NaN or Inf in loss'}
     first = claims.judge(results)[0]
     assert set(first.parts[0].values) == {0, 2} and first.verdict == rule.OPEN
+    # Its curve, which rose until then, is no evidence; nor are the seeds that came through.
+    results['ca_only'][1]['curves'] = {'step': [5, 10], 'x_std': [0.4, 0.5], 'health': ['a', 'b']}
+    results['ca_only'][3] = results['ca_only'][0]
+    assert [set(part.values) for part in claims.judge(results)[0].parts[:2]] == [{0, 2, 3}] * 2
+    assert {part.verdict for part in claims.judge(results)[0].parts} == {rule.OPEN}
     claims_page.write(tmp_path / 'r.html', 'T', 'H', 'how', results,
                       suites.SUITES['paper'], {})
     assert 'ca_only, seed 1: main: step 7: NaN or Inf in loss' in (tmp_path / 'r.html').read_text()
@@ -204,6 +209,8 @@ def test_a_result_counts_for_the_fields_it_was_made_with(tmp_path):
     assert run.done  # it is what came of it
     write(failed='main: no space left')
     assert not run.done
+    write(data_std=None)  # a teacher that does not know its latents' contrast
+    assert run.done
 
 
 @pytest.mark.parametrize(('flags', 'line'), [

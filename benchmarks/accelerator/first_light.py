@@ -72,7 +72,7 @@ def compiled(subject: Any) -> tuple[dict[str, Any], dict[str, dict[str, Any]]]:
         made = dict(zip(subject.counts, pool.map(one, subject.counts)))
     known = {}
     for kind, (program, seconds) in made.items():
-        planned = found[kind if kind == 'rollout' else f'{kind}_step']
+        planned = found[kind if kind in found else f'{kind}_step']
         memory = program.memory_analysis()
         known[kind] = {
             'compile_seconds': round(seconds, 1), 'analytic_flops': planned.analytic_flops,
@@ -101,7 +101,8 @@ def run(subject: Any, programs: dict[str, Any], updates: int,
             if kind == 'rollout':
                 z, (x, *_) = found
             else:
-                state, metrics, *_ = found
+                state, metrics, *made = found
+                x = made[0] if made else x
             metrics = {name: float(value) for name, value in jax.device_get(metrics).items()}
             lines.append({'program': kind, 'seconds': seconds,
                           'peak_bytes_so_far': record.peak_bytes(), 'metrics': metrics})

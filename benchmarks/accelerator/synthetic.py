@@ -84,21 +84,29 @@ class Subject:
     def counts(self) -> dict[str, int]:
         """Programs of a step and how often each runs in it, in their order."""
         c = self.config.critic
-        found = {'rollout': int(c.get('order') == 'one_rollout'), 'critic': c.updates,
-                 'generator': 1}
+        if c.get('order') == 'same_images':
+            found = {'generator': 1, 'critic_on_images': 1, 'critic': c.updates - 1}
+        else:
+            found = {'rollout': int(c.get('order') == 'one_rollout'), 'critic': c.updates,
+                     'generator': 1}
         return {kind: count for kind, count in found.items() if count}
 
     def lower(self, kind: str) -> Any:
         """The program of `counts`, traced for this state and batch."""
-        p = self.planned
-        z = x = self.batch.latents if 'rollout' in self.counts else None
-        return getattr(p.program, kind).lower(
-            p.frozen, p.spec.targets, self.batch_of(kind, z, x))
+        p, shape = self.planned, self.batch.latents
+        return getattr(p.program, kind.removesuffix('_on_images')).lower(
+            p.frozen, p.spec.targets, self.batch_of(kind, shape, shape))
 
     def batch_of(self, kind: str, z: Any, x: Any) -> Batch:
-        """The batch as that program takes it, after a rollout with what that has made."""
-        given = {'generator': {'z': z}, 'critic': {'x': x}, 'rollout': {}}[kind]
-        return dataclasses.replace(self.batch, **given)
+        """The batch as that program takes it.
+
+        `z` and `x` are what a rollout has made, or `x` the images of the generator: they are given
+        to those that are after them in a step.
+        """
+        given = {'critic_on_images': {'x': x}}
+        if 'rollout' in self.counts:
+            given |= {'generator': {'z': z}, 'critic': {'x': x}}
+        return dataclasses.replace(self.batch, **given.get(kind, {}))
 
 
 def subject(config: Any, mesh: Mesh, network: Mapping[str, Any] | None = None,

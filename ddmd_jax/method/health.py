@@ -40,7 +40,7 @@ class Thresholds:
       gap_up: growth of dm_rel_gap that counts as up.
       gap_large: dm_rel_gap below this is small, however much it grew: it starts at 0.
       cos_down: growth of 1 - dm_cos that counts as down.
-      std_up: x_std above that of real data (or of the start) that counts as up.
+      std_up: x_std above that of real data that counts as up.
       ema_std_up: ema_std above that of real data, and of the undistilled weights, that counts
         as up.
       ema_std_down: ema_std below both that counts as down.
@@ -140,17 +140,22 @@ def verdict(history: Sequence[dict[str, Any]], data_std: float | None = None,
     Each has `step` and the figures of `WATCHED`, those of the EMA where they are measured.
     Compares the last interval with the mean of the first `REFERENCE`, and the EMA student
     with real data and the weights it began as. Over-baked: contrast above that of real data,
-    `data_std`, or if that is not known of the start. Washed out, colour cast: the EMA samples
-    have lost contrast, or moved as a whole. Collapsing: their contrast grows so fast, or so far,
-    that captions are about to be lost. The critic lags: its error on the student's samples grows,
-    or the gap to the teacher does while the predictions turn apart.
+    `data_std`. Washed out, colour cast: the EMA samples have lost contrast, or moved as a whole.
+    Collapsing: their contrast grows so fast, or so far, that captions are about to be lost. The
+    critic lags: its error on the student's samples grows, or the gap to the teacher does while
+    the predictions turn apart.
+
+    Without `data_std` the first three are not told: few steps without distillation draw pale
+    images, which a student that works leaves.
     """
     if not history:
         return HEALTHY, 'too early to tell'
     unsound = [k for k in WATCHED if not math.isfinite(history[-1].get(k, 0.0))]
     if unsound:
         return BROKEN, f'{", ".join(unsound)} not finite'
-    average = _collapses(history, limits) or _average_fails(history[-1], limits)
+    average = _collapses(history, limits)
+    if average is None and data_std:
+        average = _average_fails(history[-1], limits)
     if average:
         return average
     if len(history) <= REFERENCE:
@@ -159,7 +164,7 @@ def verdict(history: Sequence[dict[str, Any]], data_std: float | None = None,
     std = now['x_std'] / max(data_std or start['x_std'], 1e-8)
     seen = f'x_std x{std:.2f} that of {"real data" if data_std else "the start"}'
     lag = _critic_lags(now, start, limits)
-    if std > limits.std_up:
+    if data_std and std > limits.std_up:
         return OVER_BAKED, f'{seen}: {BAKED}{"; " + lag if lag else ""}'
     if lag:
         return CRITIC_LAGS, f'{lag}: more critic updates or a higher critic lr'

@@ -3,6 +3,8 @@
 import dataclasses
 import re
 
+from ddmd_jax.util.errors import UserError
+
 GIB = 2**30
 DOCS = 'https://docs.cloud.google.com/tpu/docs'
 
@@ -47,6 +49,10 @@ CHIPS = {chip.name: chip for chip in (
 ALIASES = {'v5litepod': 'v5e', 'v5lite': 'v5e'}
 
 
+class UnknownChip(UserError, ValueError):
+    """A topology of chips whose figures are not in the table."""
+
+
 def split_slices(topology_name: str) -> tuple[int, str]:
     """(number of slices, topology of each): ``2xv5e:4x4`` is two of ``v5e:4x4``."""
     found = re.fullmatch(r'([1-9][0-9]*)x(v.*)', topology_name)
@@ -57,13 +63,13 @@ def chip_for(topology_name: str) -> Chip:
     """Chip of a topology (`v5e:4x4`, `2xv5e:4x4`) or accelerator type (`v5litepod-16`).
 
     Raises:
-      ValueError: a generation that is not in the table.
+      UnknownChip: a generation that is not in the table.
     """
     generation = re.split('[:-]', split_slices(topology_name)[1])[0]
     chip = CHIPS.get(ALIASES.get(generation, generation))
     if chip is None:
-        raise ValueError(f'no chip is known for topology {topology_name!r}: '
-                         f'it starts with one of {", ".join(CHIPS)}, as in v5e:4x4')
+        raise UnknownChip(f'no chip is known for topology {topology_name!r}: '
+                          f'it starts with one of {", ".join(CHIPS)}, as in v5e:4x4')
     return chip
 
 

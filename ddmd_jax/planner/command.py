@@ -65,9 +65,10 @@ def main(arguments: list[str]) -> None:
         if FLAGS.layout and FLAGS[flag].value:
             raise UserError(f'--layout compiles nothing and prints a table; leave out --{flag}')
     from ddmd_jax.parallel import sharding
-    from ddmd_jax.planner import layout, plan, programs
+    from ddmd_jax.planner import chips, layout, plan, programs
     from ddmd_jax.train import distillation
 
+    chips.chip_for(FLAGS.topology)
     try:
         config_lib.check(FLAGS.config)
         if FLAGS.config.task != 'distill':

@@ -50,8 +50,8 @@ def plan(config: Any, parts_of: Any, mesh: Mesh, name: str, look: bool = True,
     if all('roofline_seconds' in measured.get(k, ()) for k in found):
         result['run'] = whole_run(config, measured, mesh.size)
     if look:
-        search_ = _Search(config, build, measured, chip.usable_bytes, {STEPS[0]: quick})
-        result |= search_.largest(resident, mesh) | search_.advice()
+        search_ = _Search(config, mesh, build, measured, chip.usable_bytes, {STEPS[0]: quick})
+        result |= search_.largest(resident) | search_.advice()
     return result
 
 
@@ -74,13 +74,15 @@ class _Search:
     """Searches for other batches and levers that fit, from a config whose programs were measured.
 
     Attributes:
-      config, build: the config, and ``config -> (programs, resident bytes)``.
+      config, mesh: of the plan.
+      build: ``config -> (programs, resident bytes)``.
       measured: of its programs.
       limit: bytes of a chip.
       quick: peaks by the least effort, as far as they are known.
     """
 
     config: Any
+    mesh: Mesh
     build: Any
     measured: dict[str, Any]
     limit: float
@@ -91,14 +93,17 @@ class _Search:
         """The programs that a step of training runs."""
         return [name for name in (*STEPS, 'rollout') if name in self.measured]
 
-    def largest(self, resident: int, mesh: Mesh) -> dict[str, int]:
+    def unit(self, config: Any) -> int:
+        """What the batches of a config are multiples of."""
+        return math.lcm(sharding.batch_ways(self.mesh) * parts_of_batch(config),
+                        config.student.steps * config.train.accumulate)
+
+    def largest(self, resident: int) -> dict[str, int]:
         """`largest_batch` of all that a step runs."""
         # The program that needs most decides; one that was refused needs more than any.
         which = max(self.steps, key=lambda k: self.measured[k].get('peak_bytes', float('inf')))
         known = self.measured[which].get('peak_bytes')
         config = self.config
-        unit = math.lcm(sharding.batch_ways(mesh) * parts_of_batch(config),
-                        config.student.steps * config.train.accumulate)
 
         def peak(batch: int) -> float:
             if known is not None and batch == config.data.global_batch:
@@ -106,7 +111,7 @@ class _Search:
             return self.peak(which, search.with_field(config, 'data.global_batch', batch))
 
         return {'largest_batch': search.largest_batch(
-            peak, config.data.global_batch, unit, resident, self.limit)}
+            peak, config.data.global_batch, self.unit(config), resident, self.limit)}
 
     def advice(self) -> dict[str, Any]:
         """`advice` on each program of a step that does not fit; nothing where all do."""
@@ -116,7 +121,12 @@ class _Search:
         return {'advice': found} if found else {}
 
     def peak(self, which: str, config: Any) -> float:
-        """Peak bytes by the least effort, set right by what is known of this config's own."""
+        """Peak bytes by the least effort, set right by what is known of this config's own.
+
+        Infinite of a config whose batch does not divide.
+        """
+        if config.data.global_batch % self.unit(config):
+            return math.inf
         program = self.build(config)[0][which]
         return program.beside + self.ratio(which) * (quick_peak(program) - program.beside)
 
@@ -129,7 +139,7 @@ class _Search:
         if which not in self.quick:
             self.quick[which] = quick_peak(program)
         quick = self.quick[which] - program.beside
-        return (real['peak_bytes'] - program.beside) / quick if quick > 0 else 1.0
+        return (real['peak_bytes'] - program.beside) / quick if 0 < quick < math.inf else 1.0
 
 
 def whole_run(config: Any, measured: dict[str, Any], count: int) -> dict[str, float]:

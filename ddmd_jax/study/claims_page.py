@@ -42,7 +42,8 @@ def curve_figure(results: claims.Results, names: Sequence[str], curve: str) -> b
     """A PNG of `curve` over steps for each experiment; None where no run has it."""
     fig, ax = page.subplots(figsize=(7, 3.4))
     for name in names:
-        runs = [r['curves'] for r in results.get(name, {}).values() if curve in r.get('curves', {})]
+        runs = [r['curves'] for r in results.get(name, {}).values()
+                if 'failed' not in r and curve in r.get('curves', {})]
         if not runs:
             continue
         length = min(len(c[curve]) for c in runs)

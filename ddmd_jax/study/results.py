@@ -31,14 +31,16 @@ def watched(curves: Mapping[str, Sequence[Any]]) -> tuple[dict[str, Any], ...]:
 def evaluated(workdir: Path) -> dict[str, Any]:
     """Rows of the run's evaluation; {} if it has none.
 
-    `student`; `few_step`, its teacher in as few steps; `guided`, the teacher with the run's
-    ``eval.teacher_steps`` and ``eval.guidance``; `real` images.
+    `student`; `start`, what it was before; `few_step`, its teacher in as few steps by Euler;
+    `guided`, the teacher with the run's ``eval.teacher_steps`` and ``eval.guidance``; `real`
+    images.
     """
     found = run_files.read(workdir, 'eval.json')
     if found is None:
         return {}
     rows = {row['name']: row for row in found['rows']}
-    return {'student': rows['student'], 'few_step': rows['teacher_few_step'],
+    return {'student': rows['student'], 'start': rows['teacher_in_student_sampler'],
+            'few_step': rows['teacher_few_step'],
             'guided': rows['teacher_guided'], 'real': rows['real'], 'seconds': found['seconds']}
 
 
@@ -73,8 +75,8 @@ _LOOKED_AT: dict[str, Any] = {'bands_live?': [_number], 'bands_ema?': [_number]}
     ('std_ratio?', 'guided_share?', 'observer_cos?'), _number)
 LIKE: dict[str, Any] = {
     'fields': {'log.every?': shape.count}, 'curves?': _columns, 'failed?': str,
-    'data_std?': shape.finite, 'figures?': _LOOKED_AT} | dict.fromkeys(
-    ('student?', 'few_step?', 'guided?', 'real?'), _ROW)
+    'data_std?': _number, 'figures?': _LOOKED_AT} | dict.fromkeys(
+    ('student?', 'start?', 'few_step?', 'guided?', 'real?'), _ROW)
 
 
 def read_one(path: Path) -> dict[str, Any]:

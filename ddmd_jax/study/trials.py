@@ -121,7 +121,7 @@ def perform(trials: Sequence[Trial], config: str, processes: int, say: Callable[
             keep: bool = False) -> None:
     """Runs what is not done, `processes` at a time; `say` gets a line for each that is through.
 
-    Workdirs of runs that are through are deleted unless `keep`.
+    Workdirs of runs that are done are deleted unless `keep`.
 
     Raises:
       Stopped: a run was stopped by a signal.
@@ -155,5 +155,5 @@ def perform(trials: Sequence[Trial], config: str, processes: int, say: Callable[
 def _finish(one: _Going, code: int, keep: bool) -> None:
     if code:
         failed(one.trial, one.output())
-    if not keep:
+    if not keep and one.trial.done:  # what ended for the machine's sake goes on from there
         shutil.rmtree(one.trial.workdir)

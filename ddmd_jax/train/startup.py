@@ -33,6 +33,11 @@ class Compiling:
             if self._thread.ident is None:
                 self._thread.start()
 
+    def wait(self) -> None:
+        """Until all are compiled, or one could not be."""
+        self.start()
+        self._thread.join()
+
     def __contains__(self, name: Hashable) -> bool:
         return name in self._futures
 

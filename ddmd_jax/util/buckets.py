@@ -105,6 +105,10 @@ def fetched(url: str | os.PathLike, wanted: Callable[[str], bool] = lambda name:
             scratch = seen.with_name(f'{seen.name}.{os.getpid()}.tmp')
             scratch.write_text(version(info), 'utf-8')
             os.replace(scratch, seen)
+        for old in target.rglob('*') if target.is_dir() else ():  # what has gone goes here too
+            name = old.relative_to(target).as_posix()
+            if wanted(name) and name not in found and not name.endswith('.tmp') and old.is_file():
+                old.unlink(missing_ok=True)
     except Exception as e:
         if isinstance(e, PlaceError):
             raise
