@@ -293,25 +293,29 @@ def entries(models: Sequence[Model], rows: Sequence[str],
 
 def few_steps(path: str) -> tuple[int, str] | None:
     """(steps, sampler) of an exported student's folder; None of a teacher's."""
-    from ddmd_jax.weights import diffusers
+    from ddmd_jax.weights import diffusers, fetch, scheduler
 
     if not path:
         return None
     wanted = ('model_index.json', 'scheduler/scheduler_config.json')
+    place = places.of(path, places.ANY)
     try:
-        folder = buckets.local(places.of(path, places.ANY), wanted.__contains__)
+        folder = (buckets.local(place, wanted.__contains__)
+                  if places.is_url(place) or place.exists() else fetch.local_folder(path, wanted))
     except buckets.NothingThere:
         return None
     if not (folder / 'model_index.json').is_file():
         return None
     good = lambda value: value is None or not shape.count(value) and 0 < value <= 1000
-    steps = diffusers.read_json(folder / 'model_index.json', {
-        'steps?': lambda value: '' if good(value) else 'not a number of steps'}).get('steps')
-    scheduler = folder / 'scheduler' / 'scheduler_config.json'
-    if steps is None or not scheduler.is_file():
+    number = lambda value: '' if good(value) else 'not a number of steps'
+    index = diffusers.read_json(folder / 'model_index.json', {
+        f'{name}?': number for name in (scheduler.STEPS, 'steps')})  # the latter is emoji's
+    steps, file = index.get(scheduler.STEPS, index.get('steps')), folder / wanted[1]
+    if steps is None or not file.is_file():
         return None
-    stochastic = diffusers.read_json(scheduler).get('stochastic_sampling')
-    return steps, 'renoise' if stochastic else 'deterministic'
+    config = diffusers.read_json(file)
+    renoises = config.get('stochastic_sampling') or config.get('_class_name') == 'LCMScheduler'
+    return steps, 'renoise' if renoises else 'deterministic'
 
 
 if __name__ == '__main__':

@@ -75,7 +75,7 @@ def images_flags() -> None:
     flags.DEFINE_list('sizes', ['1024x1024'], 'Sizes in pixels, HEIGHTxWIDTH: each image goes to '
                       'the one of the nearest aspect, and is cut at its middle.')
     flags.DEFINE_boolean('mean', False, "Keep the posterior's means instead of samples of it.")
-    flags.DEFINE_integer('seed', 0, 'Of the samples.', 0)
+    flags.DEFINE_integer('seed', 0, 'Of the samples.', 0, 2**32 - 1)
     flags.DEFINE_float('max_bad', 0.01, 'Share of images that may be left out: damaged, too small, '
                        'without a caption.', 0, 1)
     flags.DEFINE_integer('batch', 1, 'Images that a device encodes at a time.', 1)

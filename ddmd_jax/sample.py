@@ -226,7 +226,8 @@ def marked(written: Sequence[Place]) -> Iterator[None]:
         yield
         return
     folder = written[0].parent
-    there = {file.name for file in folder.iterdir()} - begun(folder)
+    # A folder of a bucket is not there before its first file is.
+    there = {file.name for file in folder.iterdir()} - begun(folder) if folder.is_dir() else set()
     files.write_json(folder / MARK, sorted({file.name for file in written} - there))
     yield
     files.remove(folder / MARK)

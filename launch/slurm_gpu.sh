@@ -41,8 +41,8 @@ submit() {
     "--cpus-per-task=$CPUS" "--time=$TIME" "--signal=TERM@$GRACE" --requeue --open-mode=append \
     "--output=$WORKDIR/slurm.log" "${where[@]}" \
     "--export=ALL,XLA_CLIENT_MEM_FRACTION=$MEMORY" \
-    "--wrap=$(line srun --kill-on-bad-exit=1 "$VENV/bin/python" -m ddmd_jax.main \
-      "--config=$CONFIG" "--workdir=$WORKDIR" "${REST[@]}")"
+    "--wrap=$(line srun --kill-on-bad-exit=1 "--cpus-per-task=$CPUS" "$VENV/bin/python" \
+      -m ddmd_jax.main "--config=$CONFIG" "--workdir=$WORKDIR" "${REST[@]}")"
 }
 
 need NAME NODES GPUS CPUS TIME CONFIG WORKDIR VENV

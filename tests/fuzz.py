@@ -591,7 +591,7 @@ def _student(workdir: Path, saved: Any) -> Any:
 
     family = families.get('emoji')
     export = student.plain_export(family)
-    return student.Student(workdir, saved, 'emoji', export, None, True, None, '')
+    return student.Student(workdir, saved, 'emoji', export, None, True, None, '', '')
 
 
 def _exported(student: Any) -> Any:

@@ -463,6 +463,13 @@ def test_an_exported_students_folder_says_its_steps(tmp_path):
     assert command_lib.few_steps(str(tmp_path)) is None  # no scheduler: not one of ours
     scheduler.write(tmp_path / 'scheduler', 3.0, 'renoise')
     assert command_lib.few_steps(str(tmp_path)) == (4, 'renoise')
+    # Of the published families, by a name that diffusers passes over; SDXL renoises by LCM.
+    scheduler.write_index(tmp_path, 'Pipeline', {}, **{scheduler.STEPS: 2})
+    assert command_lib.few_steps(str(tmp_path)) == (2, 'renoise')
+    (tmp_path / 'scheduler/scheduler_config.json').write_text('{"_class_name": "LCMScheduler"}')
+    assert command_lib.few_steps(str(tmp_path)) == (2, 'renoise')
+    (tmp_path / 'scheduler/scheduler_config.json').write_text('{"_class_name": "DDIMScheduler"}')
+    assert command_lib.few_steps(str(tmp_path)) == (2, 'deterministic')
 
 
 def test_adapters_over_the_teacher_are_a_student(weights, command, tmp_path):

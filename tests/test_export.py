@@ -20,6 +20,7 @@ from flax import nnx
 from saved import save
 
 from ddmd_jax import families as teachers
+from ddmd_jax.evaluate import few_steps
 from ddmd_jax.export import card, write
 from ddmd_jax.export.write import Wanted, export
 from ddmd_jax.families import LoadOptions
@@ -102,13 +103,16 @@ def test_a_teacher_that_moved_is_named_by_hand(ema, tmp_path):
     assert not (tmp_path / 'out').exists()
     pipeline = tmp_path / 'pipeline'  # the whole one will do as well as its transformer
     for name, content in {'model_index.json': {}, 'transformer/config.json': CONFIG,
-                          'scheduler/scheduler_config.json': {'shift': 6.0, 'base_shift': 0.5},
-                          }.items():
+                          'scheduler/scheduler_config.json': {
+                              'shift': 6.0, 'base_shift': 0.5, 'use_beta_sigmas': True,
+                              'shift_terminal': 0.1}}.items():
         (pipeline / name).parent.mkdir(parents=True, exist_ok=True)
         (pipeline / name).write_text(json.dumps(content))
     export(workdir, tmp_path / 'out', Wanted(teacher=str(pipeline)))
     made = json.loads((tmp_path / 'out/scheduler/scheduler_config.json').read_text())
     assert made['stochastic_sampling'] and made['shift'] == 6.0 and made['base_shift'] == 0.5
+    assert not {'use_beta_sigmas', 'shift_terminal'} & set(made)  # the student's steps are its own
+    assert few_steps(str(tmp_path / 'out'))[1] == 'renoise'
     index = json.loads((tmp_path / 'out/model_index.json').read_text())
     assert index['transformer'] == ['diffusers', lumina.TRANSFORMER]
     assert index['vae'] == [None, None]  # there was none

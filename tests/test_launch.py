@@ -312,6 +312,8 @@ def test_the_image_has_what_a_run_needs_and_nothing_else():
     assert sorted(copied) == ['LICENSE', 'README.md', 'configs', 'ddmd_jax', 'pyproject.toml',
                               'setup.py']
     assert all((tiny.ROOT / name).exists() for name in copied)
+    names = [name for name, _ in steps]  # setup.py installs all that is copied
+    assert 'COPY' not in names[names.index('RUN'):]
     ignored = (LAUNCH / 'docker' / 'Dockerfile.dockerignore').read_text().splitlines()
     assert sorted(line[1:] for line in ignored if line.startswith('!')) == sorted(copied)
     assert '*' in ignored

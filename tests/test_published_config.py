@@ -124,6 +124,41 @@ def test_a_spacing_that_is_not_known_here_is_told(tmp_path, capsys):
     assert "takes the steps of 'leading' here, not of 'linspace'" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize('config, shift, told', [
+    ({'_class_name': 'FlowMatchEulerDiscreteScheduler', 'shift': 3.0}, 3.0, ''),
+    ({'_class_name': 'UniPCMultistepScheduler', 'use_flow_sigmas': True, 'flow_shift': 5.0}, 5.0,
+     ''),
+    ({'shift': 6.0, 'use_karras_sigmas': True, 'shift_terminal': 0.1}, 6.0,
+     'without use_karras_sigmas, shift_terminal'),
+    ({'_class_name': 'DPMSolverMultistepScheduler'}, None, 'has a DPMSolverMultistepScheduler')])
+def test_the_shift_of_a_flow_is_in_its_schedulers_own_words(tmp_path, capsys, config, shift, told):
+    """Also for a transformer that lies in its pipeline's folder."""
+    for folder in ('scheduler', 'transformer'):
+        (tmp_path / folder).mkdir()
+    (tmp_path / 'model_index.json').write_text('{}')
+    (tmp_path / 'scheduler/scheduler_config.json').write_text(json.dumps(config))
+    for folder in (tmp_path, tmp_path / 'transformer'):
+        if shift is None:
+            with pytest.raises(WeightsError, match=told):
+                published_flow.shift_of(lumina.FLOW, folder)
+            continue
+        assert published_flow.shift_of(lumina.FLOW, folder) == shift
+        err = capsys.readouterr().err
+        assert told in err and bool(told) == bool(err)
+
+
+def test_a_unet_in_its_pipelines_folder_is_of_that_process(tmp_path):
+    for name, content in {
+            'model_index.json': {'_class_name': 'StableDiffusionXLPipeline'},
+            'unet/config.json': published_sdxl.UNET | {'_class_name': sdxl.UNET},
+            'scheduler/scheduler_config.json': published_sdxl.SCHEDULER | {
+                'prediction_type': 'v_prediction'}}.items():
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).write_text(json.dumps(content))
+    with pytest.raises(WeightsError, match='prediction_type is v_prediction, supported is epsilon'):
+        sdxl.open_folder(tmp_path / 'unet')
+
+
 @pytest.mark.parametrize('field', ['force_zeros_for_empty_prompt', 'requires_aesthetics_score'])
 def test_a_flag_of_the_pipelines_index_is_no_text(tmp_path, field):
     (tmp_path / 'model_index.json').write_text(json.dumps(

@@ -189,6 +189,14 @@ def test_what_says_that_a_teacher_is_distilled(tmp_path, file, content, words):
     assert words in found and bool(words) == bool(found)
 
 
+def test_luminas_own_students_are_no_teachers(tmp_path):
+    distilled = families.get('lumina').distilled
+    (tmp_path / 'config.json').write_text('{}')
+    assert distilled(str(tmp_path)) == ''
+    (tmp_path / 'README.md').write_text(CARDS['ours'])
+    assert "few-step student's" in distilled(str(tmp_path))
+
+
 @pytest.mark.parametrize('name, words', [
     ('stabilityai/sdxl-turbo', 'its card loads stabilityai/sdxl-turbo'),
     ('ByteDance/SDXL-Lightning', 'its card loads'),

@@ -41,6 +41,7 @@ class Student:
     ema: bool
     mesh: Mesh
     teacher: str  # path
+    variant: str  # of its files
 
     @functools.cached_property
     def binding(self) -> Binding:
@@ -90,7 +91,8 @@ class Student:
         """
         if not self.binding.leans:
             return trained
-        base = families.get(self.family).load_teacher(LoadOptions(self.teacher, self.mesh)).params
+        base = families.get(self.family).load_teacher(LoadOptions(
+            self.teacher, self.mesh, variant=self.variant)).params
         merge = lambda base, trained: adapters.materialised(self.binding.bind(base, trained))
         layout = sharding.shard_tree(jax.eval_shape(lambda: base), self.source.rules, self.mesh)
         return jax.jit(merge, out_shardings=layout)(base, trained)
@@ -167,7 +169,7 @@ def open_student(workdir: Place, teacher: str, ema: bool, step: int | None = Non
     source = export.open_source(path, *family.of_variant(variant))
     check_teacher(saved, source.identity, source.time, '--teacher')
     return Student(workdir, saved, family.name, export, source, ema,
-                   sharding.make_mesh({'fsdp': -1}), path)
+                   sharding.make_mesh({'fsdp': -1}), path, variant)
 
 
 def check_teacher(saved: ckpt.Saved, identity: str | None, time: time_maps.TimeMap,

@@ -25,7 +25,7 @@ USE = """import torch
 from diffusers import DiffusionPipeline
 
 pipe = DiffusionPipeline.from_pretrained('{folder}', torch_dtype=torch.{dtype}).to('cuda')
-image = pipe('a red fox', num_inference_steps={steps}, guidance_scale=GUIDANCE).images[0]
+image = pipe('a red fox', num_inference_steps={steps}, guidance_scale=GUIDANCEMORE).images[0]
 """
 USE_ADAPTERS = """import torch
 from diffusers import DiffusionPipeline, {scheduler}
@@ -33,7 +33,7 @@ from diffusers import DiffusionPipeline, {scheduler}
 pipe = DiffusionPipeline.from_pretrained('{base}', torch_dtype=torch.{dtype}).to('cuda')
 pipe.load_lora_weights('{folder}')
 pipe.scheduler = {scheduler}.from_pretrained('{folder}', subfolder='scheduler')
-image = pipe('a red fox', num_inference_steps={steps}, guidance_scale=GUIDANCE).images[0]
+image = pipe('a red fox', num_inference_steps={steps}, guidance_scale=GUIDANCEMORE).images[0]
 """
 ALONE = """from diffusers import TRANSFORMER
 
@@ -41,11 +41,13 @@ transformer = TRANSFORMER.from_pretrained('{folder}/transformer')
 """
 
 
-def export_of(flow: Flow, no_guidance: float, **naming: Any) -> Export:
+def export_of(flow: Flow, no_guidance: float, more: str = '', **naming: Any) -> Export:
     """How students of a family are written.
 
-    `no_guidance` is its pipeline's scale for none; `naming` is more of `lora.Names`.
+    `no_guidance` is its pipeline's scale for none, `more` what a call of it is given beside;
+    `naming` is more of `lora.Names`.
     """
+    call = lambda use: use.replace('GUIDANCE', str(no_guidance)).replace('MORE', more)
     return Export(
         functools.partial(open_source, flow), functools.partial(write_weights, flow),
         names={
@@ -54,9 +56,9 @@ def export_of(flow: Flow, no_guidance: float, **naming: Any) -> Export:
             'safetensors': ('transformer',)},
         alone=ALONE.replace('TRANSFORMER', flow.transformer),
         write_pipeline=functools.partial(write_pipeline, flow),
-        use=USE.replace('GUIDANCE', str(no_guidance)),
+        use=call(USE),
         adapters=Names('transformer', flow.entry, **naming), write_scheduler=write_scheduler,
-        use_adapters=USE_ADAPTERS.replace('GUIDANCE', str(no_guidance)))
+        use_adapters=call(USE_ADAPTERS))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -100,7 +102,8 @@ def write_pipeline(flow: Flow, student: Exported, out: Path) -> None:
     write_scheduler(student, out)
     scheduler.write_index(out, flow.class_names[0], {
         'transformer': ['diffusers', flow.transformer],
-        'scheduler': ['diffusers', scheduler.CLASS], **copied(source, out, COPIED)})
+        'scheduler': ['diffusers', scheduler.CLASS], **copied(source, out, COPIED)},
+        **{scheduler.STEPS: student.steps})
 
 
 def write_scheduler(student: Exported, out: Path) -> None:

@@ -13,6 +13,7 @@ How a pipeline guides is its family's own: `families/*/teacher.py`.
 
 import dataclasses
 import functools
+import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -26,7 +27,7 @@ from ddmd_jax.data.batch import CondSpec
 from ddmd_jax.diffusion import process
 from ddmd_jax.diffusion.sampling import Predict
 from ddmd_jax.diffusion.time import Shift
-from ddmd_jax.families import published_config, published_vae
+from ddmd_jax.families import published_card, published_config, published_vae
 from ddmd_jax.families.base import (
     Array,
     Cond,
@@ -42,7 +43,7 @@ from ddmd_jax.models.autoencoder_kl import AutoencoderKLConfig
 from ddmd_jax.models.layers import abstract_params, functional
 from ddmd_jax.parallel import sharding
 from ddmd_jax.util import shape
-from ddmd_jax.weights import diffusers, fetch
+from ddmd_jax.weights import diffusers, fetch, scheduler
 from ddmd_jax.weights.flat import WeightsError
 
 FILES = ('model_index.json', 'scheduler/*.json', 'transformer/*.json', 'transformer/*.safetensors',
@@ -134,28 +135,40 @@ def transformer_folder(folder: Path) -> Path:
 
 
 def _scheduler_shift(flow: Flow, folder: Path) -> float:
-    config = diffusers.read_json(folder / 'scheduler_config.json', {'shift?': shape.positive})
+    config = diffusers.read_json(folder / 'scheduler_config.json', {
+        'shift?': shape.positive, 'flow_shift?': shape.positive})
     if config.get('use_dynamic_shifting'):
         raise WeightsError(f'{folder} shifts time by resolution (use_dynamic_shifting), which '
                            f'{flow.title} does not; give its own scheduler_config.json')
-    return float(config.get('shift', 1.0))
+    own, name = str(config.get('_class_name', scheduler.CLASS)), 'shift'
+    if not own.startswith('FlowMatch'):
+        if not config.get('use_flow_sigmas'):
+            raise WeightsError(f'{folder} has a {own}, whose times are not those of {flow.title}; '
+                               f'give its own scheduler_config.json, of {scheduler.CLASS}')
+        name = 'flow_shift'
+    if other := [option for option in scheduler.RESPACED if config.get(option)]:
+        print(f"warning: {folder}: the teacher's own sampler takes even steps here, without "
+              f'{", ".join(other)}; no training depends on it', file=sys.stderr)
+    return float(config.get(name, 1.0))
 
 
 def shift_of(flow: Flow, folder: Path) -> float:
-    """Of time: what the scheduler of a pipeline's folder says; the family's of a bare transformer.
+    """Of time: what the scheduler of the pipeline says that `folder` is, or is the transformer of;
+    the family's where there is none.
 
     Raises:
-      WeightsError: its scheduler shifts by resolution.
+      WeightsError: its scheduler shifts by resolution, or is none of a flow.
     """
-    scheduler = folder / 'scheduler'
-    return _scheduler_shift(flow, scheduler) if scheduler.is_dir() else flow.shift
+    beside = published_card.pipeline(folder) / 'scheduler'
+    return _scheduler_shift(flow, beside) if beside.is_dir() else flow.shift
 
 
 def _open(flow: Flow, folder: Path, variant: str = ''
           ) -> tuple[diffusers.Checkpoint, diffusers.Checkpoint | None, float]:
     """(transformer, autoencoder, shift) of a pipeline's folder, or of a bare transformer's."""
     if not (folder / 'model_index.json').exists():
-        return diffusers.open_folder(folder, flow.transformer, variant), None, flow.shift
+        return (diffusers.open_folder(folder, flow.transformer, variant), None,
+                shift_of(flow, folder))
     found = diffusers.read_json(folder / 'model_index.json').get('_class_name')
     if found not in flow.class_names:
         raise WeightsError(f'{folder} is a {found}, not {flow.class_names[0]}; give a folder of '

@@ -21,6 +21,7 @@ from ddmd_jax.weights.flat import WeightsError
 from ddmd_jax.weights.names import Entry
 
 AUTOENCODER = 'AutoencoderKL'
+WHOLE = 1024  # pixels: squares up to this are decoded in one piece, as pipelines do
 RULES = ((r'.', ()),)  # 84 M parameters: whole on every device
 # What diffusers takes where a config does not say: SDXL's is older than these fields.
 ABSENT = {'use_quant_conv': True, 'use_post_quant_conv': True, 'mid_block_add_attention': True,
@@ -50,8 +51,10 @@ def vae_config(published: dict[str, Any], dtype: str) -> AutoencoderKLConfig:
             if published.get(name) is not None:
                 raise ValueError(f'{name} is {str(published[name])[:40]}, supported is None')
         values['block_out_channels'] = tuple(values['block_out_channels'])
-        return AutoencoderKLConfig(
+        cfg = AutoencoderKLConfig(
             **published_config.checked(AutoencoderKLConfig, values), dtype=dtype)
+        # Some were saved by who trained them at 512; the network is the same at any size.
+        return dataclasses.replace(cfg, sample_size=max(cfg.sample_size, WHOLE))
     except (KeyError, TypeError, ValueError) as e:
         raise WeightsError(f'vae/config.json is not one of {AUTOENCODER} ({e}); fetch the folder '
                            'again') from e

@@ -119,15 +119,15 @@ def _values(results: Results, name: str, figure: Figure) -> dict[int, float]:
     return {seed: value for seed, value in found.items() if np.isfinite(value)}
 
 
-def _part(results: Results, names: Sequence[str], sentence: str, words: str,
-          values: dict[int, float], bound: str, decide: Callable[[Sequence[float]], str]) -> Part:
-    """The part that experiments `names` are asked; it cannot hold while one of their runs broke
-    off, as those that are left may be the lucky ones."""
-    verdict = decide(list(values.values())) if values else rule.OPEN
-    if verdict == rule.HOLDS and any(
-            'failed' in result for name in names for result in results.get(name, {}).values()):
-        verdict = rule.OPEN
-    return Part(sentence, words, values, bound, verdict)
+def _verdict(results: Results, names: Sequence[str], values: Mapping[int, float],
+             decide: Callable[[Sequence[float]], str]) -> str:
+    """Of a part that experiments `names` are asked.
+
+    It cannot hold while one of their runs broke off: those that are left may be the lucky ones.
+    """
+    found = decide(list(values.values())) if values else rule.OPEN
+    broke = any('failed' in run for name in names for run in results.get(name, {}).values())
+    return rule.OPEN if broke and found == rule.HOLDS else found
 
 
 def alone(results: Results, sentence: str, words: str, name: str, figure: Figure, *,
@@ -135,10 +135,10 @@ def alone(results: Results, sentence: str, words: str, name: str, figure: Figure
     """A part about one experiment's figure, above `over` or below `under`."""
     values = _values(results, name, figure)
     if over is not None:
-        return _part(results, [name], sentence, words, values, f'above {over:g}',
-                     lambda v: rule.above(v, over))
-    return _part(results, [name], sentence, words, values, f'below {under:g}',
-                 lambda v: rule.below(v, under))
+        return Part(sentence, words, values, f'above {over:g}',
+                    _verdict(results, [name], values, lambda v: rule.above(v, over)))
+    return Part(sentence, words, values, f'below {under:g}',
+                _verdict(results, [name], values, lambda v: rule.below(v, under)))
 
 
 def apart(results: Results, sentence: str, words: str, more: str, less: str, figure: Figure,
@@ -146,8 +146,8 @@ def apart(results: Results, sentence: str, words: str, more: str, less: str, fig
     """A part about the difference of one figure between two experiments at the same seed."""
     a, b = _values(results, more, figure), _values(results, less, figure)
     values = {seed: a[seed] - b[seed] for seed in a if seed in b}
-    return _part(results, [more, less], sentence, f'{words}: {more} - {less}', values,
-                 f'above {over:g}', lambda v: rule.above(v, over))
+    return Part(sentence, f'{words}: {more} - {less}', values, f'above {over:g}',
+                _verdict(results, [more, less], values, lambda v: rule.above(v, over)))
 
 
 def alike(results: Results, sentence: str, words: str, one: str, two: str, figure: Figure,
@@ -155,8 +155,8 @@ def alike(results: Results, sentence: str, words: str, one: str, two: str, figur
     """A part that says two experiments to be the same up to `margin`."""
     a, b = _values(results, one, figure), _values(results, two, figure)
     values = {seed: a[seed] - b[seed] for seed in a if seed in b}
-    return _part(results, [one, two], sentence, f'{words}: {one} - {two}', values,
-                 f'within {margin:g} of 0', lambda v: rule.within(v, margin))
+    return Part(sentence, f'{words}: {one} - {two}', values, f'within {margin:g} of 0',
+                _verdict(results, [one, two], values, lambda v: rule.within(v, margin)))
 
 
 def sound(results: Results, sentence: str, name: str) -> Part:
@@ -165,9 +165,9 @@ def sound(results: Results, sentence: str, name: str) -> Part:
     Few steps without distillation draw pale images: what keeps their contrast would be no good.
     """
     contrast = lambda result: result['student']['std'] / result['real']['std'] - 1
-    return _part(results, [name], sentence, 'contrast to real images\', less 1',
-                 _values(results, name, contrast), f'within {EQUAL_STD:g} of 0',
-                 lambda v: rule.within(v, EQUAL_STD))
+    values = _values(results, name, contrast)
+    return Part(sentence, 'contrast to real images\', less 1', values, f'within {EQUAL_STD:g} of 0',
+                _verdict(results, [name], values, lambda v: rule.within(v, EQUAL_STD)))
 
 
 # --- The six claims (docs/study.md) ---

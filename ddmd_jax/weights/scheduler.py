@@ -14,12 +14,17 @@ from typing import Any
 from ddmd_jax.util import files
 
 CLASS = 'FlowMatchEulerDiscreteScheduler'
+STEPS = '_ddmd_jax_steps'  # of the student, in model_index.json: private names are nobody's there
+# By these a sampler would take other steps than the student was trained for.
+RESPACED = ('use_karras_sigmas', 'use_exponential_sigmas', 'use_beta_sigmas', 'invert_sigmas',
+            'shift_terminal')
 STATED = '0.36.0'  # the oldest diffusers that what is written has been loaded with is as old
 
 
 def write(folder: Path, shift: float, sampler: str, base: Mapping[str, Any] | None = None) -> None:
-    """``FOLDER/scheduler_config.json``; `base` is the teacher's, of which the rest is kept."""
-    config = {**(base or {}), '_class_name': CLASS, 'num_train_timesteps': 1000,
+    """``FOLDER/scheduler_config.json``; `base` is the teacher's, kept but for its steps."""
+    kept = {name: value for name, value in (base or {}).items() if name not in RESPACED}
+    config = {**kept, '_class_name': CLASS, 'num_train_timesteps': 1000,
               'shift': float(shift), 'use_dynamic_shifting': False,
               'stochastic_sampling': sampler == 'renoise'}
     config.setdefault('_diffusers_version', STATED)

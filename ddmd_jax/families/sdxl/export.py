@@ -117,7 +117,7 @@ def write_pipeline(student: Exported, out: Path) -> None:
     scheduler.write_index(out, text.PIPELINE.class_names[0], {
         'unet': ['diffusers', sdxl.UNET], 'scheduler': ['diffusers', config['_class_name']],
         **copied(source, out, COPIED), 'feature_extractor': ABSENT, 'image_encoder': ABSENT},
-        **kept)
+        **kept, **{scheduler.STEPS: student.steps})
 
 
 EXPORT = Export(
@@ -125,4 +125,4 @@ EXPORT = Export(
         'diffusers': ('unet', 'scheduler', *COPIED, 'model_index.json'), 'safetensors': ('unet',)},
     alone=ALONE, write_pipeline=write_pipeline, use=USE,
     adapters=Names('unet', names.unet, KOHYA, names.of_sgm), write_scheduler=write_scheduler,
-    use_adapters=USE_ADAPTERS.replace('GUIDANCE', '1.0'))
+    use_adapters=USE_ADAPTERS.replace('GUIDANCE', '1.0').replace('MORE', ''))

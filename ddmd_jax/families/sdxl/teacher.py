@@ -193,7 +193,8 @@ def open_folder(folder: Path) -> Opened:
     encoder = folder / 'text_encoder_2' / 'config.json'
     pooled = diffusers.read_json(encoder).get('projection_dim') if encoder.exists() else None
     refuse_others(component, published, index, pooled or 1280)
-    scheduler = folder / 'scheduler' / 'scheduler_config.json'
+    # A UNet that lies in its pipeline's folder is of that pipeline's process.
+    scheduler = published_card.pipeline(folder) / 'scheduler' / 'scheduler_config.json'
     table = table_of(scheduler) if scheduler.exists() else TABLE
     return Opened(component, published, table, index, folder / 'vae' if index else None)
 
@@ -336,7 +337,7 @@ def load(options: LoadOptions) -> Teacher:
     latents = Latents(_latent_shape(options.size or SIZE, cfg, factor), decode, LIMIT,
                       functools.partial(_latent_shape, cfg=cfg, factor=factor), moments=MOMENTS,
                       encoder=encoder, codec=codec)
-    zeros = opened.index.get('force_zeros_for_empty_prompt', True)  # the pipeline's own default
+    zeros = text.null_is_zeros(opened.index)
     return _teacher(
         cfg, opened.time, factor, mesh,
         params=diffusers.import_tree(checkpoint, shapes, layout, names.unet), latents=latents,

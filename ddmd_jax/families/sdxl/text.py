@@ -8,7 +8,7 @@ made where they are wanted (`batch.NULLS`). `null_is_zeros` says which a folder'
 """
 
 import functools
-from pathlib import Path
+from collections.abc import Mapping
 from typing import Any
 
 from ddmd_jax.families import published_text
@@ -17,7 +17,6 @@ from ddmd_jax.families.published_text import Component, Pipeline
 from ddmd_jax.models import flops
 from ddmd_jax.models.text import clip
 from ddmd_jax.models.text.clip import ClipConfig, ClipText
-from ddmd_jax.weights import diffusers
 from ddmd_jax.weights.clip import text_entry as entry
 from ddmd_jax.weights.transformers import Published
 
@@ -58,13 +57,9 @@ def load(options: LoadOptions) -> TextEncoder:
     return published_text.load(PIPELINE, options)
 
 
-def null_is_zeros(folder: str | Path) -> bool:
-    """Whether the pipeline of a folder guides away from zeros instead of the encoded empty text.
-
-    Raises:
-      WeightsError: there is no ``model_index.json``.
-    """
-    index = diffusers.read_json(Path(folder) / 'model_index.json')
+def null_is_zeros(index: Mapping[str, Any]) -> bool:
+    """Whether a pipeline, by its ``model_index.json``, guides away from zeros instead of the
+    encoded empty text."""
     return bool(index.get('force_zeros_for_empty_prompt', True))  # the pipeline's own default
 
 

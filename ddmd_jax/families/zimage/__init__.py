@@ -10,5 +10,7 @@ FAMILY = Family(
     images=teacher.images, abstract=teacher.abstract, distilled=teacher.distilled,
     class_names=(*text.PIPELINE.class_names, teacher.TRANSFORMER),
     attention=KINDS, dtype='bfloat16', guidance=6.0,
+    # Older versions of its pipeline end at 0 and would leave the last step out.
     export=export_of(teacher.FLOW, no_guidance=0.0, comfyui='diffusion_model.',
-                     alias=names.of_others))
+                     alias=names.of_others,
+                     more=',\n             sigmas=[1 - i / {steps} for i in range({steps})]'))
