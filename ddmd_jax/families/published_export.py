@@ -25,7 +25,7 @@ USE = """import torch
 from diffusers import DiffusionPipeline
 
 pipe = DiffusionPipeline.from_pretrained('{folder}', torch_dtype=torch.{dtype}).to('cuda')
-image = pipe('a red fox', num_inference_steps={steps}, guidance_scale=GUIDANCEMORE).images[0]
+image = pipe('a red fox', num_inference_steps={steps}, guidance_scale=GUIDANCE).images[0]
 """
 USE_ADAPTERS = """import torch
 from diffusers import DiffusionPipeline, {scheduler}
@@ -33,7 +33,7 @@ from diffusers import DiffusionPipeline, {scheduler}
 pipe = DiffusionPipeline.from_pretrained('{base}', torch_dtype=torch.{dtype}).to('cuda')
 pipe.load_lora_weights('{folder}')
 pipe.scheduler = {scheduler}.from_pretrained('{folder}', subfolder='scheduler')
-image = pipe('a red fox', num_inference_steps={steps}, guidance_scale=GUIDANCEMORE).images[0]
+image = pipe('a red fox', num_inference_steps={steps}, guidance_scale=GUIDANCE).images[0]
 """
 ALONE = """from diffusers import TRANSFORMER
 
@@ -47,7 +47,7 @@ def export_of(flow: Flow, no_guidance: float, more: str = '', **naming: Any) -> 
     `no_guidance` is its pipeline's scale for none, `more` what a call of it is given beside;
     `naming` is more of `lora.Names`.
     """
-    call = lambda use: use.replace('GUIDANCE', str(no_guidance)).replace('MORE', more)
+    call = lambda use: use.replace('GUIDANCE', f'{no_guidance}{more}')
     return Export(
         functools.partial(open_source, flow), functools.partial(write_weights, flow),
         names={

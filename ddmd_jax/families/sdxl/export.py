@@ -125,4 +125,4 @@ EXPORT = Export(
         'diffusers': ('unet', 'scheduler', *COPIED, 'model_index.json'), 'safetensors': ('unet',)},
     alone=ALONE, write_pipeline=write_pipeline, use=USE,
     adapters=Names('unet', names.unet, KOHYA, names.of_sgm), write_scheduler=write_scheduler,
-    use_adapters=USE_ADAPTERS.replace('GUIDANCE', '1.0').replace('MORE', ''))
+    use_adapters=USE_ADAPTERS.replace('GUIDANCE', '1.0'))
