@@ -1,16 +1,18 @@
 """``python -m ddmd_jax.checkpoints WORKDIR [--verify] [--prune --keep=N --every=K]``
 
 Lists a run's checkpoints; with `--verify` reads every file and says which are damaged; with
-`--prune` deletes all but the newest `--keep` good ones and those at multiples of `--every`.
+`--prune` deletes all but the newest `--keep` good ones, those at multiples of `--every`, the best
+by the run's `checkpoint.best`, and those that `--replay` goes back to.
 Exit codes: 0; 1 if one is damaged or it could not be done (one line on stderr); 2 a wrong flag.
 """
 
 import os
 import time
+from collections.abc import Sequence
 
 from absl import flags
 
-from ddmd_jax.util import commands, files, places, text
+from ddmd_jax.util import commands, files, places, shape, text
 from ddmd_jax.util.errors import UserError
 from ddmd_jax.util.places import Place
 
@@ -52,15 +54,34 @@ def listing(directory: Place, verify: bool) -> tuple[str, list[int]]:
     return text.aligned(rows, numbers=0), damaged
 
 
+def best(directory: Place, steps: Sequence[int]) -> int | None:
+    """Which of `steps` is the best by what the run was last told to go by; None if by nothing."""
+    from ddmd_jax import config as config_lib
+    from ddmd_jax.train.durable.saving import Retention
+    from ddmd_jax.util import run_files
+
+    config = run_files.read(directory.parent, 'config.json')
+    named, mode = (config_lib.field(config, f'checkpoint.{name}') for name in ('best', 'best_mode'))
+    by, found = Retention(best=named or '', mode=mode or 'min'), {}
+    for step in steps if named else ():
+        file = directory / str(step) / 'metrics' / 'metrics'  # as Orbax writes them
+        if file.is_file():
+            found[step] = by.figure(shape.load(file.read_bytes(), {str: float}))
+    sign = 1 if by.mode == 'min' else -1
+    return min(reversed(found), key=lambda step: sign * found[step], default=None)
+
+
 def prune(directory: Place, keep: int, every: int) -> list[int]:
     """Deletes good checkpoints that need not stay; returns their steps. Damaged ones are left."""
-    from ddmd_jax.train.durable import checksums, lock
+    from ddmd_jax.train.durable import checksums, lock, rollback
 
     with lock.held(directory.parent):
+        pinned = {entry['checkpoint'] for entry in rollback.read(directory.parent)}
         for scratch in directory.glob('*.deleted'):  # of a command that was killed
             files.remove(scratch)
         good = [s for s in checksums.steps(directory) if not checksums.fault(directory / str(s))]
-        gone = [step for step in good[:-keep] if not every or step % every]
+        stay = {*good[-keep:], *pinned, best(directory, good)}
+        gone = [step for step in good if step not in stay and (not every or step % every)]
         for step in gone:
             # Renamed first: one that is half deleted must not look like a checkpoint.
             scratch = directory / f'{step}.deleted'

@@ -40,8 +40,11 @@ def embed(stored: PromptSet, text: TextEncoder, mesh: Mesh, out: Place,
     Returns the identity of what is written, and whether it was there already.
 
     Raises:
-      DataFileError: no room, a full disk, or `out` is something else.
+      DataFileError: no prompts, no room, a full disk, or `out` is something else.
     """
+    if not len(stored):
+        raise DataFileError(f'the set has no prompts of the split {stored.split}; name another '
+                            '--split, or prepare it with another --validation')
     lengths = sources.token_counts(text, stored)
     (null,) = embeddings.trimmed(jax.device_get(
         sources.in_bf16(jax.jit(text.apply)(text.params, text.tokenize([''])))))

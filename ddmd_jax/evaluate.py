@@ -70,7 +70,7 @@ def evaluate() -> bool:
     from ddmd_jax.evaluation.evaluate import SHEET
     from ddmd_jax.evaluation.measuring import Measures
     from ddmd_jax.parallel import distributed
-    from ddmd_jax.util import files
+    from ddmd_jax.train.durable import lock
 
     size = tuple(map(int, FLAGS.size)) if FLAGS.size else None
     models = [find_model(run, FLAGS.teacher_path, size, FLAGS.step, FLAGS.variant)
@@ -89,7 +89,8 @@ def evaluate() -> bool:
     if (out / 'checkpoints').exists() or (out / 'config.json').exists():
         raise UserError(f'--out {out} is the folder of a run, whose own {results_lib.RESULT} would '
                         'be written over; choose another')
-    if jax.process_index() == 0 and (held := files.lock(out / '.lock'))[0] is None:
+    held = lock.attempt(out / '.lock') if jax.process_index() == 0 else (None, '')
+    if held[1]:
         raise UserError(f'--out {out} is being written by {held[1]}; wait for it, or choose '
                         'another')
     distributed.same_folder(out / '.lock', '--out')

@@ -32,7 +32,6 @@ if TYPE_CHECKING:  # JAX takes seconds to import: not before the flags are right
 FLAGS = flags.FLAGS
 TEACHER_STEPS = 50  # of the guided teacher, unless --steps says otherwise
 TRAJECTORY = 8  # of a sampler's steps that a sheet shows, at most
-SHEET = 60  # rows and columns of a sheet: a WebP has at most 16,383 pixels a side
 MARK = '.sample.json'  # in a folder that is being written to; see `marked`
 OTHERS = ('.jpg', '.jpeg', '.gif', '.bmp', '.tif', '.tiff', '.avif')  # no names of folders
 
@@ -180,8 +179,8 @@ def targets(out: Place, named: Sequence[ImageName],
     sheet = FLAGS.grid or FLAGS.compare_teacher or FLAGS.trajectory
     rows, columns = (prompts, FLAGS.count) if not (FLAGS.compare_teacher or FLAGS.trajectory) else (
         len(named), 3 * TRAJECTORY)
-    if sheet and max(rows, columns) > SHEET:
-        raise UserError(f'a sheet has at most {SHEET} rows and {SHEET} columns, not {rows} and '
+    if sheet and max(rows, columns) > (most := pictures.ROWS):
+        raise UserError(f'a sheet has at most {most} rows and {most} columns, not {rows} and '
                         f'{columns}; leave out --grid')
     files, grid = [], None
     if out.suffix.lower() not in pictures.SUFFIXES:

@@ -206,6 +206,20 @@ def test_retention(tmp_path, options, stay):
     reopened.close()
 
 
+def test_a_resumed_run_may_go_by_another_figure(tmp_path):
+    """Whose checkpoints from before do not have it; one that is not finite is the worst."""
+    saved(tmp_path, (1, 2), lambda step: {'loss': float(step)}, keep=1, best='loss')
+    reopened = opened(tmp_path, keep=1, best='ema_std')
+    for step, figure in ((3, 2.0), (4, 1.0), (5, float('nan')), (6, 3.0)):
+        reopened.judge({'ema_std': figure})
+        reopened.save(step, state_at(step), feed())
+        assert reopened.wait() == ''
+    assert set(reopened.manager.all_steps()) == {4, 6}
+    reopened.save(7, state_at(7), feed())  # between two logged lines: judged by none
+    assert reopened.wait() == '' and set(reopened.manager.all_steps()) == {4, 7}
+    reopened.close()
+
+
 def test_the_best_of_no_figure_is_refused(tmp_path):
     checkpoints = opened(tmp_path, best='fid')
     with pytest.raises(ckpt.CheckpointError, match="checkpoint.best: 'fid'.* there are loss$"):
@@ -348,6 +362,18 @@ def test_the_command_lists_verifies_and_prunes(tmp_path):
     assert done.returncode == 0 and done.stdout.startswith('deleted: 1, 3\n')
     # A damaged one does not count among those that are kept, nor is it touched.
     assert checksums.steps(tmp_path / 'checkpoints') == [2, 4, 5]
+
+
+def test_what_a_run_keeps_is_not_pruned(tmp_path):
+    """The best by its own figure, and where `--replay` goes back to."""
+    losses = {1: 5.0, 2: 1.0, 3: 4.0, 4: 3.0, 5: 2.0}
+    saved(tmp_path, losses, lambda step: {'loss': losses[step]}, keep=9, best='loss')
+    (tmp_path / 'config.json').write_text(json.dumps(
+        {'checkpoint': {'best': 'loss', 'best_mode': 'min'}}))
+    (tmp_path / 'bad_batches.jsonl').write_text(json.dumps(
+        {'step': 4, 'checkpoint': 3, 'batches': [1], 'bad': ['loss'], 'rows': [[1]]}) + '\n')
+    assert command.prune(tmp_path / 'checkpoints', 1, 0) == [1, 4]
+    assert checksums.steps(tmp_path / 'checkpoints') == [2, 3, 5]
 
 
 def test_a_run_is_not_pruned(tmp_path):

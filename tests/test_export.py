@@ -302,14 +302,21 @@ def test_the_card_has_that_of_the_prompts(ema, teacher, tmp_path):
     card = (tmp_path / 'out/README.md').read_text()
     assert '2 of them, made from' in card and 'p.txt' in card
     assert 'the run was not evaluated' in card
-    assert str(tmp_path) not in card.replace(f'{tmp_path}/p.txt', '')  # no places of a machine
+    assert str(tmp_path) not in card  # no places of a machine
+    # Another set lies there by now: it is not what the student was trained on.
+    workdir = as_run(tmp_path / 'again', 'lumina', ema, **{
+        'teacher.path': str(teacher), 'data.path': f'{tmp_path}/set'},
+        identities={'data_identity': 'another'})
+    export(workdir, tmp_path / 'other')
+    card = (tmp_path / 'other/README.md').read_text()
+    assert 'made from' not in card and 'identity `another`' in card
 
 
-def as_run(folder, name, params, step=40, **fields):
+def as_run(folder, name, params, step=40, identities=None, **fields):
     """A run's folder as `main` leaves it: its config, and the manifest that is made of it."""
     config = tiny.load_config(name)
     config.update_from_flattened_dict(fields)
-    save(folder, resume.manifest_of(config, {}), params, step)
+    save(folder, resume.manifest_of(config, identities or {}), params, step)
     (folder / 'config.json').write_text(json.dumps(config.to_dict()))
     return folder
 

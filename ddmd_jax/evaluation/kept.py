@@ -18,7 +18,7 @@ import numpy as np
 from PIL import Image
 
 from ddmd_jax.data import DataFileError, records
-from ddmd_jax.data.images import pixels
+from ddmd_jax.data.images import pixels, sources
 from ddmd_jax.diffusion import drawing
 from ddmd_jax.diffusion.drawing import ImageName
 from ddmd_jax.evaluation import pictures
@@ -125,8 +125,10 @@ class Kept:
         for name in {**found, **here}:
             if found.get(name) != here.get(name):
                 was, asked = (' '.join(str(x.get(name)).split())[:200] for x in (found, here))
+                same = 'give the --seed, --count and --limit that they were drawn with, ' if (
+                    name in ('images', 'names')) else ''
                 raise ImagesError(f'{self.folder} holds images of {name} {was}, asked for is '
-                                  f'{asked}; choose another --out, or delete it')
+                                  f'{asked}; {same}choose another --out, or delete it')
 
     def __len__(self) -> int:
         return len(self.named)
@@ -322,11 +324,12 @@ class Folder:
 
 
 class Plain:
-    """All images in a folder and below it, by name: a set to compare with."""
+    """All images in a folder and below it, by name, as `prepare images` finds them: a set to
+    compare with."""
 
     def __init__(self, folder: Path):
-        self.files = sorted(file for file in folder.rglob('*')
-                            if file.suffix.lower() in pixels.SUFFIXES) if folder.is_dir() else []
+        self.files = sorted(folder / name for name in sources.files_below(folder)
+                            if Path(name).suffix.lower() in pixels.SUFFIXES)
         if not self.files:
             raise ImagesError(f'{folder} holds no images ({", ".join(pixels.SUFFIXES)})')
 

@@ -19,6 +19,7 @@ COLUMN, LINE, LEFT = 26, 24, 250  # of a caption: characters of a line, height o
 TILE = 256  # longest side of a larger image, or of a block of them, in a sheet
 RIM = 2  # pixels between the images of a block
 SUFFIXES = ('.png', '.webp')  # of the files that `save` writes
+ROWS = 60  # and columns of a sheet: a WebP has at most 16,383 pixels a side
 
 
 def to_uint8(images: np.ndarray) -> np.ndarray:

@@ -49,6 +49,9 @@ def _grid(rows: Sequence[Evaluated]) -> None:
         raise UserError(f'--out {FLAGS.out}: a sheet ends in .png or .webp')
     out = _out()
     shown = sheets.chosen(rows[0], FLAGS.prompts_shown or sheets.PROMPTS, FLAGS.best, FLAGS.worst)
+    if len(shown) > pictures.ROWS:
+        raise UserError(f'a sheet has at most {pictures.ROWS} rows, not {len(shown)}; give '
+                        f'--prompts_shown={pictures.ROWS}')
     sheets.write(out, rows, shown, FLAGS.best or FLAGS.worst, FLAGS.seeds)
     print(out)
 

@@ -45,6 +45,9 @@ def read(student: Student) -> Told:
     if named and not places.fault(named):  # a variable of the run's machine may not be set here
         folder = places.of(named)
         prompts = prompt_set.read_card(folder) if (folder / prompt_set.CARD).is_file() else None
+        if prompts and student.manifest.get('data_identity', prompts['identity']) != (
+                prompts['identity']):
+            prompts = None  # another set lies there now
     return Told(student.file('eval.json'), student.file('metrics.jsonl') or [{}], prompts)
 
 
@@ -79,7 +82,8 @@ def write(student: Student, out: Path, form: str, exported: Exported, weights: s
         evaluation=evaluation, why=why, before=health.before(told.history),
         health=last if judged else None,
         settings=[item for item in sorted(student.manifest.items()) if item[0].startswith(SHOWN)],
-        prompts=told.prompts)
+        prompts=told.prompts,
+        inputs=[Path(one['input']).name for one in (told.prompts or {}).get('inputs', ())])
     files.write(out / README, card.rstrip('\n') + '\n')
 
 

@@ -43,7 +43,7 @@ def render(runs: Sequence[RunFiles]) -> str:
     drawn = {name: json.loads(figure.to_json()) for name, figure in drawn.items() if figure}
     return _TEMPLATES.get_template('report.html.jinja').render(
         runs=runs, plotly=Markup(get_plotlyjs()), figures=drawn,
-        data=Markup(json.dumps(drawn).replace('</', '<\\/')),
+        data=Markup(json.dumps(drawn).replace('<', '\\u003c')),
         strips=[strips(run) for run in runs], changed=differences(runs),
         facts=[facts(run) for run in runs],
         lines=thinned(runs[0].lines, ROWS) if len(runs) == 1 else [],

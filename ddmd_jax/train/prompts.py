@@ -98,7 +98,13 @@ def as_needed(stored: Any, text: TextEncoder, mesh: Mesh, measure: bool = False)
 
     Args:
       stored: a sequence with an `identity`, and `__getitems__` of rows: `PromptSet`, `ImageCache`.
+
+    Raises:
+      DataFileError: it is empty.
     """
+    if not len(stored):
+        raise DataFileError(f'the set of prompts {stored.identity} has none to train on; prepare '
+                            'it of more files, or with another --validation')
     encode, whole = make_encoder(text, mesh), make_encoder(text, mesh, whole=True)
     alone = lambda tokens: jax.tree.map(np.asarray, whole(tokens))
     texts = lambda rows: stored.__getitems__([int(row) for row in rows])

@@ -11,6 +11,8 @@ from PIL import Image, ImageOps, UnidentifiedImageError
 from ddmd_jax.util import errors
 from ddmd_jax.util.text import first_line
 
+# `decode` refuses what Pillow warns of; filters of warnings are not for threads to change.
+warnings.filterwarnings('ignore', category=Image.DecompressionBombWarning)
 Size = tuple[int, int]  # pixels, height first
 SUFFIXES = ('.jpg', '.jpeg', '.png', '.webp', '.bmp', '.tif', '.tiff')  # of what is taken for one
 
@@ -30,19 +32,19 @@ def decode(raw: bytes, where: str = '', as_scorers: bool = False) -> Image.Image
         not say which of them is white (float, 32 bits, signed).
     """
     try:
-        with warnings.catch_warnings():
-            warnings.simplefilter('error', Image.DecompressionBombWarning)
-            opened = Image.open(io.BytesIO(raw))
-            wide = _is_wide(opened)
-            image = opened if as_scorers else ImageOps.exif_transpose(opened)
-            if wide:
-                return _narrowed(image, white=not as_scorers).convert('RGB')
-            if not as_scorers and (
-                    'A' in image.getbands() or 'transparency' in image.info):
-                image = image.convert('RGBA')
-                white = Image.new('RGBA', image.size, 'white')
-                return Image.alpha_composite(white, image).convert('RGB')
-            return image.convert('RGB')
+        opened = Image.open(io.BytesIO(raw))
+        if opened.width * opened.height > (most := Image.MAX_IMAGE_PIXELS or math.inf):
+            raise BadImage(f'cannot be decoded (it has {opened.width * opened.height} pixels, more '
+                           f'than {most})')
+        wide = _is_wide(opened)
+        image = opened if as_scorers else ImageOps.exif_transpose(opened)
+        if wide:
+            return _narrowed(image, white=not as_scorers).convert('RGB')
+        if not as_scorers and ('A' in image.getbands() or 'transparency' in image.info):
+            image = image.convert('RGBA')
+            white = Image.new('RGBA', image.size, 'white')
+            return Image.alpha_composite(white, image).convert('RGB')
+        return image.convert('RGB')
     except BadImage:
         raise
     except Exception as e:  # whatever a decoder raises, the bytes are at fault, if not the machine

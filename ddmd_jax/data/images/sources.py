@@ -183,6 +183,28 @@ def _table(path: Path, fields: Fields) -> dict[str, str]:
     return found
 
 
+def files_below(path: Path) -> Iterator[str]:
+    """Files in a folder and in folders in it, relative to it; hidden ones are left out, links
+    followed.
+
+    Raises:
+      DataFileError: a folder cannot be listed.
+    """
+    real = lambda *at: os.path.join(os.path.realpath(os.path.join(*at)), '')
+
+    def unlisted(error: OSError) -> None:
+        errors.raise_environment(error)
+        raise DataFileError(f'{error.filename} cannot be listed ({error.strerror}); see to it, '
+                            'or move it elsewhere') from error
+
+    for folder, inside, names in os.walk(path, onerror=unlisted, followlinks=True):
+        inside[:] = sorted(  # a link that leads back would be followed forty times
+            name for name in inside if not name.startswith('.')
+            and not real(folder).startswith(real(folder, name)))
+        yield from (os.path.normpath(os.path.join(os.path.relpath(folder, path), name))
+                    for name in names if not name.startswith('.'))
+
+
 class Folder(Sequence):
     """Images in a folder and in folders in it, by name; hidden ones are left out.
 
@@ -195,24 +217,12 @@ class Folder(Sequence):
     def __init__(self, path: Path, table: Mapping[str, str] | None):
         self.path, self._table = path, table
         self._files, texts = [], set()
-        real = lambda *at: os.path.join(os.path.realpath(os.path.join(*at)), '')
-
-        def unlisted(error: OSError) -> None:
-            errors.raise_environment(error)
-            raise DataFileError(f'{error.filename} cannot be listed ({error.strerror}); see to it, '
-                                'or move it elsewhere') from error
-
-        for folder, inside, names in os.walk(path, onerror=unlisted, followlinks=True):
-            inside[:] = sorted(  # a link that leads back would be followed forty times
-                name for name in inside if not name.startswith('.')
-                and not real(folder).startswith(real(folder, name)))
-            for name in names:
-                relative = os.path.normpath(os.path.join(os.path.relpath(folder, path), name))
-                stem, suffix = os.path.splitext(relative)
-                if suffix.lower() in SUFFIXES and not name.startswith('.'):
-                    self._files.append(relative)
-                elif suffix == '.txt':
-                    texts.add(stem)
+        for relative in files_below(path):
+            stem, suffix = os.path.splitext(relative)
+            if suffix.lower() in SUFFIXES:
+                self._files.append(relative)
+            elif suffix == '.txt':
+                texts.add(stem)
         self._files.sort()
         if not self._files:
             raise DataFileError(f'{path} holds no images; known are {", ".join(SUFFIXES)}')

@@ -3,6 +3,7 @@
 import contextlib
 import errno
 from collections.abc import Iterator
+from typing import Any
 
 import jax
 
@@ -20,6 +21,21 @@ class LockError(UserError):
     """Another run has the folder."""
 
 
+def attempt(file: Place) -> tuple[Any, str]:
+    """(the lock on `file`, which lasts as long as this object, or None; who has it, or '').
+
+    Where there are no locks, neither, and a warning.
+    """
+    try:
+        return files.lock(file)
+    except OSError as e:
+        if e.errno not in NO_LOCKS:
+            raise
+        warn(f'the file system of {file.parent} has no locks ({e.strerror}): nothing keeps a '
+             'second run out of it')
+        return None, ''
+
+
 @contextlib.contextmanager
 def held(workdir: Place) -> Iterator[None]:
     """Locks ``workdir/lock`` while inside, by process 0 for all of a run's processes.
@@ -30,13 +46,7 @@ def held(workdir: Place) -> Iterator[None]:
     """
     file, holder = None, ''
     if jax.process_index() == 0:
-        try:
-            file, holder = files.lock(workdir / NAME)
-        except OSError as e:
-            if e.errno not in NO_LOCKS:
-                raise
-            warn(f'the file system of {workdir} has no locks ({e.strerror}): nothing keeps a '
-                 'second run out of it')
+        file, holder = attempt(workdir / NAME)
     try:
         if anywhere(bool(holder)):
             raise LockError(f'{workdir} is in use by {holder or "another run"}; wait for it, end '

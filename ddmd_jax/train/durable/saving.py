@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import math
 import sys
 import time
 from collections.abc import Mapping, Sequence
@@ -45,10 +46,15 @@ class Retention:
         if self.every:
             kept.append(policies.EveryNSteps(self.every))
         if self.best:
-            kept.append(policies.BestN(
-                get_metric_fn=lambda m: m[self.best], reverse=self.mode == 'min', n=1,
-                keep_checkpoints_without_metrics=False))
+            kept.append(policies.BestN(get_metric_fn=self.figure, reverse=self.mode == 'min', n=1,
+                                       keep_checkpoints_without_metrics=False))
         return policies.AnyPreservationPolicy(kept)
+
+    def figure(self, metrics: Mapping[str, float]) -> float:
+        """What a checkpoint is judged by; the worst there is if it was judged by another figure,
+        which a resumed run may name, or by one that is not finite."""
+        value = metrics.get(self.best, math.nan)
+        return value if math.isfinite(value) else math.inf if self.mode == 'min' else -math.inf
 
 
 class HungError(CheckpointError):
@@ -92,10 +98,11 @@ class Checkpoints:
                  retention: Retention = Retention(), timeout: float = 1800):
         self.manifest = dict(manifest) | {ckpt.FORMAT_FIELD: ckpt.FORMAT}
         self.directory = workdir / 'checkpoints'
-        self.best = best = retention.best
+        self.best = retention.best
         self.interval: list[Any] = []
         self.timeout, self.stalled = timeout, 0.0
-        self._judged: dict[str, float] | None = None
+        self._judged: dict[str, float] | None = None  # since the last save
+        self._saved_as: dict[str, float] | None = None  # what the last save was judged by
         self._failed = ''  # why the last save failed
         self._committed: int | None = None  # the last one that Orbax has finished
         self._save: _Save | None = None
@@ -109,7 +116,7 @@ class Checkpoints:
             # Never before ours: what it gives up on goes on hanging.
             async_options=ocp.AsyncOptions(timeout_secs=2 * int(timeout) + 60),
             # Only that there is such a function makes Orbax write metrics beside a checkpoint.
-            best_fn=(lambda m: m[best]) if best else None, best_mode=retention.mode,
+            best_fn=retention.figure if retention.best else None, best_mode=retention.mode,
             preservation_policy=retention.policy()))
 
     @classmethod
@@ -153,6 +160,9 @@ class Checkpoints:
             return
         start = time.monotonic()
         self._settle()
+        # Nobody has judged what is saved between two logged lines; a retry is as what failed.
+        self._saved_as, self._judged = self._judged or (
+            self._saved_as if self._failed else None), None
         # A retry is not asked about again: on a full disk every step would save.
         self._failed, self._unsettled, self._retry = '', not self._retry, False
         items = ocp.args.Composite(
@@ -164,7 +174,7 @@ class Checkpoints:
                 for x in jax.device_get(list(interval))]}),
             manifest=ocp.args.JsonSave(self.manifest))
         before, deadline = self.latest, time.monotonic() + self.timeout
-        copied = self._worker.submit(self._copy, step, items, self._judged)
+        copied = self._worker.submit(self._copy, step, items, self._saved_as)
         self._save = _Save(step, before, deadline, self._worker.submit(self._finish, step))
         self._await(copied)
         self.stalled = time.monotonic() - start

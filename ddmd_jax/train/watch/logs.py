@@ -195,9 +195,13 @@ class Board:
         self._scratch.close()
 
     def _put(self) -> None:
-        """To a bucket: its file is written whole, from what this machine's disk has."""
+        """To a bucket: its file is written whole, from what this machine's disk has.
+
+        By itself, as what is there of a file stays if that fails, but not of a folder.
+        """
         if places.is_url(self._folder):
-            buckets.put(self._made, self._folder)
+            for file in self._made.iterdir():
+                buckets.put(file, self._folder / file.name)
 
 
 def means(metrics: list[dict[str, Any]]) -> dict[str, float]:
