@@ -44,6 +44,21 @@ hypothesis.settings.register_profile(
 hypothesis.settings.load_profile('gate')
 
 
+LONG = ('test_parity_sdxl.py::test_a_run', 'test_parity_lumina.py::test_a_run',
+        'test_parity_zimage.py::test_a_run', 'test_plan.py::test_both_steps_are_compiled',
+        'test_distributed.py::test_two_processes_are_one_run')
+
+
+@pytest.hookimpl(trylast=True)
+def pytest_collection_modifyitems(items):
+    """What takes minutes begins first, at the head of either worker's half: at the end the other
+    one would wait for it."""
+    long = [item for item in items if any(name in item.nodeid for name in LONG)]
+    rest = [item for item in items if item not in long]
+    half = len(rest) // 2
+    items[:] = [*long[0::2], *rest[:half], *long[1::2], *rest[half:]]
+
+
 @pytest.fixture(scope='session')
 def weights(tmp_path_factory):
     """File of an emoji teacher."""

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import gc
 import importlib
 import json
 import os
@@ -24,7 +25,9 @@ ROOT = Path(__file__).resolve().parents[1]
 IMPORTED = (  # what takes seconds
     'jax', 'flax.nnx', 'optax', 'orbax.checkpoint', 'grain', 'ddmd_jax.train.train',
     'ddmd_jax.train.codec', 'ddmd_jax.train.pretrain', 'ddmd_jax.evaluation.evaluate',
-    'ddmd_jax.report.page')
+    'ddmd_jax.report.page', 'ddmd_jax.planner.command', 'ddmd_jax.study.claims_page',
+    'ddmd_jax.export.write', 'ddmd_jax.evaluation.options', 'ddmd_jax.families.sdxl',
+    'ddmd_jax.families.zimage', 'ddmd_jax.families.lumina', 'pyarrow.parquet', 'scipy.stats')
 
 
 class Process:
@@ -143,6 +146,8 @@ if __name__ == '__main__':
     os.dup2(2, 1)  # whatever an import prints is no answer
     for name in IMPORTED:
         importlib.import_module(name)
+    gc.collect()
+    gc.freeze()  # no process walks through, and so copies, what all of them have
     for line in sys.stdin:
         keep(json.loads(line), answers)
         with contextlib.suppress(ChildProcessError):

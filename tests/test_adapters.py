@@ -22,6 +22,7 @@ from jax.sharding import AbstractMesh, PartitionSpec as P
 from saved import save
 
 from ddmd_jax import config as config_lib, families
+from ddmd_jax.config.fields import OPTIMISER
 from ddmd_jax.export import student as students, write as export
 from ddmd_jax.families.base import kernels_in
 from ddmd_jax.families.emoji import teacher as emoji
@@ -279,11 +280,16 @@ def test_a_chip_has_its_share_of_every_factor_whatever_the_axes():
             assert math.prod(layout.shard_shape(leaf.shape)) * 4 == math.prod(leaf.shape)
 
 
-def test_weight_decay_and_muon_are_for_factors_too(params):
-    trained = BLOCKS.init(params[0], jax.random.key(0))
-    assert all(jax.tree.leaves(optim._matrices(trained)))
-    assert all(leaf.reduction_axis == 1 for leaf in jax.tree.leaves(
-        optim._stacked(trained), is_leaf=lambda x: hasattr(x, 'reduction_axis')))
+def test_weight_decay_is_for_matrices_and_factors_alone():
+    tx = optim.make_optimizer({field.path: field.default for field in OPTIMISER} | {
+        'name': 'adamw', 'lr': 1.0, 'weight_decay': 0.1, 'warmup': 0, 'decay': 0.0}, 10)
+    params = {'a': {name: jnp.ones((2, 3, 3)) for name in ('kernel', 'lora_A', 'lora_B')},
+              'b': {'bias': jnp.ones((2, 3)), 'weight': jnp.ones((2, 3)),
+                    'embedding': jnp.ones((5, 3))}}
+    moved, _ = jax.jit(tx.update)(jax.tree.map(jnp.zeros_like, params), tx.init(params), params)
+    for leaf in jax.tree.leaves(moved['a']):
+        np.testing.assert_allclose(leaf, -0.1, rtol=1e-6)
+    assert not any(np.any(leaf) for leaf in jax.tree.leaves(moved['b']))
 
 
 @pytest.mark.slow

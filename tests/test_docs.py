@@ -142,6 +142,7 @@ def test_links_lead_somewhere(page):
             assert anchor in anchors(file), f'{page.name}: {target}'
 
 
+@pytest.mark.extras
 def test_the_site_has_every_page_and_is_built_without_a_warning(tmp_path):
     """With the extra `docs`: links and anchors checked, API pages from the docstrings."""
     pytest.importorskip('mkdocstrings')

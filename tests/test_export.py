@@ -383,6 +383,13 @@ def test_a_path_on_disk_is_no_name_on_the_hub(ema, teacher, tmp_path, monkeypatc
     assert 'base_model' not in (tmp_path / 'out/README.md').read_text()
 
 
+def test_a_card_names_the_teacher_on_the_hub(ema, teacher, tmp_path):
+    workdir = as_run(tmp_path / 'run', 'lumina', ema, **{'teacher.path': 'owner/lumina'})
+    export(workdir, tmp_path / 'out', Wanted(teacher=str(teacher)))
+    head = yaml.safe_load((tmp_path / 'out/README.md').read_text().split('---')[1])
+    assert head['base_model'] == 'owner/lumina' and head['base_model_relation'] == 'finetune'
+
+
 def test_another_teacher_than_the_runs_is_refused(emoji_run, tmp_path):
     run = save(tmp_path / 'run', {'teacher.name': 'emoji', 'teacher_identity': 'another'},
                emoji_run[1])

@@ -4,6 +4,7 @@ A few here, and 850 more under `slow`; by hand `python tests/fuzz.py --inputs=20
 """
 
 import ast
+import functools
 import io
 import json
 import os
@@ -119,12 +120,13 @@ def test_home_and_variables_stand_for_folders(monkeypatch, tmp_path):
 # --- Habits that a fault of a kind comes from ---
 
 
+@functools.cache
 def calls():
     """(place, call) of every call in the package."""
-    for file in sorted((tiny.ROOT / 'ddmd_jax').rglob('*.py')):
-        for node in ast.walk(ast.parse(file.read_text('utf-8'))):
-            if isinstance(node, ast.Call):
-                yield f'{file.name}:{node.lineno}', node
+    return [(f'{file.name}:{node.lineno}', node)
+            for file in sorted((tiny.ROOT / 'ddmd_jax').rglob('*.py'))
+            for node in ast.walk(ast.parse(file.read_text('utf-8')))
+            if isinstance(node, ast.Call)]
 
 
 def test_draws_name_their_dtype():

@@ -5,6 +5,7 @@ planner, study, report and export.
 """
 
 import ast
+import functools
 
 import tiny
 
@@ -52,6 +53,7 @@ def imports(path, names):
     return {name for name in found if name in names and name != 'ddmd_jax'}
 
 
+@functools.cache
 def graph():
     names = modules()
     return {name: imports(path, names) - {name} for name, path in names.items()}

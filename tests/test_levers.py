@@ -93,7 +93,7 @@ def test_only_the_first_moment_is_kept_in_bf16():
     updates = {}
     for dtype in ('float32', 'bfloat16'):
         tx = make_optimizer(cfg | {'mu_dtype': dtype}, 10)
-        updates[dtype], opt = tx.update(grads, tx.init(params), params)
+        updates[dtype], opt = jax.jit(tx.update)(grads, tx.init(params), params)
         adam = next(s for s in jax.tree.leaves(opt, is_leaf=lambda s: hasattr(s, 'mu'))
                     if hasattr(s, 'mu'))
         assert {x.dtype.name for x in jax.tree.leaves(adam.mu)} == {dtype}
@@ -121,15 +121,17 @@ def muon():
 
 def test_muon_makes_every_layers_matrix_orthogonal(muon):
     """Each layer's kernel of a stack by itself; what is no such kernel is AdamW's."""
-    shapes = {'layers': {'to_q': {'kernel': (3, 8, 5)}, 'norm': {'weight': (3, 8)}},
+    shapes = {'layers': {'to_q': {'kernel': (3, 8, 5), 'lora_A': (3, 8, 2), 'lora_B': (3, 2, 5)},
+                         'norm': {'weight': (3, 8)}},
               'out': {'kernel': (8, 4)}}
     grads = jax.tree.map(lambda shape: jax.random.normal(jax.random.key(1), shape), shapes,
                          is_leaf=lambda x: isinstance(x, tuple))
     params = jax.tree.map(jnp.zeros_like, grads)
-    updates, _ = muon.update(grads, muon.init(params), params)
-    for matrix in np.asarray(updates['layers']['to_q']['kernel']):
+    updates, _ = jax.jit(muon.update)(grads, muon.init(params), params)
+    for matrices in updates['layers']['to_q'].values():
         # Newton and Schulz's five steps leave singular values between .6 and 1.3 of the rate.
-        found = np.linalg.svd(matrix)[1] / 1e-2
+        wide = max(1.0, matrices.shape[-1] / matrices.shape[-2]) ** 0.5  # as Muon scales these
+        found = np.linalg.svd(np.asarray(matrices))[1] / 1e-2 / wide
         assert found.min() > .5 and found.max() < 1.4
     for leaf in (updates['out']['kernel'], updates['layers']['norm']['weight']):
         assert np.ptp(np.abs(np.asarray(leaf))) < 1e-6  # Adam's first step: the sign, times a rate

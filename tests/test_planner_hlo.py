@@ -680,6 +680,10 @@ def test_collectives_of_partitioned_programs():
 
 
 def test_the_table_of_chips():
+    assert {name: (chip.hbm_bytes / 2**30, chip.peak_bf16_flops, chip.hbm_bandwidth,
+                   chip.ici_bandwidth) for name, chip in chips.CHIPS.items()} == {
+        'v4': (32, 275e12, 1.2e12, 300e9), 'v5e': (16, 197e12, 819e9, 200e9),
+        'v5p': (95, 459e12, 2765e9, 600e9), 'v6e': (32, 918e12, 1638e9, 400e9)}
     for name, chip in chips.CHIPS.items():
         assert chip.name == name
         assert 8 * 2**30 <= chip.hbm_bytes <= 200 * 2**30

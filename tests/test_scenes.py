@@ -181,6 +181,7 @@ def packed(folder, name, version, icons):
         tar.add(inside, 'package')
 
 
+@pytest.mark.extras
 @pytest.mark.parametrize('name, version, line', [
     ('noto-1.2.8', '1.2.8', r'noto-1\.2\.9\.tgz is missing; there is iconify-json-noto-1\.2\.8'),
     ('noto-1.2.9', '1.3.0', r'is of version 1\.3\.0, not 1\.2\.9'),
@@ -195,6 +196,7 @@ def test_packages_that_will_not_do(tmp_path, name, version, line):
     assert not (tmp_path / 'out').exists()
 
 
+@pytest.mark.extras
 @pytest.mark.parametrize('icons, line', [
     ('{}', "icons.json: has no 'icons'"), ('[' * 10**5, 'icons.json: it is nested more than'),
     ({'dog-face': 'x'}, "icons.json: icons.dog-face is 'x', not an object"),
@@ -215,6 +217,7 @@ def test_nothing_that_is_there_is_replaced(tmp_path):
     assert (tmp_path / 'precious').read_text() == 'a thesis'
 
 
+@pytest.mark.extras
 def test_a_damaged_package(tmp_path):
     pytest.importorskip('resvg_py')
     (tmp_path / 'iconify-json-noto-1.2.9.tgz').write_bytes(b'half a download')

@@ -3,12 +3,14 @@
 `score_reference.py` says of what, and makes ``golden/scores.json`` with the references themselves.
 """
 
+import dataclasses
 import functools
 import hashlib
 import io
 import json
 import os
 import pickle
+import sys
 import zipfile
 
 import jax
@@ -17,6 +19,7 @@ import PIL
 import pytest
 import safetensors.numpy
 import score_reference as reference
+import tiny
 from flax import nnx
 from PIL import Image
 from score_reference import EMBED, SIZES, TEXT, VISION
@@ -361,6 +364,27 @@ def test_scores_on_a_mesh_are_those_of_one_device(params, tmp_path):
                                   scorers.run(TINY, params, PICTURES, TEXTS, batch=4))
 
 
+def test_two_devices_share_a_batch(tmp_path):
+    """In a process of its own: here there is one device."""
+    safetensors.numpy.save_file(tiny_state(), tmp_path / 'open_clip_model.safetensors')
+    assert 'scored by two' in tiny.run_on_devices(__file__, 2, tmp_path)
+
+
+def by_two(folder):
+    from ddmd_jax.parallel import sharding
+
+    rows, inputs = [], TINY.inputs
+    counted = dataclasses.replace(TINY, inputs=lambda pictures, texts: (
+        rows.append(len(pictures)) or inputs(pictures, texts)))
+    mesh = sharding.make_mesh({'data': 2}, jax.devices())
+    two = scorers.run(counted, scorers.load(TINY, [folder], mesh), PICTURES, TEXTS, batch=3,
+                      mesh=mesh)
+    one = scorers.run(TINY, scorers.load(TINY, [folder]), PICTURES, TEXTS, batch=4)
+    np.testing.assert_allclose(two, one, rtol=1e-6)
+    assert set(rows) == {4}  # three do not divide by two
+    print('scored by two')
+
+
 def test_what_cannot_be_scored_is_one_line(params):
     run = functools.partial(scorers.run, TINY, batch=4)
     cases = {
@@ -518,3 +542,7 @@ def test_a_changed_vocabulary_is_one_line(tmp_path, monkeypatch):
     (tmp_path / 'v.gz').write_bytes(io.BytesIO(b'x').getvalue())
     with pytest.raises(WeightsError, match="v.gz is not CLIP's vocabulary"):
         tokens._vocabulary()
+
+
+if __name__ == '__main__':
+    by_two(sys.argv[1])

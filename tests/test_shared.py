@@ -1,11 +1,9 @@
 """What all processes of a run must share is compared before anything is done with it."""
 
-import subprocess
-import sys
 import textwrap
 
+import forked
 import pytest
-import tiny
 from test_distributed import free_port
 
 JOIN = """
@@ -27,18 +25,17 @@ except UserError as e:
 """
 
 
-def ran(check, stay=0):
+def ran(folder, check, stay=0):
     """[(exit code, output) of process 0, of process 1], which do `check` and stay so many s."""
-    port, script = free_port(), JOIN.replace('CHECK', textwrap.indent(check, '    ').strip())
-    started = [subprocess.Popen([sys.executable, '-c', script, str(port), str(me), str(stay)],
-                                cwd=tiny.ROOT, text=True, stdout=subprocess.PIPE,
-                                stderr=subprocess.STDOUT) for me in (0, 1)]
-    return [(p.wait(timeout=120), p.stdout.read()) for p in started]
+    port, script = free_port(), folder / 'join.py'
+    script.write_text(JOIN.replace('CHECK', textwrap.indent(check, '    ').strip()))
+    started = [forked.start(script, port, me, stay) for me in (0, 1)]
+    return [(p.wait(timeout=120), ''.join(p.communicate())) for p in started]
 
 
 def test_processes_that_agree_go_on(tmp_path):
     file = tmp_path / 'lock'
-    for code, output in ran(f"""
+    for code, output in ran(tmp_path, f"""
 distributed.agree('config', {{'seed': 3, 'method.alpha': 1.5}})
 file = Path({str(file)!r})
 if me == 0:
@@ -64,7 +61,7 @@ distributed.agree('teacher or data', {{'teacher_identity': 'abc'}})
      "process 1 has another folder than process 0: --workdir: 'gs://bucket/0', here 'gs://bucket/1'"),
 ])
 def test_what_differs_is_named_by_the_process_that_has_it(tmp_path, check, words):
-    (zero, said_0), (one, said_1) = ran(check.replace('FOLDER', str(tmp_path)), 90)
+    (zero, said_0), (one, said_1) = ran(tmp_path, check.replace('FOLDER', str(tmp_path)), 90)
     assert zero == one == 1
     (line,) = [x for x in said_1.splitlines() if x.startswith('main:')]
     assert words.replace('FOLDER', str(tmp_path)) in line

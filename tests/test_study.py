@@ -117,6 +117,40 @@ def test_where_the_paper_is_right_every_claim_holds():
     assert [c.verdict for c in claims.judge(made_up())] == [rule.HOLDS] * 6
 
 
+def made_up_steps(**changed):
+    """Likewise of students of few steps: as good as wanted, but for what is changed."""
+    rows = {'guided': {'all_match': 0.9, 'all_match_held_out': 0.9, 'colour_error': 1.5},
+            'few_step': {'all_match': 0.4, 'all_match_held_out': 0.4, 'frechet': 30.0}}
+    is_so = {f'hybrid_{k}': {'frechet': 10.0} for k in (1, 2, 4, 8)}
+    is_so |= {f'dmd2_{k}': {'frechet': 20.0} for k in (1, 2, 4, 8)}
+    is_so |= {name: {'frechet': 10.0} for name in ('lora16_4', 'lora32_4', 'apart5_4', 'rollout5_4')}
+    found = {}
+    for name, values in (is_so | changed).items():
+        made = result(match=values.get('match', 0.9), frechet=values.get('frechet', 10.0),
+                      contrast=values.get('contrast', 1.0))
+        made['student']['colour_error'] = values.get('colour', 1.0)
+        found[name] = {seed: {**made, **{k: made[k] | row for k, row in rows.items() if k in made},
+                              'guided': rows['guided']} for seed in range(3)}
+    return found
+
+
+def test_where_students_are_as_wanted_every_claim_of_steps_holds():
+    judged = claims.judge(made_up_steps(), 'steps')
+    assert [c.verdict for c in judged] == [rule.HOLDS] * 5
+    assert all(part.values for claim in judged for part in claim.parts)  # of runs that there are
+
+
+@pytest.mark.parametrize(('number', 'changed'), [
+    (1, {'hybrid_4': {'match': 0.8}}), (1, {'hybrid_4': {'colour': 1.6}}),
+    (1, {'hybrid_4': {'contrast': 1.1}}), (1, {'hybrid_4': {'contrast': 0.9}}),
+    (2, {'hybrid_4': {'match': 0.5}}), (2, {'hybrid_4': {'frechet': 16.0}}),
+    (2, {'hybrid_1': {'match': 0.7}}), (3, {'dmd2_2': {'frechet': 9.0}}),
+    (4, {'lora32_4': {'frechet': 13.0}}), (4, {'lora16_4': {'match': 0.8}}),
+    (5, {'rollout5_4': {'frechet': 13.0}}), (5, {'rollout5_4': {'match': 0.8}})])
+def test_where_students_are_not_the_claim_of_steps_does_not_hold(number, changed):
+    assert claims.judge(made_up_steps(**changed), 'steps')[number - 1].verdict == rule.FAILS
+
+
 @pytest.mark.parametrize(('number', 'changed'), [
     (1, {'ca_only': {'std': 0.9, 'cos': -0.3}}), (2, {'dm_only': {'share': 0.7}}),
     (2, {'dm_only': {'share': 0.1, 'contrast': 1.3}}), (3, {'ca_mv': {'std': 1.1, 'frechet': 0.5}}),

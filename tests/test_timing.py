@@ -1,9 +1,9 @@
 """``python -m benchmarks``: parts of a distillation, timed in turns."""
 
 import json
-import subprocess
 import sys
 
+import forked
 import pytest
 import tiny
 
@@ -13,8 +13,7 @@ from benchmarks import __main__ as benchmarks
 
 
 def call(*args):
-    return subprocess.run([sys.executable, '-m', 'benchmarks', *args], text=True, cwd=tiny.ROOT,
-                          capture_output=True, check=False)
+    return forked.run('benchmarks', *args)
 
 
 @pytest.mark.parametrize('args, line', [

@@ -45,6 +45,7 @@ def elsewhere(tmp_path, monkeypatch):
     return tmp_path / 'run'
 
 
+@pytest.mark.extras
 def test_mlflow_has_one_run_of_both_goes(elsewhere, tmp_path, monkeypatch):
     mlflow = pytest.importorskip('mlflow')
     # The store of the small package: files.
@@ -61,6 +62,7 @@ def test_mlflow_has_one_run_of_both_goes(elsewhere, tmp_path, monkeypatch):
     assert {a.path for a in client.list_artifacts(run.info.run_id)} >= {'config.json', 'panels'}
 
 
+@pytest.mark.extras
 def test_trackio_has_one_run_of_both_goes(elsewhere):
     pytest.importorskip('trackio')
     elsewhere.mkdir()
@@ -72,6 +74,7 @@ def test_trackio_has_one_run_of_both_goes(elsewhere):
         (5, 0.5), (10, 1.0), (15, 1.5)]
 
 
+@pytest.mark.extras
 def test_wandb_offline_writes_its_run(elsewhere):
     pytest.importorskip('wandb')
     elsewhere.mkdir()

@@ -6,6 +6,8 @@ Imported by `conftest.py`, and by test code that runs in a process of its own.
 from __future__ import annotations
 
 import dataclasses
+import functools
+import json
 import os
 from pathlib import Path
 from typing import Any
@@ -63,8 +65,12 @@ def random_params(model: dict[str, Any], seed: int) -> dict[str, Any]:
             return jnp.asarray(noise / np.sqrt(leaf.shape[-2]))
         return jnp.asarray(0.1 * noise + (1.0 if name == 'weight' else 0.0))
 
-    shapes = jax.eval_shape(lambda: emoji.init_params(model, jax.random.key(0)))
-    return jax.tree_util.tree_map_with_path(fill, shapes)
+    return jax.tree_util.tree_map_with_path(fill, _shapes(json.dumps(model)))
+
+
+@functools.cache
+def _shapes(model: str) -> Any:
+    return jax.eval_shape(lambda: emoji.init_params(json.loads(model), jax.random.key(0)))
 
 
 def save_toy(folder: Path) -> Path:

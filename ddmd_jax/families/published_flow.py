@@ -40,7 +40,7 @@ from ddmd_jax.families.base import (
 )
 from ddmd_jax.models.attention import resolve
 from ddmd_jax.models.autoencoder_kl import AutoencoderKLConfig
-from ddmd_jax.models.layers import abstract_params, functional
+from ddmd_jax.models.layers import abstract_params, functional, maker
 from ddmd_jax.parallel import sharding
 from ddmd_jax.util import shape
 from ddmd_jax.weights import diffusers, fetch, scheduler
@@ -115,14 +115,14 @@ def make_denoiser(module: Callable[..., nnx.Module], cfg: Any, mesh: Mesh | None
 def make_features(module: Callable[..., nnx.Module], cfg: Any, mesh: Mesh | None = None,
                   time_scale: float = 1.0, method: str = 'features') -> Predict:
     """``(params, x_t, t [B], cond)`` by a method of the transformer; `features` of a `Teacher`."""
-    apply = functional(lambda: module(cfg, nnx.Rngs(0), mesh), method)
+    apply = functional(maker(module, cfg, mesh), method)
     return lambda params, x_t, t, cond: apply(
         params, x_t, time_scale * t, cond['embeds'], cond['mask'])
 
 
 def abstract_network(flow: Flow, cfg: Any, dtype: str = 'float32') -> Any:
     """Shapes of the transformer's parameters, kernels stored in `dtype`."""
-    params = abstract_params(lambda: flow.module(cfg, nnx.Rngs(0)))
+    params = abstract_params(maker(flow.module, cfg))
     return jax.eval_shape(functools.partial(kernels_in, dtype=dtype), params)
 
 

@@ -22,7 +22,7 @@ from jax.sharding import Mesh
 from ddmd_jax.families import published_config
 from ddmd_jax.families.base import Cond, LoadOptions, TextEncoder
 from ddmd_jax.models import flops
-from ddmd_jax.models.layers import abstract_params, functional
+from ddmd_jax.models.layers import abstract_params, functional, maker
 from ddmd_jax.parallel import sharding
 from ddmd_jax.util import errors, places, shape
 from ddmd_jax.util.text import first_line
@@ -209,7 +209,7 @@ def _abstract(component: Component, cfg: Any, dtype: str) -> Any:
         large = path[-1].key in ('kernel', 'embedding')
         return jax.ShapeDtypeStruct(leaf.shape, dtype if large else leaf.dtype)
 
-    params = abstract_params(lambda: component.module(cfg, nnx.Rngs(0)))
+    params = abstract_params(maker(component.module, cfg))
     return jax.tree_util.tree_map_with_path(stored, params)
 
 
@@ -220,7 +220,7 @@ def _apply(parts: Sequence[Component], configs: Sequence[Any],
     What comes with the tokens and is none goes through, as the `Cond`'s own (`CondSpec.of_shape`).
     """
     def network(component: Component, config: Any) -> Callable:
-        return functional(lambda: component.module(config, nnx.Rngs(0), mesh))
+        return functional(maker(component.module, config, mesh))
 
     names, networks = [c.folder for c in parts], list(map(network, parts, configs))
     others = lambda tokens: {k: x for k, x in tokens.items() if k not in (*IDS, 'mask')}

@@ -9,6 +9,7 @@ a diffusion model is trained on are shifted and scaled (`to_latents`, `from_late
 from __future__ import annotations
 
 import dataclasses
+import functools
 from collections.abc import Callable
 from typing import Any
 
@@ -292,8 +293,9 @@ def _blend(before: np.ndarray, after: np.ndarray, extent: int, axis: int) -> Non
     new[...] = old * (1 - ramp) + new * ramp
 
 
+@functools.cache
 def _abstract(cfg: AutoencoderKLConfig) -> tuple[Any, Any]:
-    """``(graphdef, state)`` without a number in it."""
+    """``(graphdef, state)`` without a number in it; who fills the state copies it."""
     return nnx.split(nnx.eval_shape(lambda: AutoencoderKL(cfg, nnx.Rngs(0))))
 
 

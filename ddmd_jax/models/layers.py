@@ -190,12 +190,25 @@ def gather_kernels(params: Any, rules: sharding.Rules, mesh: Mesh | None, dtype:
         one, params, is_leaf=lambda leaf: isinstance(leaf, Adapted))
 
 
+@functools.cache
+def maker(module: Callable[..., nnx.Module], cfg: Any, *rest: Any) -> Callable[[], nnx.Module]:
+    """Builds ``module(cfg, rngs, *rest)``; one object for one architecture, whose shapes are then
+    found once."""
+    return lambda: module(cfg, nnx.Rngs(0), *rest)
+
+
+@functools.lru_cache(maxsize=64)
+def _abstract(make: Callable[[], nnx.Module]) -> tuple[Any, Any]:
+    """``(graphdef, state)`` without a number in it; who fills the state copies it."""
+    return nnx.split(nnx.eval_shape(make))
+
+
 def functional(make: Callable[[], nnx.Module], method: str = '__call__') -> Callable:
     """``apply(params, *inputs)`` of the module that `make` builds; nothing is allocated.
 
     `params` is the nested dict of `abstract_params(make)`, filled.
     """
-    graphdef, abstract = nnx.split(nnx.eval_shape(make))
+    graphdef, abstract = _abstract(make)
 
     def apply(params: Any, *inputs: Any) -> Any:
         state = jax.tree.map(lambda x: x, abstract)
@@ -210,5 +223,5 @@ def abstract_params(make: Callable[[], nnx.Module]) -> dict[str, Any]:
 
     Places in a list are strings, as `flat.unflatten` has them.
     """
-    params = nnx.to_pure_dict(nnx.state(nnx.eval_shape(make), nnx.Param))
+    params = nnx.to_pure_dict(nnx.filter_state(_abstract(make)[1], nnx.Param))
     return flat.unflatten(flat.flatten(params))

@@ -38,7 +38,7 @@ from ddmd_jax.families.emoji import codec, words
 from ddmd_jax.families.emoji.drawings import FILES
 from ddmd_jax.families.lumina import teacher as lumina
 from ddmd_jax.models import flops, nextdit
-from ddmd_jax.models.layers import functional
+from ddmd_jax.models.layers import abstract_params, functional, maker
 from ddmd_jax.models.nextdit import NextDiT, NextDiTConfig
 from ddmd_jax.models.text.caption import CaptionEncoder, CaptionEncoderConfig
 from ddmd_jax.util import buckets, places, shape
@@ -84,7 +84,7 @@ def make_features(model: dict[str, Any]) -> Predict:
 def make_text_encoder(model: dict[str, Any]):
     """``(params, ids, mask) -> Cond`` over text parameters."""
     _, cfg = model_configs(model)
-    network = functional(lambda: CaptionEncoder(cfg, nnx.Rngs(0)))
+    network = functional(maker(CaptionEncoder, cfg))
     return lambda params, ids, mask: {'embeds': network(params, ids, mask), 'mask': mask}
 
 
@@ -153,7 +153,9 @@ def read(path: str = '') -> tuple[dict[str, Any], dict[str, Any]]:
         model = shape.load(meta['model'].encode(), {'denoiser': dict, 'text': dict})
         published_config.checked(NextDiTConfig, model['denoiser'])
         published_config.checked(CaptionEncoderConfig, model['text'])
-        flat.check_shapes(params, jax.eval_shape(lambda: init_params(model, jax.random.key(0))))
+        denoiser, text = model_configs(model)
+        flat.check_shapes(params, {'denoiser': abstract_params(maker(NextDiT, denoiser)),
+                                   'text': abstract_params(maker(CaptionEncoder, text))})
         check_fits(model)
     except (KeyError, TypeError, ValueError, ArithmeticError) as e:
         raise flat.WeightsError(f'not an emoji teacher: {file} ({e}); {cure}') from e

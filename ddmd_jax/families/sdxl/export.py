@@ -17,7 +17,6 @@ from pathlib import Path
 from typing import Any
 
 import jax.numpy as jnp
-from flax import nnx
 
 from ddmd_jax.diffusion.time import StepTable
 from ddmd_jax.families.family import Export, Exported, Source
@@ -30,7 +29,7 @@ from ddmd_jax.families.published_export import (
     is_bare,
 )
 from ddmd_jax.families.sdxl import names, teacher as sdxl, text
-from ddmd_jax.models.layers import abstract_params
+from ddmd_jax.models.layers import abstract_params, maker
 from ddmd_jax.models.unet import UNet
 from ddmd_jax.util import files
 from ddmd_jax.weights import diffusers, fetch, scheduler
@@ -60,7 +59,7 @@ def open_source(path: str, variant: str = '') -> Source:
     identity = None  # for a student's shape the config is enough
     if list(opened.unet.glob('*.safetensors')):
         identity = diffusers.identity(diffusers.open_folder(opened.unet, sdxl.UNET, variant))
-    return Source(identity, abstract_params(lambda: UNet(cfg, nnx.Rngs(0))), sdxl.RULES,
+    return Source(identity, abstract_params(maker(UNet, cfg)), sdxl.RULES,
                   opened.time, opened.published, Pipeline(folder, variant))
 
 

@@ -24,7 +24,6 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-from flax import nnx
 from jax.sharding import Mesh
 
 from ddmd_jax.data.batch import CondField, CondSpec
@@ -45,7 +44,7 @@ from ddmd_jax.families.sdxl import names, text
 from ddmd_jax.models import flops, unet
 from ddmd_jax.models.attention import resolve
 from ddmd_jax.models.autoencoder_kl import AutoencoderKLConfig
-from ddmd_jax.models.layers import abstract_params, functional
+from ddmd_jax.models.layers import abstract_params, functional, maker
 from ddmd_jax.models.text.clip import BIG_G, ClipConfig
 from ddmd_jax.models.unet import TIME_IDS, UNet, UNetConfig
 from ddmd_jax.parallel import sharding
@@ -263,7 +262,7 @@ def make_features(cfg: UNetConfig, table: StepTable = TABLE, factor: int = FACTO
 
     Of `features` ``[B, h, w, D]`` are the mid block's, what a GAN's head judges.
     """
-    apply = functional(lambda: UNet(cfg, nnx.Rngs(0), mesh), method)
+    apply = functional(maker(UNet, cfg, mesh), method)
 
     def run(params: Any, x_t: Array, t: Array, cond: Cond) -> Array:
         t = jnp.maximum(t, table.times[-1])
@@ -296,7 +295,7 @@ def _latent_shape(size: Sequence[int], cfg: UNetConfig, factor: int) -> tuple[in
 
 
 def _abstract_params(cfg: UNetConfig, dtype: str) -> Any:
-    params = abstract_params(lambda: UNet(cfg, nnx.Rngs(0)))
+    params = abstract_params(maker(UNet, cfg))
     return jax.eval_shape(functools.partial(kernels_in, dtype=dtype), params)
 
 
