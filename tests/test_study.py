@@ -123,7 +123,7 @@ def made_up_steps(**changed):
             'few_step': {'all_match': 0.4, 'all_match_held_out': 0.4, 'frechet': 30.0}}
     is_so = {f'hybrid_{k}': {'frechet': 10.0} for k in (1, 2, 4, 8)}
     is_so |= {f'dmd2_{k}': {'frechet': 20.0} for k in (1, 2, 4, 8)}
-    is_so |= {name: {'frechet': 10.0} for name in ('lora16_4', 'lora32_4', 'apart5_4', 'rollout5_4')}
+    is_so |= dict.fromkeys(('lora16_4', 'lora32_4', 'apart5_4', 'rollout5_4'), {'frechet': 10.0})
     found = {}
     for name, values in (is_so | changed).items():
         made = result(match=values.get('match', 0.9), frechet=values.get('frechet', 10.0),
