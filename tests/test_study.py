@@ -221,6 +221,9 @@ def test_the_page_stands_alone_and_says_what_was_found(tmp_path):
     assert page.count('data:image/png;base64') == 6  # a figure of curves for each claim
     assert '0.900 ± 0.000' in page or '0.901 ± 0.001' in page
     assert rule.RULE.split('.')[0] in page
+    table = (tmp_path / 'table.md').read_text()
+    assert '| hybrid | ' in table and table.count('| holds |') == 16
+    assert '| 5. An observer sees what DM would cancel | ' in table
 
 
 # --- Going on ---

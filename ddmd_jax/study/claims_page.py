@@ -98,9 +98,17 @@ def markdown(results: claims.Results, suite: Suite) -> str:
                                  for row in table_rows(results, suite.experiments) if row['seeds']])
 
 
+def markdown_of_claims(found: Sequence[claims.Claim]) -> str:
+    """Every part of every claim: its figure by seed, the interval of its mean, the verdict."""
+    return text.markdown(
+        ['claim', 'part', 'figure', 'by seed', 'mean, interval', 'has to be', 'verdict'],
+        [[f'{c.number}. {c.title}', p.sentence, p.figure, by_seed(p), spread(p), p.bound, p.verdict]
+         for c in found for p in c.parts])
+
+
 def write(path: Path, title: str, head: str, how: str, results: claims.Results,
           suite: Suite, pictures: Mapping[str, Path]) -> list[claims.Claim]:
-    """Writes the report to `path`, its table also beside it; the claims with their verdicts.
+    """Writes the report to `path`, its tables also beside it; the claims with their verdicts.
 
     Args:
       title, head, how: of the page; the last is what one would type.
@@ -118,5 +126,6 @@ def write(path: Path, title: str, head: str, how: str, results: claims.Results,
         first={name: min(results[name]) for name in pictures},
         words={e.name: e.words for e in suite.experiments},
         table=table_rows(results, suite.experiments)))
-    files.write(path.with_name('table.md'), markdown(results, suite) + '\n')
+    files.write(path.with_name('table.md'),
+                f'{markdown(results, suite)}\n\n{markdown_of_claims(found)}\n')
     return found
