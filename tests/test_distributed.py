@@ -186,6 +186,7 @@ def test_a_device_that_is_passed_through_is_no_tpu(monkeypatch, libtpu, found):
         ['/dev/vfio/0'] if 'vfio' in pattern else []))
     monkeypatch.setattr(distributed.importlib.util, 'find_spec', lambda name: libtpu or None)
     assert distributed.launcher_in({}) == found
+    assert distributed.launcher_in({'TPU_LIBRARY_PATH': '/usr/lib/libtpu.so'}) == 'TPU'
 
 
 @pytest.mark.parametrize('flags, words', [

@@ -1,5 +1,6 @@
 """Sizes and numbers of a published config.json: each is one, or the field is named in one line."""
 
+import dataclasses
 import json
 
 import published
@@ -122,6 +123,18 @@ def test_a_spacing_that_is_not_known_here_is_told(tmp_path, capsys):
     file.write_text(json.dumps(published_sdxl.SCHEDULER | {'timestep_spacing': 'linspace'}))
     assert sdxl.table_of(file) == sdxl.TABLE
     assert "takes the steps of 'leading' here, not of 'linspace'" in capsys.readouterr().err
+
+
+def test_a_student_that_begins_within_the_table_is_of_that_table(tmp_path):
+    """As `export` writes one of step 399; other betas are another process's."""
+    file = tmp_path / 'scheduler_config.json'
+    betas = sdxl.TABLE.betas[:400].tolist()
+    file.write_text(json.dumps(published_sdxl.SCHEDULER | {
+        'trained_betas': betas, 'num_train_timesteps': 400}))
+    assert sdxl.table_of(file) == dataclasses.replace(sdxl.TABLE, first=399)
+    file.write_text(json.dumps(published_sdxl.SCHEDULER | {'trained_betas': [0.1, *betas[1:]]}))
+    with pytest.raises(WeightsError, match='trained_betas is .*, supported is None'):
+        sdxl.table_of(file)
 
 
 @pytest.mark.parametrize('config, shift, told', [

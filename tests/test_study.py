@@ -12,7 +12,15 @@ import tiny
 from hypothesis import given, strategies as st
 
 from ddmd_jax import config as config_lib
-from ddmd_jax.study import claims, claims_page, examine, statistics as rule, suites, trials
+from ddmd_jax.study import (
+    claims,
+    claims_page,
+    examine,
+    results as files,
+    statistics as rule,
+    suites,
+    trials,
+)
 
 figures = st.lists(st.floats(-5, 5), min_size=3, max_size=6)
 
@@ -248,6 +256,18 @@ def test_a_result_counts_for_the_fields_it_was_made_with(tmp_path):
     assert not run.done
     write(data_std=None)  # a teacher that does not know its latents' contrast
     assert run.done
+
+
+def test_a_run_that_was_begun_with_other_fields_is_begun_anew(tmp_path):
+    """Its checkpoint is another run's; one of the same fields goes on."""
+    (tmp_path / 'results').mkdir()
+    for fields, left in (({}, False), ({}, True), ({'train.steps': 7}, False)):
+        run = planned(tmp_path, **fields)
+        mark = run.workdir / 'begun'
+        assert not left or mark.is_file()
+        trials.perform([run], 'configs/no.py', 1, lambda line: None, keep=False)
+        assert 'failed' in files.read_one(run.result) and mark.is_file() == left
+        mark.touch()
 
 
 @pytest.mark.parametrize(('flags', 'line'), [

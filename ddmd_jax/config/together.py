@@ -223,11 +223,12 @@ def critic_needed(updates: int, weight_dm: float, regularisers: Active) -> str |
                 'follow the student')
 
 
-@about('optim.critic.decay', 'train.on_health')
-def decay_knows_its_end(share: float, on_health: str) -> str | None:
-    if share and on_health == 'raise_critic':
-        return ("must be 0 with train.on_health='raise_critic': the decay is laid over the updates "
-                'that were planned, and the critic would stand still in those that are added')
+@about('optim.critic.decay', 'train.on_health', 'optim.critic.chain')
+def decay_knows_its_end(share: float, on_health: str, chain: Sequence[Any]) -> str | None:
+    if share and on_health == 'raise_critic' and not chain:
+        return ("must be 0, or train.on_health another than 'raise_critic': the decay is laid over "
+                'the updates that were planned, and the critic would stand still in those that are '
+                'added')
 
 
 @about('critic.merge', *(f'{whose}.adapter.{name}' for whose in ('student', 'critic')

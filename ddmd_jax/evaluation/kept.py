@@ -328,7 +328,8 @@ class Plain:
     compare with."""
 
     def __init__(self, folder: Path):
-        self.files = sorted(folder / name for name in sources.files_below(folder)
+        names = sources.files_below(folder) if folder.is_dir() else ()
+        self.files = sorted(folder / name for name in names
                             if Path(name).suffix.lower() in pixels.SUFFIXES)
         if not self.files:
             raise ImagesError(f'{folder} holds no images ({", ".join(pixels.SUFFIXES)})')

@@ -55,7 +55,8 @@ def launcher_in(environ: Mapping[str, str]) -> str | None:
     wanted = environ.get('JAX_PLATFORMS', '')
     # Any device that is passed through has a VFIO group; only TPUs' hosts have libtpu.
     chips = glob.glob('/dev/accel*') or glob.glob('/dev/vfio/[0-9]*')
-    if chips and (wanted == '' or 'tpu' in wanted) and importlib.util.find_spec('libtpu'):
+    driver = environ.get('TPU_LIBRARY_PATH') or importlib.util.find_spec('libtpu')
+    if chips and (wanted == '' or 'tpu' in wanted) and driver:
         return 'TPU'
     return None
 

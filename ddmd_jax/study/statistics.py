@@ -13,8 +13,8 @@ RULE = (f'A figure is taken for each seed; where two experiments are compared, i
         f'difference at the same seed. Its mean has a {LEVEL:.0%} interval by Student\'s t over '
         f'the seeds. A claim holds if the whole interval is on its side of the bound, does not '
         f'hold if the whole interval is on the other side, and is not decided otherwise, or with '
-        f'fewer than {LEAST} seeds, or while one of its runs broke off. Of a claim in several '
-        f'parts, all have to hold; one that does not hold refutes it.')
+        f'fewer than {LEAST} seeds. It cannot hold while one of its runs broke off. Of a claim in '
+        f'several parts, all have to hold; one that does not hold refutes it.')
 
 
 def interval(values: Sequence[float]) -> Interval:

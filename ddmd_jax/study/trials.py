@@ -17,6 +17,7 @@ from typing import Any
 
 from ddmd_jax.study import results
 from ddmd_jax.study.suites import Experiment
+from ddmd_jax.util.files import write_json
 
 DIVERGED = 'NaN or Inf'  # in what `main` says of such a run
 ENDS = ('eval.json', 'samples.png')  # what a run writes last, by its teacher
@@ -91,7 +92,11 @@ class _Going:
 
     def __init__(self, trial: Trial, commands: Sequence[list[str]]):
         self.trial, self._left, self.since = trial, list(commands), time.monotonic()
+        of = trial.workdir / 'fields.json'
+        if of.is_file() and json.loads(of.read_bytes()) != plain(trial.fields):
+            shutil.rmtree(trial.workdir)  # another run's, which this one could not go on from
         trial.workdir.mkdir(parents=True, exist_ok=True)
+        write_json(of, plain(trial.fields))
         self._next()
 
     def _next(self) -> None:

@@ -84,7 +84,7 @@ def fetched(url: str | os.PathLike, wanted: Callable[[str], bool] = lambda name:
     cache = places.of(os.environ.get(CACHE) or '~/.cache/ddmd_jax', places.LOCAL)
     target = Path(cache / hashlib.sha256(os.fspath(url).rstrip('/').encode()).hexdigest()[:16])
     try:
-        fs, root = filesystem(url)
+        (fs, root), asked = filesystem(url), time.time()
         found = {name: info for name, info in listing(url).items() if wanted(name)}
         for name, info in found.items():
             # Names of a bucket may hold anything: none leads out of the folder.
@@ -105,10 +105,13 @@ def fetched(url: str | os.PathLike, wanted: Callable[[str], bool] = lambda name:
             scratch = seen.with_name(f'{seen.name}.{os.getpid()}.tmp')
             scratch.write_text(version(info), 'utf-8')
             os.replace(scratch, seen)
-        for old in target.rglob('*') if target.is_dir() else ():  # what has gone goes here too
+        for old in target.rglob('*') if found else ():  # what has gone goes here too
             name = old.relative_to(target).as_posix()
-            if wanted(name) and name not in found and not name.endswith('.tmp') and old.is_file():
-                old.unlink(missing_ok=True)
+            if not wanted(name) or name in found or name.endswith('.tmp'):
+                continue
+            with contextlib.suppress(FileNotFoundError):  # another process is quicker
+                if old.is_file() and old.stat().st_mtime < asked:  # else it has fetched it since
+                    old.unlink()
     except Exception as e:
         if isinstance(e, PlaceError):
             raise

@@ -201,10 +201,16 @@ def open_folder(folder: Path) -> Opened:
 def table_of(file: Path) -> StepTable:
     """The steps of a ``scheduler_config.json``, whatever sampler it is of.
 
+    A student's may begin within the table, as `export` writes one that starts at step 399: with
+    the betas of that many steps.
+
     Raises:
       WeightsError: of another process, or of a prediction other than the noise.
     """
     config = diffusers.read_json(file)
+    betas = config.get('trained_betas')
+    if isinstance(betas, list) and betas == TABLE.betas[:len(betas)].tolist():
+        return dataclasses.replace(TABLE, first=len(betas) - 1)
     for name, value in (('prediction_type', 'epsilon'), ('rescale_betas_zero_snr', False),
                         ('trained_betas', None)):
         if config.get(name) not in (None, value):

@@ -160,9 +160,9 @@ class Checkpoints:
             return
         start = time.monotonic()
         self._settle()
-        # Nobody has judged what is saved between two logged lines; a retry is as what failed.
-        self._saved_as, self._judged = self._judged or (
-            self._saved_as if self._failed else None), None
+        # A line's figures judge the next checkpoint and no later one; a retry is as what failed.
+        again = self._failed and (self._retry or self._save and self._save.step == step)
+        self._saved_as, self._judged = self._judged or (self._saved_as if again else None), None
         # A retry is not asked about again: on a full disk every step would save.
         self._failed, self._unsettled, self._retry = '', not self._retry, False
         items = ocp.args.Composite(
