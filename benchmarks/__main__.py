@@ -3,10 +3,10 @@
     python -m benchmarks [NAME ...] --config=emoji [--config.x=y] [--beside=x=y] [--json]
 
 NAME is one of `PARTS`; without, all of them (`first_step` on a CPU alone). A part runs once unseen,
-then again and again for `--seconds`. `--beside` sets a field of a second distillation: its parts and the first one's then
-run in turns, so that a machine that slows down slows both, and the ratio is given with its
-interval. The programs are those that `main` runs, on the config's own prompts and weights; for a
-published teacher without weights there is `benchmarks.accelerator.first_light`.
+then again and again for `--seconds`. `--beside` sets a field of a second distillation: its parts
+and the first one's then run in turns, so that a machine that slows down slows both, and the ratio
+is given with its interval. The programs are those that `main` runs, on the config's own prompts and
+weights; for a published teacher without weights there is `benchmarks.accelerator.first_light`.
 """
 
 from __future__ import annotations
