@@ -41,7 +41,8 @@ def lumina_text():
 def zimage_text():
     captions = [WORDS[0], WORDS[1, :9]]  # a multiple of 32 tokens, and none
     return published_zimage.cond(captions), {
-        'prompt_embeds': list(map(torch.tensor, captions)), 'guidance_scale': 0.0}
+        'prompt_embeds': list(map(torch.tensor, captions)), 'guidance_scale': 0.0,
+        'sigmas': [1 - i / STEPS for i in range(STEPS)]}  # as its card says
 
 
 def sdxl_text():
@@ -97,7 +98,8 @@ def test_adapters_draw_the_same_in_the_teachers_pipeline(tmp_path, case):
                    num_inference_steps=STEPS, output_type='latent', return_dict=False)[0]
     card = (tmp_path / 'lora' / 'README.md').read_text()
     assert "load_lora_weights('lora')" in card and f'{name["_class_name"]}.from_pretrained' in card
-    assert f'guidance_scale={call["guidance_scale"]})' in card
+    assert f'guidance_scale={call["guidance_scale"]}' in card
+    assert (f'sigmas=[1 - i / {STEPS} for i in range({STEPS})])' in card) == ('sigmas' in call)
     error = near(got.numpy().transpose(0, 2, 3, 1), want)
     print(f'{case}: {error:.1e}')
     assert error <= 1e-3

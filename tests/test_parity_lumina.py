@@ -17,6 +17,7 @@ from runs import DRIVER
 from ddmd_jax import families as teachers
 from ddmd_jax.diffusion import sampling
 from ddmd_jax.diffusion.time import Shift
+from ddmd_jax.families import published_vae
 from ddmd_jax.families.lumina import names, teacher as lumina, text
 from ddmd_jax.models import autoencoder_kl
 from ddmd_jax.models.layers import abstract_params
@@ -72,10 +73,14 @@ def test_sampler_gives_the_pipelines_latents(theirs, ours, guidance, normalise):
     assert np.abs(got - want).max() <= 1e-3 * np.sqrt(np.mean(want**2))
 
 
-@pytest.mark.parametrize('height, width', [(4, 12), (8, 12)])  # the second is tiled
-def test_decode_gives_the_pipelines_images(theirs, ours, height, width):
-    latents = np.random.default_rng(1).standard_normal((2, height, width, 4)).astype(np.float32)
-    getattr(theirs.vae, 'enable_tiling' if height == 8 else 'disable_tiling')()
+@pytest.mark.parametrize('tiled', [False, True])
+def test_decode_gives_the_pipelines_images(theirs, ours, folder, tiled, monkeypatch):
+    """In one piece up to 1024 x 1024, whatever size the codec was saved at; beyond in its tiles."""
+    latents = np.random.default_rng(1).standard_normal((2, 8, 12, 4)).astype(np.float32)
+    getattr(theirs.vae, 'enable_tiling' if tiled else 'disable_tiling')()
+    if tiled:
+        monkeypatch.setattr(published_vae, 'WHOLE', 16)
+        ours = teachers.load_teacher(str(folder), size=(16, 24))
     z = torch.tensor(latents.transpose(0, 3, 1, 2))
     with torch.no_grad():
         z = z / theirs.vae.config.scaling_factor + theirs.vae.config.shift_factor

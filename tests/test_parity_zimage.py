@@ -125,7 +125,7 @@ def test_a_student_draws_the_same_in_its_pipeline(folder, tmp_path, mode, shift)
         'student.steps': 4, 'data.name': 'prompts', 'method.alpha': 5.0, 'teacher.name': 'zimage',
         'teacher.path': str(folder), 'method.shift': shift}, params)
     export.export(workdir, tmp_path / 'student', export.Wanted(sampler=mode))
-    assert 'guidance_scale=0.0)' in (tmp_path / 'student/README.md').read_text()
+    assert 'guidance_scale=0.0,' in (tmp_path / 'student/README.md').read_text()
     pipe = diffusers.DiffusionPipeline.from_pretrained(tmp_path / 'student')
     assert type(pipe).__name__ == 'ZImagePipeline'
     prompts = ['a red fox in the snow, and behind it a forest at night', 'two boats']

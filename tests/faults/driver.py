@@ -178,7 +178,7 @@ def hook(environ):
     patch(evaluate, 'evaluate', lambda *args: at('evaluation'))
     trap_items(traps, Trap(environ.get('HANG', '')))
     if 'EVALUATE' not in environ:
-        evaluate.Comparison = evaluate.evaluate = lambda *args: None
+        evaluate.Comparison = evaluate.evaluate = evaluate.sheet = lambda *args: None
     if 'DIGEST' in environ:
         tell = lambda what, state: print('digest', what, int(state.step), digest(state), flush=True)
         patch(resume, 'start', after=lambda state: tell('start', state))
