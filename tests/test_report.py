@@ -65,6 +65,12 @@ def test_a_users_own_figure_has_a_curve(run):
     assert shown[-1] == 'drift' and not {'step', 'finite', 'health'} & set(shown)
 
 
+def test_a_run_of_one_logged_line_shows_its_points(tmp_path):
+    of = lambda lines: {trace.mode for trace in figures.curves(
+        [read.read(make_run(tmp_path / str(lines), lines=lines))]).data}
+    assert of(1) == {'markers'} and of(2) == {'lines'}
+
+
 @pytest.mark.parametrize('figures_, cells', [
     ([3.9e-12, 1.695], ['0.000', '1.695']), ([0.2234, 0.2466], ['0.2234', '0.2466']),
     ([1.0, 4.0], ['1', '4']), ([123.4, math.nan], ['123.4', 'nan']), ([None, 4], ['', '4']),

@@ -77,7 +77,8 @@ def curves(runs: Sequence[RunFiles]) -> Any:
             x, y = series(run, curve.key)
             drawn += [value for value in y if value is not None]
             figure.add_scatter(x=x, y=y, name=run.name, legendgroup=run.name,
-                               showlegend=not i and len(runs) > 1, mode='lines',
+                               showlegend=not i and len(runs) > 1,
+                               mode='lines' if len(x) > 1 else 'markers',  # a line has two ends
                                line={'color': COLOURS[number % len(COLOURS)], 'width': 1.6},
                                **place)
         if curve.low is not None or curve.high is not None:  # an open band ends with the curve
