@@ -92,11 +92,11 @@ class _Going:
 
     def __init__(self, trial: Trial, commands: Sequence[list[str]]):
         self.trial, self._left, self.since = trial, list(commands), time.monotonic()
-        of = trial.workdir / 'fields.json'
-        if of.is_file() and json.loads(of.read_bytes()) != plain(trial.fields):
+        of = trial.workdir / 'trial.json'
+        if of.is_file() and results.read_one(of)['fields'] != plain(trial.fields):
             shutil.rmtree(trial.workdir)  # another run's, which this one could not go on from
         trial.workdir.mkdir(parents=True, exist_ok=True)
-        write_json(of, plain(trial.fields))
+        write_json(of, {'fields': plain(trial.fields)})
         self._next()
 
     def _next(self) -> None:
