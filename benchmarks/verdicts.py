@@ -71,6 +71,12 @@ def counted(runs: Sequence[Run], _: robustness.Signal,
     return robustness.Rates(len(bad), hits, hits, hits, 0, len(good), false)
 
 
+def on_the_way(runs: Sequence[Run]) -> int:
+    """Of how many sound students some line warned."""
+    return sum(any(health.verdict(r.lines[:n + 1], r.data_std)[0] != health.HEALTHY
+                   for n in range(len(r.lines))) for r in runs if not r.spoilt)
+
+
 def halves(runs: list[Run]) -> tuple[list[Run], list[Run]]:
     """Every other recipe with a spoilt student, and every other of those without."""
     recipes = sorted({r.recipe for r in runs})
@@ -91,7 +97,7 @@ def main(folders: list[Path]) -> None:
         word = health.verdict(r.lines, r.data_std)[0]
         print(f'{r.recipe:28} {r.seed}  {word:12} {r.spoilt or "sound"}')
     rates = lambda some, limits: said(counted(some, robustness.LEVELS, limits))
-    print(f'shipped: {rates(runs, health.SHIPPED)}')
+    print(f'shipped: {rates(runs, health.SHIPPED)}; on the way, {on_the_way(runs)} of these')
     one, other = halves(runs)
     for tuned, tried in ((one, other), (other, one)):
         limits = robustness.tune(tuned, robustness.LEVELS, counted=counted).limits

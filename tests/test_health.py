@@ -295,6 +295,22 @@ def test_few_steps_that_fail_are_no_reference(std, begun, cast, word):
     assert verdict(seen)[0] == word
 
 
+@pytest.mark.parametrize('stds, word', [
+    ((0.75, 0.80, 0.85, 0.89, 0.92, 0.94), HEALTHY),  # pale, and on its way
+    ((0.80, 0.85, 0.90, 0.90, 0.90, 0.90), WASHED_OUT),  # on its way no longer
+    ((0.80, 0.85, 0.90, 0.90, 0.90, 0.907), WASHED_OUT),  # .9 to .907 is less than .1 of .093,
+    ((0.80, 0.85, 0.90, 0.90, 0.90, 0.911), HEALTHY),  # .911 is more
+    ((0.94, 0.95, 0.949, 0.95, 0.951, 0.951), HEALTHY),  # .95 is pale
+    ((0.93, 0.94, 0.949, 0.949, 0.949, 0.949), WASHED_OUT),
+    ((0.90, 0.95, 0.92, 0.90, 0.88, 0.86), WASHED_OUT),  # falls
+    ((0.80, 0.80, 0.80), HEALTHY)])  # too early
+def test_a_student_that_stays_pale_is_washed_out(stds, word):
+    """Against real contrast, though it has left the undistilled weights' .7 far behind."""
+    seen = [line | {'ema_start': 0.7} for line in lines(contrasts(*stds))]
+    assert verdict(seen)[0] == word
+    assert word == HEALTHY or 'hardly rises' in verdict(seen)[1]
+
+
 def contrasts(*stds):
     return [START | {'ema_std': std} for std in stds]
 

@@ -100,8 +100,9 @@ def levels(**changes):
 def test_a_result_holds_all_that_its_verdicts_were_made_of():
     """Thresholds are tuned on results: by those it ran with, each line has the word it had.
 
-    Once others ship, those of these runs are to be written down here.
+    The runs of both suites had no `pale` yet; later ones have the thresholds that ship.
     """
+    ran_with = (dataclasses.replace(diagnostics.SHIPPED, pale=0.0), diagnostics.SHIPPED)
     files = sorted((tiny.ROOT / 'docs').glob('*/results/*.json'))
     assert len(files) > 20
     for file in files:
@@ -109,9 +110,9 @@ def test_a_result_holds_all_that_its_verdicts_were_made_of():
         if 'failed' in known:
             continue
         lines = results.watched(known['curves'])
-        words = [diagnostics.verdict(lines[:i + 1], known['data_std'])[0]
-                 for i in range(len(lines))]
-        assert words == known['curves']['health'], file.name
+        words = lambda limits: [diagnostics.verdict(lines[:i + 1], known['data_std'], limits)[0]
+                                for i in range(len(lines))]
+        assert known['curves']['health'] in map(words, ran_with), file.name
 
 
 def test_rates_count_what_is_warned_of_in_time():

@@ -44,6 +44,8 @@ class Thresholds:
       ema_std_up: ema_std above that of real data, and of the undistilled weights, that counts
         as up.
       ema_std_down: ema_std below both that counts as down.
+      pale, regained: ema_std below `pale` of real data's counts as down too, once the last third
+        of the updates has not made up `regained` of what it lacks.
       cast: of the EMA student, against the undistilled weights.
       fake_up: growth of fake_loss, in units of the samples' variance, that counts as up.
       lost, ahead: growing on as it does, ema_std is beyond `lost` in `ahead` updates.
@@ -55,6 +57,8 @@ class Thresholds:
     std_up: float = 1.1
     ema_std_up: float = 1.08
     ema_std_down: float = 0.97
+    pale: float = 0.95
+    regained: float = 0.1
     cast: float = 0.02
     fake_up: float = 1.3
     lost: float = 2.1
@@ -140,7 +144,8 @@ def verdict(history: Sequence[dict[str, Any]], data_std: float | None = None,
     Each has `step` and the figures of `WATCHED`, those of the EMA where they are measured.
     Compares the last interval with the mean of the first `REFERENCE`, and the EMA student
     with real data and the weights it began as. Over-baked: contrast above that of real data,
-    `data_std`. Washed out, colour cast: the EMA samples have lost contrast, or moved as a whole.
+    `data_std`. Washed out, colour cast: the EMA samples have lost contrast or do not gain what they
+    lack, or moved as a whole.
     Collapsing: their contrast grows so fast, or so far, that captions are about to be lost. The
     critic lags: its error on the student's samples grows, or the gap to the teacher does while
     the predictions turn apart.
@@ -155,7 +160,7 @@ def verdict(history: Sequence[dict[str, Any]], data_std: float | None = None,
         return BROKEN, f'{", ".join(unsound)} not finite'
     average = _collapses(history, limits)
     if average is None and data_std:
-        average = _average_fails(history[-1], limits)
+        average = _average_fails(history, limits)
     if average:
         return average
     if len(history) <= REFERENCE:
@@ -206,20 +211,37 @@ def _rate(history: Sequence[dict[str, Any]]) -> float:
     return max(0.0, now['ema_std'] - then['ema_std']) / (now['step'] - then['step'])
 
 
-def _average_fails(now: dict[str, Any], limits: Thresholds) -> tuple[str, str] | None:
+def _average_fails(history: Sequence[dict[str, Any]],
+                   limits: Thresholds) -> tuple[str, str] | None:
     """Verdict on the EMA student by itself, where a run probes it."""
+    now = history[-1]
     std, cast, start = now.get('ema_std', 1.0), now.get('ema_cast', 0.0), now.get('ema_start', 1.0)
     seen = (f"the EMA student's contrast x{std:.2f} (undistilled x{start:.2f}), its colours moved "
             f'by {cast:.3f}')
     if std > limits.ema_std_up * max(start, 1.0):
         return OVER_BAKED, f'{seen}: {BAKED}'
-    pale = std < limits.ema_std_down * min(start, 1.0)
+    steadier = 'lower the learning rates or raise the batch'
+    if std < limits.ema_std_down * min(start, 1.0):
+        return WASHED_OUT, f'{seen}: {steadier}'
+    if _stays_pale(history, limits):
+        return WASHED_OUT, f'{seen}, and hardly rises: let tau_CA begin noisier, or raise alpha'
     # Where few steps without distillation fail, a student that works leaves their colours.
-    moved = cast > limits.cast and abs(start - 1) <= SOUND
-    if pale or moved:
-        word = WASHED_OUT if pale else COLOUR_CAST
-        return word, f'{seen}: lower the learning rates or raise the batch'
+    if cast > limits.cast and abs(start - 1) <= SOUND:
+        return COLOUR_CAST, f'{seen}: {steadier}'
     return None
+
+
+def _stays_pale(history: Sequence[dict[str, Any]], limits: Thresholds) -> bool:
+    """Whether the EMA student is short of real contrast and has stopped rising to it.
+
+    What begins pale, as few steps do without distillation, is given time: thirds of the run so far
+    are the only clock that fits runs of any length.
+    """
+    std, step = history[-1].get('ema_std', 1.0), history[-1].get('step', 0)
+    if std >= limits.pale or len(history) <= REFERENCE:
+        return False
+    then = next((h for h in reversed(history) if h['step'] <= 2 / 3 * step), {})
+    return 'ema_std' in then and std - then['ema_std'] < limits.regained * (1 - std)
 
 
 def _reference(history: Sequence[dict[str, Any]]) -> dict[str, float]:
