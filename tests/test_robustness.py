@@ -110,9 +110,9 @@ def test_a_result_holds_all_that_its_verdicts_were_made_of():
         if 'failed' in known:
             continue
         lines = results.watched(known['curves'])
-        words = lambda limits: [diagnostics.verdict(lines[:i + 1], known['data_std'], limits)[0]
-                                for i in range(len(lines))]
-        assert known['curves']['health'] in map(words, ran_with), file.name
+        words = [[diagnostics.verdict(lines[:i + 1], known['data_std'], limits)[0]
+                  for i in range(len(lines))] for limits in ran_with]
+        assert known['curves']['health'] in words, file.name
 
 
 def test_rates_count_what_is_warned_of_in_time():

@@ -54,7 +54,8 @@ LEVELS = Signal(
     dataclasses.replace(SHIPPED, lost=math.inf), {
         'gap_up': (1, 0.05, 5.0), 'gap_large': (0, 0.02, 1.5), 'cos_down': (1, 0.05, 9.0),
         'std_up': (1, 0.02, 4.0), 'ema_std_up': (1, 0.02, 3.0), 'ema_std_down': (1, -0.01, -0.4),
-        'pale': (1, -0.01, -0.4), 'regained': (0, 0.01, 1.0), 'cast': (0, 0.005, 0.8), 'fake_up': (1, 0.05, 30.0)})
+        'pale': (1, -0.01, -0.4), 'regained': (0, 0.01, 1.0), 'cast': (0, 0.005, 0.8),
+        'fake_up': (1, 0.05, 30.0)})
 SIGNALS = (COLLAPSE, LEVELS)
 
 
