@@ -31,7 +31,7 @@ from ddmd_jax.families.sdxl import export as sdxl_export, names as sdxl
 from ddmd_jax.models import adapters
 from ddmd_jax.models.adapters import AdapterError, Full, LoRA
 from ddmd_jax.models.convolution import conv
-from ddmd_jax.models.layers import abstract_params, scan_layers, stack_layers
+from ddmd_jax.models.layers import Linear, abstract_params, scan_layers, stack_layers
 from ddmd_jax.models.unet import UNet, UNetConfig
 from ddmd_jax.parallel import sharding
 from ddmd_jax.parallel.sharding import AXES, spec_for
@@ -221,6 +221,29 @@ def test_gradients_are_those_of_the_materialised_kernel(remat):
             for name, value in want.items():
                 np.testing.assert_allclose(got[f'{path}/{name}'], 1.5 * value, rtol=1e-10,
                                            atol=1e-12)
+
+
+def test_a_linear_layers_gradient_is_of_its_factors_alone():
+    """Two products as large as the kernel's own, forward and for x; a third would be of the sum."""
+    wide, rows, rank = 128, 64, 4
+    graphdef, state = nnx.split(Linear(wide, wide, use_bias=False, rngs=nnx.Rngs(0)))
+    base = state['kernel'].get_value()
+    a, b = stirred((jnp.ones((wide, rank)), jnp.ones((rank, wide))))
+
+    def loss(kernel, x):
+        given = jax.tree.map(lambda leaf: leaf, state)
+        nnx.replace_by_pure_dict(given, {'kernel': kernel})
+        return jnp.sum(jnp.sin(nnx.merge(graphdef, given)(x)))
+
+    apart = lambda a, b, x: loss(adapters.Adapted(base, a, b, 2.0), x)
+    summed = lambda a, b, x: loss(base + 2.0 * (a @ b), x)
+    x = jnp.linspace(-1, 1, rows * wide).reshape(rows, wide)
+    grads = [jax.jit(jax.grad(of, (0, 1, 2))) for of in (apart, summed)]
+    for got, want in zip(*(grad(a, b, x) for grad in grads)):
+        np.testing.assert_allclose(got, want, rtol=1e-4, atol=1e-3)
+    product = 2 * rows * wide * wide
+    flops = [grad.lower(a, b, x).compile().cost_analysis()['flops'] for grad in grads]
+    assert flops[0] < 2.5 * product and flops[1] > 3 * product
 
 
 def test_convolutions_and_matrices_of_a_unet_are_adapted():

@@ -5,9 +5,9 @@ fine-tuned student they are, of a LoRA student the tree holds factors A and B fo
 the frozen teacher, and the network has ``W + (alpha / rank) A B`` in their place (Hu et al. 2021,
 arXiv 2106.09685; its ``B A``, as kernels here are ``[in, out]``).
 
-A bound kernel is `Adapted`: base and factors side by side. The sum is made where a layer asks for
-its kernel, layer by layer of a stack, so that no second copy of the base is held; hence to bind
-costs nothing, inside a program or outside.
+A bound kernel is `Adapted`: base and factors side by side. `layers.Linear` multiplies by each; what
+else asks for the kernel has the sum made there, layer by layer of a stack, so that no second copy
+of the base is held. Hence to bind costs nothing, inside a program or outside.
 """
 
 from __future__ import annotations

@@ -57,12 +57,17 @@ def resolve(kind: str, device: jax.Device, dtype: str, head_dims: Iterable[int])
         if why and kind == 'cudnn':
             raise UserError(f"teacher.attention = 'cudnn' cannot be had here: {why}; take 'auto'")
         if why:
-            print("warning: attention is XLA's, which keeps all scores in memory, not cuDNN's: "
-                  f'{why}', file=sys.stderr)
+            _warn(why)
         return 'xla' if why else 'cudnn'
     if kind == 'auto':
         return 'splash' if device.platform == 'tpu' else 'xla'
     return kind
+
+
+@functools.cache  # networks of a process have it said once
+def _warn(why: str) -> None:
+    print(f"warning: attention is XLA's, which keeps all scores in memory, not cuDNN's: {why}",
+          file=sys.stderr)
 
 
 def no_cudnn(device: jax.Device, dtype: str, head_dims: Iterable[int]) -> str:

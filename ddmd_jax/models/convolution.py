@@ -12,6 +12,8 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
+from ddmd_jax.models.layers import Linear
+
 Array = jax.Array
 Padding = int | tuple[tuple[int, int], tuple[int, int]]
 
@@ -73,7 +75,7 @@ class ResnetBlock(nnx.Module):
         self.norm1, self.conv1 = norm(din), conv(cfg, din, dout, rngs)
         self.norm2, self.conv2 = norm(dout), conv(cfg, dout, dout, rngs)
         self.conv_shortcut = None if din == dout else conv(cfg, din, dout, rngs, size=1)
-        self.time_emb_proj = None if time_dim is None else nnx.Linear(
+        self.time_emb_proj = None if time_dim is None else Linear(
             time_dim, dout, dtype=jnp.dtype(cfg.dtype), param_dtype=jnp.float32, rngs=rngs)
 
     def __call__(self, x: Array, temb: Array | None = None) -> Array:

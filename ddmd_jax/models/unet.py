@@ -20,6 +20,7 @@ from ddmd_jax.models.attention import attend
 from ddmd_jax.models.convolution import Downsample, GroupNorm, ResnetBlock, Upsample, conv
 from ddmd_jax.models.layers import (
     REMAT_POLICIES,
+    Linear,
     gather_kernels,
     rows_stay,
     scan_layers,
@@ -113,8 +114,8 @@ class UNetConfig:
 
 
 def _linear(cfg: UNetConfig, din: int, dout: int, rngs: nnx.Rngs, *,
-            bias: bool = True) -> nnx.Linear:
-    return nnx.Linear(din, dout, use_bias=bias, dtype=jnp.dtype(cfg.dtype),
+            bias: bool = True) -> Linear:
+    return Linear(din, dout, use_bias=bias, dtype=jnp.dtype(cfg.dtype),
                       param_dtype=jnp.float32, rngs=rngs)
 
 
