@@ -1,6 +1,7 @@
 """How fast prompts are read: rows a second of the loader, in each mode; minutes on two cores.
 
     python benchmarks/input.py PROMPTS [RUN]    # writes benchmarks/input.json
+    python benchmarks/input.py scenes           # scenes of emoji a second, on one core
 
 PROMPTS is a set of prompts (`ddmd_jax.prepare prompts`). RUN, the folder of a run
 that was trained on it, adds the share of its seconds in which no batch was ready.
@@ -26,6 +27,7 @@ from ddmd_jax import embedding, families as teachers
 from ddmd_jax.data import conditioning, embeddings, loader
 from ddmd_jax.data.order import Order  # noqa: E402
 from ddmd_jax.data.prompts import build as sets  # noqa: E402
+from ddmd_jax.families.emoji import scenes  # noqa: E402
 from ddmd_jax.parallel import sharding  # noqa: E402
 from ddmd_jax.train import prompts as sources  # noqa: E402
 
@@ -56,7 +58,19 @@ def of_luminas_size(folder: Path) -> conditioning.Prompts:
     return conditioning.open_embeddings(str(folder), LUMINA['width'])
 
 
+def scenes_a_second(seconds: float = SECONDS) -> float:
+    """How many scenes one core composes, and Grain's order hands on by number."""
+    world, order, count = scenes.load(), Order(np.arange(2**20), BATCH, 0), 0
+    start = time.monotonic()
+    while time.monotonic() - start < seconds:
+        world.batch(0, order[count].rows.tolist())
+        count += 1
+    return count * BATCH / (time.monotonic() - start)
+
+
 def main(argv: list[str]) -> None:
+    if argv == ['scenes']:
+        return print(f'{scenes_a_second():.0f} scenes a second on one core')
     if not 1 <= len(argv) <= 2:
         sys.exit(__doc__)
     mesh = sharding.make_mesh({})

@@ -2,11 +2,13 @@
 
     python benchmarks/verdicts.py docs/steps/results docs/paper/results
 
-A student is *spoilt* if its backgrounds are further from the real colours than the guided teacher's
-are, or its contrast is more than 5 % off real images'. A run warns of it if its last line's verdict
-is anything but healthy. Thresholds of `method/health.py`, but for those of collapse, are drawn at
-random and chosen on half of the recipes, then counted on the other half: all seeds of a recipe are
-on one side, as they are alike. Shipped thresholds are counted on all. Nothing is trained.
+A student is *spoilt* if its backgrounds are further from the real colours than those of its teacher
+guided by its own alpha, or its contrast is more than 5 % off real images'. A run warns of it if its
+last line's verdict is anything but healthy; in a run whose student is not spoilt, a warning at any
+line is a false alarm. Thresholds of `method/health.py`, but for those of
+collapse, are drawn at random and chosen on half of the recipes, then counted on the other half: all
+seeds of a recipe are on one side, as they are alike. Shipped thresholds are counted on all. Nothing
+is trained.
 """
 
 from __future__ import annotations
@@ -18,6 +20,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from ddmd_jax import config as config_lib
 from ddmd_jax.method import health
 from ddmd_jax.study import results, robustness
 
@@ -40,13 +43,21 @@ def read(folders: list[Path]) -> list[Run]:
     found = {(folder.parent.name, *file.stem.rsplit('-seed', 1)): json.loads(file.read_text())
              for folder in folders for file in sorted(folder.glob('*.json'))}
     ended = {which: r for which, r in found.items() if 'student' in r}
-    # The guided teacher is the same in all runs of a seed, and is drawn in one of them.
-    guided = {seed: r['guided']['colour_error'] for (_, _, seed), r in ended.items()
-              if r['guided']['guidance'] > 1}
-    runs = [_run(f'{suite}/{name}', int(seed), r, guided[seed])
-            for (suite, name, seed), r in ended.items() if seed in guided]
+    # The guided teacher is the same in all runs of a seed, and is drawn in one of them, or alone:
+    # evaluate --model=emoji --suite=emoji --seed=1 --guidance=3 --out=DIR; DIR/eval.json is kept.
+    guided = {(r['guided']['guidance'], seed): r['guided']['colour_error']
+              for (_, _, seed), r in ended.items()}
+    for folder in folders:
+        for file in folder.parent.glob('teacher/*-seed*.json'):
+            for row in json.loads(file.read_text())['rows']:
+                guided[row['guidance'], file.stem.rpartition('-seed')[2]] = row['colour_error']
+    alpha = config_lib.load('emoji').method.alpha
+    runs = [_run(f'{suite}/{name}', int(seed), r, guided[by])
+            for (suite, name, seed), r in ended.items()
+            if (by := (r['fields'].get('method.alpha', alpha), seed)) in guided]
     if left := len(found) - len(runs):
-        print(f'{left} runs are left out: they have no evaluation, or their seed no guided teacher')
+        print(f'{left} runs are left out: they have no evaluation, or nothing is known of their '
+              'teacher by that alpha')
     if not runs:
         sys.exit('verdicts: no runs; name folders of results, such as docs/steps/results')
     return runs
@@ -65,16 +76,11 @@ def _run(recipe: str, seed: int, result: dict[str, Any], guided: float) -> Run:
 def counted(runs: Sequence[Run], _: robustness.Signal,
             limits: health.Thresholds) -> robustness.Rates:
     """Hits among spoilt students, false alarms among the others; every word is a warning."""
-    warns = lambda r: health.verdict(r.lines, r.data_std, limits)[0] != health.HEALTHY
+    warns = lambda r, n: health.verdict(r.lines[:n], r.data_std, limits)[0] != health.HEALTHY
     bad, good = ([r for r in runs if bool(r.spoilt) is is_bad] for is_bad in (True, False))
-    hits, false = (sum(map(warns, some)) for some in (bad, good))
+    hits = sum(warns(r, len(r.lines)) for r in bad)
+    false = sum(any(warns(r, n + 1) for n in range(len(r.lines))) for r in good)
     return robustness.Rates(len(bad), hits, hits, hits, 0, len(good), false)
-
-
-def on_the_way(runs: Sequence[Run]) -> int:
-    """Of how many sound students some line warned."""
-    return sum(any(health.verdict(r.lines[:n + 1], r.data_std)[0] != health.HEALTHY
-                   for n in range(len(r.lines))) for r in runs if not r.spoilt)
 
 
 def halves(runs: list[Run]) -> tuple[list[Run], list[Run]]:
@@ -97,7 +103,7 @@ def main(folders: list[Path]) -> None:
         word = health.verdict(r.lines, r.data_std)[0]
         print(f'{r.recipe:28} {r.seed}  {word:12} {r.spoilt or "sound"}')
     rates = lambda some, limits: said(counted(some, robustness.LEVELS, limits))
-    print(f'shipped: {rates(runs, health.SHIPPED)}; on the way, {on_the_way(runs)} of these')
+    print(f'shipped: {rates(runs, health.SHIPPED)}')
     one, other = halves(runs)
     for tuned, tried in ((one, other), (other, one)):
         limits = robustness.tune(tuned, robustness.LEVELS, counted=counted).limits

@@ -14,7 +14,7 @@ PACKAGES=(
     grain==0.2.18 array_record==0.8.6 portpicker==1.6.0
     tensorflow-datasets==4.9.10 dm-tree==0.1.10 immutabledict==4.3.1 simple-parsing==0.1.9 docstring_parser==0.18.0
     tensorflow-metadata==1.21.0 googleapis-common-protos==1.76.0 termcolor==3.3.0 toml==0.10.2
-    ml_collections==1.1.0 tensorboardX==2.6.5 protobuf==7.36.2
+    ml_collections==1.1.0 tensorboardX==2.6.5 protobuf==7.36.2 diffusers==0.42.1
 )
 SOURCES=(promise==2.3)  # of tensorflow-datasets; plain Python without a wheel
 LIMIT=40  # MiB in all

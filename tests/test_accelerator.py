@@ -3,12 +3,14 @@
 import ast
 import copy
 import dataclasses
+import functools
 import json
 import os
 import re
 import shlex
 import subprocess
 import sys
+import types
 
 import jax
 import jax.numpy as jnp
@@ -22,7 +24,10 @@ sys.path.insert(0, str(tiny.ROOT))  # for benchmarks
 from benchmarks.accelerator import first_light, record, selftest, synthetic
 from ddmd_jax import config as config_lib
 from ddmd_jax.families.emoji import codec
+from ddmd_jax.util.errors import UserError
 from ddmd_jax.weights import flat
+
+compiled = first_light.compiled  # as it is, whatever `light` puts in its place
 
 
 def call(out, *parts, **environ):
@@ -35,7 +40,7 @@ def call(out, *parts, **environ):
 def test_a_part_that_is_not_there(tmp_path):
     told = call(tmp_path, 'techer')
     assert told.returncode == 1
-    assert "no part 'techer'; there are: selftest first_light study vs_torch" in told.stdout
+    assert "no part 'techer'; there are: selftest first_light largest study" in told.stdout
 
 
 @pytest.mark.parametrize('mib, critic, size', [(81559, 'lora', 'half'), (143771, 'full', 'full')])
@@ -45,7 +50,7 @@ def test_every_part_is_called_as_it_takes_it(tmp_path, mib, critic, size):
     assert told.returncode == 0, told.stdout
     named, *calls = re.split(r'^== (?=\w+, \d+ s$)', told.stdout, flags=re.MULTILINE)
     assert not named and [one.split(',')[0] for one in calls] == [
-        'selftest', 'first_light', 'study', 'vs_torch', 'sdxl', 'zimage_lora',
+        'selftest', 'first_light', 'largest', 'study', 'vs_torch', 'sdxl', 'zimage_lora',
         'vs_torch_compiled', 'teacher', 'codec']
     parts = {one.split(',')[0]: shlex.split(one.split('\n', 1)[1]) for one in calls}
     for part, (_, module, _, *flags) in parts.items():
@@ -58,7 +63,7 @@ def test_every_part_is_called_as_it_takes_it(tmp_path, mib, critic, size):
             assert set(given) <= known, part
             config.update_from_flattened_dict({k: literal(x) for k, x in given.items()})
             config_lib.check(config)
-            if part in ('first_light', 'sdxl'):
+            if part in ('first_light', 'largest', 'sdxl'):
                 assert config.critic.adapter.kind == critic
     assert f'--size={size}' in parts['vs_torch'] and 'vs_torch, 9 s' in told.stdout
 
@@ -125,7 +130,7 @@ def patched():
 @pytest.fixture(scope='module')
 def light(patched, tmp_path_factory):
     """(folder of the results, figures) of a whole first light; what it has built serves others."""
-    built, subject, compiled = {}, synthetic.subject, first_light.compiled
+    built, subject = {}, synthetic.subject
 
     def once(make, key, *args):
         if key not in built:
@@ -134,7 +139,8 @@ def light(patched, tmp_path_factory):
 
     patched.setattr(synthetic, 'subject', lambda config, *args: once(
         subject, config.to_json_best_effort(sort_keys=True), config, *args))
-    patched.setattr(first_light, 'compiled', lambda made: once(compiled, id(made), made))
+    patched.setattr(first_light, 'compiled', lambda made, precision='': once(
+        compiled, id(made), made, precision))
     out = tmp_path_factory.mktemp('light')
     with jax.default_matmul_precision('highest'):
         return out, first_light.lit(fp32_config(), out, updates=2, tiny=True)
@@ -197,24 +203,64 @@ def test_first_light_tells_of_another_second_run():
         {'metrics': {'fake_loss': 1.5, 'finite': 0.0}})
 
 
-@pytest.mark.parametrize('name, recipe', [('sdxl', 'decoupled_hybrid'), ('zimage', 'lora')])
-def test_first_light_of_the_others_is_built(patched, name, recipe):
-    """Shapes, layouts, batch; the programs are those of `main`, whose compilation is not cheap."""
-    config = tiny.load_config(name, recipe)
-    zeros = lambda shapes, layout, seed: jax.tree.map(
-        lambda x, where: jax.device_put(np.zeros(x.shape, x.dtype), where), shapes, layout)
+@pytest.mark.slow
+@pytest.mark.parametrize('part, counts', [
+    ('sdxl', {'generator': 1, 'critic_on_images': 1, 'critic': 4}),
+    ('zimage_lora', {'critic': 5, 'generator': 1})])
+def test_first_light_of_the_others(tmp_path, part, counts):
+    """By the command that a GPU is given, at toy size."""
+    told = call(tmp_path, part, **{f'{part.upper()}_FLAGS': '--tiny --updates=1 --seconds=900'})
+    assert told.returncode == 0, told.stdout
+    figures = json.loads((tmp_path / f'{part}.json').read_text())['figures']
+    assert figures['of_a_step'] == counts and figures['stage'] == 'done'
+    assert [x['program'] for x in figures['updates']] == list(counts)
+    assert all(x['metrics']['finite'] == 1 for x in figures['updates'])
+
+
+def test_the_largest_batch_is_the_last_that_fits(light, patched, tmp_path):
+    _, whole = light
+    peak = max(x['planned_peak_bytes'] for x in whole['programs'].values())
+    asked = []
+
+    def counted(config, *args):
+        asked.append(config.data.global_batch)
+        return types.SimpleNamespace(rows=config.data.global_batch)
+
+    known = lambda made: (None, {'generator': {'planned_peak_bytes': peak * made.rows}})
+    find = functools.partial(first_light.largest, out=tmp_path, name='largest', tiny=True)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(synthetic, 'random_params', zeros)
-        network = synthetic.shrunk(config)
-        found = synthetic.subject(config, first_light.mesh_of(config), network)
-    assert found.counts == {
-        'sdxl': {'generator': 1, 'critic_on_images': 1, 'critic': 4},
-        'zimage': {'critic': 5, 'generator': 1}}[name]
-    assert (found.batch.real is not None) == (name == 'sdxl')
-    assert found.batch.cond['mask'].all() == (name == 'sdxl')
-    assert found.teacher.flops(found.tokens) > 1e5
-    trained = {x.shape for x in jax.tree.leaves(found.planned.spec.shapes.student)}
-    assert any(4 in x for x in trained) or name == 'sdxl'  # the rank of its adapters
+        patch.setattr(synthetic, 'subject', counted)
+        patch.setattr(first_light, 'compiled', known)
+        found = find(fp32_config(), memory=5 * 2 * peak)
+        assert found['largest_rows'] == 8 and asked == [2, 4, 8, 16] and found['ended']
+        found = find(fp32_config(), memory=1e6 * peak, until=0.0)
+        assert found['largest_rows'] == 2 and not found['ended']
+        with pytest.raises(first_light.NotLit, match='not even 2 rows fit'):
+            find(fp32_config(), memory=peak)
+        with pytest.raises(UserError, match='give --memory_gib'):
+            find(fp32_config())
+
+
+def test_precision_reaches_the_threads_that_compile():
+    """JAX's setting is a thread's own: fp32 products of a GPU would be TF32 without a word."""
+    seen = []
+
+    class Lowered:
+        counts = {'critic': 1}
+
+        def lower(self, kind):
+            seen.append(jax.jit(jnp.dot).lower(jnp.ones((2, 2)), jnp.ones((2, 2))).as_text())
+            raise LookupError
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr('ddmd_jax.planner.programs.programs', lambda *_: ({}, {}))
+        for given in ('highest', ''):
+            made = Lowered()
+            made.config = made.teacher = made.tokens = None
+            made.planned = types.SimpleNamespace(spec=types.SimpleNamespace(mesh=None))
+            with pytest.raises(LookupError):
+                compiled(made, given)
+    assert 'HIGHEST' in seen[0] and 'HIGHEST' not in seen[1]
 
 
 @pytest.mark.slow

@@ -269,16 +269,28 @@ def test_a_map_of_too_few_runs_is_refused(tmp_path):
 def test_a_warning_is_counted_against_what_the_evaluation_finds(tmp_path, capsys):
     """Over-baked with colours gone: a hit. With the colours there: a false alarm. Halves differ."""
     row = lambda **figures: {'std': 0.4, 'colour_error': 1.0, 'guidance': 1.0, **figures}
+    for folder in ('results', 'teacher'):
+        (tmp_path / folder).mkdir()
     for name, seed, last, found in [
             ('good', 1, 1.0, row()), ('good', 2, 1.3, row()), ('pale', 1, 1.0, row(std=0.3)),
             ('red', 1, 1.3, row(colour_error=2.1)), ('red', 2, 1.3, row(std=0.5))]:
         known = result([1.0] * 6, ema_std=[1.0] * 5 + [last]) | {
             'student': found, 'real': row(),
             'guided': row(colour_error=2.0, guidance=2.0 if name == 'good' else 1.0)}
-        (tmp_path / f'{name}-seed{seed}.json').write_text(json.dumps(known))
-    verdicts.main([tmp_path])
+        (tmp_path / 'results' / f'{name}-seed{seed}.json').write_text(json.dumps(known))
+    verdicts.main([tmp_path / 'results'])
     said = capsys.readouterr().out
     assert 'shipped: 2 of 3 spoilt students warned of, 1 false alarms in 2 runs' in said
     assert 'colours 2.10 > 2.00' in said and 'contrast -25%' in said
+    # By a larger alpha its teacher's colours at that guidance count, where they are known.
+    known = result([1.0] * 6) | {'student': row(colour_error=2.1), 'real': row(), 'guided': row()}
+    known['fields'] = known['fields'] | {'method.alpha': 3.0}
+    (tmp_path / 'results' / 'high-seed1.json').write_text(json.dumps(known))
+    verdicts.main([tmp_path / 'results'])
+    assert '1 runs are left out' in capsys.readouterr().out
+    (tmp_path / 'teacher' / 'w3-seed1.json').write_text(json.dumps(
+        {'rows': [row(colour_error=2.4, guidance=3.0)]}))
+    verdicts.main([tmp_path / 'results'])
+    assert '1 false alarms in 3 runs' in capsys.readouterr().out
     # `good` and `pale` are one half: nobody warned of `pale`, and no thresholds could.
     assert re.search('tuned on 2 recipes: 0 of 1 .*; on the other 1: [012] of 2 ', said)

@@ -4,12 +4,16 @@
 
 No file is read: shapes are the published network's, weights are drawn on the device, prompts and
 real latents are random. The programs of `main` are compiled and run on the whole train state,
-twice from the same seed: everything they say has to be finite, and the same again. `--config` is
-any config of a published teacher; its mesh becomes `fsdp` over what devices there are if it does
-not fit them. Leaves OUT/first_light.json (OUT/NAME.json with `--name`), written anew after each
-stage. `--tiny` is the same at toy size.
+twice from the same seed: everything they say has to be finite, and the same again, to `--tolerance`
+where kernels sum in no fixed order, as cuDNN's backward pass does. `--config` is any config of a
+published teacher; its mesh becomes `fsdp` over what devices there are if it does not fit them.
+Leaves OUT/first_light.json (OUT/NAME.json with `--name`), written anew after each stage.
+
+`--largest` runs nothing: it doubles the batch for as long as the device, or `--memory_gib`, holds
+what the compiler says of the largest program. `--tiny` is either at toy size.
 """
 
+import contextlib
 import math
 import statistics
 import sys
@@ -41,6 +45,9 @@ def define_flags() -> None:
     flags.DEFINE_integer('updates', 3, 'Of each program in each of two runs, at most.', 1)
     flags.DEFINE_float('seconds', 180, 'When it should have ended; fewer updates then.')
     flags.DEFINE_float('tolerance', 0.0, 'Relative, by which the second run may be another.')
+    flags.DEFINE_boolean('largest', False, 'Find the largest batch that fits.')
+    flags.DEFINE_float('memory_gib', None, "Of a device, for --largest; default: the device's own.",
+                       1e-6)
     flags.DEFINE_boolean('tiny', False, 'A few small layers, 64 x 64 pixels.')
 
 
@@ -57,8 +64,15 @@ def mesh_of(config: Any) -> Any:
         return sharding.make_mesh(config.mesh)
 
 
-def compiled(subject: Any) -> tuple[dict[str, Any], dict[str, dict[str, Any]]]:
-    """(Compiled programs by name, what is known of each before it has run)."""
+def compiled(subject: Any,
+             precision: str = '') -> tuple[dict[str, Any], dict[str, dict[str, Any]]]:
+    """(Compiled programs by name, what is known of each before it has run).
+
+    `precision` is that of products; JAX's setting of it is its thread's own, and would not be
+    known to those that compile here.
+    """
+    import jax
+
     from ddmd_jax.planner import measure, programs
 
     found, _ = programs.programs(
@@ -66,7 +80,8 @@ def compiled(subject: Any) -> tuple[dict[str, Any], dict[str, dict[str, Any]]]:
 
     def one(kind: str) -> tuple[Any, float]:
         begun = time.monotonic()
-        return subject.lower(kind).compile(), time.monotonic() - begun
+        with jax.default_matmul_precision(precision) if precision else contextlib.nullcontext():
+            return subject.lower(kind).compile(), time.monotonic() - begun
 
     with ThreadPoolExecutor(2) as pool:
         made = dict(zip(subject.counts, pool.map(one, subject.counts)))
@@ -83,7 +98,8 @@ def compiled(subject: Any) -> tuple[dict[str, Any], dict[str, dict[str, Any]]]:
 
 def run(subject: Any, programs: dict[str, Any], updates: int,
         until: float = math.inf) -> tuple[list[dict[str, Any]], Any]:
-    """(A line an update: its program, seconds, and metrics as numbers; the state at its end).
+    """(A line an update: its program, seconds, metrics as numbers, and the device's peak memory
+    where this update has raised it; the state at its end).
 
     Programs run in turn, from step 0. Ends after `updates` of each, after the first ones once
     `until` is past, or when something is not finite.
@@ -94,7 +110,7 @@ def run(subject: Any, programs: dict[str, Any], updates: int,
     state = jax.block_until_ready(subject.planned.spec.create())
     for _ in range(updates):
         for kind, program in programs.items():
-            begun = time.monotonic()
+            begun, before = time.monotonic(), record.peak_bytes() or 0
             given = subject.batch_of(kind, z, x)
             found = jax.block_until_ready(program(frozen, state, given))
             seconds, metrics = time.monotonic() - begun, {}
@@ -104,8 +120,9 @@ def run(subject: Any, programs: dict[str, Any], updates: int,
                 state, metrics, *made = found
                 x = made[0] if made else x
             metrics = {name: float(value) for name, value in jax.device_get(metrics).items()}
+            peak = record.peak_bytes() or 0
             lines.append({'program': kind, 'seconds': seconds,
-                          'peak_bytes_so_far': record.peak_bytes(), 'metrics': metrics})
+                          'peak_bytes': peak if peak > before else None, 'metrics': metrics})
             if not_finite(lines[-1]):
                 return lines, state
         if time.monotonic() > until:
@@ -139,7 +156,8 @@ def apart(first: list[dict[str, Any]], second: list[dict[str, Any]]) -> tuple[fl
 def speed(subject: Any, known: dict[str, dict[str, Any]],
           lines: list[dict[str, Any]]) -> dict[str, Any]:
     """Times of each program, and of a step of the config, by what ran; the first run of each
-    program is left out where there are more."""
+    program is left out where there are more. Images are those that programs have been given, and
+    peak memory is told of programs that have raised it."""
     import jax
 
     rows, peak = subject.config.data.global_batch, record.peak_flops(
@@ -148,12 +166,13 @@ def speed(subject: Any, known: dict[str, dict[str, Any]],
     for kind in subject.counts:
         times = [x['seconds'] for x in lines if x['program'] == kind]
         seconds = statistics.median(times[1:] or times)
-        flops = known[kind]['analytic_flops']
+        flops, planned = known[kind]['analytic_flops'], known[kind]['planned_peak_bytes']
+        peak_bytes = max(x['peak_bytes'] or 0 for x in lines if x['program'] == kind) or None
         found[kind] = known[kind] | {
             'seconds': seconds, 'seconds_of_each': times, 'images_per_second': rows / seconds,
             'flops_utilisation': flops / seconds / peak if flops and peak else None,
-            'peak_bytes_so_far': max(
-                x['peak_bytes_so_far'] or 0 for x in lines if x['program'] == kind) or None}
+            'peak_bytes': peak_bytes,
+            'planned_to_peak': planned / peak_bytes if planned and peak_bytes else None}
     counts = subject.counts
     step = sum(count * found[kind]['seconds'] for kind, count in counts.items())
     flops = sum(count * (known[kind]['analytic_flops'] or 0) for kind, count in counts.items())
@@ -212,6 +231,48 @@ def lit(config: Any, out: Path, name: str = 'first_light', updates: int = 3,
     return figures
 
 
+def largest(config: Any, out: Path, name: str, until: float = math.inf,
+            memory: float | None = None, tiny: bool = False) -> dict[str, Any]:
+    """The largest batch, of doublings of the config's, whose programs fit; as ``out/NAME.json``.
+
+    Ends at the first that does not, or when another would not be compiled before `until`. `memory`
+    is a device's, in bytes; None asks it.
+
+    Raises:
+      NotLit: not even the config's own fits.
+      UserError: the device does not say how much memory it has.
+    """
+    import jax
+
+    from benchmarks.accelerator import synthetic
+
+    limit = memory or (jax.devices()[0].memory_stats() or {}).get('bytes_limit')
+    if not limit:
+        raise UserError('this device does not say how much memory it has; give --memory_gib')
+    network, tried, took = synthetic.shrunk(config) if tiny else {}, [], 0.0
+    mesh = mesh_of(config)
+    while not tried or tried[-1]['fits'] and time.monotonic() + took < until:
+        begun = time.monotonic()
+        config_lib.check(config)
+        subject = synthetic.subject(config, mesh, network)
+        known = compiled(subject)[1]
+        peak = max((x['planned_peak_bytes'] or 0) for x in known.values())
+        took = time.monotonic() - begun
+        tried.append({'rows': config.data.global_batch, 'planned_peak_bytes': peak,
+                      'fits': 0 < peak <= limit, 'seconds': round(took, 1)})
+        found = max((x['rows'] for x in tried if x['fits']), default=0)
+        figures = {'tiny': tiny, 'config': config.to_dict(), 'memory_bytes': limit,
+                   'tried': tried, 'largest_rows': found, 'ended': not tried[-1]['fits']}
+        record.write(out, name, figures, 'first_light')
+        print(f'{tried[-1]}', flush=True)
+        del subject
+        with config.unlocked():
+            config.data.global_batch *= 2
+    if not found:
+        raise NotLit(f'not even {tried[0]["rows"]} rows fit {limit / 2**30:.2f} GiB')
+    return figures
+
+
 def main(arguments: list[str]) -> None:
     commands.only_flags(arguments)
     commands.need(config='try --config=lumina', out='give a folder for the results')
@@ -219,9 +280,15 @@ def main(arguments: list[str]) -> None:
         raise UserError(f'--config trains a {FLAGS.config.task}; an update of a distillation is '
                         'what is run, such as of --config=lumina')
     out = commands.folder('--out', FLAGS.out)
+    until = STARTED + SHARE * FLAGS.seconds
     try:
-        found = lit(FLAGS.config, out, FLAGS.name, FLAGS.updates, STARTED + SHARE * FLAGS.seconds,
-                    FLAGS.tolerance, FLAGS.tiny)
+        if FLAGS.largest:
+            found = largest(FLAGS.config, out, FLAGS.name, until,
+                            FLAGS.memory_gib and FLAGS.memory_gib * 2**30, FLAGS.tiny)
+            return print(f'{found["largest_rows"]} rows are the largest batch that fits'
+                         + ('' if found['ended'] else ', of those there was time for'))
+        found = lit(FLAGS.config, out, FLAGS.name, FLAGS.updates, until, FLAGS.tolerance,
+                    FLAGS.tiny)
     except config_lib.ConfigError as e:
         print(e, file=sys.stderr)
         sys.exit(2)

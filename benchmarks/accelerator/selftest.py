@@ -135,8 +135,7 @@ def fp32_update(device: Any) -> dict[str, Any]:
     import optax
 
     subject = tiny_subject(device, synthetic.FP32)
-    with jax.default_matmul_precision('highest'):
-        programs, _ = first_light.compiled(subject)
+    programs, _ = first_light.compiled(subject, 'highest')
     state, found = subject.planned.spec.create(), {}
     for kind, program in programs.items():
         state, metrics, *_ = program(subject.planned.frozen, state, subject.batch)

@@ -97,6 +97,10 @@ class Torch:
                 net.enable_gradient_checkpointing()
             self.nets[name] = net
             self.calls[name] = torch.compile(net) if compiled else net
+        if compiled:
+            # Three networks share code, with and without gradients and for several numbers of rows;
+            # beyond eight of such, the rest would run eagerly and nobody would be told.
+            torch._dynamo.config.recompile_limit = 64
         self.times = torch.tensor(np.asarray(few.times))
         cond = lambda tree: {k: torch.tensor(np.asarray(x, np.float32 if k == 'embeds' else bool))
                              for k, x in jax.device_get(tree).items()}
@@ -207,6 +211,11 @@ class Torch:
         self.attention = sorted({event.key for event in seen.key_averages()
                                  if event.key.startswith('aten::_scaled_dot_product')})
         return metrics
+
+    def dynamo(self) -> dict[str, Any]:
+        """What torch.compile counts of graphs and of breaks between them; {} where it is not."""
+        return {name: dict(counts) for name, counts in self.torch._dynamo.utils.counters.items()
+                if name in ('stats', 'graph_break', 'recompiles')}
 
     def free(self) -> None:
         """Nothing but the networks' shapes is left."""

@@ -83,6 +83,7 @@ def define_flags() -> None:
     flags.DEFINE_integer('updates', 3, 'Of each program in a turn; the first is not timed.', 2)
     flags.DEFINE_integer('rounds', 3, 'Turns of each side, at most.', 1)
     flags.DEFINE_float('seconds', 180, 'When it should have ended; fewer rounds then.')
+    flags.DEFINE_boolean('tiny_first', True, 'Whether a tiny network in fp32 goes first.')
     flags.DEFINE_boolean('compile', False, 'Whether torch.compile is a side, too.')
 
 
@@ -124,10 +125,9 @@ class Ours:
     def __init__(self, subject: synthetic.Subject):
         import jax
 
-        precision = 'highest' if subject.config.teacher.dtype == 'float32' else 'default'
+        precision = 'highest' if subject.config.teacher.dtype == 'float32' else ''
         self.subject, self.device = subject, jax.devices()[0]
-        with jax.default_matmul_precision(precision):
-            self.programs, self.known = first_light.compiled(subject)
+        self.programs, self.known = first_light.compiled(subject, precision)
         # Teacher and batch stay when a turn is over.
         self.resident = sum(x.nbytes for x in jax.tree.leaves(
             (subject.planned.frozen, subject.batch)))
@@ -230,7 +230,7 @@ def compared(size: Size, dtype: str, sides: tuple[str, ...], updates: int, round
                 first[name] = lines, {k: at_end(k) for k in ends}
             del at_end  # and with it a state of ours
             if isinstance(side, Torch):
-                figures[name]['attention'] = side.attention
+                figures[name] |= {'attention': side.attention, 'dynamo': side.dynamo()}
                 side.free()
             figures[name]['turns'].append(summed_up(lines))
             if memory:
@@ -278,7 +278,8 @@ def main(arguments: list[str]) -> None:
 
     wanted = functools.partial(compared, size, dtype, sides, FLAGS.updates, FLAGS.rounds)
     first = functools.partial(compared, SIZES['tiny'], 'float32', SIDES[:2], 2, 1)
-    runs = {FLAGS.size: wanted} if size.tiny else {'tiny': first, FLAGS.size: wanted}
+    alone = size.tiny or not FLAGS.tiny_first
+    runs = {FLAGS.size: wanted} if alone else {'tiny': first, FLAGS.size: wanted}
     for name, run in runs.items():
         found = run(STARTED + SHARE * FLAGS.seconds, functools.partial(note, name))
         print(f'{name}: {found["differences"]}, ' + ', '.join(
