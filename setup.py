@@ -14,7 +14,7 @@ setup(
     description='Decoupled DMD (arXiv 2511.22677) in JAX: few-step, guidance-free generators.',
     long_description=(HERE / 'README.md').read_text(),
     long_description_content_type='text/markdown',
-    license='Apache-2.0',
+    license='Apache-2.0 AND MIT AND CC-BY-4.0',  # the drawings' with it; LICENSES.md beside them
     packages=[*find_packages(include=['ddmd_jax', 'ddmd_jax.*']), 'ddmd_jax.configs'],
     package_dir={'ddmd_jax.configs': 'configs'},  # so that --config=lumina works anywhere
     package_data={'ddmd_jax': ['families/emoji/files/**/*', 'families/emoji/code/*.py',

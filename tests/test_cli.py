@@ -108,6 +108,7 @@ def test_bad_input_of_prepare(prepare, tmp_path, args, code, words):
 
 @pytest.mark.parametrize('args, code, words', [
     (['judge'], 1, "unexpected argument 'judge'"), (['--step=3'], 2, "'step'"),
+    ([], 1, 'no --out given; name a file'),
     (['--out=/proc/nowhere/judge.safetensors'], 1, 'cannot be made'),
     (['--steps=few'], 2, '--steps=few'), (['--steps=0'], 2, '--steps=0'),
     (['--seed=-1'], 2, '--seed=-1'), (['--out=/proc'], 1, '--out=/proc is a folder; name a file')])

@@ -4,6 +4,7 @@ import dataclasses
 import json
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 
@@ -14,6 +15,7 @@ from ddmd_jax.families.emoji import codec as emoji, scenes
 from ddmd_jax.models import autoencoder_kl
 from ddmd_jax.parallel import sharding
 from ddmd_jax.train import codec, train
+from ddmd_jax.train.durable import checkpoint
 from ddmd_jax.weights import diffusers, flat
 from ddmd_jax.weights.flat import WeightsError
 
@@ -32,7 +34,7 @@ def images_of(rows, side):
 
 
 def task_of(config, first=0):
-    own = CodecTraining(np.arange(first, first + 64), images_of, images_of([70, 71], 16),
+    own = CodecTraining('shades', np.arange(first, first + 64), images_of, images_of([70, 71], 16),
                         lambda path: emoji.read(path)[:2], emoji.save)
     return codec.Codec(config, own, sharding.make_mesh({}, jax.devices()[:1]))
 
@@ -54,6 +56,24 @@ def test_a_run_goes_on_where_it_stopped(tmp_path):
     lines = [json.loads(line) for line in
              (tmp_path / 'whole' / 'metrics.jsonl').read_text().splitlines()]
     assert {'loss', 'l1', 'gradient', 'kl', 'psnr'} <= lines[-1].keys()
+
+
+def test_the_codec_that_ships_is_crisp():
+    """On scenes that no training saw, half of them of captions that are held out."""
+    images, shipped = emoji.unseen(scenes.load(), 128), emoji.load()
+    found = codec.to_uint8(jnp.concatenate([
+        shipped.latents.decode(part) for part in shipped.encode(images)[:, None]]))
+    assert codec.psnr(images, np.asarray(found)).mean() >= 32
+
+
+def test_data_that_has_changed_is_another_run(tmp_path):
+    config = config_of(**{'train.steps': 1})
+    train.fit(task_of(config), config, tmp_path)
+    config.train.steps = 2
+    other = task_of(config)
+    other.identities = other.identities | {'data_identity': 'tints'}
+    with pytest.raises(checkpoint.CheckpointError, match='data_identity.*shades'):
+        train.fit(other, config, tmp_path)
 
 
 def test_a_frozen_encoder_is_that_of_the_file(tmp_path):

@@ -284,7 +284,8 @@ def test_the_card_says_what_it_is(emoji_run, tmp_path):
     for words in ('# A 4-step student of emoji', '**without guidance**', '](samples.png)',
                   '| `method.alpha` | 2.5 |', '|student | 4 | 0.457 |', 'health *healthy*',
                   '; collapsing before, from update 20 to 20.',
-                  'EMA weights after 40 updates', emoji_run[0].identity,
+                  'Twitter, Twemoji (CC-BY-4.0)', 'EMA weights after 40 updates',
+                  emoji_run[0].identity,
                   f"from_pretrained('{tmp_path.name}', trust_remote_code=True)"):
         assert words in card.replace('| student', '|student'), words
     assert (tmp_path / 'samples.png').read_bytes() == b'a picture'

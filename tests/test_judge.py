@@ -40,7 +40,7 @@ def test_it_reads_pairs_that_no_training_saw(world, look):
     rng = np.random.default_rng(7)
     asked = [world.scene(rng, held_out=True) for _ in range(400)]
     right = judge.matches(look(np.stack([world.image(s, rng) for s in asked]))[0], asked)
-    assert right['all'].mean() >= 0.95
+    assert all(right[part].mean() >= 0.98 for part in PARTS) and right['all'].mean() >= 0.95
 
 
 def test_it_calls_spoilt_scenes_wrong(world, look):
@@ -52,20 +52,42 @@ def test_it_calls_spoilt_scenes_wrong(world, look):
             kind(canvas)
             spoilt.append(np.round(canvas.pixels).astype(np.uint8))
         share = (look(np.stack(spoilt))[0][:, 0] == judge.WRONG).mean()
-        assert share >= 0.6, (kind.__name__, share)
+        assert share >= 0.6, (kind.__name__, share)  # blended are the most like real ones: .73
+
+
+def quarters(world, rng):
+    """Scenes of two objects: (scene, fp32 image, background, share of each quarter they fill)."""
+    while True:
+        scene = world.scene(rng)
+        image = world.image(scene, rng).astype(np.float32)
+        ground = np.median(image[::63, ::63].reshape(-1, 3), axis=0)
+        full = (np.abs(image - ground).max(-1) > 8).reshape(2, 32, 2, 32).mean((1, 3))
+        if scene.second is not None and full.min() < 0.01:
+            yield scene, image, ground, full
+
+
+def test_a_missing_object_is_right_for_no_caption(world, look):
+    asked, images = [], []
+    for scene, image, ground, full in quarters(world, np.random.default_rng(6)):
+        if (full >= 0.01).sum() == 2:  # each of its objects is in a quarter of its own
+            row, column = np.unravel_index(full.argmax(), (2, 2))
+            image.reshape(2, 32, 2, 32, 3)[row, :, column] = ground
+            asked.append(scene)
+            images.append(np.round(image).astype(np.uint8))
+        if len(asked) == 300:
+            break
+    assert judge.matches(look(np.stack(images))[0], asked)['all'].mean() <= 0.02
 
 
 def test_a_third_object_is_right_for_no_caption(world, look):
     """A whole one in the quarter that a pair leaves empty, as the training does not place it."""
     rng, asked, images = np.random.default_rng(5), [], []
-    while len(asked) < 300:
-        scene = world.scene(rng)
-        image = world.image(scene, rng).astype(np.float32)
+    for scene, image, _, full in quarters(world, rng):
         more = int(rng.integers(len(world.names)))
-        ground = np.median(image[::63, ::63].reshape(-1, 3), axis=0)
-        full = (np.abs(image - ground).max(-1) > 8).reshape(2, 32, 2, 32).mean((1, 3))
-        if scene.second is None or more in scene.places or full.min() >= 0.01:
+        if more in scene.places:
             continue
+        if len(asked) == 300:
+            break
         sprite = world.sprite(more, 0, int(rng.choice(scenes.PAIR_EDGES)), False)
         corner = 32 * np.array(np.unravel_index(full.argmin(), (2, 2)))
         top, left = corner + (32 - np.array(sprite.shape[:2])) // 2
@@ -181,7 +203,7 @@ def test_real_scenes_are_faultless_by_every_figure(found):
     figures = found.measure(found.real)
     assert list(figures)[:6] == list(suite.SUITE.columns)
     assert figures['all_match'] > 0.93 and figures['all_match_held_out'] > 0.9
-    assert figures['colour_error'] < 2 and figures['diversity'] == pytest.approx(1, abs=0.1)
+    assert figures['colour_error'] < 0.8 and figures['diversity'] == pytest.approx(1, abs=0.1)
     json.dumps(figures, allow_nan=False)
 
 

@@ -210,6 +210,33 @@ def test_icons_that_will_not_do(tmp_path, icons, line):
         make_drawings.make(tmp_path, tmp_path / 'out')
 
 
+@pytest.mark.extras
+def test_drawings_are_made_of_the_packages(tmp_path):
+    """Four packages of rectangles: what is read is what was drawn, the same bytes each time."""
+    pytest.importorskip('resvg_py')
+    for number, icons in enumerate(drawings.SETS):
+        inside = tmp_path / icons.package
+        inside.mkdir()
+        packed(inside, f'{icons.package}-{icons.version}', icons.version, {
+            icon: {'body': f'<rect x="1" y="2" width="{14 - number}" height="7" '
+                           f'fill="rgb({8 * n}, {60 * number}, 9)"/>'}
+            for n, icon in enumerate(drawings.OBJECTS.values())})
+        next(inside.glob('*.tgz')).rename(tmp_path / f'iconify-json-{icons.package}-'
+                                          f'{icons.version}.tgz')
+    for out in ('one', 'two'):
+        assert make_drawings.make(tmp_path, tmp_path / out) == 4 * len(drawings.OBJECTS)
+    names, pictures = drawings.load(tmp_path / 'one')
+    assert set(names) == {*drawings.OBJECTS}
+    for n, name in enumerate(drawings.OBJECTS):
+        for number, picture in enumerate(pictures[names.index(name)]):
+            assert picture.shape == (round(112 * 7 / (14 - number)), 112, 4)
+            assert picture[20, 20].tolist() == [8 * n, 60 * number, 9, 255]
+    assert (tmp_path / 'one' / make_drawings.NOTICE).is_file()
+    one, two = (next((tmp_path / out).glob('*array_record*')).read_bytes()
+                for out in ('one', 'two'))
+    assert one == two
+
+
 def test_nothing_that_is_there_is_replaced(tmp_path):
     (tmp_path / 'precious').write_text('a thesis')
     with pytest.raises(UserError, match='exists already'):

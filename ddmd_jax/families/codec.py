@@ -15,6 +15,7 @@ class CodecTraining:
     """Images to be encoded and decoded again.
 
     Attributes:
+      identity: names the images.
       rows: indices of one epoch.
       lookup: ``rows [B], side -> [B, side, side, 3]`` uint8, crops of the rows' images.
       unseen: ``[N, H, W, 3]`` uint8, images that no row has; the PSNR is theirs.
@@ -22,6 +23,7 @@ class CodecTraining:
       save: ``(file, config, parameters, metadata)`` writes weights that `read` reads.
     """
 
+    identity: str
     rows: np.ndarray
     lookup: Callable[[np.ndarray, int], np.ndarray]
     unseen: np.ndarray

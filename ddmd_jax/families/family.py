@@ -82,7 +82,8 @@ class Export:
 
     `adapters` are the names of a LoRA's tensors. Beside it `write_scheduler` writes
     ``FOLDER/scheduler``, which takes the student's steps; `use_adapters` is a program that draws
-    with both, where ``{base}`` is the teacher, and ``{scheduler}`` the scheduler's class.
+    with both, where ``{base}`` is the teacher, and ``{scheduler}`` the scheduler's class. `credits`
+    are whose works pictures show, by which licences, for the model card.
     """
 
     # Of the teacher's path, and of its variant if there is one; raises `WeightsError`.
@@ -95,6 +96,7 @@ class Export:
     adapters: Names | None = None
     write_scheduler: Callable[[Exported, Path], None] | None = None
     use_adapters: str = ''
+    credits: str = ''
 
 
 @dataclasses.dataclass(frozen=True)

@@ -16,6 +16,7 @@ class Pretraining:
     """A teacher to be trained by flow matching, its text encoder with it.
 
     Attributes:
+      identity: names the data, its latents included.
       rows: indices of one epoch.
       lookup: ``rows [B] -> arrays [B, ...]`` of a batch; ``image`` is what is learned, in latents.
       init: ``key -> parameters`` of denoiser and text side, one nested dict.
@@ -27,6 +28,7 @@ class Pretraining:
       read: ``path -> params`` of such a file, to go on from; raises `WeightsError`.
     """
 
+    identity: str
     rows: np.ndarray
     lookup: Callable[[np.ndarray], dict[str, np.ndarray]]
     init: Callable[[Any], Any]

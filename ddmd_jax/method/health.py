@@ -240,7 +240,8 @@ def _stays_pale(history: Sequence[dict[str, Any]], limits: Thresholds) -> bool:
     std, step = history[-1].get('ema_std', 1.0), history[-1].get('step', 0)
     if std >= limits.pale or len(history) <= REFERENCE:
         return False
-    then = next((h for h in reversed(history) if h['step'] <= 2 / 3 * step), {})
+    past = (h for h in reversed(history) if h['step'] <= 2 / 3 * step)
+    then: dict[str, Any] = next(past, {})
     return 'ema_std' in then and std - then['ema_std'] < limits.regained * (1 - std)
 
 

@@ -243,6 +243,8 @@ def schedules(r: Results) -> Claim:
         'is best (Table 1).', (
             alike(r, 'decoupled_full is about coupled_shared.', 'log frechet', 'decoupled_full',
                   'coupled_shared', frechet, EQUAL_FRECHET),
+            apart(r, 'hybrid is nearer to real images than coupled_shared.', 'log frechet',
+                  'coupled_shared', BASE, frechet),
             apart(r, 'constrained is nearer to real images than full.', 'log frechet',
                   'decoupled_full', 'decoupled_constrained', frechet),
             apart(r, 'hybrid is nearer to real images than full.', 'log frechet', 'decoupled_full',

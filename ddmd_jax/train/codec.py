@@ -70,10 +70,11 @@ def architecture(config: Any, side: int) -> AutoencoderKLConfig:
 class Codec:
     """A codec's training as a `train.Task`; student and EMA hold encoder and decoder."""
 
-    name, identities = 'codec', {'teacher_identity': 'none', 'data_identity': 'none'}
+    name = 'codec'
 
     def __init__(self, config: Any, own: CodecTraining, mesh: Mesh):
         self.config, self.own, self.startup = config, own, Startup()
+        self.identities = {'teacher_identity': 'none', 'data_identity': own.identity}
         self.cfg = architecture(config, own.unseen.shape[1])
         # Teachers know a frozen encoder by its shift and scale too: measured on another device,
         # they would differ in their last digits.

@@ -46,10 +46,11 @@ def prepare(config: Any) -> Pretrain:
 class Pretrain:
     """A teacher's training as a `train.Task`; student and EMA hold denoiser and text encoder."""
 
-    name, identities = 'pretrain', {'teacher_identity': 'none', 'data_identity': 'none'}
+    name = 'pretrain'
 
     def __init__(self, config: Any, own: Pretraining, mesh: Mesh):
         self.config, self.own, self.startup = config, own, Startup()
+        self.identities = {'teacher_identity': 'none', 'data_identity': own.identity}
         self.order = Order(own.rows, config.data.global_batch, config.seed)
         tx = optim.make_optimizer(config.optim.student, config.train.steps)
         self.spec = StateSpec(lambda: fresh(own.init(jax.random.key(config.seed)), tx),

@@ -48,6 +48,18 @@ def trap(folder: Path) -> None:
     (folder / 'weights.safetensors').write_bytes(pickle.dumps(Trap()))
 
 
+def of_another_codec(folder: Path) -> None:
+    """The embedded teacher, trained on another codec's latents as its file says."""
+    raw = (ROOT / 'ddmd_jax/families/emoji/files/teacher.safetensors').read_bytes()
+    end = 8 + int.from_bytes(raw[:8], 'little')
+    header = json.loads(raw[8:end])
+    header['__metadata__']['codec'] = '0123456789abcdef'
+    text = json.dumps(header).encode()
+    text += b' ' * (-len(text) % 8)
+    (folder / 'weights.safetensors').write_bytes(
+        len(text).to_bytes(8, 'little') + text + raw[end:])
+
+
 def damaged_run(folder: Path) -> None:
     """A run whose one checkpoint lacks its arrays."""
     write('run/checkpoints/4/manifest/metadata', '{"seed": 0}')(folder)
@@ -166,6 +178,13 @@ CASES = (
          write('weights.safetensors', 'no weights')),
     Case('a pickle in place of the teacher', 'main',
          (*RUN, '--config.teacher.path=DIR/weights.safetensors'), trap),
+    Case("a teacher of another codec's latents", 'main',
+         (*RUN, '--config.teacher.path=DIR/weights.safetensors'), of_another_codec),
+    Case('a teacher trained again on another codec', 'main',
+         ('--config=configs/emoji_teacher.py', '--workdir=DIR/run',
+          '--config.init_from=DIR/weights.safetensors'), of_another_codec),
+    Case('no packages to draw from', 'prepare',
+         ('emoji', '--packages=DIR/nowhere', '--out=DIR/out'), nothing),
     Case('no such folder on the hub', 'main',
          ('--config=configs/lumina.py', '--workdir=DIR/run', '--config.teacher.path=no/such',
           '--config.mesh.data=1', '--config.mesh.fsdp=1'),
@@ -228,8 +247,8 @@ def outcome(case: Case, folder: Path) -> tuple[int, str]:
     lines = [' '.join(x.split()) for x in log.read_text().replace('\r', '\n').splitlines()]
     if (folder / 'executed').exists():
         lines.append('EXECUTED')
-    wanted = re.compile(r'(main|config|checkpoints|export|report|study|evaluate|EXECUTED|Traceback|'
-                        r'\w+\.\w+|\w+_\w+)\b.*')
+    wanted = re.compile(r'(main|config|checkpoints|prepare|export|report|study|evaluate|EXECUTED|'
+                        r'Traceback|\w+\.\w+|\w+_\w+)\b.*')
     told = [x for x in lines if wanted.match(x) and not x.startswith('config: 1 field is wrong')
             and f'{case.command}: {x}' not in lines]  # what it says again below its table
     return code, ' / '.join(told).replace(str(folder), 'DIR')

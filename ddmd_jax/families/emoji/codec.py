@@ -28,7 +28,7 @@ from ddmd_jax.weights import diffusers, flat
 from ddmd_jax.weights.flat import WeightsError
 
 CODEC = FILES / 'codec.safetensors'
-CURE = 'train it with --config=emoji_codec, or install the package again'
+CURE = 'install the package again'
 ARCHITECTURE = 'EmojiCodec'
 LIMIT = 4.0  # standard deviations of a latent from which it counts as saturated
 EPOCH = 2**20  # scenes, by number
@@ -41,7 +41,7 @@ def training(config: Any) -> CodecTraining:
     """By a config of the task `codec`; raises `DataFileError` if drawings cannot be read."""
     world, step = scenes.load(), 2 ** (len(config.codec.widths) - 1)
     return CodecTraining(
-        rows=np.arange(EPOCH),
+        identity=f'emoji scenes {world.identity}', rows=np.arange(EPOCH),
         lookup=lambda rows, side: crops(world.batch(SEED, rows.tolist())[1], rows, side, step),
         unseen=unseen(world), read=lambda path: read(path)[:2], save=save)
 

@@ -10,6 +10,7 @@ import jax.numpy as jnp
 
 from ddmd_jax.diffusion.time import Shift
 from ddmd_jax.families.emoji import codec, teacher as emoji, words
+from ddmd_jax.families.emoji.drawings import SETS
 from ddmd_jax.families.family import Export, Exported, Source
 from ddmd_jax.families.lumina import names, teacher as lumina
 from ddmd_jax.util import files
@@ -103,6 +104,10 @@ def caption_encoder_entry(path: str) -> Entry:
     return Entry(f'{name}.weight', layout)
 
 
+CREDITS = ('It was trained on drawings, and pictures here may show them: ' + '; '.join(
+    f'{icons.vendor} ({icons.licence})' for icons in SETS)
+    + '. They were reduced, mirrored and put on backgrounds. Attribution, sources and licences: '
+    '`families/emoji/files/drawings/LICENSES.md` of ddmd_jax.')
 EXPORT = Export(
     open_source, write_weights, names={
         'diffusers': ('transformer', 'vae', 'text_encoder', 'tokenizer', 'scheduler',
@@ -110,4 +115,4 @@ EXPORT = Export(
         'safetensors': ('student.safetensors',)},
     alone=ALONE, write_pipeline=write_pipeline, use=USE,
     adapters=Names('transformer', names.transformer), write_scheduler=write_scheduler,
-    use_adapters=USE_ADAPTERS)
+    use_adapters=USE_ADAPTERS, credits=CREDITS)

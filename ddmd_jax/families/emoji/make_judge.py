@@ -365,13 +365,14 @@ def accuracies(path: Path, seed: int, n: int) -> dict[str, float]:
 
 
 def define_flags() -> None:
-    commands.define_place('out', str(judge.WEIGHTS), 'The file to write.', places.LOCAL)
+    commands.define_place('out', '', 'The file to write.', places.LOCAL)
     flags.DEFINE_integer('steps', 2400, 'Training steps.', 1)
     flags.DEFINE_integer('seed', 0, 'Seed of weights, scenes and noise.', 0, 2**32 - 2)
 
 
 def main(arguments: list[str]) -> None:
     commands.only_flags(arguments)
+    commands.need(out=f'name a file, such as judge.safetensors; the one in use is {judge.WEIGHTS}')
     out = places.of(FLAGS.out, places.LOCAL)
     if out.is_dir():
         raise UserError(f'--out={out} is a folder; name a file')

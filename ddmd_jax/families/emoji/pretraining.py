@@ -62,6 +62,7 @@ def pretraining(config: Any) -> Pretraining:
         return encode(params['text'], batch['ids'], kept)
 
     return Pretraining(
+        identity=f'emoji scenes {world.identity}, codec {space.identity}',
         rows=np.arange(count), lookup=EncodedScenes(world, space, config.seed, count, length),
         init=functools.partial(teacher.init_params, model), rules=teacher.RULES,
         condition=condition,

@@ -49,7 +49,7 @@ TIME_SCALE = 100.0
 SHIFT = 1.0
 WEIGHTS = FILES / 'teacher.safetensors'
 RESTORE_HINT = ('reinstall the package, or train it again with '
-                '`python -m ddmd_jax.main --config=configs/emoji_teacher.py --workdir=DIR`')
+                '`python -m ddmd_jax.main --config=emoji_teacher --workdir=DIR`')
 GIVEN_HINT = "correct the path, or leave it out for the package's own teacher"
 RULES = (*nextdit.RULES, (r'to_qkv/kernel$', ('fsdp', 'tensor')),
          (r'token/embedding$', ('fsdp', None)), (r'position$', ()))
@@ -121,7 +121,7 @@ def save(path: Path, model: dict[str, Any], params: dict[str, Any], steps: int,
          dtype: Any = jnp.bfloat16) -> None:
     """Ships a trained teacher: safetensors, its architecture and its codec in the metadata."""
     meta = {'model': json.dumps(model), 'architecture': ARCHITECTURE, 'steps': str(steps),
-            'codec': codec.load().identity}
+            'codec': codec.load().identity, 'words': words.identity()}
     flat.save(path, params, meta, dtype=dtype)
 
 
@@ -140,7 +140,8 @@ def read(path: str = '') -> tuple[dict[str, Any], dict[str, Any]]:
     """(architecture, ``{'denoiser', 'text'}`` parameters) of the shipped file or one like it.
 
     Raises:
-      WeightsError: missing, damaged, not an emoji teacher, or trained on another codec's latents.
+      WeightsError: missing, damaged, not an emoji teacher, or trained on other words or another
+        codec's latents.
     """
     file = buckets.local(places.of(path)) if path else WEIGHTS
     if file.is_dir():
@@ -162,6 +163,9 @@ def read(path: str = '') -> tuple[dict[str, Any], dict[str, Any]]:
     if meta.get('codec') != codec.load().identity:
         raise flat.WeightsError(f'{file} was trained on latents of codec {meta.get("codec")}, the '
                                 f'package has {codec.load().identity}; {cure}')
+    if meta.get('words', words.identity()) != words.identity():  # those that ship do not say
+        raise flat.WeightsError(f'{file} was trained on the words {meta["words"]}, the package has '
+                                f'{words.identity()}; {cure}')
     return model, params
 
 

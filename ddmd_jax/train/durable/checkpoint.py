@@ -29,7 +29,7 @@ FORMAT_FIELD, FORMAT = 'format', 2  # of the state's tree; a manifest without it
 INTERVAL = 'interval'  # beside the data's state: metrics that had not been logged yet
 # In a manifest for those who look for it: what lies there counts.
 PLACES = ('teacher.path', 'teacher.variant')
-LATER = ('teacher_time', 'encoder_identity')  # identities that older checkpoints do not say
+LATER = ('teacher_time', 'encoder_identity', 'data_identity')  # not in older checkpoints, or 'none'
 VERSION = 'version.'  # in front of a package's name in a manifest; these only warn
 
 
@@ -183,8 +183,9 @@ def check_manifest(folder: Place, manifest: Mapping[str, Any]) -> None:
         for name in (FORMAT_FIELD, *PLACES):
             entries.pop(name, None)
     for name in LATER:
-        if name not in saved:
-            current.pop(name, None)
+        if saved.get(name, 'none') == 'none':
+            for entries in (saved, current):
+                entries.pop(name, None)
     if form != FORMAT:
         raise CheckpointError(
             f'checkpoint {folder} was written by an incompatible version (format {form}, this one '
