@@ -9,8 +9,8 @@
 # names another interpreter, GPU_MIB the memory of a GPU, which decides what is trained of a
 # critic. Exits with 1 if a part failed; the others run all the same.
 #
-# All parts are more than a loan of 15 minutes. In two calls of ten minutes at most, of which a rerun
-# finds the programs compiled:
+# All parts take more than a loan of 15 minutes. Two calls of ten minutes at most; a rerun on the same
+# machine finds programs compiled, and its compile_seconds are those of reading them:
 #
 #     bash benchmarks/accelerator.sh OUT selftest first_light largest     # 450 s
 #     bash benchmarks/accelerator.sh OUT vs_torch                         # 400 s; on an H200, full size

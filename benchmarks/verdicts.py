@@ -4,8 +4,7 @@
 
 A student is *spoilt* if its backgrounds are further from the real colours than those of its teacher
 guided by its own alpha, or its contrast is more than 5 % off real images'. A run warns of it if its
-last line's verdict is anything but healthy; in a run whose student is not spoilt, a warning at any
-line is a false alarm. Thresholds of `method/health.py`, but for those of
+last line's verdict is anything but healthy. Thresholds of `method/health.py`, but for those of
 collapse, are drawn at random and chosen on half of the recipes, then counted on the other half: all
 seeds of a recipe are on one side, as they are alike. Shipped thresholds are counted on all. Nothing
 is trained.
@@ -46,7 +45,7 @@ def read(folders: list[Path]) -> list[Run]:
     # The guided teacher is the same in all runs of a seed, and is drawn in one of them, or alone:
     # evaluate --model=emoji --suite=emoji --seed=1 --guidance=3 --out=DIR; DIR/eval.json is kept.
     guided = {(r['guided']['guidance'], seed): r['guided']['colour_error']
-              for (_, _, seed), r in ended.items()}
+              for (_, _, seed), r in ended.items() if r['guided']['guidance'] > 1}
     for folder in folders:
         for file in folder.parent.glob('teacher/*-seed*.json'):
             for row in json.loads(file.read_text())['rows']:
@@ -76,11 +75,16 @@ def _run(recipe: str, seed: int, result: dict[str, Any], guided: float) -> Run:
 def counted(runs: Sequence[Run], _: robustness.Signal,
             limits: health.Thresholds) -> robustness.Rates:
     """Hits among spoilt students, false alarms among the others; every word is a warning."""
-    warns = lambda r, n: health.verdict(r.lines[:n], r.data_std, limits)[0] != health.HEALTHY
+    warns = lambda r: health.verdict(r.lines, r.data_std, limits)[0] != health.HEALTHY
     bad, good = ([r for r in runs if bool(r.spoilt) is is_bad] for is_bad in (True, False))
-    hits = sum(warns(r, len(r.lines)) for r in bad)
-    false = sum(any(warns(r, n + 1) for n in range(len(r.lines))) for r in good)
+    hits, false = (sum(map(warns, some)) for some in (bad, good))
     return robustness.Rates(len(bad), hits, hits, hits, 0, len(good), false)
+
+
+def on_the_way(runs: Sequence[Run]) -> int:
+    """Of how many sound students some line warned, be it the last."""
+    return sum(any(health.verdict(r.lines[:n + 1], r.data_std)[0] != health.HEALTHY
+                   for n in range(len(r.lines))) for r in runs if not r.spoilt)
 
 
 def halves(runs: list[Run]) -> tuple[list[Run], list[Run]]:
@@ -103,7 +107,7 @@ def main(folders: list[Path]) -> None:
         word = health.verdict(r.lines, r.data_std)[0]
         print(f'{r.recipe:28} {r.seed}  {word:12} {r.spoilt or "sound"}')
     rates = lambda some, limits: said(counted(some, robustness.LEVELS, limits))
-    print(f'shipped: {rates(runs, health.SHIPPED)}')
+    print(f'shipped: {rates(runs, health.SHIPPED)}; at some line, in {on_the_way(runs)} of these')
     one, other = halves(runs)
     for tuned, tried in ((one, other), (other, one)):
         limits = robustness.tune(tuned, robustness.LEVELS, counted=counted).limits

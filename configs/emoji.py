@@ -17,8 +17,8 @@ def get_config(schedule: str = 'decoupled_hybrid', data: str = 'emoji'):
         'teacher.attention': 'xla',  # few tokens need no kernel
         'data.name': data, 'data.global_batch': 32,
         'method.schedule': schedule,
-        # At 2 the teacher is nearest to real images; at 3 a few more captions come right, and
-        # colours are two thirds further off.
+        # At 2 the teacher is nearest to real images; at 3 about as many captions come right, and
+        # colours are half as far off again (docs/teachers.md).
         'method.alpha': 2.0, 'eval.guidance': 2.0,
         # Few updates, hence large ones; the critic is the faster of the two, as is common practice.
         'optim.student.lr': 3e-5, 'optim.critic.lr': 1e-4,

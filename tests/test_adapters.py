@@ -182,8 +182,8 @@ class Toy(nnx.Module):
     def __init__(self, rngs):
         cfg = UNetConfig(dtype='float64')
         self.conv_in = conv(cfg, 3, 6, rngs)
-        self.layers = stack_layers(lambda r: nnx.Linear(
-            6, 6, rngs=r, dtype=jnp.float64, param_dtype=jnp.float64), 3, rngs)
+        self.layers = stack_layers(lambda r: Linear(
+            6, 6, fold=True, rngs=r, dtype=jnp.float64, param_dtype=jnp.float64), 3, rngs)
 
     def __call__(self, x, remat):
         run = lambda y: scan_layers(self.layers, y, remat=remat)

@@ -456,7 +456,8 @@ def test_a_bad_verdict_is_acted_on_only_if_it_lasts_and_is_asked_for():
     assert grave == ("collapsing (why); stopped here, as train.on_health='stop_collapsing' says")
     assert not guards.remedy(words('collapsing', *3 * ['over-baked']), 'stop_collapsing')
     assert not guards.remedy([], 'stop_collapsing')
-    assert 'alpha - 1 is halved' in guards.remedy(bad, 'lower_alpha')
+    assert 'alpha - 1 is halved' in guards.remedy(words(*3 * ['over-baked']), 'lower_alpha')
+    assert not guards.remedy(bad, 'lower_alpha')  # it would be paler
     assert 'one more critic update' in guards.remedy(bad, 'raise_critic')
 
 

@@ -291,7 +291,8 @@ def test_the_average_is_judged_at_once_and_first(last, word, before):
     (1.10, 0.78, 0.22, OVER_BAKED), (1.10, 1.06, 0.0, HEALTHY), (1.16, 1.06, 0.0, OVER_BAKED),
     (1.00, 0.96, 0.03, COLOUR_CAST), (1.00, 0.94, 0.03, HEALTHY)])
 def test_few_steps_that_fail_are_no_reference(std, begun, cast, word):
-    seen = lines([START] * 4 + [START | {'ema_std': std, 'ema_start': begun, 'ema_cast': cast}])
+    probed = START | {'ema_std': std, 'ema_start': begun, 'ema_cast': cast}
+    seen = lines([START | {'ema_std': begun, 'ema_start': begun}] * 4 + [probed])
     assert verdict(seen)[0] == word
 
 
@@ -303,7 +304,10 @@ def test_few_steps_that_fail_are_no_reference(std, begun, cast, word):
     ((0.94, 0.95, 0.949, 0.95, 0.951, 0.951), HEALTHY),  # .95 is pale
     ((0.93, 0.94, 0.949, 0.949, 0.949, 0.949), WASHED_OUT),
     ((0.90, 0.95, 0.92, 0.90, 0.88, 0.86), WASHED_OUT),  # falls
-    ((0.80, 0.80, 0.80), HEALTHY)])  # too early
+    ((0.80, 0.80, 0.80), HEALTHY),  # too early
+    ((0.70, 0.71, 0.70, 0.72, 0.71, 0.72), HEALTHY),  # not left its start, .7, yet: warming up
+    ((0.70, 0.75, 0.79, 0.79, 0.79, 0.79), HEALTHY),
+    ((0.70, 0.75, 0.81, 0.81, 0.81, 0.81), WASHED_OUT)])
 def test_a_student_that_stays_pale_is_washed_out(stds, word):
     """Against real contrast, though it has left the undistilled weights' .7 far behind."""
     seen = [line | {'ema_start': 0.7} for line in lines(contrasts(*stds))]

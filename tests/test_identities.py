@@ -16,6 +16,8 @@ from ddmd_jax.diffusion.time import Shift, StepTable
 from ddmd_jax.evaluation import pictures
 from ddmd_jax.export import student
 from ddmd_jax.families.base import TextEncoder
+from ddmd_jax.families.emoji import codec, scenes
+from ddmd_jax.families.emoji.pretraining import pretraining
 from ddmd_jax.parallel import sharding
 from ddmd_jax.study import summarise
 from ddmd_jax.train import distillation, prompts
@@ -71,6 +73,21 @@ def test_a_run_goes_on_with_the_time_and_the_encoder_it_had(tmp_path, name):
         ckpt.check_manifest(folder, of(**{name: 'y'}))
     older = save(tmp_path / 'older', of(), TREE) / 'checkpoints' / '3'
     ckpt.check_manifest(older, of(**{name: 'y'}))  # it does not say
+
+
+def test_trainings_of_teacher_and_codec_name_their_data(tmp_path):
+    """Drawings, and the codec whose latents a teacher learns; older manifests said 'none'."""
+    config = config_lib.load('emoji_teacher')
+    of = lambda data: resume.manifest_of(
+        config, {'teacher_identity': 'none', 'data_identity': data})
+    name = pretraining(config).identity
+    assert scenes.load().identity in name and codec.load().identity in name
+    assert scenes.load().identity in codec.training(config_lib.load('emoji_codec')).identity
+    older = save(tmp_path / 'older', of('none'), TREE) / 'checkpoints' / '3'
+    ckpt.check_manifest(older, of(name))
+    ours = save(tmp_path / 'ours', of(name), TREE) / 'checkpoints' / '3'
+    with pytest.raises(ckpt.CheckpointError, match='data_identity'):
+        ckpt.check_manifest(ours, of('others'))
 
 
 def test_a_distillation_says_by_which_time_and_encoder():

@@ -35,7 +35,7 @@ FLAGS = flags.FLAGS
 
 
 class NotLit(UserError):
-    """Something was not finite, or not the same again."""
+    """Something was not finite, not the same again, or too large."""
 
 
 def define_flags() -> None:
@@ -231,6 +231,23 @@ def lit(config: Any, out: Path, name: str = 'first_light', updates: int = 3,
     return figures
 
 
+def planned_peak(subject: Any) -> float:
+    """Bytes of the largest program; infinite where the compiler refuses one.
+
+    Raises:
+      UserError: the compiler does not say.
+    """
+    try:
+        found = [x['planned_peak_bytes'] for x in compiled(subject)[1].values()]
+    except Exception as e:  # XLA's own kind is not public
+        if 'RESOURCE_EXHAUSTED' not in str(e):
+            raise
+        return math.inf
+    if None in found:
+        raise UserError('the compiler for this device does not say how much memory a program needs')
+    return max(found)
+
+
 def largest(config: Any, out: Path, name: str, until: float = math.inf,
             memory: float | None = None, tiny: bool = False) -> dict[str, Any]:
     """The largest batch, of doublings of the config's, whose programs fit; as ``out/NAME.json``.
@@ -249,17 +266,17 @@ def largest(config: Any, out: Path, name: str, until: float = math.inf,
     limit = memory or (jax.devices()[0].memory_stats() or {}).get('bytes_limit')
     if not limit:
         raise UserError('this device does not say how much memory it has; give --memory_gib')
+    config_lib.check(config)
     network, tried, took = synthetic.shrunk(config) if tiny else {}, [], 0.0
     mesh = mesh_of(config)
     while not tried or tried[-1]['fits'] and time.monotonic() + took < until:
         begun = time.monotonic()
         config_lib.check(config)
         subject = synthetic.subject(config, mesh, network)
-        known = compiled(subject)[1]
-        peak = max((x['planned_peak_bytes'] or 0) for x in known.values())
+        peak = planned_peak(subject)
         took = time.monotonic() - begun
         tried.append({'rows': config.data.global_batch, 'planned_peak_bytes': peak,
-                      'fits': 0 < peak <= limit, 'seconds': round(took, 1)})
+                      'fits': peak <= limit, 'seconds': round(took, 1)})
         found = max((x['rows'] for x in tried if x['fits']), default=0)
         figures = {'tiny': tiny, 'config': config.to_dict(), 'memory_bytes': limit,
                    'tried': tried, 'largest_rows': found, 'ended': not tried[-1]['fits']}

@@ -81,6 +81,7 @@ class Torch:
 
         c, few = subject.config, subject.planned.recipe.steps
         self.torch, self.subject, self.weights = torch, subject, weights
+        self.compiled = compiled
         self.device = torch.device('cuda' if jax.devices()[0].platform == 'gpu' else 'cpu')
         self.half = c.teacher.dtype == 'bfloat16'
         known = {name: x for name, x in dataclasses.asdict(NextDiTConfig(**network)).items()
@@ -214,6 +215,8 @@ class Torch:
 
     def dynamo(self) -> dict[str, Any]:
         """What torch.compile counts of graphs and of breaks between them; {} where it is not."""
+        if not self.compiled:
+            return {}
         return {name: dict(counts) for name, counts in self.torch._dynamo.utils.counters.items()
                 if name in ('stats', 'graph_break', 'recompiles')}
 

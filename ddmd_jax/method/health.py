@@ -20,6 +20,7 @@ Array = jax.Array
 # The undistilled weights' contrast may be so far from real data's for their colours to be a
 # reference: in few steps they may draw nothing but pale blurs.
 SOUND = 0.05
+LEFT = 1 / 3  # share of what those lack by which a student that can stay pale has left them
 REFERENCE = 3  # logged intervals that make up the reference the verdict compares with
 HEALTHY, OVER_BAKED, CRITIC_LAGS = 'healthy', 'over-baked', 'critic lags'
 WASHED_OUT, COLOUR_CAST = 'washed out', 'colour cast'
@@ -44,8 +45,8 @@ class Thresholds:
       ema_std_up: ema_std above that of real data, and of the undistilled weights, that counts
         as up.
       ema_std_down: ema_std below both that counts as down.
-      pale, regained: ema_std below `pale` of real data's counts as down too, once the last third
-        of the updates has not made up `regained` of what it lacks.
+      pale, regained: ema_std below `pale` of real data's counts as down too where it has risen and
+        the last third of the updates has not made up `regained` of what it lacks.
       cast: of the EMA student, against the undistilled weights.
       fake_up: growth of fake_loss, in units of the samples' variance, that counts as up.
       lost, ahead: growing on as it does, ema_std is beyond `lost` in `ahead` updates.
@@ -232,13 +233,16 @@ def _average_fails(history: Sequence[dict[str, Any]],
 
 
 def _stays_pale(history: Sequence[dict[str, Any]], limits: Thresholds) -> bool:
-    """Whether the EMA student is short of real contrast and has stopped rising to it.
+    """Whether the EMA student has risen, is short of real contrast, and rises no longer.
 
-    What begins pale, as few steps do without distillation, is given time: thirds of the run so far
-    are the only clock that fits runs of any length.
+    What begins pale, as few steps do without distillation, is given time: until it has left that,
+    it has only been averaged over few updates. Thirds of the run so far are the one clock that fits
+    runs of any length.
     """
-    std, step = history[-1].get('ema_std', 1.0), history[-1].get('step', 0)
-    if std >= limits.pale or len(history) <= REFERENCE:
+    now = history[-1]
+    std, step = now.get('ema_std', 1.0), now.get('step', 0)
+    start = now.get('ema_start', 1.0)
+    if std >= limits.pale or len(history) <= REFERENCE or std - start < LEFT * (1 - start):
         return False
     past = (h for h in reversed(history) if h['step'] <= 2 / 3 * step)
     then: dict[str, Any] = next(past, {})

@@ -52,8 +52,15 @@ class Linear(nnx.Linear):
         bias = None if self.bias is None else self.bias[...]
         x, base, a, b, bias = self.promote_dtype(
             (x, kernel.base, kernel.lora_A, kernel.lora_B, bias), dtype=self.dtype)
-        y = x @ base + kernel.scale * ((x @ a) @ b)
+        y = x @ base + kernel.scale * _low_rank(x, a, b)
         return y if bias is None else y + bias
+
+
+# Recomputed for a gradient whatever a layer's own policy keeps: it is as large as the output.
+@functools.partial(jax.checkpoint, prevent_cse=False,
+                   policy=jax.checkpoint_policies.nothing_saveable)
+def _low_rank(x: Array, a: Array, b: Array) -> Array:
+    return (x @ a) @ b
 
 
 class RMSNorm(nnx.Module):
@@ -189,10 +196,10 @@ def gather_kernels(params: Any, rules: sharding.Rules, mesh: Mesh | None, dtype:
     if mesh is None or mesh.shape['fsdp'] == 1:
         return params
 
-    def gathered(name: str, leaf: Array) -> Array:
+    def gathered(name: str, leaf: Array, axes: tuple[Any, ...] | None = None) -> Array:
         spec = sharding.spec_for(name, leaf.shape, rules, mesh)
-        return _gather(leaf, dtype, NamedSharding(mesh, P(*map(_without_fsdp, spec))),
-                       NamedSharding(mesh, spec))
+        whole = P(*(None if axis == 'fsdp' else axis for axis in axes or spec))
+        return _gather(leaf, dtype, NamedSharding(mesh, whole), NamedSharding(mesh, spec))
 
     def one(path: Any, leaf: Array | Adapted) -> Array | Adapted:
         name = jax.tree_util.keystr(path, simple=True, separator='/').removesuffix('/value')
@@ -200,21 +207,18 @@ def gather_kernels(params: Any, rules: sharding.Rules, mesh: Mesh | None, dtype:
             return leaf
         if not isinstance(leaf, Adapted):
             return gathered(name, leaf)
+        spec = sharding.spec_for(name, leaf.shape, rules, mesh)
         if leaf.ndim > 2:  # a convolution wants the sum: each device adds its own part
-            split = NamedSharding(mesh, sharding.spec_for(name, leaf.shape, rules, mesh))
+            split = NamedSharding(mesh, spec)
             return gathered(name, jax.lax.with_sharding_constraint(leaf.merged(), split))
-        a, b = (gathered(f'{name}/{which}', getattr(leaf, which)) for which in sharding.FACTORS)
-        return Adapted(gathered(name, leaf.base), a, b, leaf.scale)
+        # In products a factor lies as the kernel does; at rest it is split over more.
+        (din, dout), (a, b) = (*spec, None, None)[:2], sharding.FACTORS
+        return Adapted(gathered(name, leaf.base),
+                       gathered(f'{name}/{a}', leaf.lora_A, (din, None)),
+                       gathered(f'{name}/{b}', leaf.lora_B, (None, dout)), leaf.scale)
 
     return jax.tree_util.tree_map_with_path(
         one, params, is_leaf=lambda leaf: isinstance(leaf, Adapted))
-
-
-def _without_fsdp(axes: str | tuple[str, ...] | None) -> str | tuple[str, ...] | None:
-    """What an axis is split over but for `fsdp`."""
-    kept = tuple(axis for axis in ((axes,) if isinstance(axes, str) else axes or ())
-                 if axis != 'fsdp')
-    return kept or None
 
 
 @functools.cache

@@ -116,7 +116,7 @@ class UNetConfig:
 def _linear(cfg: UNetConfig, din: int, dout: int, rngs: nnx.Rngs, *,
             bias: bool = True) -> Linear:
     return Linear(din, dout, use_bias=bias, dtype=jnp.dtype(cfg.dtype),
-                      param_dtype=jnp.float32, rngs=rngs)
+                  param_dtype=jnp.float32, rngs=rngs)
 
 
 # --- Transformers ---

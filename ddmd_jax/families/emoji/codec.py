@@ -28,7 +28,7 @@ from ddmd_jax.weights import diffusers, flat
 from ddmd_jax.weights.flat import WeightsError
 
 CODEC = FILES / 'codec.safetensors'
-CURE = 'install the package again'
+CURE, GIVEN_CURE = 'install the package again', 'correct the path'
 ARCHITECTURE = 'EmojiCodec'
 LIMIT = 4.0  # standard deviations of a latent from which it counts as saturated
 EPOCH = 2**20  # scenes, by number
@@ -90,10 +90,11 @@ def read(path: str | Path = CODEC) -> tuple[AutoencoderKLConfig, Any, dict[str, 
     Raises:
       WeightsError: missing, damaged, or no codec of this family.
     """
-    params, metadata = flat.load(buckets.local(places.of(path)), CURE)
+    cure = CURE if path == CODEC else GIVEN_CURE
+    params, metadata = flat.load(buckets.local(places.of(path)), cure)
     if metadata.get('class') != ARCHITECTURE:
         raise WeightsError(f'{path} is {metadata.get("class", "no file of this package")}, not '
-                           f'{ARCHITECTURE}; {CURE}')
+                           f'{ARCHITECTURE}; {cure}')
     try:
         fields = shape.load(metadata['config'].encode(), {
             'block_out_channels': list, 'dtype': shape.one_of('float32', 'bfloat16')})
@@ -102,7 +103,7 @@ def read(path: str | Path = CODEC) -> tuple[AutoencoderKLConfig, Any, dict[str, 
         about = shape.load(metadata['about'].encode(), {'std': shape.positive, 'moments': _two})
         flat.check_shapes(params, autoencoder_kl.abstract_params(cfg))
     except (KeyError, TypeError, ValueError, ArithmeticError) as e:
-        raise WeightsError(f'{path} is no {ARCHITECTURE} ({e}); {CURE}') from e
+        raise WeightsError(f'{path} is no {ARCHITECTURE} ({e}); {cure}') from e
     return cfg, params, about
 
 

@@ -65,7 +65,8 @@ def remedy(history: Sequence[Mapping[str, Any]], how: str) -> str:
 
     It has to be bad and the same `UNWELL` times in a row, nothing having been done in between: the
     lines say how much of alpha and how many critic updates they were made with. Collapsing counts
-    as over-baked, and for 'stop_collapsing' nothing else counts, and at once.
+    as over-baked, and for 'stop_collapsing' nothing else counts, and at once; for 'lower_alpha'
+    washed out does not.
     """
     response = f'{ON_HEALTH[how]}, as train.on_health={how!r} says'
     reason = history[-1].get('health_reason', '') if history else ''
@@ -78,7 +79,9 @@ def remedy(history: Sequence[Mapping[str, Any]], how: str) -> str:
     if how == 'nothing' or len(last) < UNWELL or len(set(last)) > 1:
         return ''
     verdict, share, extra = last[0]
-    spent = {'lower_alpha': share <= LEAST_ALPHA, 'raise_critic': extra >= MOST_EXTRA}
+    # Of less guidance what is pale would be paler.
+    spent = {'lower_alpha': share <= LEAST_ALPHA or verdict == health.WASHED_OUT,
+             'raise_critic': extra >= MOST_EXTRA}
     if verdict in (None, health.HEALTHY) or spent.get(how):
         return ''
     words = ' and '.join(dict.fromkeys(v['health'] for v in history[-UNWELL:]))
