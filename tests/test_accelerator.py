@@ -282,6 +282,7 @@ def test_utilisation_is_of_a_known_peak():
     assert record.peak_flops('cpu', 'bfloat16') is None
 
 
+@pytest.mark.slow
 def test_selftest_of_this_device(light, tmp_path):
     found = selftest.tested(tmp_path, jax.devices()[0])
     assert {name: x['passed'] for name, x in found.items()} == dict.fromkeys(found, True)

@@ -76,6 +76,7 @@ def test_data_that_has_changed_is_another_run(tmp_path):
         train.fit(other, config, tmp_path)
 
 
+@pytest.mark.slow
 def test_a_frozen_encoder_is_that_of_the_file(tmp_path):
     first = task_of(config_of())
     state, _ = train.fit(first, config_of(), tmp_path / 'first')

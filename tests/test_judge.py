@@ -159,6 +159,7 @@ def test_backgrounds_are_named_whatever_their_shade(world, real):
         assert (judge.nearest_colour(changed) == wanted).mean() > 0.99
 
 
+@pytest.mark.slow
 def test_training_writes_a_judge_of_this_world(world, tmp_path, monkeypatch):
     monkeypatch.setattr(make_judge, 'BATCH', 8)
     file = tmp_path / 'judge.safetensors'

@@ -223,6 +223,7 @@ def test_what_is_not_said_is_that_latents_are_the_whole_image():
     assert sdxl.cond_spec(SMALL).shapes(2, 3)['time_ids'].shape == (2, 6)
 
 
+@pytest.mark.slow
 def test_recomputing_changes_nothing():
     x, cond = np.random.default_rng(1).standard_normal((1, 4, 4, 4)).astype('f'), small_cond(1)
 
