@@ -225,12 +225,12 @@ def test_the_page_stands_alone_and_says_what_was_found(tmp_path):
                       suites.SUITES['paper'], {})
     page = path.read_text()
     assert '<h1>A &lt;title&gt;</h1>' in page and not re.search(r'(src|href)="(?!data:|#)', page)
-    assert page.count('<h2 id="claim') == 6 and page.count('class="v holds"') >= 6 + 17
+    assert page.count('<h2 id="claim') == 6 and page.count('class="v holds"') >= 6 + 18
     assert page.count('data:image/png;base64') == 6  # a figure of curves for each claim
     assert '0.900 ± 0.000' in page or '0.901 ± 0.001' in page
     assert rule.RULE.split('.')[0] in page
     table = (tmp_path / 'table.md').read_text()
-    assert '| hybrid | ' in table and table.count('| holds |') == 16
+    assert '| hybrid | ' in table and table.count('| holds |') == 17
     assert '| 5. An observer sees what DM would cancel | ' in table
 
 
