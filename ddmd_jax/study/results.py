@@ -17,7 +17,8 @@ CURVES = ('loss', 'fake_loss', 'dm_rel_gap', 'dm_cos', 'dm_to_ca', 'x_std', 'sat
 def curves(workdir: Path) -> dict[str, list[Any]]:
     """Columns of ``metrics.jsonl``: `step` and those of CURVES that are there."""
     lines = run_files.read(workdir, 'metrics.jsonl')
-    short = lambda v: round(v, 5) if isinstance(v, float) else v
+    # An fp32's digits: at a threshold a verdict turns on the last.
+    short = lambda v: float(f'{v:.7g}') if isinstance(v, float) else v
     return {name: [short(line.get(name)) for line in lines] for name in ('step', *CURVES)
             if any(name in line for line in lines)}
 
