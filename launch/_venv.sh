@@ -19,6 +19,7 @@ make_venv() {
   fi
   "$PY" -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { echo "venv: $("$PY" --version) is too old; Python 3.11+ is needed (set PYTHON=...)" >&2; exit 1; }
   echo "== venv: installing ddmd_jax$extras (a few minutes the first time)"
-  "$PY" -m pip install --quiet --disable-pip-version-check -e "$ROOT$extras" || { echo "venv: installation failed; see above" >&2; exit 1; }
+  # Files are compiled when they are imported: pip would compile all of them, one by one.
+  "$PY" -m pip install --quiet --no-compile --disable-pip-version-check -e "$ROOT$extras" || { echo "venv: installation failed; see above" >&2; exit 1; }
   touch "$stamp"
 }
