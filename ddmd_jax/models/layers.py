@@ -31,9 +31,9 @@ class Linear(nnx.Linear):
     XLA's CPU backend runs the gradient of a ``[B, S, D]`` product slower than that of
     the same product as ``[B * S, D]``; on a mesh that shards S, folding would force a reshard.
 
-    An adapted kernel's factors have a product of their own, ``x W + scale (x A) B``: of their sum
-    with W the gradient would be as large as W's, a third of what training W itself computes and
-    all that it sends.
+    The factors of an adapted kernel have a product of their own, ``x W + scale (x A) B``. The
+    gradient of the sum ``W + scale A B`` would be as large as W's: one product of the whole layer
+    more, and as much to send.
     """
 
     def __init__(self, din: int, dout: int, *, fold: bool = False, **kwargs: Any):
